@@ -1,0 +1,1 @@
+"""Virtual memory of a device: physical pages, address ranges, and what maps one to the other."""

@@ -1,0 +1,158 @@
+"""The driver calls that the allocator and the prefetcher are written against.
+
+Two drivers implement this Protocol: ``CudaDriver`` (a GPU) and ``HostDriver`` (real pages and descriptors, no GPU). Both
+obey the same rules and refuse the same mistakes; ``tests/unit/test_driver_conformance.py`` states those rules and runs
+unchanged on both. Every method raises :class:`~vmm_dwdp.errors.DriverError` when the driver refuses.
+
+Addresses, handles, streams and events are plain integers: two handles compare as integers compare, and an integer can be
+printed. Who must release what is said by the pairs of calls; :mod:`vmm_dwdp.allocator.handles` wraps each pair in an
+object that owns it.
+
+[Note: The rules of virtual memory]
+  * A handle is mapped whole, at offset 0 of the handle; its size is a multiple of the granularity.
+  * A mapping is removed whole, and access is set on whole mappings.
+  * Mappings do not overlap, and an address range is freed exactly as it was reserved, once nothing is mapped in it.
+  * A handle may be released while it is mapped: the mapping keeps the memory.
+  * Memory mapped ``Access.READ`` refuses to be written.
+  * Nothing may use a range while it is unmapped: synchronise first.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+
+class Access(enum.Enum):
+    """What this process may do with mapped memory."""
+
+    READ = "read"
+    READ_WRITE = "read-write"
+
+
+class HandleType(enum.Enum):
+    """How physical memory can be handed to another process."""
+
+    POSIX_FD = "posix-fd"  # a file descriptor: processes of one machine
+    FABRIC = "fabric"  # 64 bytes that may travel anywhere in an NVLink domain
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where physical memory lives: on this driver's device, or on a NUMA node of the host."""
+
+    numa_node: int | None = None
+
+    def __str__(self) -> str:
+        return "device" if self.numa_node is None else f"NUMA node {self.numa_node}"
+
+
+DEVICE = Location()
+
+
+class Copy(NamedTuple):
+    """``nbytes`` bytes from address ``src`` to address ``dst``; the two do not overlap."""
+
+    dst: int
+    src: int
+    nbytes: int
+
+
+class Driver(Protocol):
+    """One device of one process."""
+
+    name: str  # "cuda" or "host"
+    device: torch.device
+
+    # -- this thread -------------------------------------------------------------------------------------------------
+    def activate(self) -> None:
+        """Make this device current in the calling thread. Every thread calls it before its first other call."""
+
+    # -- physical memory ---------------------------------------------------------------------------------------------
+    def granularity(self, location: Location = DEVICE) -> int:
+        """Bytes per page: sizes and addresses of mappings are multiples of it."""
+
+    def create(self, nbytes: int, location: Location = DEVICE, handle_type: HandleType | None = None) -> int:
+        """Take ``nbytes`` of zeroed or undefined physical memory, exportable as ``handle_type``; undo with `release`."""
+
+    def release(self, handle: int) -> None:
+        """Give the handle back. Memory that is still mapped stays until it is unmapped."""
+
+    def export(self, handle: int, handle_type: HandleType) -> int | bytes:
+        """The handle as a file descriptor (the caller owns and closes it) or as bytes."""
+
+    def import_(self, shared: int | bytes, handle_type: HandleType, nbytes: int) -> int:
+        """A handle to another process's memory of ``nbytes``; the caller still owns a descriptor. Undo with `release`."""
+
+    # -- addresses ---------------------------------------------------------------------------------------------------
+    def reserve(self, nbytes: int) -> int:
+        """The first address of a free range of ``nbytes``, aligned to the granularity; undo with `free`."""
+
+    def free(self, address: int, nbytes: int) -> None:
+        """Give back exactly what `reserve` returned."""
+
+    def map(self, address: int, nbytes: int, handle: int) -> None:
+        """Put the whole handle, which has ``nbytes``, at ``address``. No access until `set_access`; undo with `unmap`."""
+
+    def unmap(self, address: int, nbytes: int) -> None:
+        """Remove the mappings that make up exactly this range."""
+
+    def set_access(self, address: int, nbytes: int, access: Access) -> None:
+        """Allow this device to read, or to read and write, the mappings that make up exactly this range."""
+
+    # -- memory without the above, for `assembly: tensor_list` ---------------------------------------------------------
+    def allocate(self, nbytes: int) -> int:
+        """Ordinary device memory; its first address. Undo with `deallocate`."""
+
+    def deallocate(self, address: int) -> None:
+        """Give back what `allocate` returned."""
+
+    def export_allocation(self, address: int) -> bytes:
+        """A token by which another process of this machine can open what `allocate` returned."""
+
+    def open_allocation(self, token: bytes, nbytes: int) -> int:
+        """The address here of another process's allocation of ``nbytes``. Undo with `close_allocation`."""
+
+    def close_allocation(self, address: int) -> None:
+        """Undo `open_allocation`."""
+
+    # -- streams, events, copies -------------------------------------------------------------------------------------
+    def current_stream(self) -> int:
+        """The stream on which the calling thread's kernels run now."""
+
+    def create_stream(self) -> int:
+        """A stream for copies: not ordered with the default stream, of the highest priority. Undo: `destroy_stream`."""
+
+    def destroy_stream(self, stream: int) -> None:
+        """Undo `create_stream`; the caller has synchronised it."""
+
+    def create_event(self) -> int:
+        """An event that can be timed; it counts as complete until it is recorded. Undo with `destroy_event`."""
+
+    def destroy_event(self, event: int) -> None:
+        """Undo `create_event`."""
+
+    def record(self, event: int, stream: int) -> None:
+        """``event`` is complete once all work given to ``stream`` so far is."""
+
+    def wait(self, stream: int, event: int) -> None:
+        """Work given to ``stream`` from now on starts after the latest `record` of ``event``, made before this call."""
+
+    def complete(self, event: int) -> bool:
+        """Whether the latest record of ``event`` is complete."""
+
+    def elapsed(self, start: int, end: int) -> float:
+        """Seconds from one complete event to another; negative if ``end`` came first."""
+
+    def prepare(self, copies: Sequence[Copy]) -> Any:
+        """Whatever `copy` wants to have ready: made once, used many times, owned by the garbage collector."""
+
+    def copy(self, prepared: Any, stream: int) -> None:
+        """Give the prepared copies to ``stream``. They may run in any order among themselves."""
+
+    def synchronize(self, stream: int | None = None) -> None:
+        """Wait until all work of ``stream``, or of the whole device, is complete."""

@@ -1,0 +1,33 @@
+"""The one family of exceptions of this project; every module may import this one, and it imports nothing."""
+
+
+class DWDPError(Exception):
+    """Base of everything this library raises on purpose. The message is one sentence that names what was wrong."""
+
+
+class ConfigError(DWDPError):
+    """A value that cannot be: in a config, a weight specification, a checkpoint or a call's arguments."""
+
+
+class ExchangeError(DWDPError):
+    """Another rank did not come, did not answer in time, or sent something that is not acceptable."""
+
+
+class StateError(DWDPError):
+    """A call at the wrong moment: a shard asked for after publish, a layer acquired twice, a runtime already closed."""
+
+
+class DriverError(DWDPError):
+    """A driver call failed.
+
+    Attributes:
+        call: the driver's own name of the call, for example ``cuMemMap`` or ``mmap``.
+        code: the driver's own name of the result, for example ``CUDA_ERROR_OUT_OF_MEMORY`` or ``ENOMEM``.
+        attempt: what was being attempted, in words.
+    """
+
+    def __init__(self, call: str, code: str, attempt: str) -> None:
+        super().__init__(f"{call} failed with {code} while trying to {attempt}")
+        self.call = call
+        self.code = code
+        self.attempt = attempt
