@@ -1,11 +1,11 @@
 """The driver calls that the allocator and the prefetcher are written against.
 
-Two drivers implement this Protocol: ``CudaDriver`` (a GPU) and ``HostDriver`` (real pages and descriptors, no GPU). Both
-obey the same rules and refuse the same mistakes; ``tests/unit/test_driver_conformance.py`` states those rules and runs
-unchanged on both. Every method raises :class:`~vmm_dwdp.errors.DriverError` when the driver refuses.
+Two drivers implement this Protocol: ``CudaDriver`` (a GPU) and ``HostDriver`` (real pages and descriptors, no GPU).
+Both obey the same rules and refuse the same mistakes; ``tests/unit/test_driver_conformance.py`` states
+those rules and runs unchanged on both. Every method raises :class:`~vmm_dwdp.errors.DriverError` on refusal.
 
-Addresses, handles, streams and events are plain integers: two handles compare as integers compare, and an integer can be
-printed. Who must release what is said by the pairs of calls; :mod:`vmm_dwdp.allocator.handles` wraps each pair in an
+Addresses, handles, streams and events are plain integers: two handles compare as integers compare, and an integer can
+be printed. Who must release what is said by the pairs of calls; :mod:`vmm_dwdp.allocator.handles` wraps each pair in an
 object that owns it.
 
 [Note: The rules of virtual memory]
@@ -77,7 +77,7 @@ class Driver(Protocol):
         """Bytes per page: sizes and addresses of mappings are multiples of it."""
 
     def create(self, nbytes: int, location: Location = DEVICE, handle_type: HandleType | None = None) -> int:
-        """Take ``nbytes`` of zeroed or undefined physical memory, exportable as ``handle_type``; undo with `release`."""
+        """Take ``nbytes`` of physical memory, undefined at first, exportable as ``handle_type``. Undo: `release`."""
 
     def release(self, handle: int) -> None:
         """Give the handle back. Memory that is still mapped stays until it is unmapped."""
@@ -86,7 +86,7 @@ class Driver(Protocol):
         """The handle as a file descriptor (the caller owns and closes it) or as bytes."""
 
     def import_(self, shared: int | bytes, handle_type: HandleType, nbytes: int) -> int:
-        """A handle to another process's memory of ``nbytes``; the caller still owns a descriptor. Undo with `release`."""
+        """A handle to another process's ``nbytes``; the caller still owns a descriptor. Undo with `release`."""
 
     # -- addresses ---------------------------------------------------------------------------------------------------
     def reserve(self, nbytes: int) -> int:
@@ -96,7 +96,7 @@ class Driver(Protocol):
         """Give back exactly what `reserve` returned."""
 
     def map(self, address: int, nbytes: int, handle: int) -> None:
-        """Put the whole handle, which has ``nbytes``, at ``address``. No access until `set_access`; undo with `unmap`."""
+        """Put the whole handle, of ``nbytes``, at ``address``. No access until `set_access`; undo with `unmap`."""
 
     def unmap(self, address: int, nbytes: int) -> None:
         """Remove the mappings that make up exactly this range."""

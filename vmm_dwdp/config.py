@@ -1,0 +1,94 @@
+"""What a user states about a group: one frozen dataclass, in and out of YAML, every impossible value refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from vmm_dwdp.errors import ConfigError
+
+AssemblyKind = Literal["vmm", "tensor_list"]
+
+COPY_ALIGNMENT = 16  # bytes; the widest load of a kernel, and what keeps a copy engine at its full rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class DWDPConfig:
+    """How the experts of every layer are spread over a group and fetched.
+
+    All ranks of a group use equal configs; `publish` refuses a group in which they differ.
+
+    Attributes:
+        group_size: number of ranks that share one copy of the experts, at least 1.
+        num_local_experts: experts that each rank holds of every layer; ``None`` is the least that covers them.
+            More than that makes neighbours overlap, so that fewer bytes are fetched.
+        prefetch_depth: number of slots, each with room for the remote experts of one layer; at least 1.
+        slice_bytes: how long a run of one owner's bytes may be before the copies turn to the next owner, a multiple of
+            16 bytes, or ``"auto"``.
+        host_experts: the last experts of every layer live in host memory instead of on a rank.
+        assembly: ``"vmm"``: one tensor ``[E, ...]`` per weight, by virtual memory management.
+            ``"tensor_list"``: a list of tensors per weight, on machines without it.
+
+    Raises:
+        ConfigError: a value cannot be.
+    """
+
+    group_size: int
+    num_local_experts: int | None = None
+    prefetch_depth: int = 2
+    slice_bytes: int | Literal["auto"] = "auto"
+    host_experts: int = 0
+    assembly: AssemblyKind = "vmm"
+
+    def __post_init__(self) -> None:
+        self._require_int("group_size", self.group_size, least=1)
+        if self.num_local_experts is not None:
+            self._require_int("num_local_experts", self.num_local_experts, least=0)
+        self._require_int("prefetch_depth", self.prefetch_depth, least=1)
+        if self.slice_bytes != "auto":
+            self._require_int("slice_bytes", self.slice_bytes, least=COPY_ALIGNMENT)
+            if self.slice_bytes % COPY_ALIGNMENT:
+                raise ConfigError(f"slice_bytes must be a multiple of {COPY_ALIGNMENT}, not {self.slice_bytes}")
+        self._require_int("host_experts", self.host_experts, least=0)
+        if self.assembly not in get_args(AssemblyKind):
+            raise ConfigError(f"assembly must be one of {', '.join(get_args(AssemblyKind))}, not {self.assembly!r}")
+        if self.assembly == "tensor_list" and self.host_experts:
+            raise ConfigError("host_experts needs assembly: vmm, because host memory is mapped page by page")
+
+    @staticmethod
+    def _require_int(name: str, value: object, *, least: int) -> None:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"{name} must be a whole number, not {value!r}")
+        if value < least:
+            raise ConfigError(f"{name} must be at least {least}, not {value}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DWDPConfig:
+        """The config that ``values`` states; raises `ConfigError` for an unknown key or a missing one."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(str(key) for key in values if key not in fields)
+        if unknown:
+            raise ConfigError(f"unknown key {unknown[0]!r} in the config; known keys are {', '.join(fields)}")
+        if "group_size" not in values:
+            raise ConfigError("the config states no group_size")
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | PathLike[str]) -> DWDPConfig:
+        """Read a YAML mapping of this class's fields; raises `ConfigError` if it is not one or a value cannot be."""
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read the config {path}: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"the config {path} must be a mapping of keys to values")
+        return cls.from_dict(values)
+
+    def to_yaml(self, path: str | PathLike[str]) -> None:
+        """Write every field, so that `from_yaml` gives an equal config."""
+        Path(path).write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")

@@ -1,0 +1,140 @@
+"""Which owner holds which experts, and from whom a rank reads those that it does not hold. Pure integers."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final, Literal, NamedTuple
+
+from vmm_dwdp.config import DWDPConfig
+from vmm_dwdp.errors import ConfigError
+
+Owner = int | Literal["host"]  # a rank, or the node's pool of host memory
+
+HOST: Final[Literal["host"]] = "host"
+
+
+class Source(NamedTuple):
+    """A run of experts that a rank reads from one owner."""
+
+    experts: range
+    owner: Owner
+
+
+@dataclass(frozen=True)
+class ExpertPlacement:
+    """The experts of one layer spread over the owners of a group.
+
+    The last ``config.host_experts`` experts belong to `HOST`. The others, ``E_gpu`` of them, are spread over the ranks:
+    rank ``r`` holds ``n`` experts from ``floor(r * (E_gpu - n) / max(1, G - 1))`` on, so that the ranks' starts are as
+    even as whole numbers allow for any ``E_gpu``, ``n`` and ``G`` that cover.
+
+        E_gpu = 10, G = 3, n = 4     rank 0   0 1 2 3
+                                     rank 1         3 4 5 6
+                                     rank 2               6 7 8 9
+
+    Raises:
+        ConfigError: the owners together would not hold every expert, or a rank would hold more than there are.
+    """
+
+    num_experts: int
+    config: DWDPConfig
+
+    def __post_init__(self) -> None:
+        host, per_rank, group_size = self.config.host_experts, self.config.num_local_experts, self.config.group_size
+        if host > self.num_experts:
+            raise ConfigError(f"host_experts is {host}, but a layer has only {self.num_experts} experts")
+        if per_rank is None:
+            return
+        if per_rank > self._on_ranks:
+            raise ConfigError(f"num_local_experts is {per_rank}, but only {self._on_ranks} experts are on ranks")
+        if per_rank * group_size < self._on_ranks:
+            least = -(-self._on_ranks // group_size)
+            raise ConfigError(
+                f"{group_size} ranks with {per_rank} experts each cannot hold {self._on_ranks} experts; "
+                f"num_local_experts must be at least {least}"
+            )
+
+    @property
+    def _on_ranks(self) -> int:
+        return self.num_experts - self.config.host_experts
+
+    @cached_property
+    def owners(self) -> tuple[Owner, ...]:
+        """Who holds at least one expert: ranks in order, then `HOST`."""
+        everyone: list[Owner] = [*range(self.config.group_size), HOST]
+        return tuple(owner for owner in everyone if self.experts(owner))
+
+    def experts(self, owner: Owner) -> range:
+        """The run of experts that ``owner`` holds; it may be empty."""
+        if owner == HOST:
+            return range(self._on_ranks, self.num_experts)
+        group_size = self.config.group_size
+        if not 0 <= owner < group_size:
+            raise ConfigError(f"there is no rank {owner} in a group of {group_size}")
+        per_rank = self.config.num_local_experts
+        if per_rank is None:
+            per_rank = -(-self._on_ranks // group_size)
+        start = owner * (self._on_ranks - per_rank) // max(1, group_size - 1)
+        return range(start, start + per_rank)
+
+    def locate(self, expert: int) -> list[tuple[Owner, int]]:
+        """Every owner of ``expert`` and the expert's place among that owner's: ``[(owner, offset), ...]``."""
+        if not 0 <= expert < self.num_experts:
+            raise ConfigError(f"there is no expert {expert} in a layer of {self.num_experts}")
+        return [(owner, expert - self.experts(owner).start) for owner in self.owners if expert in self.experts(owner)]
+
+    def sources(self, reader: int) -> tuple[Source, ...]:
+        """From whom rank ``reader`` reads the experts that it does not hold: runs in expert order, each from one owner.
+
+        Where a run has several owners it is divided among them so that the reader takes as evenly from every owner as
+        whole experts allow; which owner gets the odd expert rotates with the reader, so that readers differ.
+        """
+        group_size = self.config.group_size
+
+        def distance(owner: Owner) -> int:
+            return group_size if owner == HOST else (owner - reader) % group_size
+
+        remote = [run for run in self._runs if reader not in run[1]]
+        load: dict[Owner, int] = dict.fromkeys(self.owners, 0)
+        for experts, owners in remote:
+            if len(owners) == 1:
+                load[owners[0]] += len(experts)
+        sources: list[Source] = []
+        for experts, owners in remote:
+            share: dict[Owner, int] = dict.fromkeys(sorted(owners, key=distance), 0)
+            if len(owners) == 1:
+                share[owners[0]] = len(experts)
+            else:
+                for _ in experts:
+                    least = min(share, key=lambda owner: load[owner])
+                    share[least] += 1
+                    load[least] += 1
+            start = experts.start
+            for owner, count in share.items():
+                if count:
+                    sources.append(Source(range(start, start + count), owner))
+                    start += count
+        return tuple(_merged(sources))
+
+    @cached_property
+    def _runs(self) -> tuple[tuple[range, tuple[Owner, ...]], ...]:
+        """The experts cut wherever an owner's run begins or ends: (experts, their owners)."""
+        held = {owner: self.experts(owner) for owner in self.owners}
+        cuts = sorted({0, self.num_experts}.union(*((run.start, run.stop) for run in held.values())))
+        return tuple(
+            (range(start, stop), tuple(owner for owner, run in held.items() if start in run))
+            for start, stop in itertools.pairwise(cuts)
+        )
+
+
+def _merged(sources: list[Source]) -> list[Source]:
+    """Neighbouring runs of the same owner as one."""
+    merged: list[Source] = []
+    for source in sources:
+        if merged and merged[-1].owner == source.owner and merged[-1].experts.stop == source.experts.start:
+            merged[-1] = Source(range(merged[-1].experts.start, source.experts.stop), source.owner)
+        else:
+            merged.append(source)
+    return merged
