@@ -1,0 +1,141 @@
+"""Random grouped GEMMs and what they should give: for tests and benchmarks, with and without a GPU."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmm_dwdp.kernels.formats import FP8, Format, Scales
+
+ROUTINGS = ("balanced", "skewed", "one", "half-empty", "short")
+
+
+class Operands(NamedTuple):
+    """The arguments of ``tensor_list_grouped_gemm``."""
+
+    x: Tensor
+    weights: list[Tensor]
+    offsets: Tensor
+    scales: Scales | None
+
+
+def route(num_rows: int, num_experts: int, routing: str, generator: torch.Generator) -> Tensor:
+    """Ends of each expert's rows, int32 ``[E]`` on the CPU.
+
+    ``balanced``: every row picks an expert uniformly. ``skewed``: expert ``i`` is picked in proportion to
+    ``1 / (i + 1)``, experts in random order. ``one``: one expert has every row. ``half-empty``: every other
+    expert has none. ``short``: balanced, and the last rows belong to nobody.
+    """
+    weight = torch.ones(num_experts)
+    if routing == "skewed":
+        weight = (1 / torch.arange(1, num_experts + 1))[torch.randperm(num_experts, generator=generator)]
+    elif routing == "one":
+        weight.zero_()[num_experts // 2] = 1
+    elif routing == "half-empty":
+        weight[1::2] = 0
+    elif routing not in ("balanced", "short"):
+        raise ValueError(f"routing {routing!r} is none of {ROUTINGS}")
+    rows = num_rows - num_rows // 10 if routing == "short" else num_rows
+    picks = (
+        torch.multinomial(weight, rows, replacement=True, generator=generator)
+        if rows
+        else torch.empty(0, dtype=torch.long)
+    )
+    return torch.bincount(picks, minlength=num_experts).cumsum(0).int()
+
+
+def random_operands(
+    form: Format,
+    *,
+    num_rows: int,
+    experts: list[int],
+    n: int,
+    k: int,
+    routing: str = "balanced",
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Operands:
+    """Operands with a list entry of ``experts[i]`` experts each; ``dtype`` is that of ``x`` and of plain weights."""
+    cpu = torch.Generator().manual_seed(seed)
+    gen = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, generator=gen)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(shape, device=device, generator=gen)
+
+    offsets = route(num_rows, sum(experts), routing, cpu).to(device)
+    if form is Format.PLAIN:
+        weights = [(normal(e, n, k) * k**-0.5).to(dtype) for e in experts]
+        return Operands(normal(num_rows, k).to(dtype), weights, offsets, None)
+    if form in (Format.FP8_ROWWISE, Format.FP8_BLOCK):
+        rowwise = form is Format.FP8_ROWWISE
+        nb, kb = -(-n // 128), -(-k // 128)
+        weights = [(normal(e, n, k) * 64).to(FP8) for e in experts]
+        weight_scales = [uniform(0.5, 1.5, e, *((n,) if rowwise else (nb, kb))) * k**-0.5 / 64 for e in experts]
+        x_scale = uniform(0.5, 1.5, num_rows, *(() if rowwise else (kb,))) / 64
+        return Operands((normal(num_rows, k) * 64).to(FP8), weights, offsets, Scales(weight_scales, x_scale))
+    x = normal(num_rows, k).to(dtype)
+    weights = [torch.randint(0, 256, (e, n, k // 2), dtype=torch.uint8, device=device, generator=gen) for e in experts]
+    if form is Format.NVFP4:
+        scales = [uniform(1, 400, e, n, k // 16).to(FP8) for e in experts]
+        return Operands(
+            x, weights, offsets, Scales(scales, weight_global=[uniform(0.5, 2, e) * k**-0.5 / 400 for e in experts])
+        )
+    powers = [
+        torch.randint(118, 124, (e, n, k // 32), dtype=torch.uint8, device=device, generator=gen) for e in experts
+    ]
+    return Operands(x, weights, offsets, Scales([power.view(torch.float8_e8m0fnu) for power in powers]))
+
+
+def reference(operands: Operands) -> Tensor:
+    """The grouped GEMM in fp64 on the CPU, row by row of the definition; rows of no expert are zero."""
+    x, scales = operands.x.cpu().double(), operands.scales
+    n = operands.weights[0].shape[1]
+    out = torch.zeros(x.shape[0], n, dtype=torch.float64)
+    if scales is not None and scales.x is not None:
+        xs = scales.x.cpu().double().reshape(x.shape[0], -1)
+        x *= xs[:, torch.arange(x.shape[1]) // 128 if xs.shape[1] > 1 else torch.zeros(x.shape[1], dtype=torch.long)]
+    start, expert = 0, 0
+    ends = operands.offsets.tolist()
+    for i, weight in enumerate(operands.weights):
+        for local in range(weight.shape[0]):
+            end = ends[expert]
+            if end > start:
+                out[start:end] = x[start:end] @ _dense(operands, i, local).T
+            start, expert = end, expert + 1
+    return out
+
+
+def _dense(operands: Operands, entry: int, local: int) -> Tensor:
+    """fp64 ``[N, K]`` of one expert, from its bytes: written apart from ``formats.dequantize_weight`` on purpose."""
+    stored = operands.weights[entry][local].cpu()
+    if operands.scales is None:
+        return stored.double()
+    scale = operands.scales.weight[entry][local].cpu()
+    if stored.dtype == FP8:
+        if scale.dim() == 1:
+            return stored.double() * scale.double()[:, None]
+        rows, columns = torch.arange(stored.shape[0]) // 128, torch.arange(stored.shape[1]) // 128
+        return stored.double() * scale.double()[rows][:, columns]
+    columns = torch.arange(stored.shape[1] * 2)
+    code = (stored.int()[:, columns // 2] >> (4 * (columns % 2))) & 15
+    exponent, mantissa, sign = (code >> 1) & 3, code & 1, 1 - 2 * (code >> 3)
+    value = torch.where(exponent == 0, mantissa * 0.5, (1 + mantissa * 0.5) * 2.0 ** (exponent - 1)).double() * sign
+    if scale.dtype == FP8:
+        assert operands.scales.weight_global is not None
+        return value * scale.double()[:, columns // 16] * operands.scales.weight_global[entry][local].cpu().double()
+    return value * 2.0 ** (scale.view(torch.uint8).double()[:, columns // 32] - 127)
+
+
+def relative_error(out: Tensor, operands: Operands) -> float:
+    """``|out - reference| / |reference|`` over the rows that belong to an expert (Frobenius norms)."""
+    rows = int(operands.offsets[-1])
+    expected = reference(operands)[:rows]
+    if rows == 0:
+        return 0.0
+    return float((out[:rows].cpu().double() - expected).norm() / expected.norm())
