@@ -1,0 +1,82 @@
+"""Streams and events of the host driver: a thread with a queue, and marks in that queue."""
+
+from __future__ import annotations
+
+import functools
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+from vmm_dwdp.errors import DriverError
+
+
+class Record:
+    """One recording of an event: complete once the stream has worked off what it was given before."""
+
+    def __init__(self) -> None:
+        self.time = 0.0  # of completion, on the clock of time.perf_counter
+        self._complete = threading.Event()
+        self._error: DriverError | None = None
+
+    def complete(self, error: DriverError | None = None) -> None:
+        """Completes it; ``error`` is what ended the stream's work before it came to this point."""
+        self.time = time.perf_counter()
+        self._error = error
+        self._complete.set()
+
+    def is_complete(self) -> bool:
+        """Raises what ended the stream's work."""
+        if not self._complete.is_set():
+            return False
+        if self._error is not None:
+            raise DriverError(self._error.call, self._error.code, self._error.attempt) from self._error
+        return True
+
+    def wait(self) -> None:
+        """Blocks the calling thread; raises what ended the stream's work."""
+        self._complete.wait()
+        self.is_complete()
+
+
+class HostStream:
+    """Works off what it is given, in order, in a thread of its own.
+
+    After an error nothing more is run, and every later record carries the error, as on a CUDA device.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._error: DriverError | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Run ``work`` after all that was given so far. What it raises ends this stream's work."""
+        self._queue.put(functools.partial(self._attempt, work))
+
+    def record(self, record: Record) -> None:
+        """Complete ``record`` after all that was given so far."""
+        self._queue.put(lambda: record.complete(self._error))
+
+    def synchronize(self) -> None:
+        """Wait for all that was given so far; raises what ended this stream's work."""
+        record = Record()
+        self.record(record)
+        record.wait()
+
+    def close(self) -> None:
+        """Work off the rest and end the thread."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        for step in iter(self._queue.get, None):
+            step()
+
+    def _attempt(self, work: Callable[[], None]) -> None:
+        if self._error is None:
+            try:
+                work()
+            except DriverError as error:
+                self._error = error
