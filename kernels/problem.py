@@ -3,8 +3,9 @@
 [Note: Grouped GEMM]
     The rows of ``x`` ``[T, K]`` are sorted by expert. ``offsets`` (int32 ``[E]``) holds where each expert's rows end,
     so expert ``e`` has rows ``offsets[e - 1] .. offsets[e] - 1`` and may have none.
-    ``out[t] = x[t] @ weight[e].T`` with ``weight`` ``[E, N, K]``, accumulated in fp32. Rows from ``offsets[-1]`` on belong to no expert; they hold
-    unspecified values in ``out``. This is what ``torch.nn.functional.grouped_mm`` takes, with the weight transposed.
+    ``out[t] = x[t] @ weight[e].T`` with ``weight`` ``[E, N, K]``, accumulated in fp32. Rows from ``offsets[-1]`` on
+    belong to no expert; they hold unspecified values in ``out``. This is what ``torch.nn.functional.grouped_mm``
+    takes, with the weight transposed.
 """
 
 from __future__ import annotations
@@ -152,8 +153,8 @@ def _recognise(x: Tensor, weight: Tensor, weight_scales: tuple[Tensor, ...]) -> 
         return Format.NVFP4 if scale.dtype == FP8 else Format.MXFP4
     plain = ", ".join(map(str, PLAIN_DTYPES))
     raise ConfigError(
-        f"weights of {weight.dtype} with {'no scales' if scale is None else f'scales of {scale.dtype}'} are not a known "
-        f"format; accepted are {plain} without scales, {FP8} with torch.float32, and packed FP4 with {FP8} (NVFP4) "
+        f"weights of {weight.dtype} with {'no scales' if scale is None else f'scales of {scale.dtype}'} are not a "
+        f"known format; accepted are {plain} without scales, {FP8} with torch.float32, and packed FP4 with {FP8} (NVFP4) "
         "or torch.float8_e8m0fnu (MXFP4)"
     )
 
