@@ -1,0 +1,230 @@
+"""The driver of an NVIDIA GPU, over ``cuda.bindings.driver``."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
+
+import torch
+from cuda.bindings import driver as cuda
+
+from vmm_dwdp.allocator.driver import DEVICE, Access, Copy, HandleType, Location
+from vmm_dwdp.errors import DriverError
+
+_HANDLE_TYPES: Final = {
+    None: cuda.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_NONE,
+    HandleType.POSIX_FD: cuda.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+    HandleType.FABRIC: cuda.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_FABRIC,
+}
+_ACCESS: Final = {
+    Access.READ: cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READ,
+    Access.READ_WRITE: cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
+}
+_INVALID_VALUE: Final = cuda.CUresult.CUDA_ERROR_INVALID_VALUE.name
+_DEFAULT_STREAM: Final = 0
+_BATCHED_COPIES: Final = 13000  # the driver version that brought cuMemcpyBatchAsync as the bindings call it
+
+
+class _Copies(NamedTuple):
+    """Copies in the form in which the bindings take them."""
+
+    dsts: list[cuda.CUdeviceptr]
+    srcs: list[cuda.CUdeviceptr]
+    sizes: list[int]
+
+
+class CudaDriver:
+    """See `vmm_dwdp.allocator.driver.Driver`. Any thread that has called `activate` may use it.
+
+    It works in the device's primary context, which is the one that torch uses, and keeps it for the life of the
+    process. The constructor activates the calling thread.
+    """
+
+    name = "cuda"
+
+    def __init__(self, device: torch.device) -> None:
+        attempt = f"use {device}"
+        try:
+            _check(attempt, cuda.cuInit, 0)
+        except RuntimeError as error:  # there is no driver that could return an error
+            raise DriverError("cuInit", type(error).__name__, f"{attempt}: there is no NVIDIA driver here") from error
+        if not torch.cuda.is_available():
+            raise DriverError("torch.cuda.is_available", "False", f"{attempt}: this torch {torch.__version__} cannot")
+        self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        self._ordinal = _check(attempt, cuda.cuDeviceGet, self.device.index)
+        self._context = _check(attempt, cuda.cuDevicePrimaryCtxRetain, self._ordinal)
+        self._batched = _check(attempt, cuda.cuDriverGetVersion) >= _BATCHED_COPIES
+        self._attributes = cuda.CUmemcpyAttributes()
+        self._attributes.srcAccessOrder = cuda.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+        self._attributes.flags = cuda.CUmemcpyFlags.CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE
+        self.activate()
+
+    # -- this thread -------------------------------------------------------------------------------------------------
+    def activate(self) -> None:
+        _check(f"make {self.device} current", cuda.cuCtxSetCurrent, self._context)
+
+    # -- physical memory ---------------------------------------------------------------------------------------------
+    def granularity(self, location: Location = DEVICE) -> int:
+        minimum = cuda.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        attempt = f"find the granularity of memory on {location}"
+        return int(_check(attempt, cuda.cuMemGetAllocationGranularity, self._properties(location, None), minimum))
+
+    def create(self, nbytes: int, location: Location = DEVICE, handle_type: HandleType | None = None) -> int:
+        attempt = f"create {nbytes} bytes on {location}"
+        return int(_check(attempt, cuda.cuMemCreate, nbytes, self._properties(location, handle_type), 0))
+
+    def release(self, handle: int) -> None:
+        _check(f"release handle {handle:#x}", cuda.cuMemRelease, handle)
+
+    def export(self, handle: int, handle_type: HandleType) -> int | bytes:
+        attempt = f"export handle {handle:#x} as {handle_type.value}"
+        shared = _check(attempt, cuda.cuMemExportToShareableHandle, handle, _HANDLE_TYPES[handle_type], 0)
+        return int(shared) if handle_type is HandleType.POSIX_FD else bytes(shared.data)
+
+    def import_(self, shared: int | bytes, handle_type: HandleType, nbytes: int) -> int:
+        attempt = f"import {nbytes} bytes as {handle_type.value}"
+        return int(_check(attempt, cuda.cuMemImportFromShareableHandle, shared, _HANDLE_TYPES[handle_type]))
+
+    def _properties(self, location: Location, handle_type: HandleType | None) -> cuda.CUmemAllocationProp:
+        properties = cuda.CUmemAllocationProp()
+        properties.type = cuda.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        properties.requestedHandleTypes = _HANDLE_TYPES[handle_type]
+        if location.numa_node is None:
+            properties.location = self._device_location()
+        else:
+            properties.location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_HOST_NUMA
+            properties.location.id = location.numa_node
+        return properties
+
+    def _device_location(self) -> cuda.CUmemLocation:
+        location = cuda.CUmemLocation()
+        location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        location.id = self.device.index
+        return location
+
+    # -- addresses ---------------------------------------------------------------------------------------------------
+    def reserve(self, nbytes: int) -> int:
+        return int(_check(f"reserve {nbytes} bytes of addresses", cuda.cuMemAddressReserve, nbytes, 0, 0, 0))
+
+    def free(self, address: int, nbytes: int) -> None:
+        _check(f"free {nbytes} bytes at {address:#x}", cuda.cuMemAddressFree, address, nbytes)
+
+    def map(self, address: int, nbytes: int, handle: int) -> None:
+        attempt = f"map {nbytes} bytes of handle {handle:#x} at {address:#x}"
+        _check(attempt, cuda.cuMemMap, address, nbytes, 0, handle, 0)
+
+    def unmap(self, address: int, nbytes: int) -> None:
+        _check(f"unmap {nbytes} bytes at {address:#x}", cuda.cuMemUnmap, address, nbytes)
+
+    def set_access(self, address: int, nbytes: int, access: Access) -> None:
+        description = cuda.CUmemAccessDesc()
+        description.location = self._device_location()
+        description.flags = _ACCESS[access]
+        attempt = f"make {nbytes} bytes at {address:#x} {access.value}"
+        _check(attempt, cuda.cuMemSetAccess, address, nbytes, [description], 1)
+
+    # -- memory without the above --------------------------------------------------------------------------------------
+    def allocate(self, nbytes: int) -> int:
+        return int(_check(f"allocate {nbytes} bytes", cuda.cuMemAlloc, nbytes))
+
+    def deallocate(self, address: int) -> None:
+        _check(f"deallocate {address:#x}", cuda.cuMemFree, address)
+
+    def export_allocation(self, address: int) -> bytes:
+        handle = _check(f"export the allocation at {address:#x}", cuda.cuIpcGetMemHandle, address)
+        return ctypes.string_at(handle.getPtr(), cuda.CU_IPC_HANDLE_SIZE)
+
+    def open_allocation(self, token: bytes, nbytes: int) -> int:
+        attempt = f"open an allocation of {nbytes} bytes"
+        if len(token) != cuda.CU_IPC_HANDLE_SIZE:
+            raise DriverError("open_allocation", _INVALID_VALUE, f"{attempt} by a token of {len(token)} bytes")
+        handle = cuda.CUipcMemHandle()
+        ctypes.memmove(handle.getPtr(), token, len(token))
+        lazily = cuda.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+        address = int(_check(attempt, cuda.cuIpcOpenMemHandle, handle, lazily))
+        _, size = _check(attempt, cuda.cuMemGetAddressRange, address)
+        if size != nbytes:
+            self.close_allocation(address)
+            raise DriverError("open_allocation", _INVALID_VALUE, f"{attempt}, which has {size}")
+        return address
+
+    def close_allocation(self, address: int) -> None:
+        _check(f"close the allocation at {address:#x}", cuda.cuIpcCloseMemHandle, address)
+
+    # -- streams, events, copies -------------------------------------------------------------------------------------
+    def current_stream(self) -> int:
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+    def create_stream(self) -> int:
+        attempt = "create a stream"
+        _, highest = _check(attempt, cuda.cuCtxGetStreamPriorityRange)
+        return int(
+            _check(attempt, cuda.cuStreamCreateWithPriority, cuda.CUstream_flags.CU_STREAM_NON_BLOCKING, highest)
+        )
+
+    def destroy_stream(self, stream: int) -> None:
+        _check(f"destroy stream {stream:#x}", cuda.cuStreamDestroy, stream)
+
+    def create_event(self) -> int:
+        return int(_check("create an event", cuda.cuEventCreate, cuda.CUevent_flags.CU_EVENT_DEFAULT))
+
+    def destroy_event(self, event: int) -> None:
+        _check(f"destroy event {event:#x}", cuda.cuEventDestroy, event)
+
+    def record(self, event: int, stream: int) -> None:
+        _check(f"record event {event:#x} on stream {stream:#x}", cuda.cuEventRecord, event, stream)
+
+    def wait(self, stream: int, event: int) -> None:
+        attempt = f"make stream {stream:#x} wait for event {event:#x}"
+        _check(attempt, cuda.cuStreamWaitEvent, stream, event, cuda.CUevent_wait_flags.CU_EVENT_WAIT_DEFAULT)
+
+    def complete(self, event: int) -> bool:
+        try:
+            _check(f"look at event {event:#x}", cuda.cuEventQuery, event)
+        except DriverError as error:
+            if error.code == cuda.CUresult.CUDA_ERROR_NOT_READY.name:
+                return False
+            raise
+        return True
+
+    def elapsed(self, start: int, end: int) -> float:
+        milliseconds = _check("take the time between two events", cuda.cuEventElapsedTime, start, end)
+        return float(milliseconds) * 1e-3
+
+    def prepare(self, copies: Sequence[Copy]) -> _Copies:
+        return _Copies(
+            dsts=[cuda.CUdeviceptr(copy.dst) for copy in copies],
+            srcs=[cuda.CUdeviceptr(copy.src) for copy in copies],
+            sizes=[copy.nbytes for copy in copies],
+        )
+
+    def copy(self, prepared: _Copies, stream: int) -> None:
+        attempt = f"give {len(prepared.sizes)} copies to stream {stream:#x}"
+        # Refused in a capture, a batch would be missing from the graph, which is otherwise fine and replays without it.
+        if (
+            _check(attempt, cuda.cuStreamIsCapturing, stream)
+            != cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
+        ):
+            code = cuda.CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED.name
+            raise DriverError("copy", code, f"{attempt}, which is being captured into a graph")
+        if self._batched and stream != _DEFAULT_STREAM:  # a batch is not taken there
+            count = len(prepared.sizes)
+            _check(attempt, cuda.cuMemcpyBatchAsync, *prepared, count, [self._attributes], [0], 1, stream)
+        else:
+            for dst, src, nbytes in zip(*prepared, strict=True):
+                _check(attempt, cuda.cuMemcpyAsync, dst, src, nbytes, stream)
+
+    def synchronize(self, stream: int | None = None) -> None:
+        if stream is None:
+            _check(f"wait for {self.device}", cuda.cuCtxSynchronize)
+        else:
+            _check(f"wait for stream {stream:#x}", cuda.cuStreamSynchronize, stream)
+
+
+def _check(attempt: str, call: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
+    """Make the call; its value, or a tuple where there is not one. Raises `DriverError` unless it returns success."""
+    result, *values = call(*arguments)
+    if result != cuda.CUresult.CUDA_SUCCESS:
+        raise DriverError(call.__name__, result.name, attempt)
+    return values[0] if len(values) == 1 else tuple(values)
