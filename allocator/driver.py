@@ -67,6 +67,7 @@ class Driver(Protocol):
 
     name: str  # "cuda" or "host"
     device: torch.device
+    max_mappings: int  # that a process can have at one time
 
     # -- this thread -------------------------------------------------------------------------------------------------
     def activate(self) -> None:

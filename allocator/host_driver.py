@@ -111,6 +111,7 @@ class HostDriver:
                 f"the granularity of the host driver must be a power of two of at least {host_pages.PAGE_BYTES} bytes, "
                 f"not {granularity}"
             )
+        self.max_mappings = host_pages.max_mappings()
         self._granularity = granularity
         self._lock = threading.Lock()  # of the tables
         self._numbers = itertools.count(1)  # handles, streams and events

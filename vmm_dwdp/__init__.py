@@ -1,5 +1,27 @@
-"""Distributed Weight Data Parallelism over CUDA virtual memory."""
+"""Distributed Weight Data Parallelism over CUDA virtual memory.
 
+Every rank of a group sees the expert weights of each MoE layer as ordinary tensors ``[E, ...]`` while it holds only its
+share of them. :class:`DWDPRuntime` is where to begin.
+"""
+
+from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError, DriverError, DWDPError, ExchangeError, StateError
+from vmm_dwdp.placement import HOST, ExpertPlacement
+from vmm_dwdp.runtime import DWDPRuntime
+from vmm_dwdp.stats import LayerStats, Stats
+from vmm_dwdp.weight_spec import WeightSpec
 
-__all__ = ["ConfigError", "DWDPError", "DriverError", "ExchangeError", "StateError"]
+__all__ = [
+    "HOST",
+    "ConfigError",
+    "DWDPConfig",
+    "DWDPError",
+    "DWDPRuntime",
+    "DriverError",
+    "ExchangeError",
+    "ExpertPlacement",
+    "LayerStats",
+    "StateError",
+    "Stats",
+    "WeightSpec",
+]

@@ -95,7 +95,7 @@ class RangeLayout:
         """The tiles that ``owner`` backs, in order: together its resident span."""
         return tuple(tile for tile in self.tiles if owner in tile.owners)
 
-    def staged_pages(self, owner: Owner) -> tuple[range, range]:
-        """The pages before and after the resident span of ``owner``, which slots back; either may be empty."""
-        resident = self.resident_pages(owner)
-        return range(resident.start), range(resident.stop, self.num_pages)
+    def staged_bytes(self, owner: Owner) -> tuple[range, range]:
+        """The whole pages before and after the resident span of ``owner``, which slots back; either may be empty."""
+        resident = self.resident_bytes(owner)
+        return range(resident.start), range(resident.stop, self.num_pages * self.granularity)

@@ -1,0 +1,148 @@
+"""What turns shards and staging memory into the weights that a layer's forward pass reads.
+
+Two ways to do it: :class:`~vmm_dwdp.virtual_assembly.VirtualAssembly` gives one tensor per weight,
+:class:`~vmm_dwdp.tensor_list_assembly.TensorListAssembly` a list of them. The runtime drives both by the same calls, in
+this order: `add`; `shard`, filled by the caller; `shares`, given to others; `attach`, for every other owner; `build`;
+then `copies` and `weights` for as long as it lives; `close`.
+"""
+
+from __future__ import annotations
+
+import abc
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from vmm_dwdp.allocator.driver import Copy, Driver
+from vmm_dwdp.allocator.handles import Descriptor, Ledger, ResourceStack
+from vmm_dwdp.layer import Layer
+from vmm_dwdp.placement import Owner
+from vmm_dwdp.plan import Segment
+from vmm_dwdp.tensor_memory import TensorMemory
+
+Weights = dict[str, torch.Tensor] | dict[str, list[torch.Tensor]]
+Share = Descriptor | bytes  # physical memory on its way to another process
+
+
+class Assembly(abc.ABC):
+    """The memory of one rank: its own shards, its views of the others', and its slots.
+
+    Attributes:
+        resident_nbytes: physical bytes of the rank's own shards, whole pages.
+        staged_nbytes: physical bytes of the slots.
+    """
+
+    def __init__(self, driver: Driver, ledger: Ledger, rank: int, prefetch_depth: int) -> None:
+        self.resident_nbytes = 0
+        self.staged_nbytes = 0
+        self._driver = driver
+        self._ledger = ledger
+        self._rank = rank
+        self._depth = prefetch_depth
+        self._layers: list[Layer] = []
+        self._ranges: list[TensorMemory[Any]] = []
+        self._resources = ResourceStack()
+        self._received: dict[Owner, list[Share]] = {}
+
+    @property
+    @abc.abstractmethod
+    def granularity(self) -> int:
+        """Bytes to which layouts are rounded outward."""
+
+    def add(self, layer: Layer) -> None:
+        """One more layer, the next in the order of a pass. Takes no memory."""
+        self._layers.append(layer)
+
+    @abc.abstractmethod
+    def num_mappings(self) -> int:
+        """How many mappings the layers added so far need, when everything is built."""
+
+    @abc.abstractmethod
+    def shard(self, layer: Layer, weight: str, owner: Owner) -> torch.Tensor:
+        """``[n, ...]``: the experts that ``owner`` holds, in the memory of this rank, which is taken if need be."""
+
+    @abc.abstractmethod
+    def shares(self, owner: Owner) -> list[Share]:
+        """The memory of all of ``owner``'s shards, which this rank holds, in an order that all ranks know.
+
+        Descriptors in it belong to the caller.
+        """
+
+    @abc.abstractmethod
+    def num_shares(self, owner: Owner) -> int:
+        """How many `shares` of ``owner`` there are."""
+
+    def attach(self, owner: Owner, shares: Sequence[Share]) -> None:
+        """Make another owner's memory readable; takes over ``shares``, and keeps them for a rank that comes back."""
+        for share in shares:
+            if isinstance(share, Descriptor):
+                self._resources.push(share)
+        self._received[owner] = list(shares)
+        self._attach(owner, shares)
+
+    @abc.abstractmethod
+    def _attach(self, owner: Owner, shares: Sequence[Share]) -> None: ...
+
+    @abc.abstractmethod
+    def build(self) -> None:
+        """Take the slots and make the weights, once all other owners are attached."""
+
+    @abc.abstractmethod
+    def weights(self, layer: Layer) -> Weights:
+        """What `acquire` returns for the layer."""
+
+    @abc.abstractmethod
+    def tensor_list(self, layer: Layer, weight: str) -> list[torch.Tensor]:
+        """One weight as contiguous tensors in expert order: before the rank's own experts, its own, and after them."""
+
+    def copies(self, layer: Layer, segments: Sequence[Segment]) -> list[Copy]:
+        """The addresses of planned segments."""
+        return [
+            Copy(
+                self._destination(layer, weight, run.start),
+                self._source(layer, weight, owner, run.start),
+                len(run),
+            )
+            for weight, owner, run in segments
+        ]
+
+    @abc.abstractmethod
+    def _destination(self, layer: Layer, weight: str, byte: int) -> int: ...
+
+    @abc.abstractmethod
+    def _source(self, layer: Layer, weight: str, owner: Owner, byte: int) -> int: ...
+
+    def close(self) -> None:
+        """Free everything in which no caller's tensor lies, and warn of the rest. The device is idle.
+
+        Another call frees what has been let go since, and tries again what failed.
+        """
+        kept = []
+        for memory in self._ranges:
+            if memory.in_use():
+                label = memory.memory.label
+                warnings.warn(f"{label} stays, as a tensor over it is still held", ResourceWarning, stacklevel=3)
+                kept.append(memory)
+            else:
+                self._resources.push(memory.memory)
+        self._ranges = kept
+        self._resources.close()
+
+    def _layers_of_slot(self) -> list[list[Layer]]:
+        """For each slot the layers that use it: the i-th layer uses slot ``i % prefetch_depth``."""
+        return [self._layers[slot :: self._depth] for slot in range(min(self._depth, len(self._layers)))]
+
+    def _weights_of_layers(self) -> Iterator[tuple[Layer, str]]:
+        """Every weight of every layer, in the order in which all ranks list memory."""
+        for layer in self._layers:
+            for weight in layer.weights:
+                yield layer, weight
+
+    def _parts(self, layer: Layer, weight: str) -> Iterator[range]:
+        """The runs of experts of `tensor_list`, empty ones left out."""
+        own = layer.placement.experts(self._rank)
+        for run in range(own.start), own, range(own.stop, layer.placement.num_experts):
+            if run:
+                yield run

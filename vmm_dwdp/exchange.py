@@ -1,0 +1,271 @@
+"""Who holds what, and handing over the memory: every rank serves its shares on a Unix socket of a private directory.
+
+There is no collective. A rank asks each holder for what it needs, waits until a deadline, and names the rank that did
+not answer. When it has all it needs it says so to every other rank, and waits to hear the same from them: from then on
+it may leave or die without harm to anybody.
+
+A request is a JSON object with the token of the rendezvous. The answer is a JSON object with the shares as descriptors
+beside it, or as hexadecimal bytes inside it, or with the sentence of a refusal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, Final, Literal
+
+from vmm_dwdp.allocator.handles import Descriptor, Ledger
+from vmm_dwdp.allocator.sharing import peer_uid, receive, send
+from vmm_dwdp.assembly import Share
+from vmm_dwdp.errors import DWDPError, ExchangeError
+from vmm_dwdp.placement import Owner
+from vmm_dwdp.rendezvous import Rendezvous
+
+PROTOCOL_VERSION: Final = 1
+MAX_REQUEST_NBYTES: Final = 4096
+REQUEST_SECONDS: Final = 5.0  # a client that takes longer to ask, or to take the answer, is dropped
+MAX_CLIENTS: Final = 64  # at one time; more wait in the kernel's queue
+_SHARE_NBYTES: Final = 1024  # generous for one token in an answer
+_RETRY_SECONDS: Final = 0.01
+
+Ask = Literal["shares", "published", "alive"]
+
+
+class Exchange:
+    """One rank's door: what it serves to others, and what it asks of them.
+
+    Args:
+        fingerprint: equal on two ranks exactly if their configs and layers are.
+        shares: gives the shares of an owner whose memory this rank holds; descriptors in them become the exchange's.
+    """
+
+    def __init__(
+        self,
+        rendezvous: Rendezvous,
+        ledger: Ledger,
+        rank: int,
+        fingerprint: str,
+        shares: Callable[[Owner], list[Share]],
+    ) -> None:
+        self._rendezvous = rendezvous
+        self._ledger = ledger
+        self._rank = rank
+        self._fingerprint = fingerprint
+        self._shares = shares
+        self._listener: socket.socket | None = None
+        self._clients: dict[_CountedThread, socket.socket] = {}
+        self._changed = threading.Condition()  # guards `_clients` and `_published`
+        self._published: set[int] = set()
+
+    # -- asking ------------------------------------------------------------------------------------------------------
+    def collect(self, owner: Owner, holder: int, count: int, deadline: float) -> list[Share]:
+        """The ``count`` shares of ``owner``, served by rank ``holder``; descriptors in them are the caller's."""
+        answer, descriptors = self._ask(holder, "shares", deadline, owner=owner, max_shares=count)
+        shares: list[Share] = [*descriptors, *map(bytes.fromhex, answer.get("tokens", ()))]
+        if len(shares) != count:
+            for descriptor in descriptors:
+                descriptor.close()
+            raise ExchangeError(f"rank {holder} sent {len(shares)} shares of {owner} instead of {count}")
+        return shares
+
+    def agree_published(self, ranks: Collection[int], deadline: float) -> None:
+        """Say to ``ranks`` that this rank has all it needs, and wait until each of them has said so."""
+        for rank in ranks:
+            self._ask(rank, "published", deadline)
+        with self._changed:
+            while missing := sorted(set(ranks) - self._published):
+                if not self._changed.wait(deadline - time.monotonic()):
+                    raise ExchangeError(f"rank {missing[0]} came, but did not finish publishing before the deadline")
+
+    def alive(self, rank: int) -> bool:
+        """Whether ``rank`` answers now."""
+        try:
+            self._ask(rank, "alive", time.monotonic() + REQUEST_SECONDS, retry=False)
+        except ExchangeError:
+            return False
+        return True
+
+    def _ask(
+        self, rank: int, ask: Ask, deadline: float, *, owner: Owner | None = None, max_shares: int = 0, retry: bool = True
+    ) -> tuple[dict[str, Any], list[Descriptor]]:
+        request = {
+            "version": PROTOCOL_VERSION,
+            "token": self._rendezvous.token.hex(),
+            "fingerprint": self._fingerprint,
+            "rank": self._rank,
+            "ask": ask,
+            "owner": owner,
+        }
+        with self._connect(rank, deadline, retry) as sock:
+            try:
+                send(sock, json.dumps(request).encode(), deadline=deadline)
+                max_bytes = MAX_REQUEST_NBYTES + max_shares * _SHARE_NBYTES
+                payload, descriptors = receive(
+                    sock, max_bytes=max_bytes, max_fds=max_shares, deadline=deadline, ledger=self._ledger
+                )
+            except ExchangeError as error:
+                raise ExchangeError(f"asking rank {rank} for {ask!r}: {error}") from error
+        try:
+            answer = json.loads(payload)
+            refusal = answer.get("error")
+        except (ValueError, AttributeError):
+            answer, refusal = {}, "its answer is not a JSON object"
+        if refusal is not None:
+            for descriptor in descriptors:
+                descriptor.close()
+            raise ExchangeError(f"rank {rank} refused: {refusal}")
+        return answer, descriptors
+
+    @contextlib.contextmanager
+    def _connect(self, rank: int, deadline: float, retry: bool) -> Iterator[socket.socket]:
+        """A connection to ``rank``, which may not have come yet."""
+        path = self._rendezvous.socket_path(rank)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
+            while True:
+                try:
+                    sock.connect(str(path))
+                    break
+                except (FileNotFoundError, ConnectionRefusedError) as error:  # not there yet, or a dead rank's socket
+                    if not retry or time.monotonic() > deadline:
+                        raise ExchangeError(f"rank {rank} did not come: nobody listens at {path}") from error
+                    time.sleep(_RETRY_SECONDS)
+                except OSError as error:
+                    raise ExchangeError(f"cannot connect to rank {rank} at {path}: {error.strerror}") from error
+            yield sock
+
+    # -- answering ---------------------------------------------------------------------------------------------------
+    def serve(self) -> None:
+        """Start answering others."""
+        path = self._rendezvous.socket_path(self._rank)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            # Bound under another name and then renamed: whoever finds the socket can connect to it, and one that a dead
+            # process left behind is replaced.
+            bound = path.with_name(f".{path.name}-{os.getpid()}")
+            listener.bind(str(bound))
+            listener.listen(MAX_CLIENTS)
+            os.replace(bound, path)
+        except OSError as error:
+            listener.close()
+            raise ExchangeError(f"rank {self._rank} cannot listen at {path}: {error.strerror}") from error
+        self._listener = listener
+        self._start(self._accept, listener)
+
+    def _start(self, run: Callable[[socket.socket], None], sock: socket.socket) -> None:
+        thread = _CountedThread(self._ledger, lambda: self._run(thread, run, sock))
+        with self._changed:
+            self._clients[thread] = sock
+        thread.start()
+
+    def _run(self, thread: _CountedThread, run: Callable[[socket.socket], None], sock: socket.socket) -> None:
+        try:
+            with sock:
+                run(sock)
+        finally:
+            with self._changed:
+                del self._clients[thread]
+                self._changed.notify_all()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: len(self._clients) <= MAX_CLIENTS)
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return  # `close` has shut it down
+            self._start(self._answer, client)
+
+    def _answer(self, client: socket.socket) -> None:
+        """One request. A client that is slow, foreign or mistaken costs its own connection and nothing else."""
+        shares: list[Share] = []
+        try:
+            if peer_uid(client) != os.getuid():
+                return
+            payload, _ = receive(
+                client,
+                max_bytes=MAX_REQUEST_NBYTES,
+                max_fds=0,
+                deadline=time.monotonic() + REQUEST_SECONDS,
+                ledger=self._ledger,
+            )
+            request = self._checked(payload)
+            if request is None:
+                return
+            answer: dict[str, Any] = {"error": self._refusal(request)}
+            if answer["error"] is None and request["ask"] == "shares":
+                try:
+                    shares = self._shares(request["owner"])
+                except DWDPError as error:
+                    answer["error"] = str(error)
+                answer["tokens"] = [share.hex() for share in shares if isinstance(share, bytes)]
+            fds = [share.fd for share in shares if isinstance(share, Descriptor)]
+            send(client, json.dumps(answer).encode(), fds, deadline=time.monotonic() + REQUEST_SECONDS)
+            if answer["error"] is None and request["ask"] == "published":
+                with self._changed:
+                    self._published.add(request["rank"])
+                    self._changed.notify_all()
+        except ExchangeError:
+            return
+        finally:
+            for share in shares:
+                if isinstance(share, Descriptor):
+                    share.close()
+
+    def _checked(self, payload: bytes) -> dict[str, Any] | None:
+        """The request, if it is one and its sender knows the token; strangers are not answered."""
+        try:
+            request = json.loads(payload)
+            token = bytes.fromhex(request["token"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return None
+        return request if hmac.compare_digest(token, self._rendezvous.token) else None
+
+    def _refusal(self, request: dict[str, Any]) -> str | None:
+        """Why the request of a member cannot be answered."""
+        if request.get("version") != PROTOCOL_VERSION:
+            return f"it speaks version {PROTOCOL_VERSION} of the protocol, not {request.get('version')!r}"
+        if request.get("fingerprint") != self._fingerprint:
+            return "its config or its layers differ from those of the rank that asks"
+        if not isinstance(request.get("rank"), int):
+            return "the request does not say which rank asks"
+        if request.get("ask") not in Ask.__args__:
+            return f"it does not know how to answer {request.get('ask')!r}"
+        return None
+
+    def close(self) -> None:
+        """Stop answering; drop clients that are being answered. A second call does nothing."""
+        if self._listener is None:
+            return
+        self._rendezvous.leave(self._rank)
+        while self._clients:
+            with self._changed:
+                running = dict(self._clients)
+            for sock in running.values():
+                with contextlib.suppress(OSError):  # the other end, or the thread itself, was faster
+                    sock.shutdown(socket.SHUT_RDWR)
+            for thread in running:
+                thread.join()
+        self._listener = None
+
+
+class _CountedThread(threading.Thread):
+    """A thread that the ledger counts while it runs."""
+
+    def __init__(self, ledger: Ledger, run: Callable[[], None]) -> None:
+        super().__init__(name="vmm-dwdp-exchange", daemon=True)
+        self._counted_run = run
+        self._ledger = ledger
+
+    def run(self) -> None:
+        token = self._ledger.add("threads", self.name)
+        try:
+            self._counted_run()
+        finally:
+            self._ledger.remove(token)

@@ -1,0 +1,193 @@
+"""The schedule: which layer each slot holds, what to copy next, and the events that keep copies and kernels apart.
+
+[Note: The event protocol]
+Layer ``i`` always uses slot ``i % depth``. A slot has two events, and each has one recorder and one waiter:
+
+    ready      recorded on the copy stream after the last copy into the slot; `acquire` makes the compute stream wait
+               for it before the first kernel that reads the slot
+    consumed   recorded on the compute stream by `release`, after the last kernel that reads the slot; the copy stream
+               waits for it before the first copy that overwrites the slot
+
+    compute    | layer 0, slot 0 |c0| layer 1, slot 1 |c1| wait r0 | layer 2, slot 0 |c0| ...
+    copies     ............... wait c0 |== layer 2 ==|r0| wait c1 |== layer 3 ==|r1| wait c0 |== layer 4 ==|r0| ...
+
+So a layer is fetched at the release of the layer that holds its own slot, never earlier. At the end of a pass that is
+one of the first layers of the next pass; between passes slot ``i`` holds, or is being filled with, layer ``i``.
+
+An event is waited for only after it was recorded: a wait refers to the latest record made before it. `consumed` is
+recorded before the fetch is submitted, and `acquire` waits for the issuer before it waits for `ready`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from vmm_dwdp.allocator.driver import Driver
+from vmm_dwdp.allocator.handles import Event, Ledger, ResourceStack, Stream
+from vmm_dwdp.errors import StateError
+from vmm_dwdp.issue import Issuer, Ticket
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """What one layer's prefetch gives to the driver.
+
+    Attributes:
+        number: the model's own number of the layer, for messages.
+        prepared: what `Driver.prepare` made of the copies; ``None`` if nothing is remote.
+        nbytes: bytes that they move.
+    """
+
+    number: int
+    prepared: Any
+    nbytes: int
+
+
+@dataclass
+class LayerCounts:
+    """What happened to one layer so far."""
+
+    hits: int = 0
+    misses: int = 0
+    fetched_bytes: int = 0
+    exposed_wait_s: float = 0.0
+
+
+@dataclass
+class _Slot:
+    ready: Event
+    consumed: Event
+    holds: int | None = None  # the layer that it holds or is being filled with
+    reader: int | None = None  # the layer that was acquired and not yet released
+    ticket: Ticket | None = None  # the latest fetch into it
+
+
+@dataclass
+class _Wait:
+    """The moments between which the compute stream waited for a layer: recorded by `acquire`, read a pass later."""
+
+    arrived: Event
+    resumed: Event
+    pending: bool = False
+
+
+class Prefetcher:
+    """Fetches layers into slots ahead of their use. One thread calls `acquire`, `release` and `reset`.
+
+    Nothing here waits for the device, except on a driver whose compute is synchronous.
+    """
+
+    def __init__(
+        self, driver: Driver, ledger: Ledger, issuer: Issuer, fetches: Sequence[Fetch], prefetch_depth: int
+    ) -> None:
+        """Starts fetching the first ``prefetch_depth`` layers. Takes over ``issuer``."""
+        self.counts = [LayerCounts() for _ in fetches]
+        self._driver = driver
+        self._issuer = issuer
+        self._fetches = fetches
+        self._resources = ResourceStack()
+        try:
+            push = self._resources.push
+            self._stream = push(Stream(driver, ledger, "copies"))
+            self._slots = [
+                _Slot(push(Event(driver, ledger, f"slot {i} ready")), push(Event(driver, ledger, f"slot {i} consumed")))
+                for i in range(min(prefetch_depth, len(fetches)))
+            ]
+            self._waits = [
+                _Wait(push(Event(driver, ledger, f"{fetch.number} arrived")), push(Event(driver, ledger, "resumed")))
+                for fetch in fetches
+            ]
+            self.reset(driver.current_stream())
+        except BaseException:
+            self.close()
+            raise
+
+    def acquire(self, index: int, stream: int) -> None:
+        """Make ``stream`` wait until layer ``index`` is in its slot. Raises `StateError` if the slot is being read."""
+        slot = self._slots[index % len(self._slots)]
+        if slot.reader is not None:
+            held, asked = self._fetches[slot.reader].number, self._fetches[index].number
+            if slot.reader == index:
+                raise StateError(f"layer {asked} is acquired already, and was not released")
+            raise StateError(f"layer {asked} needs the slot of layer {held}, which was not released")
+        hit = slot.holds == index
+        if not hit:
+            self._fetch(slot, index)
+        self._await_issue(slot)
+        wait = self._waits[index]
+        self._measure(index)
+        if not wait.pending:
+            self._driver.record(wait.arrived.event, stream)
+        self._driver.wait(stream, slot.ready.event)
+        if not wait.pending:
+            self._driver.record(wait.resumed.event, stream)
+            wait.pending = True
+        slot.reader = index
+        counts = self.counts[index]
+        counts.hits += hit
+        counts.misses += not hit
+
+    def release(self, index: int, stream: int) -> None:
+        """Layer ``index`` has been read by the work given to ``stream``: fetch the next layer that uses its slot."""
+        slot = self._slots[index % len(self._slots)]
+        if slot.reader != index:
+            raise StateError(f"layer {self._fetches[index].number} is released, but was not acquired")
+        self._driver.record(slot.consumed.event, stream)
+        slot.reader = None
+        following = index + len(self._slots)
+        self._fill(slot, following if following < len(self._fetches) else index % len(self._slots))
+
+    def reset(self, stream: int) -> None:
+        """Give up layers that were acquired on ``stream``, and make the slots as they are between passes."""
+        for index, slot in enumerate(self._slots):
+            if slot.reader is not None:
+                self._driver.record(slot.consumed.event, stream)
+                slot.reader = None
+            self._fill(slot, index)
+
+    def _fill(self, slot: _Slot, index: int) -> None:
+        if slot.holds != index:
+            self._fetch(slot, index)
+
+    def _fetch(self, slot: _Slot, index: int) -> None:
+        slot.holds = index
+        slot.ticket = self._issuer.submit(partial(self._issue, slot, self._fetches[index]))
+        self.counts[index].fetched_bytes += self._fetches[index].nbytes
+
+    def _issue(self, slot: _Slot, fetch: Fetch) -> None:
+        """Runs wherever the issuer runs jobs."""
+        self._driver.wait(self._stream.stream, slot.consumed.event)
+        if fetch.prepared is not None:
+            self._driver.copy(fetch.prepared, self._stream.stream)
+        self._driver.record(slot.ready.event, self._stream.stream)
+
+    def _await_issue(self, slot: _Slot) -> None:
+        if slot.ticket is not None:
+            try:
+                slot.ticket.result()
+            except BaseException:
+                slot.holds = None  # so that the next acquire tries again
+                raise
+            finally:
+                slot.ticket = None
+
+    def _measure(self, index: int) -> None:
+        """Add up the layer's previous wait, once the device has passed it."""
+        wait = self._waits[index]
+        if wait.pending and self._driver.complete(wait.resumed.event):
+            self.counts[index].exposed_wait_s += self._driver.elapsed(wait.arrived.event, wait.resumed.event)
+            wait.pending = False
+
+    def measure(self) -> None:
+        """Bring `counts` up to date with what the device has passed."""
+        for index in range(len(self._fetches)):
+            self._measure(index)
+
+    def close(self) -> None:
+        """Stop issuing, wait until the device is idle, and free stream and events."""
+        self._issuer.close()
+        self._driver.synchronize()
+        self._resources.close()

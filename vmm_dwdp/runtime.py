@@ -1,0 +1,364 @@
+"""The runtime that a model runner imports: from shapes to tensors in which every expert is at its place."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final, Self
+
+import torch
+import torch.distributed as dist
+
+from vmm_dwdp.allocator import open_driver
+from vmm_dwdp.allocator.driver import DEVICE, Driver, HandleType, Location
+from vmm_dwdp.allocator.handles import Ledger, Stream
+from vmm_dwdp.allocator.probe import supported_handle_types
+from vmm_dwdp.assembly import Assembly, Weights
+from vmm_dwdp.config import DWDPConfig
+from vmm_dwdp.errors import ConfigError, DriverError, DWDPError, StateError
+from vmm_dwdp.exchange import Exchange
+from vmm_dwdp.issue import InlineIssuer, Issuer, ThreadIssuer
+from vmm_dwdp.layer import Layer, describe_layer
+from vmm_dwdp.placement import HOST, Owner
+from vmm_dwdp.prefetch import Fetch, Prefetcher
+from vmm_dwdp.rendezvous import Rendezvous
+from vmm_dwdp.stats import LayerStats, Stats
+from vmm_dwdp.tensor_list_assembly import TensorListAssembly
+from vmm_dwdp.virtual_assembly import VirtualAssembly
+from vmm_dwdp.weight_spec import WeightSpec
+
+HOST_CREATOR: Final = 0  # the rank that creates, fills and serves the pool of host memory
+MAX_INLINE_COPIES: Final = 32  # a layer with more copies than this is issued by a thread of its own
+
+
+class DWDPRuntime:
+    """One rank of a group that shares one copy of the experts.
+
+    Set-up: `add_layer` for every MoE layer in the order of a pass, fill what `local_shard` returns, `publish`. Then, for
+    every layer of every pass: `acquire`, the forward pass of the layer, `release`; no rank waits for another. `close`
+    when done. Calls come from one thread at a time.
+
+    Args:
+        config: equal on all ranks of the group.
+        rank: this process's place in the group, from 0.
+        device: where the weights are; ``"cpu"`` is the host driver, which needs no GPU.
+        rendezvous: a directory that all ranks of this group name and no other group does; it is made with mode 0700 if
+            it is missing. Or a process group of the ranks.
+        driver: an open driver of ``device`` to use instead of a new one, for example a host driver with small pages.
+
+    Raises:
+        ConfigError: there is no such rank, or the machine lacks what the config asks for.
+        ExchangeError: the rendezvous directory is not private.
+        DriverError: the device cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: DWDPConfig,
+        rank: int,
+        device: str | torch.device,
+        rendezvous: str | os.PathLike[str] | dist.ProcessGroup,
+        *,
+        driver: Driver | None = None,
+    ) -> None:
+        if not 0 <= rank < config.group_size:
+            raise ConfigError(f"rank {rank} is not in a group of {config.group_size}")
+        self.config = config
+        self.rank = rank
+        self.ledger = Ledger()
+        self._driver = driver or open_driver(torch.device(device))
+        self._driver.activate()
+        self._assembly = _make_assembly(config, rank, self._driver, self.ledger)
+        self._rendezvous = Rendezvous(rendezvous)
+        self._layers: list[Layer] = []
+        self._index: dict[int, int] = {}
+        self._weights: list[Weights] = []
+        self._exchange: Exchange | None = None
+        self._prefetcher: Prefetcher | None = None
+        self._closed = False
+
+    @property
+    def device(self) -> torch.device:
+        return self._driver.device
+
+    # -- set-up ------------------------------------------------------------------------------------------------------
+    def add_layer(self, layer: int, weights: Mapping[str, WeightSpec]) -> None:
+        """State a layer's weights, all ``[E, ...]`` with the same ``E``, in the order in which its forward pass reads them.
+
+        Takes no memory. Layers are numbered as the caller likes, and stated in the order of a pass.
+
+        Raises:
+            ConfigError: the layer was stated already, its weights disagree, its experts cannot be spread over the group,
+                or all layers so far need more mappings than a process can have.
+            StateError: after `publish`.
+        """
+        self._require_setup("add_layer")
+        if layer in self._index:
+            raise ConfigError(f"layer {layer} was added already")
+        described = describe_layer(layer, weights, self.config, self.rank, self._assembly.granularity)
+        self._assembly.add(described)
+        self._index[layer] = len(self._layers)
+        self._layers.append(described)
+
+    def local_experts(self, layer: int, owner: Owner | None = None) -> range:
+        """The experts that this rank, or ``owner``, holds of ``layer``."""
+        return self._described(layer).placement.experts(self.rank if owner is None else owner)
+
+    def local_shard(self, layer: int, weight: str, owner: Owner | None = None) -> torch.Tensor:
+        """A tensor ``[n, ...]`` over this rank's own pages of a weight: fill it with the experts `local_experts`.
+
+        ``owner="host"`` is the pool of host memory, on the rank that creates it (rank 0). The memory is taken by the
+        first call and is undefined until it is filled. The tensor may be kept; writing to it after `publish` changes
+        what other ranks read, without telling them.
+
+        Raises:
+            ConfigError: no such layer, weight or owner here.
+            DriverError: memory could not be had; the runtime is closed then.
+            StateError: after `publish`.
+        """
+        self._require_setup("local_shard")
+        described = self._described(layer)
+        if weight not in described.weights:
+            raise ConfigError(f"layer {layer} has no weight {weight!r}; it has {', '.join(described.weights)}")
+        owner = self.rank if owner is None else owner
+        if owner not in self._held:
+            raise ConfigError(f"rank {self.rank} does not hold the shards of {owner!r}")
+        with self._closed_on_failure():
+            return self._assembly.shard(described, weight, owner)
+
+    @property
+    def _held(self) -> tuple[Owner, ...]:
+        """The owners whose memory this rank creates."""
+        hosts = self.config.host_experts > 0 and self.rank == HOST_CREATOR
+        return (self.rank, HOST) if hosts else (self.rank,)
+
+    def publish(self, timeout: float = 60.0) -> None:
+        """Serve this rank's shards, map those of the others, and start prefetching.
+
+        Waits for the device, and at most ``timeout`` seconds for the other ranks. When it returns, every rank has what it
+        needs, and none depends on another's being alive. If it raises, the runtime is closed and nothing stays allocated.
+
+        Raises:
+            ConfigError: there is no layer.
+            ExchangeError: a rank, which is named, did not come in time or has a different config.
+            DriverError: memory could not be had.
+            StateError: published before.
+        """
+        self._require_setup("publish")
+        if not self._layers:
+            raise ConfigError("publish needs at least one layer")
+        deadline = time.monotonic() + timeout
+        with self._closed_on_failure():
+            self._check_limits()
+            for described in self._layers:
+                for weight in described.weights:
+                    for owner in self._held:
+                        self._assembly.shard(described, weight, owner)
+            self._driver.synchronize()  # what the caller copied into the shards is there before anybody reads it
+            self._exchange = Exchange(
+                self._rendezvous, self.ledger, self.rank, self._fingerprint(), self._assembly.shares
+            )
+            self._exchange.serve()
+            self._attach_others(self._exchange, deadline)
+            self._assembly.build()
+            self._fill_edges()
+            others = [rank for rank in range(self.config.group_size) if rank != self.rank]
+            self._exchange.agree_published(others, deadline)
+            self._weights = [self._assembly.weights(described) for described in self._layers]
+            self._prefetcher = self._start_prefetching()
+
+    def _check_limits(self) -> None:
+        needed = self._assembly.num_mappings()
+        if needed > self._driver.max_mappings:
+            raise ConfigError(
+                f"{len(self._layers)} layers need {needed} mappings, but a process can have {self._driver.max_mappings}"
+            )
+
+    def _fingerprint(self) -> str:
+        """A digest of everything in which all ranks must agree."""
+        layers = [
+            (described.number, [(name, spec.shape, str(spec.dtype)) for name, spec in described.weights.items()])
+            for described in self._layers
+        ]
+        agreed = json.dumps([dataclasses.asdict(self.config), self._assembly.granularity, self.device.type, layers])
+        return hashlib.sha256(agreed.encode()).hexdigest()
+
+    def _attach_others(self, exchange: Exchange, deadline: float) -> None:
+        owners = sorted({owner for described in self._layers for owner in described.placement.owners}, key=str)
+        for owner in owners:
+            if owner in self._held:
+                continue
+            holder = HOST_CREATOR if owner == HOST else owner
+            shares = exchange.collect(owner, holder, self._assembly.num_shares(owner), deadline)
+            self._assembly.attach(owner, shares)
+
+    def _fill_edges(self) -> None:
+        """Copy the neighbours' bytes that share a page with this rank's own; they stay there for good."""
+        copies = [
+            copy for described in self._layers for copy in self._assembly.copies(described, described.plan.edges)
+        ]
+        if copies:
+            with Stream(self._driver, self.ledger, "edges") as stream:
+                self._driver.copy(self._driver.prepare(copies), stream.stream)
+                self._driver.synchronize(stream.stream)
+
+    def _start_prefetching(self) -> Prefetcher:
+        fetches = []
+        most = 0
+        for described in self._layers:
+            copies = self._assembly.copies(described, described.plan.slices)
+            prepared = self._driver.prepare(copies) if copies else None
+            fetches.append(Fetch(described.number, prepared, described.plan.fetched_bytes))
+            most = max(most, len(copies))
+        issuer: Issuer = InlineIssuer() if most <= MAX_INLINE_COPIES else ThreadIssuer(self._driver, self.ledger)
+        return Prefetcher(self._driver, self.ledger, issuer, fetches, self.config.prefetch_depth)
+
+    # -- a pass ------------------------------------------------------------------------------------------------------
+    def acquire(self, layer: int, *, stream: torch.cuda.Stream | None = None) -> Weights:
+        """Make ``stream`` (default: the current one) wait until all experts of ``layer`` are in place.
+
+        Returns:
+            By weight, the tensor ``[E, ...]``: the same tensors, at the same addresses, on every call. They may be read
+            by work given to ``stream`` until `release`; nobody may write to them. With ``assembly: tensor_list``, a list
+            of tensors per weight, in expert order.
+
+        Does not wait for the device. A layer that comes in another order than it was added is fetched now.
+
+        Raises:
+            ConfigError: no such layer.
+            StateError: the layer, or another that uses its slot, was acquired and not released; or not published.
+            DriverError: a copy could not be issued; the call may be repeated.
+        """
+        index = self._number(layer)
+        self._running().acquire(index, self._stream(stream))
+        return self._weights[index]
+
+    def release(self, layer: int, *, stream: torch.cuda.Stream | None = None) -> None:
+        """All work that reads ``layer`` has been given to ``stream`` (default: the current one). Starts the next fetch."""
+        self._running().release(self._number(layer), self._stream(stream))
+
+    @contextmanager
+    def layer(self, layer: int, *, stream: torch.cuda.Stream | None = None) -> Iterator[Weights]:
+        """`acquire` on entering, `release` on leaving, by an exception as well."""
+        weights = self.acquire(layer, stream=stream)
+        try:
+            yield weights
+        finally:
+            self.release(layer, stream=stream)
+
+    def reset(self, *, stream: torch.cuda.Stream | None = None) -> None:
+        """Give up a pass that ended early: release what is acquired and refetch the first layers."""
+        self._running().reset(self._stream(stream))
+
+    def tensor_list(self, layer: int, weight: str) -> list[torch.Tensor]:
+        """The same bytes as `acquire` returns, as at most three contiguous tensors ``[E_i, ...]`` in expert order: the
+        experts before this rank's own, its own, and those after. Valid between `acquire` and `release`."""
+        self._running()
+        described = self._described(layer)
+        if weight not in described.weights:
+            raise ConfigError(f"layer {layer} has no weight {weight!r}; it has {', '.join(described.weights)}")
+        return self._assembly.tensor_list(described, weight)
+
+    def _stream(self, stream: torch.cuda.Stream | None) -> int:
+        return self._driver.current_stream() if stream is None else stream.cuda_stream
+
+    # -- what it tells -----------------------------------------------------------------------------------------------
+    def stats(self) -> Stats:
+        """Bytes, hits, misses and waits since publish. Does not wait for the device."""
+        layers = {}
+        if self._prefetcher is not None:
+            self._prefetcher.measure()
+            for described, counts in zip(self._layers, self._prefetcher.counts, strict=True):
+                layers[described.number] = LayerStats(**dataclasses.asdict(counts))
+        return Stats(self._assembly.resident_nbytes, self._assembly.staged_nbytes, layers)
+
+    def peers(self) -> dict[int, bool]:
+        """For every other rank, whether it answers now."""
+        self._running()
+        assert self._exchange is not None
+        return {rank: self._exchange.alive(rank) for rank in range(self.config.group_size) if rank != self.rank}
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+    def close(self) -> Ledger:
+        """Wait for the device, and free all that nobody references; the ledger tells what is left.
+
+        A range in which the caller still holds a tensor stays mapped, with a `ResourceWarning` that names it: the tensor
+        reads old bytes instead of crashing the process. The next `close` frees it once it is let go. Where an undoing
+        call fails, its error is raised, and the next `close` tries again.
+        """
+        self._closed = True
+        self._weights = []
+        if self._exchange is None:
+            self._rendezvous.leave(self.rank)
+        else:
+            self._exchange.close()
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+        self._driver.synchronize()
+        self._assembly.close()
+        return self.ledger
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    @contextmanager
+    def _closed_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as failure:
+            try:
+                self.close()
+            except DWDPError as error:
+                failure.add_note(f"and then, while closing: {error}")
+            raise
+
+    # -- which calls are allowed when --------------------------------------------------------------------------------
+    def _require_setup(self, call: str) -> None:
+        if self._closed:
+            raise StateError(f"{call} after close")
+        if self._prefetcher is not None:
+            raise StateError(f"{call} after publish")
+
+    def _running(self) -> Prefetcher:
+        if self._closed:
+            raise StateError("the runtime is closed")
+        if self._prefetcher is None:
+            raise StateError("the runtime is not published yet")
+        return self._prefetcher
+
+    def _number(self, layer: int) -> int:
+        try:
+            return self._index[layer]
+        except KeyError:
+            raise ConfigError(f"there is no layer {layer}; the layers are {', '.join(map(str, self._index))}") from None
+
+    def _described(self, layer: int) -> Layer:
+        return self._layers[self._number(layer)]
+
+
+def _make_assembly(config: DWDPConfig, rank: int, driver: Driver, ledger: Ledger) -> Assembly:
+    if config.assembly == "tensor_list":
+        return TensorListAssembly(driver, ledger, rank, config.prefetch_depth)
+    host_location = Location(numa_node=0) if config.host_experts else DEVICE
+    handle_type = _choose_handle_type(driver, host_location) if config.group_size > 1 else None
+    return VirtualAssembly(driver, ledger, rank, config.prefetch_depth, handle_type, host_location)
+
+
+def _choose_handle_type(driver: Driver, host_location: Location) -> HandleType:
+    """The first handle type that can be created and exported here; descriptors before fabric handles."""
+    reasons = {}
+    for handle_type in HandleType:
+        refusals = [supported_handle_types(driver, location)[handle_type] for location in {DEVICE, host_location}]
+        reasons[handle_type] = next((refusal for refusal in refusals if refusal), None)
+        if reasons[handle_type] is None:
+            return handle_type
+    told = "; ".join(f"{handle_type.value}: {reason}" for handle_type, reason in reasons.items())
+    raise ConfigError(f"no kind of handle can share memory between processes here ({told}); use assembly: tensor_list")

@@ -1,0 +1,209 @@
+"""Own pages and slot pages mapped side by side: one tensor per weight, as if all experts were here.
+
+    assembled range of rank 1      |----- slot -----|== own pages ==|------ slot ------|
+    what the kernel sees           |  expert 0  |  expert 1  |  expert 2  |  expert 3  |
+    view of rank 0's pages         |================|                       read only, where copies come from
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import torch
+
+from vmm_dwdp.allocator.driver import DEVICE, Access, Driver, HandleType, Location
+from vmm_dwdp.allocator.handles import Allocation, Ledger, Reservation
+from vmm_dwdp.assembly import Assembly, Share, Weights
+from vmm_dwdp.layer import Layer
+from vmm_dwdp.layout import RangeLayout
+from vmm_dwdp.placement import HOST, Owner
+from vmm_dwdp.slots import SlotBlocks, divide
+from vmm_dwdp.tensor_memory import TensorMemory
+
+LARGE_BLOCK: Final = 16 << 20  # bytes of a slot's large blocks where layers differ: few mappings, little memory unused
+
+_Key = tuple[int, str]  # layer number, weight
+
+
+class VirtualAssembly(Assembly):
+    """Assembled ranges by virtual memory management.
+
+    Args:
+        handle_type: how this rank's memory travels to the others; ``None`` if there are none.
+        host_location: where the memory of `HOST` is.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        ledger: Ledger,
+        rank: int,
+        prefetch_depth: int,
+        handle_type: HandleType | None,
+        host_location: Location,
+    ) -> None:
+        super().__init__(driver, ledger, rank, prefetch_depth)
+        self._handle_type = handle_type
+        self._host_location = host_location
+        self._own: dict[_Key, TensorMemory[Reservation]] = {}
+        self._views: dict[tuple[int, str, Owner], TensorMemory[Reservation]] = {}
+        self._tiles: dict[tuple[int, str, Owner], list[Allocation]] = {}
+        self._weights: dict[int, dict[str, torch.Tensor]] = {}
+
+    @property
+    def granularity(self) -> int:
+        return max(self._driver.granularity(DEVICE), self._driver.granularity(self._host_location))
+
+    def num_mappings(self) -> int:
+        own_and_views = sum(
+            len(layer.layouts[weight].tiles_of(owner))
+            for layer, weight in self._weights_of_layers()
+            for owner in layer.placement.owners
+        )
+        slots = [self._blocks(layers) for layers in self._layers_of_slot()]
+        return own_and_views + sum(len(used) for blocks in slots for regions in blocks.regions for used in regions)
+
+    def shard(self, layer: Layer, weight: str, owner: Owner) -> torch.Tensor:
+        if (layer.number, weight, owner) not in self._tiles:
+            self._take(layer, weight, owner)
+        spec, layout = layer.weights[weight], layer.layouts[weight]
+        shape = spec.of(len(layer.placement.experts(owner)))
+        first = layout.shard_bytes(owner).start
+        if owner == self._rank:
+            return self._own[layer.number, weight].tensor(first, shape, spec.dtype)
+        offset = first - layout.resident_bytes(owner).start
+        return self._views[layer.number, weight, owner].tensor(offset, shape, spec.dtype)
+
+    def _take(self, layer: Layer, weight: str, owner: Owner) -> None:
+        """Physical memory for one shard, mapped where this rank addresses it."""
+        layout = layer.layouts[weight]
+        label = _label(layer, weight, owner)
+        location = self._host_location if owner == HOST else DEVICE
+        tiles = []
+        for tile in layout.tiles_of(owner):
+            nbytes = len(tile.pages) * layout.granularity
+            allocation = Allocation.create(self._driver, self._ledger, nbytes, location, self._handle_type, label)
+            tiles.append(self._resources.push(allocation))
+            self.resident_nbytes += nbytes
+        if owner == self._rank:
+            memory = self._reserve(layout.num_pages * layout.granularity, f"layer {layer.number}, {weight}")
+            self._own[layer.number, weight] = memory
+            _map(memory, layout.resident_bytes(owner), tiles, Access.READ_WRITE)
+        elif tiles:
+            self._views[layer.number, weight, owner] = self._view(layout, owner, tiles, Access.READ_WRITE, label)
+        self._tiles[layer.number, weight, owner] = tiles
+
+    def _reserve(self, nbytes: int, label: str) -> TensorMemory[Reservation]:
+        memory = TensorMemory(Reservation(self._driver, self._ledger, nbytes, label), self._driver.device)
+        self._ranges.append(memory)
+        return memory
+
+    def _view(
+        self, layout: RangeLayout, owner: Owner, tiles: Sequence[Allocation], access: Access, label: str
+    ) -> TensorMemory[Reservation]:
+        span = range(len(layout.resident_bytes(owner)))
+        memory = self._reserve(len(span), label)
+        _map(memory, span, tiles, access)
+        return memory
+
+    def shares(self, owner: Owner) -> list[Share]:
+        assert self._handle_type is not None, "a group of one has nobody to share with"
+        return [
+            allocation.export(self._handle_type)
+            for layer, weight in self._weights_of_layers()
+            for allocation in self._tiles[layer.number, weight, owner]
+        ]
+
+    def num_shares(self, owner: Owner) -> int:
+        return sum(len(layer.layouts[weight].tiles_of(owner)) for layer, weight in self._weights_of_layers())
+
+    def _attach(self, owner: Owner, shares: Sequence[Share]) -> None:
+        assert self._handle_type is not None, "a group of one has nobody to attach"
+        remaining = iter(shares)
+        for layer, weight in self._weights_of_layers():
+            layout, label = layer.layouts[weight], _label(layer, weight, owner)
+            tiles = []
+            for tile in layout.tiles_of(owner):
+                nbytes = len(tile.pages) * layout.granularity
+                share = next(remaining)
+                allocation = Allocation.import_(self._driver, self._ledger, share, self._handle_type, nbytes, label)
+                tiles.append(self._resources.push(allocation))
+            if tiles:
+                self._views[layer.number, weight, owner] = self._view(layout, owner, tiles, Access.READ, label)
+
+    def build(self) -> None:
+        for layer, weight in self._weights_of_layers():
+            if self._tiles.get((layer.number, weight, HOST)):
+                resident = layer.layouts[weight].resident_bytes(HOST)
+                _allow(self._views[layer.number, weight, HOST], range(len(resident)), Access.READ)
+        for slot, layers in enumerate(self._layers_of_slot()):
+            self._build_slot(slot, layers)
+        for layer, weight in self._weights_of_layers():
+            spec = layer.weights[weight]
+            tensor = self._own[layer.number, weight].tensor(0, spec.shape, spec.dtype)
+            self._weights.setdefault(layer.number, {})[weight] = tensor
+
+    def _build_slot(self, slot: int, layers: Sequence[Layer]) -> None:
+        """Take one slot's blocks and map them around the resident spans of the layers that use it."""
+        blocks = self._blocks(layers)
+        allocations = []
+        for pages in blocks.sizes:
+            nbytes = pages * self.granularity
+            allocation = Allocation.create(self._driver, self._ledger, nbytes, label=f"slot {slot}")
+            allocations.append(self._resources.push(allocation))
+            self.staged_nbytes += nbytes
+        for layer, regions in zip(layers, blocks.regions, strict=True):
+            for (weight, region), used in zip(self._staged(layer), regions, strict=True):
+                memory = self._own[layer.number, weight]
+                offset = region.start
+                for block in used:
+                    memory.memory.map(offset, allocations[block])
+                    offset += allocations[block].nbytes
+                _allow(memory, region, Access.READ_WRITE)
+
+    def _blocks(self, layers: Sequence[Layer]) -> SlotBlocks:
+        pages = [[len(region) // self.granularity for _, region in self._staged(layer)] for layer in layers]
+        return divide(pages, large=max(1, LARGE_BLOCK // self.granularity))
+
+    def _staged(self, layer: Layer) -> Iterator[tuple[str, range]]:
+        """The regions of a layer that slots back: (weight, bytes of its range)."""
+        for weight, layout in layer.layouts.items():
+            for region in layout.staged_bytes(self._rank):
+                yield weight, region
+
+    def weights(self, layer: Layer) -> Weights:
+        return self._weights[layer.number]
+
+    def tensor_list(self, layer: Layer, weight: str) -> list[torch.Tensor]:
+        tensor = self._weights[layer.number][weight]
+        return [tensor[run.start : run.stop] for run in self._parts(layer, weight)]
+
+    def _destination(self, layer: Layer, weight: str, byte: int) -> int:
+        return self._own[layer.number, weight].address + byte
+
+    def _source(self, layer: Layer, weight: str, owner: Owner, byte: int) -> int:
+        offset = byte - layer.layouts[weight].resident_bytes(owner).start
+        return self._views[layer.number, weight, owner].address + offset
+
+    def close(self) -> None:
+        self._weights.clear()
+        super().close()
+
+
+def _map(memory: TensorMemory[Reservation], span: range, tiles: Sequence[Allocation], access: Access) -> None:
+    """Map ``tiles`` side by side over the bytes ``span`` of the range."""
+    offset = span.start
+    for tile in tiles:
+        memory.memory.map(offset, tile)
+        offset += tile.nbytes
+    _allow(memory, span, access)
+
+
+def _allow(memory: TensorMemory[Reservation], span: range, access: Access) -> None:
+    if span:
+        memory.memory.set_access(span.start, len(span), access)
+
+
+def _label(layer: Layer, weight: str, owner: Owner) -> str:
+    return f"layer {layer.number}, {weight}, of {'host memory' if owner == HOST else f'rank {owner}'}"
