@@ -111,6 +111,11 @@ def remove(address: int, nbytes: int) -> None:
         raise _failure("munmap", f"give up {nbytes} bytes at {address:#x}", ctypes.get_errno())
 
 
+def max_mappings() -> int:
+    """How many mappings the kernel lets one process have."""
+    return int(Path("/proc/sys/vm/max_map_count").read_text(encoding="ascii"))
+
+
 def _mmap(address: int, nbytes: int, access: int, flags: int, fd: int, attempt: str) -> int:
     result: int | None = _libc.mmap(address, nbytes, access, flags, fd, 0)
     if result is None or result == _MAP_FAILED:
