@@ -126,13 +126,13 @@ class DWDPRuntime:
         if weight not in described.weights:
             raise ConfigError(f"layer {layer} has no weight {weight!r}; it has {', '.join(described.weights)}")
         owner = self.rank if owner is None else owner
-        if owner not in self._held:
+        if owner not in self.held_owners:
             raise ConfigError(f"rank {self.rank} does not hold the shards of {owner!r}")
         with self._closed_on_failure():
             return self._assembly.shard(described, weight, owner)
 
     @property
-    def _held(self) -> tuple[Owner, ...]:
+    def held_owners(self) -> tuple[Owner, ...]:
         """The owners whose memory this rank creates."""
         hosts = self.config.host_experts > 0 and self.rank == HOST_CREATOR
         return (self.rank, HOST) if hosts else (self.rank,)
@@ -157,7 +157,7 @@ class DWDPRuntime:
             self._check_limits()
             for described in self._layers:
                 for weight in described.weights:
-                    for owner in self._held:
+                    for owner in self.held_owners:
                         self._assembly.shard(described, weight, owner)
             self._driver.synchronize()  # what the caller copied into the shards is there before anybody reads it
             self._exchange = Exchange(
@@ -191,7 +191,7 @@ class DWDPRuntime:
     def _attach_others(self, exchange: Exchange, deadline: float) -> None:
         owners = sorted({owner for described in self._layers for owner in described.placement.owners}, key=str)
         for owner in owners:
-            if owner in self._held:
+            if owner in self.held_owners:
                 continue
             holder = HOST_CREATOR if owner == HOST else owner
             shares = exchange.collect(owner, holder, self._assembly.num_shares(owner), deadline)
