@@ -42,6 +42,7 @@ class CudaDriver:
     """
 
     name = "cuda"
+    max_mappings = 130_000  # no call tells it; reported for CUDA by others, and not met in our own tests
 
     def __init__(self, device: torch.device) -> None:
         attempt = f"use {device}"

@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from vmm_dwdp.allocator.handles import Descriptor, Ledger
 from vmm_dwdp.allocator.sharing import peer_uid, receive, send
@@ -92,7 +92,14 @@ class Exchange:
         return True
 
     def _ask(
-        self, rank: int, ask: Ask, deadline: float, *, owner: Owner | None = None, max_shares: int = 0, retry: bool = True
+        self,
+        rank: int,
+        ask: Ask,
+        deadline: float,
+        *,
+        owner: Owner | None = None,
+        max_shares: int = 0,
+        retry: bool = True,
     ) -> tuple[dict[str, Any], list[Descriptor]]:
         request = {
             "version": PROTOCOL_VERSION,
@@ -235,7 +242,7 @@ class Exchange:
             return "its config or its layers differ from those of the rank that asks"
         if not isinstance(request.get("rank"), int):
             return "the request does not say which rank asks"
-        if request.get("ask") not in Ask.__args__:
+        if request.get("ask") not in get_args(Ask):
             return f"it does not know how to answer {request.get('ask')!r}"
         return None
 

@@ -53,7 +53,7 @@ class Rendezvous:
         return self.directory / f"rank-{rank}"
 
     def _agree_on_token(self) -> bytes:
-        """Read the token; or offer one, by a link that succeeds for one rank only, so that no reader sees half of it."""
+        """Read the token; or offer one, by a link that succeeds for one rank only: nobody sees half of it."""
         path = self.directory / _TOKEN_FILE
         if not path.exists():
             descriptor, offered = tempfile.mkstemp(dir=self.directory, prefix=".token-")
@@ -75,7 +75,7 @@ class Rendezvous:
         return token
 
     def leave(self, rank: int) -> None:
-        """Remove this rank's socket; the last rank also removes the token, and a directory that was made for the group."""
+        """Remove this rank's socket; the last rank also removes the token, and a directory made for the group."""
         self.socket_path(rank).unlink(missing_ok=True)
         try:
             if {entry.name for entry in os.scandir(self.directory)} <= {_TOKEN_FILE}:

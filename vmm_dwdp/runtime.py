@@ -20,7 +20,7 @@ from vmm_dwdp.allocator.handles import Ledger, Stream
 from vmm_dwdp.allocator.probe import supported_handle_types
 from vmm_dwdp.assembly import Assembly, Weights
 from vmm_dwdp.config import DWDPConfig
-from vmm_dwdp.errors import ConfigError, DriverError, DWDPError, StateError
+from vmm_dwdp.errors import ConfigError, DWDPError, StateError
 from vmm_dwdp.exchange import Exchange
 from vmm_dwdp.issue import InlineIssuer, Issuer, ThreadIssuer
 from vmm_dwdp.layer import Layer, describe_layer
@@ -39,9 +39,9 @@ MAX_INLINE_COPIES: Final = 32  # a layer with more copies than this is issued by
 class DWDPRuntime:
     """One rank of a group that shares one copy of the experts.
 
-    Set-up: `add_layer` for every MoE layer in the order of a pass, fill what `local_shard` returns, `publish`. Then, for
-    every layer of every pass: `acquire`, the forward pass of the layer, `release`; no rank waits for another. `close`
-    when done. Calls come from one thread at a time.
+    Set-up: `add_layer` for every MoE layer in the order of a pass, fill what `local_shard` returns, `publish`. Then,
+    for every layer of every pass: `acquire`, the forward pass of the layer, `release`; no rank waits for another.
+    `close` when done. Calls come from one thread at a time.
 
     Args:
         config: equal on all ranks of the group.
@@ -88,13 +88,12 @@ class DWDPRuntime:
 
     # -- set-up ------------------------------------------------------------------------------------------------------
     def add_layer(self, layer: int, weights: Mapping[str, WeightSpec]) -> None:
-        """State a layer's weights, all ``[E, ...]`` with the same ``E``, in the order in which its forward pass reads them.
+        """State a layer's weights, all ``[E, ...]`` with the same ``E``, in the order in which a pass reads them.
 
         Takes no memory. Layers are numbered as the caller likes, and stated in the order of a pass.
 
         Raises:
-            ConfigError: the layer was stated already, its weights disagree, its experts cannot be spread over the group,
-                or all layers so far need more mappings than a process can have.
+            ConfigError: the layer was added already, its weights disagree, or its experts cannot be spread like this.
             StateError: after `publish`.
         """
         self._require_setup("add_layer")
@@ -140,11 +139,12 @@ class DWDPRuntime:
     def publish(self, timeout: float = 60.0) -> None:
         """Serve this rank's shards, map those of the others, and start prefetching.
 
-        Waits for the device, and at most ``timeout`` seconds for the other ranks. When it returns, every rank has what it
-        needs, and none depends on another's being alive. If it raises, the runtime is closed and nothing stays allocated.
+        Waits for the device, and at most ``timeout`` seconds for the other ranks. When it returns, every rank has what
+        it needs, and none depends on another's being alive. If it raises, the runtime is closed and nothing stays
+        allocated.
 
         Raises:
-            ConfigError: there is no layer.
+            ConfigError: there is no layer, or the layers need more mappings than a process can have.
             ExchangeError: a rank, which is named, did not come in time or has a different config.
             DriverError: memory could not be had.
             StateError: published before.
@@ -224,8 +224,8 @@ class DWDPRuntime:
 
         Returns:
             By weight, the tensor ``[E, ...]``: the same tensors, at the same addresses, on every call. They may be read
-            by work given to ``stream`` until `release`; nobody may write to them. With ``assembly: tensor_list``, a list
-            of tensors per weight, in expert order.
+            by work given to ``stream`` until `release`; nobody may write to them. With ``assembly: tensor_list``, a
+            list of tensors per weight, in expert order.
 
         Does not wait for the device. A layer that comes in another order than it was added is fetched now.
 
@@ -239,7 +239,7 @@ class DWDPRuntime:
         return self._weights[index]
 
     def release(self, layer: int, *, stream: torch.cuda.Stream | None = None) -> None:
-        """All work that reads ``layer`` has been given to ``stream`` (default: the current one). Starts the next fetch."""
+        """All work that reads ``layer`` has been given to ``stream`` (default: the current one): fetch the next."""
         self._running().release(self._number(layer), self._stream(stream))
 
     @contextmanager
@@ -287,9 +287,9 @@ class DWDPRuntime:
     def close(self) -> Ledger:
         """Wait for the device, and free all that nobody references; the ledger tells what is left.
 
-        A range in which the caller still holds a tensor stays mapped, with a `ResourceWarning` that names it: the tensor
-        reads old bytes instead of crashing the process. The next `close` frees it once it is let go. Where an undoing
-        call fails, its error is raised, and the next `close` tries again.
+        A range in which the caller still holds a tensor stays mapped, with a `ResourceWarning` that names it: the
+        tensor reads old bytes instead of crashing the process. The next `close` frees it once it is let go. Where an
+        undoing call fails, its error is raised, and the next `close` tries again.
         """
         self._closed = True
         self._weights = []

@@ -29,8 +29,8 @@ class Stats:
     """One rank, since publish.
 
     Attributes:
-        resident_bytes: physical memory of the shards that this rank holds, whole pages; the host pool's on the rank that
-            created it.
+        resident_bytes: physical memory of the shards that this rank holds, whole pages; the host pool's on the rank
+            that created it.
         staged_bytes: physical memory of the slots.
         layers: by layer number, in the order of a pass.
     """

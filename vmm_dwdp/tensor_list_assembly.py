@@ -112,7 +112,7 @@ class TensorListAssembly(Assembly):
     def _destination(self, layer: Layer, weight: str, byte: int) -> int:
         for run in layer.layouts[weight].staged_bytes(self._rank):
             if byte in run:
-                return self._staging[layer.number, weight, run.start].address + byte - run.start
+                return self._staging[layer.number, weight, run.start].memory.address + byte - run.start
         raise AssertionError(f"byte {byte} of {weight} is not staged on rank {self._rank}")
 
     def _source(self, layer: Layer, weight: str, owner: Owner, byte: int) -> int:

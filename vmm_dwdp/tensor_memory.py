@@ -17,13 +17,9 @@ class TensorMemory(Generic[M]):
     """A reservation or ordinary memory, and the tensors made over it. Whoever made it closes ``memory``."""
 
     def __init__(self, memory: M, device: torch.device) -> None:
-        self.memory = memory
+        self.memory: M = memory
         self._device = device
         self._watches: list[StorageWatch] = []
-
-    @property
-    def address(self) -> int:
-        return self.memory.address
 
     def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor whose first byte is at ``offset``; it owns nothing."""

@@ -180,11 +180,11 @@ class VirtualAssembly(Assembly):
         return [tensor[run.start : run.stop] for run in self._parts(layer, weight)]
 
     def _destination(self, layer: Layer, weight: str, byte: int) -> int:
-        return self._own[layer.number, weight].address + byte
+        return self._own[layer.number, weight].memory.address + byte
 
     def _source(self, layer: Layer, weight: str, owner: Owner, byte: int) -> int:
         offset = byte - layer.layouts[weight].resident_bytes(owner).start
-        return self._views[layer.number, weight, owner].address + offset
+        return self._views[layer.number, weight, owner].memory.address + offset
 
     def close(self) -> None:
         self._weights.clear()
