@@ -50,11 +50,14 @@ class _Memory(NamedTuple):
 class _Range:
     start: int
     nbytes: int
-    access: Access | None = None  # of a mapping
+    access: Access | None = None  # of a mapping, until it is unmapped
 
     @property
     def end(self) -> int:
         return self.start + self.nbytes
+
+    def allows(self, wanted: Access) -> bool:
+        return self.access in (wanted, Access.READ_WRITE)
 
 
 class _Ranges:
@@ -200,7 +203,8 @@ class HostDriver:
         attempt = f"map {nbytes} bytes of handle {handle} at {address:#x}"
         memory = self._memory("map", handle)
         if nbytes != memory.nbytes:
-            raise DriverError("map", NOT_SUPPORTED, f"{attempt}, which has {memory.nbytes}")
+            code = NOT_SUPPORTED if nbytes < memory.nbytes else INVALID_VALUE
+            raise DriverError("map", code, f"{attempt}, which has {memory.nbytes}")
         if address % self._granularity:
             raise _invalid("map", f"{attempt}, no multiple of {self._granularity}")
         with self._lock:
@@ -216,6 +220,8 @@ class HostDriver:
             mappings = self._mappings_of("unmap", address, nbytes)
             host_pages.displace(address, nbytes)
             self._mappings.remove(mappings)
+            for mapping in mappings:
+                mapping.access = None
 
     def set_access(self, address: int, nbytes: int, access: Access) -> None:
         with self._lock:
@@ -338,11 +344,11 @@ class HostDriver:
     def copy(self, prepared: Sequence[Copy], stream: int) -> None:
         if not getattr(self._thread, "active", False):
             raise DriverError("copy", INVALID_CONTEXT, "copy in a thread that has not activated the driver")
-        self._check(prepared, INVALID_VALUE)
+        uses = self._uses(prepared)
         if stream == _COMPUTE_STREAM:
             _copy_now(prepared)
         else:
-            self._stream("copy", stream).submit(functools.partial(self._copy_later, prepared))
+            self._stream("copy", stream).submit(functools.partial(_copy_later, prepared, uses))
 
     def synchronize(self, stream: int | None = None) -> None:
         if stream is None:
@@ -351,23 +357,19 @@ class HostDriver:
         elif stream != _COMPUTE_STREAM:
             self._stream("synchronize", stream).synchronize()
 
-    def _copy_later(self, copies: Sequence[Copy]) -> None:
-        self._check(copies, ILLEGAL_ADDRESS)  # somebody may have unmapped it without synchronising
-        _copy_now(copies)
-
-    def _check(self, copies: Sequence[Copy], code: str) -> None:
+    def _uses(self, copies: Sequence[Copy]) -> list[tuple[_Range, Access]]:
+        """The mappings that the copies use and the access that they need, which all of them allow."""
+        uses: list[tuple[_Range, Access]] = []
         with self._lock:
             for dst, src, nbytes in copies:
-                if not self._allows(src, nbytes, Access.READ):
-                    raise DriverError("copy", code, f"read {nbytes} bytes at {src:#x}, not mapped for reading")
-                if not self._allows(dst, nbytes, Access.READ_WRITE):
-                    raise DriverError("copy", code, f"write {nbytes} bytes at {dst:#x}, not mapped for writing")
-
-    def _allows(self, address: int, nbytes: int, wanted: Access) -> bool:
-        if not self._reservations.touching(address, nbytes):
-            return True  # not ours: torch's memory, for example
-        mappings = self._mappings.covering(address, nbytes)
-        return bool(mappings) and all(m.access in (wanted, Access.READ_WRITE) for m in mappings)
+                for address, wanted in ((src, Access.READ), (dst, Access.READ_WRITE)):
+                    if not self._reservations.touching(address, nbytes):
+                        continue  # not ours: torch's memory, for example
+                    mappings = self._mappings.covering(address, nbytes)
+                    if not mappings or not all(mapping.allows(wanted) for mapping in mappings):
+                        raise _invalid("copy", f"use {nbytes} bytes at {address:#x}, not mapped as {wanted.value}")
+                    uses += [(mapping, wanted) for mapping in mappings]
+        return uses
 
     def _stream(self, call: str, stream: int) -> HostStream:
         if stream not in self._streams:
@@ -383,6 +385,12 @@ class HostDriver:
 def _copy_now(copies: Sequence[Copy]) -> None:
     for copy in copies:
         ctypes.memmove(*copy)
+
+
+def _copy_later(copies: Sequence[Copy], uses: Sequence[tuple[_Range, Access]]) -> None:
+    if not all(mapping.allows(wanted) for mapping, wanted in uses):
+        raise DriverError("copy", ILLEGAL_ADDRESS, "run copies whose memory was unmapped before their turn came")
+    _copy_now(copies)
 
 
 def _invalid(call: str, attempt: str) -> DriverError:

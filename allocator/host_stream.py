@@ -51,7 +51,7 @@ class HostStream:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, work: Callable[[], None]) -> None:
+    def submit(self, work: Callable[[], object]) -> None:
         """Run ``work`` after all that was given so far. What it raises ends this stream's work."""
         self._queue.put(functools.partial(self._attempt, work))
 
@@ -74,7 +74,7 @@ class HostStream:
         for step in iter(self._queue.get, None):
             step()
 
-    def _attempt(self, work: Callable[[], None]) -> None:
+    def _attempt(self, work: Callable[[], object]) -> None:
         if self._error is None:
             try:
                 work()
