@@ -133,6 +133,5 @@ def _system_call(call: str, attempt: str) -> Iterator[None]:
 
 def _failure(call: str, attempt: str, code: int) -> DriverError:
     if code == errno.ENOMEM:
-        limit = Path("/proc/sys/vm/max_map_count").read_text().strip()
-        attempt += f" (a process may have {limit} mappings, the limit vm.max_map_count)"
+        attempt += f" (a process may have {max_mappings()} mappings, the limit vm.max_map_count)"
     return DriverError(call, errno.errorcode.get(code, str(code)), attempt)
