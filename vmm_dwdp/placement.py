@@ -97,20 +97,16 @@ class ExpertPlacement:
             return group_size if owner == HOST else (owner - reader) % group_size
 
         remote = [run for run in self._runs if reader not in run[1]]
+        shares = [dict.fromkeys(sorted(owners, key=distance), 0) for _, owners in remote]
         load: dict[Owner, int] = dict.fromkeys(self.owners, 0)
-        for experts, owners in remote:
-            if len(owners) == 1:
-                load[owners[0]] += len(experts)
+        for (experts, _), share in zip(remote, shares, strict=True):
+            nearest = next(iter(share))
+            share[nearest] = len(experts)
+            load[nearest] += len(experts)
+        while any(_level(share, load) for share in shares):
+            pass  # every move brings two loads closer together, so there is a last one
         sources: list[Source] = []
-        for experts, owners in remote:
-            share: dict[Owner, int] = dict.fromkeys(sorted(owners, key=distance), 0)
-            if len(owners) == 1:
-                share[owners[0]] = len(experts)
-            else:
-                for _ in experts:
-                    least = min(share, key=lambda owner: load[owner])
-                    share[least] += 1
-                    load[least] += 1
+        for (experts, _), share in zip(remote, shares, strict=True):
             start = experts.start
             for owner, count in share.items():
                 if count:
@@ -127,6 +123,17 @@ class ExpertPlacement:
             (range(start, stop), tuple(owner for owner, run in held.items() if start in run))
             for start, stop in itertools.pairwise(cuts)
         )
+
+
+def _level(share: dict[Owner, int], load: dict[Owner, int]) -> bool:
+    """Move experts of one run from its most loaded owner to its least loaded one, if that makes the two more even."""
+    most = max((owner for owner, count in share.items() if count), key=lambda owner: load[owner])
+    least = min(share, key=lambda owner: load[owner])
+    moved = min(share[most], (load[most] - load[least]) // 2)
+    for owner, change in ((most, -moved), (least, moved)):
+        share[owner] += change
+        load[owner] += change
+    return moved > 0
 
 
 def _merged(sources: list[Source]) -> list[Source]:

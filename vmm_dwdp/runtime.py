@@ -18,12 +18,13 @@ from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.driver import DEVICE, Driver, HandleType, Location
 from vmm_dwdp.allocator.handles import Ledger, Stream
 from vmm_dwdp.allocator.probe import supported_handle_types
-from vmm_dwdp.assembly import Assembly, Weights
+from vmm_dwdp.assembly import Assembly, Share, Weights
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError, DWDPError, StateError
 from vmm_dwdp.exchange import Exchange
 from vmm_dwdp.issue import InlineIssuer, Issuer, ThreadIssuer
 from vmm_dwdp.layer import Layer, describe_layer
+from vmm_dwdp.limits import allow_descriptors
 from vmm_dwdp.placement import HOST, Owner
 from vmm_dwdp.prefetch import Fetch, Prefetcher
 from vmm_dwdp.rendezvous import Rendezvous
@@ -160,9 +161,7 @@ class DWDPRuntime:
                     for owner in self.held_owners:
                         self._assembly.shard(described, weight, owner)
             self._driver.synchronize()  # what the caller copied into the shards is there before anybody reads it
-            self._exchange = Exchange(
-                self._rendezvous, self.ledger, self.rank, self._fingerprint(), self._assembly.shares
-            )
+            self._exchange = Exchange(self._rendezvous, self.ledger, self.rank, self._fingerprint(), self._shares)
             self._exchange.serve()
             self._attach_others(self._exchange, deadline)
             self._assembly.build()
@@ -172,12 +171,19 @@ class DWDPRuntime:
             self._weights = [self._assembly.weights(described) for described in self._layers]
             self._prefetcher = self._start_prefetching()
 
+    def _shares(self, owner: Owner) -> list[Share]:
+        """Runs in a thread of the exchange."""
+        self._driver.activate()
+        return self._assembly.shares(owner)
+
     def _check_limits(self) -> None:
         needed = self._assembly.num_mappings()
         if needed > self._driver.max_mappings:
             raise ConfigError(
                 f"{len(self._layers)} layers need {needed} mappings, but a process can have {self._driver.max_mappings}"
             )
+        # One received descriptor for each share, and on the host driver another, which is the imported handle.
+        allow_descriptors(2 * sum(self._assembly.num_shares(owner) for owner in self._other_owners()))
 
     def _fingerprint(self) -> str:
         """A digest of everything in which all ranks must agree."""
@@ -188,11 +194,14 @@ class DWDPRuntime:
         agreed = json.dumps([dataclasses.asdict(self.config), self._assembly.granularity, self.device.type, layers])
         return hashlib.sha256(agreed.encode()).hexdigest()
 
+    def _other_owners(self) -> list[Owner]:
+        """The owners whose memory others create, in an order that differs from rank to rank."""
+        group_size = self.config.group_size
+        owners: list[Owner] = [*((self.rank + turn) % group_size for turn in range(1, group_size)), HOST]
+        return [owner for owner in owners if owner not in self.held_owners and self._assembly.num_shares(owner)]
+
     def _attach_others(self, exchange: Exchange, deadline: float) -> None:
-        owners = sorted({owner for described in self._layers for owner in described.placement.owners}, key=str)
-        for owner in owners:
-            if owner in self.held_owners:
-                continue
+        for owner in self._other_owners():
             holder = HOST_CREATOR if owner == HOST else owner
             shares = exchange.collect(owner, holder, self._assembly.num_shares(owner), deadline)
             self._assembly.attach(owner, shares)

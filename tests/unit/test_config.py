@@ -1,0 +1,75 @@
+"""Every bad value is refused with a sentence that names it; a good one survives YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vmm_dwdp import ConfigError, DWDPConfig, ExpertPlacement, WeightSpec
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"group_size": 0}, "group_size must be at least 1, not 0"),
+        ({"group_size": 2.0}, "group_size must be a whole number, not 2.0"),
+        ({"group_size": True}, "group_size must be a whole number, not True"),
+        ({"group_size": 2, "prefetch_depth": 0}, "prefetch_depth must be at least 1, not 0"),
+        ({"group_size": 2, "num_local_experts": -1}, "num_local_experts must be at least 0, not -1"),
+        ({"group_size": 2, "host_experts": -3}, "host_experts must be at least 0, not -3"),
+        ({"group_size": 2, "slice_bytes": 100}, "slice_bytes must be a multiple of 16, not 100"),
+        ({"group_size": 2, "slice_bytes": "often"}, "slice_bytes must be a whole number, not 'often'"),
+        ({"group_size": 2, "assembly": "magic"}, "assembly must be one of vmm, tensor_list, not 'magic'"),
+        ({"group_size": 2, "assembly": "tensor_list", "host_experts": 1}, "host_experts needs assembly: vmm"),
+        ({"groupsize": 2}, "unknown key 'groupsize'"),
+        ({}, "states no group_size"),
+    ],
+)
+def test_bad_values_are_named(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        DWDPConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "group_size: {", "just words", ""])
+def test_yaml_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "dwdp.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"dwdp\.yaml"):
+        DWDPConfig.from_yaml(path)
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml"):
+        DWDPConfig.from_yaml(tmp_path / "absent.yaml")
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    config = DWDPConfig(group_size=4, num_local_experts=9, prefetch_depth=3, slice_bytes=1 << 20, host_experts=2)
+    config.to_yaml(tmp_path / "dwdp.yaml")
+    assert DWDPConfig.from_yaml(tmp_path / "dwdp.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "values", "sentence"),
+    [
+        (16, {"group_size": 4, "num_local_experts": 3}, "num_local_experts must be at least 4"),
+        (16, {"group_size": 4, "num_local_experts": 17}, "only 16 experts are on ranks"),
+        (16, {"group_size": 4, "host_experts": 17}, "only 16 experts"),
+    ],
+)
+def test_experts_that_cannot_be_spread(num_experts: int, values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        ExpertPlacement(num_experts, DWDPConfig(**values))
+
+
+@pytest.mark.parametrize("shape", [(), (0, 4), (4, 0)])
+def test_weights_without_bytes_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match="sizes of at least 1"):
+        WeightSpec(shape, torch.bfloat16)
+
+
+def test_the_example_of_the_documentation() -> None:
+    assert ExpertPlacement(num_experts=256, config=DWDPConfig(group_size=4)).locate(200) == [(3, 8)]

@@ -1,0 +1,21 @@
+"""What the operating system allows one process, checked before anything is taken."""
+
+from __future__ import annotations
+
+import os
+import resource
+
+from vmm_dwdp.errors import ConfigError
+
+
+def allow_descriptors(count: int) -> None:
+    """Let this process open ``count`` more files, raising its soft limit if need be.
+
+    Raises `ConfigError` if the hard limit is lower.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(os.listdir("/proc/self/fd")) + count
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise ConfigError(f"the other ranks' memory takes {count} file descriptors, but a process may open {hard}")
+    if soft != resource.RLIM_INFINITY and needed > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
