@@ -1,0 +1,79 @@
+"""What every benchmark here shares: its arguments, the machine it ran on, medians, and how it prints."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+Row = Mapping[str, object]
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """With the arguments of every benchmark: ``--device`` and ``--json``."""
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    result.add_argument(
+        "--device", type=torch.device, default=default, help=f"cpu, cuda or cuda:N (default: {default})"
+    )
+    result.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    return result
+
+
+def machine(device: torch.device) -> dict[str, object]:
+    """What a figure cannot be understood without."""
+    described: dict[str, object] = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": shlex.join(["python", *sys.argv]),
+        "cpu": _cpu_model(),
+        "cpu cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if device.type == "cuda":
+        described["gpu"] = torch.cuda.get_device_name(device)
+        described["cuda"] = torch.version.cuda
+        described["driver"] = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    return described
+
+
+def medians(measure: Callable[[], Mapping[str, float]], repeats: int) -> dict[str, float]:
+    """The median of each figure over ``repeats`` calls, after one call that does not count."""
+    measure()
+    runs = [measure() for _ in range(repeats)]
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+
+
+def report(arguments: argparse.Namespace, tables: Mapping[str, Sequence[Row]]) -> None:
+    """Print the machine, and tables whose rows all have the same columns, as text or as one JSON object."""
+    about = machine(arguments.device)
+    if arguments.json:
+        print(json.dumps({"machine": about, **tables}, indent=1))
+        return
+    print(*(f"{name}: {value}" for name, value in about.items()), sep="\n")
+    for title, rows in tables.items():
+        lines = [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        print(f"\n{title}")
+        for line in lines:
+            print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def _text(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.machine()
