@@ -1,12 +1,12 @@
 """The schedule: which layer each slot holds, what to copy next, and the events that keep copies and kernels apart.
 
 [Note: The event protocol]
-Layer ``i`` always uses slot ``i % depth``. A slot has two events, and each has one recorder and one waiter:
+Layer ``i`` always uses slot ``i % depth``. A slot has two kinds of events, and each has one recorder and one waiter:
 
-    ready      recorded on the copy stream after the last copy into the slot; `acquire` makes the compute stream wait
-               for it before the first kernel that reads the slot
-    consumed   recorded on the compute stream by `release`, after the last kernel that reads the slot; the copy stream
-               waits for it before the first copy that overwrites the slot
+    ready      one for each copy stream, recorded on it after its last copy into the slot; `acquire` makes the compute
+               stream wait for all of them before the first kernel that reads the slot
+    consumed   recorded on the compute stream by `release`, after the last kernel that reads the slot; every copy stream
+               waits for it before its first copy that overwrites the slot
 
     compute    | layer 0, slot 0 |c0| layer 1, slot 1 |c1| wait r0 | layer 2, slot 0 |c0| ...
     copies     ............... wait c0 |== layer 2 ==|r0| wait c1 |== layer 3 ==|r1| wait c0 |== layer 4 ==|r0| ...
@@ -16,10 +16,15 @@ one of the first layers of the next pass; between passes slot ``i`` holds, or is
 
 An event is waited for only after it was recorded: a wait refers to the latest record made before it. `consumed` is
 recorded before the fetch is submitted, and `acquire` waits for the issuer before it waits for `ready`.
+
+Copy streams do not wait for each other, so one that is ahead goes on with the next layer. Where a slot is refilled
+before anything read it, the compute stream waits for `ready` and records `consumed` all the same: otherwise one stream's
+copies of the new fetch could meet another's of the old one.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +32,7 @@ from typing import Any
 
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Event, Ledger, ResourceStack, Stream
-from vmm_dwdp.errors import StateError
+from vmm_dwdp.errors import DriverError, StateError
 from vmm_dwdp.issue import Issuer, Ticket
 
 
@@ -37,12 +42,12 @@ class Fetch:
 
     Attributes:
         number: the model's own number of the layer, for messages.
-        prepared: what `Driver.prepare` made of the copies; ``None`` if nothing is remote.
+        streams: for each copy stream that takes part, what `Driver.prepare` made of its copies.
         nbytes: bytes that they move.
     """
 
     number: int
-    prepared: Any
+    streams: tuple[Any, ...]
     nbytes: int
 
 
@@ -58,10 +63,11 @@ class LayerCounts:
 
 @dataclass
 class _Slot:
-    ready: Event
+    ready: list[Event]  # by copy stream
     consumed: Event
     holds: int | None = None  # the layer that it holds or is being filled with
     reader: int | None = None  # the layer that was acquired and not yet released
+    read: bool = True  # whether what it holds was acquired since it was fetched
     ticket: Ticket | None = None  # the latest fetch into it
 
 
@@ -91,9 +97,13 @@ class Prefetcher:
         self._resources = ResourceStack()
         try:
             push = self._resources.push
-            self._stream = push(Stream(driver, ledger, "copies"))
+            num_streams = max(len(fetch.streams) for fetch in fetches)
+            self._streams = [push(Stream(driver, ledger, f"copies {i}")) for i in range(num_streams)]
             self._slots = [
-                _Slot(push(Event(driver, ledger, f"slot {i} ready")), push(Event(driver, ledger, f"slot {i} consumed")))
+                _Slot(
+                    ready=[push(Event(driver, ledger, f"slot {i} ready")) for _ in self._streams],
+                    consumed=push(Event(driver, ledger, f"slot {i} consumed")),
+                )
                 for i in range(min(prefetch_depth, len(fetches)))
             ]
             self._waits = [
@@ -115,17 +125,18 @@ class Prefetcher:
             raise StateError(f"layer {asked} needs the slot of layer {held}, which was not released")
         hit = slot.holds == index
         if not hit:
-            self._fetch(slot, index)
+            self._fetch(slot, index, stream)
         self._await_issue(slot)
         wait = self._waits[index]
         self._measure(index)
         if not wait.pending:
             self._driver.record(wait.arrived.event, stream)
-        self._driver.wait(stream, slot.ready.event)
+        self._wait_ready(slot, stream)
         if not wait.pending:
             self._driver.record(wait.resumed.event, stream)
             wait.pending = True
         slot.reader = index
+        slot.read = True
         counts = self.counts[index]
         counts.hits += hit
         counts.misses += not hit
@@ -138,7 +149,7 @@ class Prefetcher:
         self._driver.record(slot.consumed.event, stream)
         slot.reader = None
         following = index + len(self._slots)
-        self._fill(slot, following if following < len(self._fetches) else index % len(self._slots))
+        self._fill(slot, following if following < len(self._fetches) else index % len(self._slots), stream)
 
     def reset(self, stream: int) -> None:
         """Give up layers that were acquired on ``stream``, and make the slots as they are between passes."""
@@ -146,30 +157,44 @@ class Prefetcher:
             if slot.reader is not None:
                 self._driver.record(slot.consumed.event, stream)
                 slot.reader = None
-            self._fill(slot, index)
+            self._fill(slot, index, stream)
 
-    def _fill(self, slot: _Slot, index: int) -> None:
+    def _fill(self, slot: _Slot, index: int, stream: int) -> None:
         if slot.holds != index:
-            self._fetch(slot, index)
+            self._fetch(slot, index, stream)
 
-    def _fetch(self, slot: _Slot, index: int) -> None:
+    def _fetch(self, slot: _Slot, index: int, stream: int) -> None:
+        if not slot.read:
+            self._await_issue(slot)
+            self._wait_ready(slot, stream)
+            self._driver.record(slot.consumed.event, stream)
         slot.holds = index
+        slot.read = False
         slot.ticket = self._issuer.submit(partial(self._issue, slot, self._fetches[index]))
         self.counts[index].fetched_bytes += self._fetches[index].nbytes
 
     def _issue(self, slot: _Slot, fetch: Fetch) -> None:
         """Runs wherever the issuer runs jobs."""
-        self._driver.wait(self._stream.stream, slot.consumed.event)
-        if fetch.prepared is not None:
-            self._driver.copy(fetch.prepared, self._stream.stream)
-        self._driver.record(slot.ready.event, self._stream.stream)
+        for stream, copies, ready in zip(self._streams, fetch.streams, slot.ready, strict=False):
+            self._driver.wait(stream.stream, slot.consumed.event)
+            self._driver.copy(copies, stream.stream)
+            self._driver.record(ready.event, stream.stream)
+
+    def _wait_ready(self, slot: _Slot, stream: int) -> None:
+        """Events of copy streams that took no part are complete since an earlier fetch."""
+        for ready in slot.ready:
+            self._driver.wait(stream, ready.event)
 
     def _await_issue(self, slot: _Slot) -> None:
         if slot.ticket is not None:
             try:
                 slot.ticket.result()
             except BaseException:
-                slot.holds = None  # so that the next acquire tries again
+                slot.holds = None  # so that the next acquire tries again, after what was issued of this fetch
+                slot.read = True
+                for stream in self._streams:
+                    with contextlib.suppress(DriverError):
+                        self._driver.synchronize(stream.stream)
                 raise
             finally:
                 slot.ticket = None

@@ -220,10 +220,10 @@ class DWDPRuntime:
         fetches = []
         most = 0
         for described in self._layers:
-            copies = self._assembly.copies(described, described.plan.slices)
-            prepared = self._driver.prepare(copies) if copies else None
-            fetches.append(Fetch(described.number, prepared, described.plan.fetched_bytes))
-            most = max(most, len(copies))
+            plan = described.plan
+            streams = tuple(self._driver.prepare(self._assembly.copies(described, run)) for run in plan.streams)
+            fetches.append(Fetch(described.number, streams, plan.fetched_bytes))
+            most = max(most, plan.num_copies)
         issuer: Issuer = InlineIssuer() if most <= MAX_INLINE_COPIES else ThreadIssuer(self._driver, self.ledger)
         return Prefetcher(self._driver, self.ledger, issuer, fetches, self.config.prefetch_depth)
 
