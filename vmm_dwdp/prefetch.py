@@ -18,8 +18,8 @@ An event is waited for only after it was recorded: a wait refers to the latest r
 recorded before the fetch is submitted, and `acquire` waits for the issuer before it waits for `ready`.
 
 Copy streams do not wait for each other, so one that is ahead goes on with the next layer. Where a slot is refilled
-before anything read it, the compute stream waits for `ready` and records `consumed` all the same: otherwise one stream's
-copies of the new fetch could meet another's of the old one.
+before anything read it, the compute stream waits for `ready` and records `consumed` all the same: otherwise copies of the
+new fetch on one stream could meet those of the old one on another.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vmm_dwdp import HOST, DWDPConfig, ExpertPlacement
 from vmm_dwdp.layout import RangeLayout
-from vmm_dwdp.plan import plan_layer
+from vmm_dwdp.plan import MAX_STREAMS, plan_layer
 from vmm_dwdp.slots import divide
 
 
@@ -111,17 +111,19 @@ def test_a_plan_copies_each_remote_byte_once_and_none_into_the_resident_span(
 ) -> None:
     for rank in range(layout.placement.config.group_size):
         plan = plan_layer({"w": layout}, rank, slice_bytes)
-        copied = sorted(itertools.chain.from_iterable(piece.bytes for piece in plan.edges + plan.slices))
+        fetched = list(itertools.chain.from_iterable(plan.streams))
+        copied = sorted(itertools.chain.from_iterable(piece.bytes for piece in [*plan.edges, *fetched]))
         own = layout.shard_bytes(rank)
         assert copied == [byte for byte in range(layout.nbytes) if byte not in own]
         resident = layout.resident_bytes(rank)
         assert all(piece.bytes.start in resident and piece.bytes[-1] in resident for piece in plan.edges)
-        assert not any(byte in resident for piece in plan.slices for byte in (piece.bytes.start, piece.bytes[-1]))
-        for piece in plan.edges + plan.slices:
+        assert not any(byte in resident for piece in fetched for byte in (piece.bytes.start, piece.bytes[-1]))
+        for piece in [*plan.edges, *fetched]:
             held = layout.shard_bytes(piece.owner)
             assert piece.bytes.start in held
             assert piece.bytes[-1] in held
-        assert slice_bytes is None or all(len(piece.bytes) <= slice_bytes for piece in plan.slices)
+        assert plan.fetched_bytes == sum(len(piece.bytes) for piece in fetched)
+        assert plan.num_copies == len(fetched)
 
 
 @given(placements(40), st.integers(1, 100))
@@ -129,11 +131,41 @@ def test_slices_take_owners_in_turn_from_the_next_rank_on(placement: ExpertPlace
     layout = RangeLayout(placement, expert_nbytes, granularity=1)
     group_size = placement.config.group_size
     for rank in range(group_size):
-        remaining = [piece.owner for piece in plan_layer({"w": layout}, rank, 16).slices]
+        streams = plan_layer({"w": layout}, rank, 16).streams
+        assert len(streams) <= 1
+        remaining = [piece.owner for stream in streams for piece in stream for _ in range(0, len(piece.bytes), 16)]
         while remaining:
             turn = {owner: group_size if owner == HOST else (owner - rank - 1) % group_size for owner in remaining}
             assert remaining[: len(turn)] == sorted(turn, key=lambda owner: turn[owner])
             remaining = remaining[len(turn) :]
+
+
+@given(placements(40), st.integers(1, 100))
+def test_slices_of_one_owner_that_follow_one_another_are_one_copy(placement: ExpertPlacement, nbytes: int) -> None:
+    layout = RangeLayout(placement, nbytes, granularity=1)
+    for rank in range(placement.config.group_size):
+        for stream in plan_layer({"w": layout}, rank, 16).streams:
+            assert not any(a.owner == b.owner and a.bytes.stop == b.bytes.start for a, b in itertools.pairwise(stream))
+
+
+@given(placements(40), st.integers(1, 100))
+def test_streams_each_pull_whole_segments_from_owners_of_their_own(placement: ExpertPlacement, nbytes: int) -> None:
+    layouts = {"first": RangeLayout(placement, nbytes, 1), "second": RangeLayout(placement, 2 * nbytes, 1)}
+    group_size = placement.config.group_size
+    for rank in range(group_size):
+        streams = plan_layer(layouts, rank, None).streams
+        sources = {source.owner for source in placement.sources(rank)}
+        assert len(streams) == min(len(sources), MAX_STREAMS)
+        owners = [{piece.owner for piece in stream} for stream in streams]
+        assert set().union(*owners) == sources
+        assert sum(map(len, owners)) == len(sources), "no owner is pulled from by two streams"
+        for stream in streams:
+            order = [list(layouts).index(piece.weight) for piece in stream]
+            assert order == sorted(order), "what is read first is copied first"
+        if len(sources) <= MAX_STREAMS:
+            turns = [group_size if owner == HOST else (owner - rank - 1) % group_size for (owner,) in owners]
+            assert turns == sorted(turns), "the next higher rank comes first"
+        assert sum(map(len, streams)) == len(layouts) * len(placement.sources(rank))
 
 
 @given(st.lists(st.lists(st.integers(0, 40), min_size=4, max_size=4), min_size=1, max_size=6), st.integers(1, 8))
