@@ -98,5 +98,3 @@ def published(config: DWDPConfig, rendezvous: str | Path, model: Model) -> Itera
         for runtime in runtimes:
             runtime.close()
     assert [runtime.ledger.open() for runtime in runtimes] == [[]] * config.group_size
-
-
