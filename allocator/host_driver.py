@@ -116,7 +116,7 @@ class HostDriver:
             )
         self.max_mappings = host_pages.max_mappings()
         self._granularity = granularity
-        self._lock = threading.Lock()  # of the tables
+        self._lock = threading.Lock()  # of the two tables of ranges
         self._numbers = itertools.count(1)  # handles, streams and events
         self._handles: dict[int, _Memory] = {}
         self._reservations = _Ranges()
@@ -148,10 +148,8 @@ class HostDriver:
         return self._add_handle(_Memory(host_pages.create_file(nbytes), nbytes, handle_type))
 
     def release(self, handle: int) -> None:
-        with self._lock:
-            memory = self._handles.pop(handle, None)
-        if memory is None:
-            raise _invalid("release", f"release {handle}, which is no handle")
+        memory = self._memory("release", handle)
+        del self._handles[handle]
         os.close(memory.fd)
 
     def export(self, handle: int, handle_type: HandleType) -> int | bytes:
@@ -161,16 +159,15 @@ class HostDriver:
         return host_pages.duplicate(memory.fd)
 
     def import_(self, shared: int | bytes, handle_type: HandleType, nbytes: int) -> int:
-        if handle_type is not HandleType.POSIX_FD or not isinstance(shared, int):
+        if not isinstance(shared, int):
             raise DriverError("import", NOT_SUPPORTED, "import a fabric handle, which the host does not have")
         if host_pages.sealed_size(shared) != nbytes:
             raise _invalid("import", f"import descriptor {shared}, which is no memory of {nbytes} bytes")
         return self._add_handle(_Memory(host_pages.duplicate(shared), nbytes, handle_type))
 
     def _add_handle(self, memory: _Memory) -> int:
-        with self._lock:
-            handle = next(self._numbers)
-            self._handles[handle] = memory
+        handle = next(self._numbers)
+        self._handles[handle] = memory
         return handle
 
     def _memory(self, call: str, handle: int) -> _Memory:
@@ -247,23 +244,17 @@ class HostDriver:
         except DriverError:
             os.close(fd)
             raise
-        with self._lock:
-            self._allocations[address] = _Memory(fd, nbytes, HandleType.POSIX_FD)
+        self._allocations[address] = _Memory(fd, nbytes, HandleType.POSIX_FD)
         return address
 
     def deallocate(self, address: int) -> None:
-        with self._lock:
-            memory = self._allocations.pop(address, None)
-        if memory is None:
-            raise _invalid("deallocate", f"deallocate {address:#x}, which was not allocated")
+        memory = self._allocation("deallocate", address)
         host_pages.remove(address, memory.nbytes)
+        del self._allocations[address]
         os.close(memory.fd)
 
     def export_allocation(self, address: int) -> bytes:
-        memory = self._allocations.get(address)
-        if memory is None:
-            raise _invalid("export_allocation", f"export {address:#x}, which was not allocated")
-        return f"/proc/{os.getpid()}/fd/{memory.fd}".encode()
+        return f"/proc/{os.getpid()}/fd/{self._allocation('export_allocation', address).fd}".encode()
 
     def open_allocation(self, token: bytes, nbytes: int) -> int:
         if re.fullmatch(rb"/proc/\d+/fd/\d+", token) is None:
@@ -275,16 +266,20 @@ class HostDriver:
             address = host_pages.map_anywhere(nbytes, fd)
         finally:
             os.close(fd)
-        with self._lock:
-            self._opened[address] = nbytes
+        self._opened[address] = nbytes
         return address
 
     def close_allocation(self, address: int) -> None:
-        with self._lock:
-            nbytes = self._opened.pop(address, None)
-        if nbytes is None:
+        if address not in self._opened:
             raise _invalid("close_allocation", f"close {address:#x}, which was not opened")
-        host_pages.remove(address, nbytes)
+        host_pages.remove(address, self._opened[address])
+        del self._opened[address]
+
+    def _allocation(self, call: str, address: int) -> _Memory:
+        memory = self._allocations.get(address)
+        if memory is None:
+            raise _invalid(call, f"use {address:#x}, which was not allocated")
+        return memory
 
     # -- streams, events, copies -------------------------------------------------------------------------------------
     def current_stream(self) -> int:

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import mmap
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -134,4 +135,7 @@ def _system_call(call: str, attempt: str) -> Iterator[None]:
 def _failure(call: str, attempt: str, code: int) -> DriverError:
     if code == errno.ENOMEM:
         attempt += f" (a process may have {max_mappings()} mappings, the limit vm.max_map_count)"
+    elif code == errno.EMFILE:
+        soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        attempt += f" (this process may have {soft_limit} files open, the limit RLIMIT_NOFILE)"
     return DriverError(call, errno.errorcode.get(code, str(code)), attempt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import tempfile
 import threading
 from pathlib import Path
@@ -114,6 +115,16 @@ def test_a_refusal_changes_nothing(host: HostDriver, mapped: Reservation) -> Non
 def test_too_many_addresses(host: HostDriver) -> None:
     with pytest.raises(DriverError, match=r"mmap failed with ENOMEM .* the limit vm\.max_map_count"):
         host.reserve(1 << 47)
+
+
+def test_too_many_open_files(host: HostDriver, open_descriptors: None) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(DriverError, match=r"memfd_create failed with EMFILE .* may have 3 files open"):
+            host.create(PAGE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_handle_is_released_once(host: HostDriver) -> None:
