@@ -1,0 +1,56 @@
+"""``vmm-dwdp doctor`` on this machine, whatever it is."""
+
+import json
+import resource
+
+import pytest
+import torch
+
+from vmm_dwdp import cli
+
+
+@pytest.fixture
+def report(capsys: pytest.CaptureFixture[str]) -> dict:
+    assert cli.main(["doctor", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_host_driver_shares_memory_by_descriptor(report: dict) -> None:
+    cpu = report["devices"]["cpu"]
+
+    assert cpu["why_not"] is None
+    assert cpu["driver"] == "host"
+    assert cpu["memory"]["device"]["granularity"] == 2 << 20
+    assert cpu["memory"]["device"]["handle_types"]["posix-fd"] == {"why_not": None}
+
+
+def test_host_driver_says_why_it_has_no_fabric_handles(report: dict) -> None:
+    assert "fabric" in report["devices"]["cpu"]["memory"]["device"]["handle_types"]["fabric"]["why_not"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_missing_gpu_is_a_finding(report: dict) -> None:
+    assert "cuda" in report["devices"]["cuda"]["why_not"]
+    assert report["devices"]["cuda"]["memory"] == {}
+
+
+def test_limits_are_this_process_s(report: dict) -> None:
+    assert report["descriptor_limit"] == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert 0 < report["devices"]["cpu"]["free_bytes"] <= report["devices"]["cpu"]["total_bytes"]
+
+
+def test_torch_kernel_can_be_used_anywhere(report: dict) -> None:
+    assert report["kernels"]["torch"] == {"why_not": None}
+
+
+@pytest.mark.usefixtures("open_descriptors")
+def test_no_descriptor_stays_open() -> None:
+    assert cli.main(["doctor"]) == 0
+
+
+def test_tables_name_every_device(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+
+    out = capsys.readouterr().out
+    assert "cpu" in out
+    assert "cuda" in out

@@ -1,0 +1,57 @@
+"""The command line: ``vmm-dwdp COMMAND ...``, one module a command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Final, NamedTuple, Protocol, cast
+
+from vmm_dwdp.errors import DWDPError
+
+
+class _Command(NamedTuple):
+    module: str  # imported only when the command is asked for: most of them need torch
+    summary: str
+
+
+class _CommandModule(Protocol):
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """The exit status."""
+
+
+COMMANDS: Final = {
+    "demo": _Command("vmm_dwdp.demo", "run a model with its experts spread over a group, and compare with the whole"),
+    "doctor": _Command("vmm_dwdp.doctor", "say what this machine can do, and why not"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0, 1 where what it looked for is not so, 2 where it could not be run."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="vmm-dwdp",
+        description="Mixture-of-Experts weights spread over a group of GPUs, seen whole by each of them.",
+        epilog="commands:\n" + "\n".join(f"  {name:8} {command.summary}" for name, command in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, help="one of the commands below; each has a --help of its own")
+    name = parser.parse_args(argv[:1]).command
+
+    command = COMMANDS[name]
+    module = cast("_CommandModule", import_module(command.module))
+    parser = argparse.ArgumentParser(prog=f"vmm-dwdp {name}", description=f"{command.summary.capitalize()}.")
+    module.add_arguments(parser)
+    arguments = parser.parse_args(argv[1:])
+    try:
+        return module.run(arguments)
+    except DWDPError as error:
+        print(f"vmm-dwdp {name}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

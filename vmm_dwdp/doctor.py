@@ -1,0 +1,178 @@
+"""``vmm-dwdp doctor``: what this machine can do, and why not."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from vmm_dwdp.allocator import open_driver
+from vmm_dwdp.allocator.driver import DEVICE, Location
+from vmm_dwdp.allocator.probe import supported_handle_types
+from vmm_dwdp.console import print_table, size
+from vmm_dwdp.errors import DWDPError
+from vmm_dwdp.kernels.tensor_list import PROVIDERS
+
+_PACKAGES: Final = ("vmm-dwdp", "torch", "cuda-bindings", "transformers", "flashinfer-python", "nvidia-cutlass-dsl")
+
+
+@dataclass
+class Finding:
+    """One thing tried on this machine: ``why_not`` is None where it works, else the sentence that says why not."""
+
+    why_not: str | None = None
+
+
+@dataclass
+class Memory(Finding):
+    """Physical memory in one place, as the driver of a device sees it."""
+
+    granularity: int | None = None  # bytes per page
+    handle_types: dict[str, Finding] = field(default_factory=dict)  # how a page of it can be handed to another process
+
+
+@dataclass
+class Device(Finding):
+    """A GPU, or the CPU, whose driver is the host driver."""
+
+    driver: str | None = None  # "cuda" or "host"
+    product: str | None = None
+    free_bytes: int | None = None
+    total_bytes: int | None = None
+    memory: dict[str, Memory] = field(default_factory=dict)  # by location: "device" or "NUMA node 0"
+    peer_access: dict[str, Finding] = field(default_factory=dict)  # by the other device
+
+
+@dataclass
+class Report:
+    """All that is found; `asdict` of it is what ``--json`` prints."""
+
+    versions: dict[str, str | None]
+    devices: dict[str, Device]
+    descriptor_limit: int  # open files a process may have; each imported handle takes one
+    mapping_limit: int | None  # mappings a process may have on the host; None where the kernel does not say
+    kernels: dict[str, Finding]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    report = examine()
+    if arguments.json:
+        print(json.dumps(asdict(report), indent=2))
+    else:
+        _print(report)
+    return 0
+
+
+def examine() -> Report:
+    """Try everything; nothing stays allocated, and nothing raises because the machine lacks something."""
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    devices = {str(device): _examine_device(device) for device in (torch.device("cpu"), *gpus)}
+    if not gpus:
+        devices["cuda"] = Device(_why_no_gpu())
+    mapping_limit = Path("/proc/sys/vm/max_map_count")
+    return Report(
+        versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        devices=devices,
+        descriptor_limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        mapping_limit=int(mapping_limit.read_text()) if mapping_limit.exists() else None,
+        kernels={provider.name: Finding(provider.missing()) for provider in PROVIDERS},
+    )
+
+
+def _examine_device(device: torch.device) -> Device:
+    try:
+        driver = open_driver(device)
+    except DWDPError as error:
+        return Device(str(error))
+    if device.type == "cpu":
+        pages = os.sysconf("SC_PAGE_SIZE")
+        free, total = os.sysconf("SC_AVPHYS_PAGES") * pages, os.sysconf("SC_PHYS_PAGES") * pages
+        locations, product = [DEVICE], platform.processor() or platform.machine()
+    else:
+        free, total = torch.cuda.mem_get_info(device)
+        locations, product = [DEVICE, Location(numa_node=0)], torch.cuda.get_device_name(device)
+    memory = {}
+    for location in locations:
+        try:
+            granularity = driver.granularity(location)
+            types = supported_handle_types(driver, location)
+            memory[str(location)] = Memory(None, granularity, {t.value: Finding(why) for t, why in types.items()})
+        except DWDPError as error:
+            memory[str(location)] = Memory(str(error))
+    others = [] if device.type == "cpu" else [i for i in range(torch.cuda.device_count()) if i != device.index]
+    peers = {
+        f"cuda:{other}": Finding(
+            None
+            if torch.cuda.can_device_access_peer(device, other)
+            else f"{device} has neither NVLink nor PCIe peer access to cuda:{other}"
+        )
+        for other in others
+    }
+    return Device(None, driver.name, product, free, total, memory, peers)
+
+
+def _why_no_gpu() -> str:
+    try:
+        open_driver(torch.device("cuda"))
+    except (DWDPError, ImportError) as error:
+        return str(error)
+    return "torch finds no CUDA device"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _print(report: Report) -> None:
+    def outcome(finding: Finding) -> str:
+        return finding.why_not or "yes"
+
+    versions = [(name, version or "not installed") for name, version in report.versions.items()]
+    print_table("Versions", ("package", "version"), versions)
+    print_table(
+        "Devices",
+        ("device", "usable", "driver", "product", "free", "total"),
+        [
+            (name, outcome(d), d.driver or "", d.product or "", size(d.free_bytes or 0), size(d.total_bytes or 0))
+            for name, d in report.devices.items()
+        ],
+    )
+    print_table(
+        "Memory that can be mapped and handed to another process",
+        ("device", "location", "page", "as", "possible"),
+        [
+            (name, location, size(memory.granularity or 0), handle_type, outcome(finding))
+            for name, device in report.devices.items()
+            for location, memory in device.memory.items()
+            for handle_type, finding in (memory.handle_types or {"": memory}).items()
+        ],
+    )
+    peers = [
+        (name, other, outcome(finding))
+        for name, device in report.devices.items()
+        for other, finding in device.peer_access.items()
+    ]
+    if peers:
+        print_table("Peer access", ("device", "reads", "possible"), peers)
+    print_table(
+        "Limits of a process",
+        ("limit", "value"),
+        [("open files", str(report.descriptor_limit)), ("mappings", str(report.mapping_limit or "unknown"))],
+    )
+    kernels = [(name, outcome(finding)) for name, finding in report.kernels.items()]
+    print_table("Grouped GEMMs over a list of tensors", ("provider", "usable"), kernels)
