@@ -1,0 +1,34 @@
+# Every target does all the set-up it needs, on a fresh clone too: an environment in .venv, with a CPU build of torch
+# where there is no GPU.  make demo ARGS="--group-size 3"  passes options on.
+
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/installed
+TORCH := $(shell nvidia-smi -L >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
+
+.PHONY: help demo doctor test clean
+
+help:
+	@echo "make demo    run a model with its experts spread over four ranks, and compare it with the whole model"
+	@echo "make doctor  say what this machine can do, and why not"
+	@echo "make test    run all tests, ruff and mypy among them"
+	@echo "make clean   remove what these made"
+
+demo: $(INSTALLED)
+	$(VENV)/bin/vmm-dwdp demo $(ARGS)
+
+doctor: $(INSTALLED)
+	$(VENV)/bin/vmm-dwdp doctor $(ARGS)
+
+test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --upgrade pip
+	$(VENV)/bin/pip install --quiet $(TORCH)
+	$(VENV)/bin/pip install --quiet --editable '.[hf,dev]'
+	touch $@
