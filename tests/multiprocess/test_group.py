@@ -1,0 +1,116 @@
+"""Groups of real processes: real descriptors cross real sockets."""
+
+from __future__ import annotations
+
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from support.groups import Model, check_pass, join, random_model
+
+from vmm_dwdp import DWDPConfig
+from vmm_dwdp.testing import RankFailed, run_group
+
+
+def _model() -> Model:
+    """Two weights whose experts are no multiple of a page, over an odd number of layers."""
+    shapes = {"w13": ((10, 3000), torch.bfloat16), "w2": ((10, 777), torch.float8_e4m3fn)}
+    return random_model(dict.fromkeys(range(5), shapes))
+
+
+def _passes(config: DWDPConfig, rendezvous: Path, rank: int) -> dict[str, int]:
+    torch.set_num_threads(1)
+    with join(config, rank, rendezvous, _model()) as runtime:
+        for _ in range(3):
+            check_pass(runtime, _model())
+        stats = runtime.stats()
+    assert runtime.ledger.open() == []
+    return {"hits": stats.hits, "misses": stats.misses, "fetched": stats.fetched_bytes}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DWDPConfig(group_size=4),
+        DWDPConfig(group_size=3, num_local_experts=5, prefetch_depth=3, slice_bytes=4096),
+        DWDPConfig(group_size=2, host_experts=3, prefetch_depth=1, slice_bytes=1024),
+        DWDPConfig(group_size=4, assembly="tensor_list"),
+    ],
+    ids=["four", "three-overlapping", "two-and-the-host", "tensor-list"],
+)
+def test_every_byte_in_every_process(config: DWDPConfig, tmp_path: Path) -> None:
+    told = run_group(partial(_passes, config, tmp_path), config.group_size)
+    assert [counts["misses"] for counts in told] == [0] * config.group_size
+    assert all(counts["fetched"] > 0 for counts in told)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _pass_after_a_death(config: DWDPConfig, rendezvous: Path, rank: int) -> None:
+    torch.set_num_threads(1)
+    model = _model()
+    runtime = join(config, rank, rendezvous, model)
+    check_pass(runtime, model)
+    if rank == 1:
+        (rendezvous / "dead").write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    while runtime.peers()[1]:
+        pass
+    for _ in range(3):
+        check_pass(runtime, model)
+    assert runtime.close().open() == []
+    (rendezvous / f"survived-{rank}").touch()
+
+
+def test_a_rank_that_dies_takes_no_other_rank_down(tmp_path: Path) -> None:
+    config = DWDPConfig(group_size=3)
+    survivors = {"survived-0", "survived-2"}
+    functions = partial(_ignoring_death, partial(_pass_after_a_death, config, tmp_path))
+    run_group(functions, 3)
+    assert survivors <= {path.name for path in tmp_path.iterdir()}
+
+
+def _ignoring_death(function: partial[None], rank: int) -> None:
+    """Run one rank in a process of its own, so that its death is not the death of what reports to `run_group`."""
+    child = os.fork() if rank == 1 else 0
+    if child:
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        return
+    function(rank)
+
+
+def _mismatched(rendezvous: Path, rank: int) -> None:
+    join(DWDPConfig(group_size=2, prefetch_depth=1 + rank), rank, rendezvous, _model())
+
+
+def test_ranks_with_different_configs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RankFailed, match="its config or its layers differ"):
+        run_group(partial(_mismatched, tmp_path), 2)
+
+
+def _fail(rank: int) -> int:
+    if rank == 1:
+        raise ValueError("this rank has a reason")
+    return rank
+
+
+def _die(rank: int) -> int:
+    if rank == 1:
+        os._exit(7)
+    return rank
+
+
+def test_run_group_returns_in_rank_order() -> None:
+    assert run_group(abs, 3) == [0, 1, 2]
+
+
+def test_run_group_raises_the_traceback_of_a_rank() -> None:
+    with pytest.raises(RankFailed, match=r"(?s)rank 1 failed.*ValueError: this rank has a reason"):
+        run_group(_fail, 2)
+
+
+def test_run_group_tells_of_a_rank_that_died() -> None:
+    with pytest.raises(RankFailed, match="rank 1 died with exit code 7"):
+        run_group(_die, 2)

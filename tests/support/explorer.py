@@ -1,0 +1,276 @@
+"""Every order in which launcher, issuing thread, copies and kernels can run, for what the prefetcher asks of them.
+
+What the prefetcher asks of the driver does not depend on how fast the device is: it never looks. So one run against a
+recording driver gives the whole program: what the launching thread does, what the issuing thread does, and what each of
+them puts on which stream. `explore` then runs that program in every order that threads and streams allow, over states
+that are a handful of integers, and checks that no kernel ever reads a slot with another layer's bytes in it.
+
+    actor            takes its next step when
+    launcher         always, except to await a job that the issuing thread has not finished
+    issuing thread   the job was submitted
+    a stream         its next operation was enqueued; a wait, once the record that it refers to has been executed
+
+A copy and a kernel take two steps each, a beginning and an end, so that they can overlap.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from vmm_dwdp.allocator.driver import Copy
+from vmm_dwdp.allocator.handles import Ledger
+from vmm_dwdp.issue import InlineIssuer, Job
+from vmm_dwdp.prefetch import Fetch, Prefetcher
+
+COMPUTE = 0  # the stream of kernels
+
+
+class Op(NamedTuple):
+    """One step of a thread. ``kind``: submit, await (of job ``value``); wait, record (event ``value``, on ``stream``);
+    copy, kernel (layer ``value``, on ``stream``)."""
+
+    kind: str
+    value: int
+    stream: int = -1
+
+
+@dataclass
+class Program:
+    """What the two threads do, in order; each job of the issuing thread is a list of its own."""
+
+    num_layers: int
+    num_slots: int
+    launcher: list[Op] = field(default_factory=list)
+    jobs: list[list[Op]] = field(default_factory=list)
+
+
+class RecordingDriver:
+    """The part of a driver that the prefetcher uses, which only writes down what it is asked to do."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.writing = program.launcher  # the list of the thread that runs now
+        self._next = 1
+
+    def activate(self) -> None: ...
+
+    def _new(self) -> int:
+        self._next += 1
+        return self._next - 1
+
+    def create_stream(self) -> int:
+        return self._new()
+
+    def create_event(self) -> int:
+        return self._new()
+
+    def destroy_stream(self, stream: int) -> None: ...
+
+    def destroy_event(self, event: int) -> None: ...
+
+    def synchronize(self, stream: int | None = None) -> None: ...
+
+    def current_stream(self) -> int:
+        return COMPUTE
+
+    def complete(self, event: int) -> bool:
+        return True
+
+    def elapsed(self, start: int, end: int) -> float:
+        return 0.0
+
+    def record(self, event: int, stream: int) -> None:
+        self.writing.append(Op("record", event, stream))
+
+    def wait(self, stream: int, event: int) -> None:
+        self.writing.append(Op("wait", event, stream))
+
+    def prepare(self, copies: Sequence[Copy]) -> Any:
+        raise AssertionError("the explorer prepares its own copies")
+
+    def copy(self, prepared: int, stream: int) -> None:
+        self.writing.append(Op("copy", prepared, stream))
+
+    def kernel(self, layer: int) -> None:
+        self.writing.append(Op("kernel", layer, COMPUTE))
+
+
+class _RecordingIssuer:
+    """An issuing thread: its jobs are written down beside the launcher's steps."""
+
+    def __init__(self, driver: RecordingDriver) -> None:
+        self._driver = driver
+
+    def submit(self, job: Job) -> _Ticket:
+        program = self._driver.program
+        number = len(program.jobs)
+        program.launcher.append(Op("submit", number))
+        program.jobs.append([])
+        self._driver.writing = program.jobs[number]
+        job()
+        self._driver.writing = program.launcher
+        return _Ticket(program, number)
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class _Ticket:
+    program: Program
+    number: int
+
+    def result(self) -> None:
+        self.program.launcher.append(Op("await", self.number))
+
+
+Launch = Callable[[Prefetcher, Callable[[int], None]], None]
+
+
+def record(
+    launch: Launch, num_layers: int, depth: int, *, thread: bool, prefetcher: type[Prefetcher] = Prefetcher
+) -> Program:
+    """The program of ``launch(prefetcher, run)``, where ``run(layer)`` acquires, launches one kernel and releases."""
+    program = Program(num_layers, min(depth, num_layers))
+    driver = RecordingDriver(program)
+    issuer = _RecordingIssuer(driver) if thread else InlineIssuer()
+    fetches = [Fetch(layer, layer, 1) for layer in range(num_layers)]
+    made = prefetcher(driver, Ledger(), issuer, fetches, depth)  # type: ignore[arg-type]
+
+    def run(layer: int) -> None:
+        made.acquire(layer, COMPUTE)
+        driver.kernel(layer)
+        made.release(layer, COMPUTE)
+
+    launch(made, run)
+    program.launcher = _without_timing(program)
+    return program
+
+
+def _without_timing(program: Program) -> list[Op]:
+    """The launcher's steps without records that nobody waits for: they order nothing, and would multiply the states."""
+    every = [*program.launcher, *(op for job in program.jobs for op in job)]
+    waited = {op.value for op in every if op.kind == "wait"}
+    return [op for op in program.launcher if op.kind != "record" or op.value in waited]
+
+
+class _State(NamedTuple):
+    """Where everybody is. Queues hold what was enqueued and not yet executed; a wait holds the record it refers to."""
+
+    launched: int  # steps that the launcher has taken
+    issued: tuple[int, int]  # the issuing thread's job, and its step in it
+    submitted: int  # jobs
+    queues: tuple[tuple[tuple[Op, int], ...], ...]  # by stream: (operation, how often its event had been recorded)
+    begun: tuple[bool, ...]  # by stream: whether the first operation is a copy or kernel that has begun
+    enqueued: tuple[int, ...]  # by event: records enqueued
+    executed: tuple[int, ...]  # by event: records executed
+    slots: tuple[int, ...]  # by slot: the layer whose bytes it holds, or -1 while it is being written
+
+
+@dataclass
+class Exploration:
+    """What `explore` found: the first order that went wrong, if one did, and how many states there are."""
+
+    violation: str | None
+    num_states: int
+
+
+def explore(program: Program) -> Exploration:
+    """Run ``program`` in every order."""
+    every = [*program.launcher, *(op for job in program.jobs for op in job)]
+    streams = sorted({op.stream for op in every if op.stream >= 0})
+    stream_index = {stream: index for index, stream in enumerate(streams)}
+    recorded = sorted({op.value for op in every if op.kind == "record"})
+    event_index = {event: index for index, event in enumerate(recorded)}
+
+    def enqueue(state: _State, op: Op) -> _State:
+        index = stream_index[op.stream]
+        enqueued = state.enqueued
+        refers_to = 0
+        if op.kind in ("wait", "record"):
+            event = event_index.get(op.value)
+            if event is None:
+                return state  # an event that is never recorded counts as complete
+            if op.kind == "record":
+                enqueued = _with(enqueued, event, enqueued[event] + 1)
+            refers_to = enqueued[event]
+        queue = (*state.queues[index], (op, refers_to))
+        return state._replace(queues=_with(state.queues, index, queue), enqueued=enqueued)
+
+    def launcher_step(state: _State) -> _State | None:
+        if state.launched == len(program.launcher):
+            return None
+        op = program.launcher[state.launched]
+        after = state._replace(launched=state.launched + 1)
+        if op.kind == "submit":
+            return after._replace(submitted=state.submitted + 1)
+        if op.kind == "await":
+            return after if state.issued[0] > op.value else None
+        return enqueue(after, op)
+
+    def issuing_step(state: _State) -> _State | None:
+        job, step = state.issued
+        if job == state.submitted:
+            return None
+        op = program.jobs[job][step]
+        last = step + 1 == len(program.jobs[job])
+        return enqueue(state._replace(issued=(job + 1, 0) if last else (job, step + 1)), op)
+
+    def stream_step(state: _State, index: int) -> _State | str | None:
+        if not state.queues[index]:
+            return None
+        op, refers_to = state.queues[index][0]
+        popped = state._replace(
+            queues=_with(state.queues, index, state.queues[index][1:]), begun=_with(state.begun, index, False)
+        )
+        if op.kind == "wait":
+            return popped if state.executed[event_index[op.value]] >= refers_to else None
+        if op.kind == "record":
+            return popped._replace(executed=_with(state.executed, event_index[op.value], refers_to))
+        slot = op.value % program.num_slots
+        if op.kind == "copy":
+            if state.begun[index]:
+                return popped._replace(slots=_with(state.slots, slot, op.value))
+            return state._replace(begun=_with(state.begun, index, True), slots=_with(state.slots, slot, -1))
+        if state.slots[slot] != op.value:
+            return f"the kernel of layer {op.value} reads slot {slot}, which holds {_named(state.slots[slot])}"
+        return popped if state.begun[index] else state._replace(begun=_with(state.begun, index, True))
+
+    start = _State(
+        launched=0,
+        issued=(0, 0),
+        submitted=0,
+        queues=((),) * len(streams),
+        begun=(False,) * len(streams),
+        enqueued=(0,) * len(event_index),
+        executed=(0,) * len(event_index),
+        slots=(-1,) * program.num_slots,
+    )
+    seen = {start}
+    waiting = deque([start])
+    while waiting:
+        state = waiting.popleft()
+        following = [launcher_step(state), issuing_step(state)]
+        following += [stream_step(state, index) for index in range(len(streams))]
+        if not any(following):
+            if state.launched < len(program.launcher) or any(state.queues):
+                return Exploration(f"nobody can go on after {state.launched} steps of the launcher", len(seen))
+            if state.slots != tuple(range(program.num_slots)):
+                return Exploration(f"the slots hold {state.slots} at the end", len(seen))
+        for found in following:
+            if isinstance(found, str):
+                return Exploration(found, len(seen))
+            if found is not None and found not in seen:
+                seen.add(found)
+                waiting.append(found)
+    return Exploration(None, len(seen))
+
+
+def _named(held: int) -> str:
+    return "unfinished bytes" if held < 0 else f"layer {held}"
+
+
+def _with(values: tuple[Any, ...], index: int, value: Any) -> tuple[Any, ...]:
+    return (*values[:index], value, *values[index + 1 :])

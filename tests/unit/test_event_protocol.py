@@ -1,0 +1,141 @@
+"""No kernel reads a slot that does not hold its layer, in any order that threads and streams allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+from support.explorer import Launch, explore, record
+
+from vmm_dwdp.issue import Ticket
+from vmm_dwdp.prefetch import Fetch, Prefetcher
+
+Run = Callable[[int], None]
+
+
+def two_passes(num_layers: int, prefetcher: Prefetcher, run: Run) -> None:
+    for _ in range(2):
+        for layer in range(num_layers):
+            run(layer)
+
+
+def out_of_order(num_layers: int, prefetcher: Prefetcher, run: Run) -> None:
+    for layer in reversed(range(num_layers)):
+        run(layer)
+    run(num_layers - 1)
+    prefetcher.reset(0)
+    run(0)
+    prefetcher.reset(0)
+
+
+def abandoned(num_layers: int, prefetcher: Prefetcher, run: Run) -> None:
+    """A pass that ends by an exception inside its second layer."""
+    run(0)
+    prefetcher.acquire(1 % num_layers, 0)
+    prefetcher.reset(0)
+    for layer in range(num_layers):
+        run(layer)
+    prefetcher.reset(0)
+
+
+@pytest.mark.parametrize("thread", [False, True], ids=["inline", "thread"])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 4, 5])
+def test_two_passes_in_every_order(num_layers: int, depth: int, thread: bool) -> None:
+    found = explore(record(partial(two_passes, num_layers), num_layers, depth, thread=thread))
+    assert found.violation is None
+
+
+@pytest.mark.parametrize("launch", [out_of_order, abandoned])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_misses_and_abandoned_passes_in_every_order(launch: Callable[..., None], depth: int) -> None:
+    found = explore(record(partial(launch, 4), 4, depth, thread=True))
+    assert found.violation is None
+
+
+def test_the_explorer_reaches_orders_in_which_copies_and_kernels_overlap() -> None:
+    few = explore(record(partial(two_passes, 2), 2, 1, thread=True)).num_states
+    many = explore(record(partial(two_passes, 5), 5, 3, thread=True)).num_states
+    assert many > 10 * few
+
+
+class _SwappedConsumed(Prefetcher):
+    """Waits for the other slot's event before it overwrites a slot."""
+
+    def _issue(self, slot, fetch: Fetch) -> None:  # type: ignore[no-untyped-def]
+        other = self._slots[(self._slots.index(slot) + 1) % len(self._slots)]
+        self._driver.wait(self._stream.stream, other.consumed.event)
+        self._driver.copy(fetch.prepared, self._stream.stream)
+        self._driver.record(slot.ready.event, self._stream.stream)
+
+
+class _SwappedReady(Prefetcher):
+    """Tells the other slot's readers that this slot is filled."""
+
+    def _issue(self, slot, fetch: Fetch) -> None:  # type: ignore[no-untyped-def]
+        other = self._slots[(self._slots.index(slot) + 1) % len(self._slots)]
+        self._driver.wait(self._stream.stream, slot.consumed.event)
+        self._driver.copy(fetch.prepared, self._stream.stream)
+        self._driver.record(other.ready.event, self._stream.stream)
+
+
+class _EarlyAtTheWrap(Prefetcher):
+    """At the end of a pass, fetches the first layers before the last ones, whose slots they take, are released."""
+
+    def acquire(self, index: int, stream: int) -> None:
+        super().acquire(index, stream)
+        slot = index % len(self._slots)
+        if index + len(self._slots) >= len(self._fetches):
+            self._fetch(self._slots[slot], slot)
+
+
+class _NeverWaitsForReady(Prefetcher):
+    def acquire(self, index: int, stream: int) -> None:
+        real, self._driver.wait = self._driver.wait, lambda *_: None  # type: ignore[method-assign]
+        super().acquire(index, stream)
+        self._driver.wait = real  # type: ignore[method-assign]
+
+
+class _NeverAwaitsTheIssuer(Prefetcher):
+    """Waits for an event that the issuing thread has yet to record, which is to wait for the record before."""
+
+    def acquire(self, index: int, stream: int) -> None:
+        slot = self._slots[index % len(self._slots)]
+        slot.ticket = _NothingToAwait() if slot.ticket else None
+        super().acquire(index, stream)
+
+
+class _NothingToAwait(Ticket):
+    def result(self) -> None:
+        pass
+
+
+class _RecordsTooEarly(Prefetcher):
+    """Records that a slot was read before the kernel that reads it is launched."""
+
+    def acquire(self, index: int, stream: int) -> None:
+        super().acquire(index, stream)
+        self._driver.record(self._slots[index % len(self._slots)].consumed.event, stream)
+
+    def release(self, index: int, stream: int) -> None:
+        real, self._driver.record = self._driver.record, lambda *_: None  # type: ignore[method-assign]
+        super().release(index, stream)
+        self._driver.record = real  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        _SwappedConsumed,
+        _SwappedReady,
+        _EarlyAtTheWrap,
+        _NeverWaitsForReady,
+        _NeverAwaitsTheIssuer,
+        _RecordsTooEarly,
+    ],
+)
+def test_a_broken_protocol_is_found(broken: type[Prefetcher]) -> None:
+    launch: Launch = partial(two_passes, 5)
+    found = explore(record(launch, 5, 2, thread=True, prefetcher=broken))
+    assert found.violation is not None

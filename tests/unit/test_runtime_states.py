@@ -1,0 +1,175 @@
+"""Calls at the wrong moment and values that cannot be: one sentence each, and nothing stays allocated."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support.groups import PAGE, add_layers, fill_shards, join, random_model, same_bytes
+
+from vmm_dwdp import ConfigError, DWDPConfig, DWDPRuntime, ExchangeError, StateError, WeightSpec
+from vmm_dwdp.allocator.host_driver import HostDriver
+
+MODEL = random_model({number: {"w": ((6, 1000), torch.float32)} for number in range(5)})
+ALONE = DWDPConfig(group_size=1, host_experts=4)  # two slots, so the layers in flight are limited
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Iterator[DWDPRuntime]:
+    """One rank with some experts in host memory, published."""
+    runtime = join(ALONE, 0, tmp_path / "rendezvous", MODEL)
+    yield runtime
+    assert runtime.close().open() == []
+
+
+@pytest.fixture
+def unpublished(tmp_path: Path) -> Iterator[DWDPRuntime]:
+    runtime = DWDPRuntime(ALONE, 0, "cpu", tmp_path / "rendezvous", driver=HostDriver(PAGE))
+    yield runtime
+    assert runtime.close().open() == []
+
+
+def test_a_layer_acquired_twice(runtime: DWDPRuntime) -> None:
+    runtime.acquire(0)
+    with pytest.raises(StateError, match="layer 0 is acquired already"):
+        runtime.acquire(0)
+    runtime.release(0)
+
+
+def test_a_layer_whose_slot_is_held_by_another(runtime: DWDPRuntime) -> None:
+    runtime.acquire(0)
+    with pytest.raises(StateError, match="layer 2 needs the slot of layer 0"):
+        runtime.acquire(2)
+    runtime.release(0)
+    with runtime.layer(2) as weights:
+        assert same_bytes(weights["w"], MODEL[2]["w"])
+    del weights
+
+
+def test_a_release_without_acquire(runtime: DWDPRuntime) -> None:
+    with pytest.raises(StateError, match="layer 1 is released, but was not acquired"):
+        runtime.release(1)
+
+
+def test_reset_gives_up_a_pass_that_ended_early(runtime: DWDPRuntime) -> None:
+    runtime.acquire(0)
+    runtime.release(0)
+    runtime.acquire(1)
+    runtime.reset()
+    for number in (0, 1):
+        with runtime.layer(number) as weights:
+            assert same_bytes(weights["w"], MODEL[number]["w"])
+        del weights
+    assert runtime.stats().misses == 0
+
+
+def test_the_same_tensors_on_every_call(runtime: DWDPRuntime) -> None:
+    with runtime.layer(0) as first:
+        address = first["w"].data_ptr()
+    with runtime.layer(0) as second:
+        assert second["w"].data_ptr() == address
+    del first, second
+
+
+def test_unknown_names(runtime: DWDPRuntime) -> None:
+    with pytest.raises(ConfigError, match="there is no layer 9; the layers are 0, 1, 2, 3, 4"):
+        runtime.acquire(9)
+    with pytest.raises(ConfigError, match="layer 0 has no weight 'v'; it has w"):
+        runtime.tensor_list(0, "v")
+
+
+@pytest.mark.parametrize("call", ["add_layer", "local_shard", "publish"])
+def test_setup_after_publish(runtime: DWDPRuntime, call: str) -> None:
+    calls = {
+        "add_layer": lambda: runtime.add_layer(7, {"w": WeightSpec((6, 4), torch.int8)}),
+        "local_shard": lambda: runtime.local_shard(0, "w"),
+        "publish": runtime.publish,
+    }
+    with pytest.raises(StateError, match=f"{call} after publish"):
+        calls[call]()
+
+
+def test_a_pass_before_publish_and_after_close(unpublished: DWDPRuntime) -> None:
+    add_layers(unpublished, MODEL)
+    with pytest.raises(StateError, match="not published yet"):
+        unpublished.acquire(0)
+    unpublished.close()
+    with pytest.raises(StateError, match="the runtime is closed"):
+        unpublished.acquire(0)
+    with pytest.raises(StateError, match="publish after close"):
+        unpublished.publish()
+
+
+def test_layers_that_cannot_be(unpublished: DWDPRuntime) -> None:
+    unpublished.add_layer(0, {"w": WeightSpec((6, 4), torch.int8)})
+    with pytest.raises(ConfigError, match="layer 0 was added already"):
+        unpublished.add_layer(0, {"w": WeightSpec((6, 4), torch.int8)})
+    with pytest.raises(ConfigError, match="disagree on the number of experts: a has 6, b has 7"):
+        unpublished.add_layer(1, {"a": WeightSpec((6, 4), torch.int8), "b": WeightSpec((7, 4), torch.int8)})
+    with pytest.raises(ConfigError, match="layer 2 has no weights"):
+        unpublished.add_layer(2, {})
+    with pytest.raises(ConfigError, match="host_experts is 4, but a layer has only 3"):
+        unpublished.add_layer(3, {"w": WeightSpec((3, 4), torch.int8)})
+    with pytest.raises(ConfigError, match="does not hold the shards of 1"):
+        unpublished.local_shard(0, "w", 1)
+
+
+def test_publish_without_layers(unpublished: DWDPRuntime) -> None:
+    with pytest.raises(ConfigError, match="at least one layer"):
+        unpublished.publish()
+
+
+@pytest.mark.parametrize("rank", [-1, 2])
+def test_a_rank_outside_the_group(tmp_path: Path, rank: int) -> None:
+    with pytest.raises(ConfigError, match=f"rank {rank} is not in a group of 2"):
+        DWDPRuntime(DWDPConfig(group_size=2), rank, "cpu", tmp_path)
+
+
+def test_more_layers_than_a_process_can_map(unpublished: DWDPRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unpublished._driver, "max_mappings", 10)
+    add_layers(unpublished, MODEL)
+    with pytest.raises(ConfigError, match=r"5 layers need \d+ mappings, but a process can have 10"):
+        unpublished.publish()
+
+
+def test_mappings_are_counted_before_they_are_made(tmp_path: Path) -> None:
+    runtime = join(ALONE, 0, tmp_path / "rendezvous", MODEL)
+    assert runtime.ledger.counts()["mappings"] == runtime._assembly.num_mappings()
+    assert runtime.close().open() == []
+
+
+def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
+    runtime = DWDPRuntime(DWDPConfig(group_size=3), 1, "cpu", tmp_path, driver=HostDriver(PAGE))
+    add_layers(runtime, MODEL)
+    fill_shards(runtime, MODEL)
+    with pytest.raises(ExchangeError, match="rank 2 did not come"):
+        runtime.publish(timeout=0.05)
+    assert runtime.ledger.open() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("assembly", ["vmm", "tensor_list"])
+def test_a_tensor_that_outlives_close_keeps_its_bytes_and_is_named(tmp_path: Path, assembly: str) -> None:
+    config = DWDPConfig(group_size=1, assembly=assembly)  # type: ignore[arg-type]
+    runtime = join(config, 0, tmp_path / "rendezvous", MODEL)
+    with runtime.layer(3) as weights:
+        held = weights["w"][0][2:4] if isinstance(weights["w"], list) else weights["w"][2:4]
+    del weights
+    with pytest.warns(ResourceWarning, match="layer 3, w"):
+        ledger = runtime.close()
+    assert any("layer 3, w" in line for line in ledger.open())
+    assert same_bytes(held, MODEL[3]["w"][2:4])
+    del held
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert runtime.close().open() == []
+
+
+def test_staged_memory_is_the_remote_pages_of_each_slot_and_no_more(runtime: DWDPRuntime) -> None:
+    remote_bytes = 4 * 1000 * 4  # four experts in host memory
+    resident_bytes = 2 * 1000 * 4  # and two here: the page where they meet is resident
+    pages = -(-(remote_bytes + resident_bytes) // PAGE) - -(-resident_bytes // PAGE)
+    assert runtime.stats().staged_bytes == 2 * pages * PAGE
