@@ -142,13 +142,16 @@ def _print(report: Report) -> None:
     def outcome(finding: Finding) -> str:
         return finding.why_not or "yes"
 
+    def size_or_none(nbytes: int | None) -> str:
+        return "" if nbytes is None else size(nbytes)
+
     versions = [(name, version or "not installed") for name, version in report.versions.items()]
     print_table("Versions", ("package", "version"), versions)
     print_table(
         "Devices",
-        ("device", "usable", "driver", "product", "free", "total"),
+        ("device", "driver", "product", "free", "total", "usable"),
         [
-            (name, outcome(d), d.driver or "", d.product or "", size(d.free_bytes or 0), size(d.total_bytes or 0))
+            (name, d.driver or "", d.product or "", size_or_none(d.free_bytes), size_or_none(d.total_bytes), outcome(d))
             for name, d in report.devices.items()
         ],
     )
@@ -156,7 +159,7 @@ def _print(report: Report) -> None:
         "Memory that can be mapped and handed to another process",
         ("device", "location", "page", "as", "possible"),
         [
-            (name, location, size(memory.granularity or 0), handle_type, outcome(finding))
+            (name, location, size_or_none(memory.granularity), handle_type, outcome(finding))
             for name, device in report.devices.items()
             for location, memory in device.memory.items()
             for handle_type, finding in (memory.handle_types or {"": memory}).items()

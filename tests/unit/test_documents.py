@@ -1,0 +1,55 @@
+"""The documents say what is true: what they name exists, and what they show runs."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+NAMED_TESTS = sorted(set(re.findall(r"`(tests/\S+?\.py)::(\w+)`", (ROOT / "docs/invariants.md").read_text())))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
+
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize(("file", "test"), NAMED_TESTS, ids=[test for _, test in NAMED_TESTS])
+def test_named_tests_exist(file: str, test: str) -> None:
+    assert f"def {test}(" in (ROOT / file).read_text()
+
+
+def test_every_invariant_names_a_test() -> None:
+    text = (ROOT / "docs/invariants.md").read_text()
+    invariants = re.split(r"^(?=\d+\. )", text, flags=re.MULTILINE)[1:]
+
+    assert len(invariants) >= 9
+    assert all(re.search(r"`tests/\S+::\w+`", invariant) for invariant in invariants)
+
+
+def test_the_library_use_in_the_readme_runs(tmp_path: Path) -> None:
+    code = re.search(r"```python\n(import os.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert code is not None
+    (tmp_path / "layer.py").write_text(code[1])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "layer.py"],
+            cwd=tmp_path,
+            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+    printed = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], printed
+    assert "rank 0 has range(0, 32), used all: [256, 512]" in printed[0]
+    assert "rank 1 has range(32, 64), used all: [256, 512]" in printed[1]
