@@ -31,7 +31,6 @@ from vmm_dwdp.allocator.host_stream import HostStream, Record
 from vmm_dwdp.errors import ConfigError, DriverError
 
 ILLEGAL_ADDRESS: Final = "CUDA_ERROR_ILLEGAL_ADDRESS"
-INVALID_CONTEXT: Final = "CUDA_ERROR_INVALID_CONTEXT"
 INVALID_HANDLE: Final = "CUDA_ERROR_INVALID_HANDLE"
 INVALID_VALUE: Final = "CUDA_ERROR_INVALID_VALUE"
 NOT_READY: Final = "CUDA_ERROR_NOT_READY"
@@ -200,8 +199,7 @@ class HostDriver:
         attempt = f"map {nbytes} bytes of handle {handle} at {address:#x}"
         memory = self._memory("map", handle)
         if nbytes != memory.nbytes:
-            code = NOT_SUPPORTED if nbytes < memory.nbytes else INVALID_VALUE
-            raise DriverError("map", code, f"{attempt}, which has {memory.nbytes}")
+            raise DriverError("map", NOT_SUPPORTED, f"{attempt}, which has {memory.nbytes}")
         if address % self._granularity:
             raise _invalid("map", f"{attempt}, no multiple of {self._granularity}")
         with self._lock:
@@ -338,7 +336,7 @@ class HostDriver:
 
     def copy(self, prepared: Sequence[Copy], stream: int) -> None:
         if not getattr(self._thread, "active", False):
-            raise DriverError("copy", INVALID_CONTEXT, "copy in a thread that has not activated the driver")
+            raise _invalid("copy", "copy in a thread that has not activated the driver")
         uses = self._uses(prepared)
         if stream == _COMPUTE_STREAM:
             _copy_now(prepared)

@@ -42,7 +42,8 @@ def machine(device: torch.device) -> dict[str, object]:
     if device.type == "cuda":
         described["gpu"] = torch.cuda.get_device_name(device)
         described["cuda"] = torch.version.cuda
-        described["driver"] = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+        version = Path("/proc/driver/nvidia/version")
+        described["driver"] = version.read_text().splitlines()[0] if version.exists() else "unknown"
     return described
 
 

@@ -91,6 +91,14 @@ def test_access_is_set_in_the_kernel(mapped: Reservation) -> None:
     assert protection(mapped.address) == protection(mapped.address + 3 * PAGE) == "---p"
 
 
+def test_memory_is_not_mapped_beyond_the_end_of_a_reservation(host: HostDriver, mapped: Reservation) -> None:
+    """A GPU driver may let this pass, where it has rounded the reservation up."""
+    memory = host.create(2 * PAGE)
+    with pytest.raises(DriverError, match="which is not reserved"):
+        host.map(mapped.address + 3 * PAGE, 2 * PAGE, memory)
+    host.release(memory)
+
+
 def test_unmapped_addresses_stay_reserved(host: HostDriver) -> None:
     memory, address = host.create(PAGE), host.reserve(2 * PAGE)
     host.map(address, PAGE, memory)
