@@ -154,7 +154,7 @@ def _recognise(x: Tensor, weight: Tensor, weight_scales: tuple[Tensor, ...]) -> 
     plain = ", ".join(map(str, PLAIN_DTYPES))
     raise ConfigError(
         f"weights of {weight.dtype} with {'no scales' if scale is None else f'scales of {scale.dtype}'} are not a "
-        f"known format; accepted are {plain} without scales, {FP8} with torch.float32, and packed FP4 with {FP8} (NVFP4) "
+        f"known format; accepted are {plain} without scales, {FP8} with torch.float32, packed FP4 with {FP8} (NVFP4) "
         "or torch.float8_e8m0fnu (MXFP4)"
     )
 

@@ -62,24 +62,28 @@ def random_operands(
     cpu = torch.Generator().manual_seed(seed)
     gen = torch.Generator(device).manual_seed(seed)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, generator=gen)
+    def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+        drawn = torch.float32 if dtype == FP8 else dtype
+        out = torch.empty(shape, dtype=dtype, device=device)
+        for part in out if out.dim() == 3 else out[None]:  # an expert at a time: the fp32 of all would not fit
+            part.copy_(torch.randn(part.shape, dtype=drawn, device=device, generator=gen).mul_(scale))
+        return out
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(shape, device=device, generator=gen)
 
     offsets = route(num_rows, sum(experts), routing, cpu).to(device)
     if form is Format.PLAIN:
-        weights = [(normal(e, n, k) * k**-0.5).to(dtype) for e in experts]
-        return Operands(normal(num_rows, k).to(dtype), weights, offsets, None)
+        weights = [normal(e, n, k, scale=k**-0.5) for e in experts]
+        return Operands(normal(num_rows, k), weights, offsets, None)
     if form in (Format.FP8_ROWWISE, Format.FP8_BLOCK):
         rowwise = form is Format.FP8_ROWWISE
         nb, kb = -(-n // 128), -(-k // 128)
-        weights = [(normal(e, n, k) * 64).to(FP8) for e in experts]
+        weights = [normal(e, n, k, scale=64, dtype=FP8) for e in experts]
         weight_scales = [uniform(0.5, 1.5, e, *((n,) if rowwise else (nb, kb))) * k**-0.5 / 64 for e in experts]
         x_scale = uniform(0.5, 1.5, num_rows, *(() if rowwise else (kb,))) / 64
-        return Operands((normal(num_rows, k) * 64).to(FP8), weights, offsets, Scales(weight_scales, x_scale))
-    x = normal(num_rows, k).to(dtype)
+        return Operands(normal(num_rows, k, scale=64, dtype=FP8), weights, offsets, Scales(weight_scales, x_scale))
+    x = normal(num_rows, k)
     weights = [torch.randint(0, 256, (e, n, k // 2), dtype=torch.uint8, device=device, generator=gen) for e in experts]
     if form is Format.NVFP4:
         scales = [uniform(1, 400, e, n, k // 16).to(FP8) for e in experts]
@@ -93,13 +97,12 @@ def random_operands(
 
 
 def reference(operands: Operands) -> Tensor:
-    """The grouped GEMM in fp64 on the CPU, row by row of the definition; rows of no expert are zero."""
-    x, scales = operands.x.cpu().double(), operands.scales
-    n = operands.weights[0].shape[1]
-    out = torch.zeros(x.shape[0], n, dtype=torch.float64)
+    """The grouped GEMM in fp64, row by row of the definition; rows of no expert are zero."""
+    x, scales = operands.x.double(), operands.scales
+    out = x.new_zeros(x.shape[0], operands.weights[0].shape[1])
     if scales is not None and scales.x is not None:
-        xs = scales.x.cpu().double().reshape(x.shape[0], -1)
-        x *= xs[:, torch.arange(x.shape[1]) // 128 if xs.shape[1] > 1 else torch.zeros(x.shape[1], dtype=torch.long)]
+        column = torch.arange(x.shape[1], device=x.device)
+        x *= scales.x.double()[:, None] if scales.x.dim() == 1 else scales.x.double()[:, column // 128]
     start, expert = 0, 0
     ends = operands.offsets.tolist()
     for i, weight in enumerate(operands.weights):
@@ -113,22 +116,22 @@ def reference(operands: Operands) -> Tensor:
 
 def _dense(operands: Operands, entry: int, local: int) -> Tensor:
     """fp64 ``[N, K]`` of one expert, from its bytes: written apart from ``formats.dequantize_weight`` on purpose."""
-    stored = operands.weights[entry][local].cpu()
+    stored = operands.weights[entry][local]
     if operands.scales is None:
         return stored.double()
-    scale = operands.scales.weight[entry][local].cpu()
+    scale = operands.scales.weight[entry][local]
     if stored.dtype == FP8:
         if scale.dim() == 1:
             return stored.double() * scale.double()[:, None]
-        rows, columns = torch.arange(stored.shape[0]) // 128, torch.arange(stored.shape[1]) // 128
+        rows, columns = (torch.arange(size, device=stored.device) // 128 for size in stored.shape)
         return stored.double() * scale.double()[rows][:, columns]
-    columns = torch.arange(stored.shape[1] * 2)
+    columns = torch.arange(stored.shape[1] * 2, device=stored.device)
     code = (stored.int()[:, columns // 2] >> (4 * (columns % 2))) & 15
     exponent, mantissa, sign = (code >> 1) & 3, code & 1, 1 - 2 * (code >> 3)
     value = torch.where(exponent == 0, mantissa * 0.5, (1 + mantissa * 0.5) * 2.0 ** (exponent - 1)).double() * sign
     if scale.dtype == FP8:
         assert operands.scales.weight_global is not None
-        return value * scale.double()[:, columns // 16] * operands.scales.weight_global[entry][local].cpu().double()
+        return value * scale.double()[:, columns // 16] * operands.scales.weight_global[entry][local].double()
     return value * 2.0 ** (scale.view(torch.uint8).double()[:, columns // 32] - 127)
 
 
@@ -138,4 +141,4 @@ def relative_error(out: Tensor, operands: Operands) -> float:
     expected = reference(operands)[:rows]
     if rows == 0:
         return 0.0
-    return float((out[:rows].cpu().double() - expected).norm() / expected.norm())
+    return float((out[:rows].double() - expected).norm() / expected.norm())

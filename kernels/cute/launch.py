@@ -1,0 +1,114 @@
+"""Compiling our CuTe DSL kernels, once for each kind of operands, and launching them on torch tensors."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmm_dwdp.kernels.formats import FP8, Format
+from vmm_dwdp.kernels.problem import Problem
+from vmm_dwdp.kernels.provider import Provider
+
+DTYPES = (torch.bfloat16, torch.float16, FP8)
+MAX_EXPERTS = 512  # as in cute/tiles.py, which cannot be imported without the DSL
+
+
+def _missing() -> str | None:
+    for module, package in (("cutlass", "nvidia-cutlass-dsl[cu13]"), ("tvm_ffi", "apache-tvm-ffi")):
+        if importlib.util.find_spec(module) is None:
+            return f"needs the package {package}, which is not installed"
+    if not torch.cuda.is_available():
+        return "needs an NVIDIA GPU, and torch sees none"
+    if torch.cuda.get_device_capability() != (9, 0):
+        return f"needs a Hopper GPU (sm_90), and this one is sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
+    return None
+
+
+def _refuses(problem: Problem) -> str | None:
+    if not problem.x.is_cuda:
+        return f"takes tensors on a GPU, and x is on {problem.x.device}"
+    if problem.form not in (Format.PLAIN, Format.FP8_BLOCK) or problem.x.dtype not in DTYPES:
+        return f"takes bf16, fp16 and fp8 with 1x128/128x128 scales, not {problem.form.value} of {problem.x.dtype}"
+    if problem.n % 8:
+        return f"takes N that is a multiple of 8, not {problem.n}"
+    if problem.num_experts > MAX_EXPERTS:
+        return f"takes at most {MAX_EXPERTS} experts, not {problem.num_experts}"
+    return None
+
+
+def _run(problem: Problem) -> Tensor:
+    x = problem.x
+    out = x.new_empty((x.shape[0], problem.n), dtype=problem.out_dtype)
+    if out.numel() == 0:
+        return out
+    kernel = compile_kernel(x.dtype, len(problem.weights), "sm_90a")
+    weight_scales = list(problem.weight_scales) or None
+    with torch.cuda.device(x.device):
+        kernel(x, list(problem.weights), problem.offsets, out, problem.x_scale, weight_scales, _num_ctas(x.device))
+    return out
+
+
+@functools.cache
+def _num_ctas(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def compile_kernel(dtype: torch.dtype, num_entries: int, arch: str) -> Callable[..., None]:
+    """The kernel for activations and weights of ``dtype`` and a list of ``num_entries`` weights; needs no GPU.
+
+    Args:
+        arch: ``"sm_90a"``.
+
+    Returns:
+        ``kernel(x, weights, offsets, out, x_scale, weight_scales, num_ctas)``, which launches on torch's current stream.
+    """
+    import cutlass
+    from cutlass import cute
+    from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+    from vmm_dwdp.kernels.cute.sm90 import GroupedGemmSm90
+
+    names = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16, FP8: cutlass.Float8E4M3FN}
+    element = names[dtype]
+    scaled = dtype == FP8
+    aligned = 16 // dtype.itemsize
+    rows, n, k = cute.sym_int(), cute.sym_int(divisibility=8), cute.sym_int(divisibility=aligned)
+
+    def matrix(kind: Any, *shape: Any, divisibility: int, align: int = 16) -> Any:
+        strides = [cute.sym_int64(divisibility=divisibility) for _ in shape[1:]]
+        return make_fake_tensor(kind, shape, (*strides, 1), assumed_align=align)
+
+    x = matrix(element, rows, k, divisibility=aligned)
+    weights = [matrix(element, cute.sym_int(), n, k, divisibility=aligned) for _ in range(num_entries)]
+    out = matrix(cutlass.BFloat16 if scaled else element, rows, n, divisibility=8)
+    offsets = matrix(cutlass.Int32, cute.sym_int(), divisibility=1, align=4)
+    x_scale = weight_scales = None
+    if scaled:
+        blocks = cute.sym_int()
+        x_scale = matrix(cutlass.Float32, rows, blocks, divisibility=1, align=4)
+        weight_scales = [
+            matrix(cutlass.Float32, cute.sym_int(), cute.sym_int(), blocks, divisibility=1, align=4)
+            for _ in range(num_entries)
+        ]
+    compiled: Callable[..., None] = cute.compile(
+        GroupedGemmSm90(element, num_entries),
+        x,
+        weights,
+        offsets,
+        out,
+        x_scale,
+        weight_scales,
+        cutlass.Int32(1),
+        make_fake_stream(use_tvm_ffi_env_stream=True),
+        options=f"--enable-tvm-ffi --gpu-arch {arch}",
+    )
+    return compiled
+
+
+CUTE = Provider("cute", _missing, _refuses, _run)

@@ -1,0 +1,197 @@
+"""The TensorList grouped GEMM in Triton: for any NVIDIA GPU from sm_80 on, and for FP4 weights under bf16 activations.
+
+[Note: Transposed product]
+    A program computes ``weight @ x.T`` for one tile: FP4 weights are decoded in registers, and Hopper's matrix
+    instruction takes its left operand from there. It also lets a tile be as narrow as 16 tokens.
+
+[Note: Decoding FP4]
+    The three magnitude bits of e2m1 become the low exponent bits and the first mantissa bit of an fp16 number, and the
+    seven of an e4m3 scale its low exponent bits and mantissa: both are then right but for the bias, a power of two.
+    A product of the two has six significant bits, so bf16 holds it exactly; an e8m0 scale is a power of two anyway.
+    The fp32 scale of an expert is applied to the finished sums.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vmm_dwdp.kernels.formats import FP8, PACKED_FP4
+from vmm_dwdp.kernels.problem import Problem
+
+BAND = 8  # tiles along the tokens that share columns of weights in L2
+TILE_N = 128
+ELEMENTS = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    FP8: tl.float8e4nv,
+    **dict.fromkeys(PACKED_FP4, tl.uint8),
+}
+
+
+@triton.jit
+def _find_tile(offsets, pid, num_experts, num_rows, tiles_n, TILE_M: tl.constexpr, BAND: tl.constexpr, E: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Expert, first row, end of the expert's rows and tile along N; expert ``num_experts`` where there is no work."""
+    experts = tl.arange(0, E)
+    real = experts < num_experts
+    ends = tl.minimum(tl.maximum(tl.load(offsets + experts, real, 0), 0), num_rows)
+    starts = tl.minimum(tl.maximum(tl.load(offsets + experts - 1, real & (experts > 0), 0), 0), num_rows)
+    tiles = tl.where(real, tl.cdiv(tl.maximum(ends - starts, 0), TILE_M), 0)
+    sums = tl.cumsum(tiles, 0)
+    tiles_m = tl.sum(tiles, 0)
+    band = pid // (BAND * tiles_n)
+    width = tl.maximum(tl.minimum(tiles_m - band * BAND, BAND), 1)
+    within = pid - band * BAND * tiles_n
+    tile = band * BAND + within % width
+    column = within // width
+    expert = tl.where((tile < tiles_m) & (column < tiles_n), tl.sum((sums <= tile).to(tl.int32), 0), num_experts)
+    mine = experts == expert
+    before = tl.sum(tl.where(mine, sums - tiles, 0), 0)
+    start = tl.sum(tl.where(mine, starts, 0), 0) + (tile - before) * TILE_M
+    return expert, start, tl.sum(tl.where(mine, ends, 0), 0), column
+
+
+@triton.jit
+def _entry_address(bases, strides, firsts, expert, NUM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Address of one expert in a list of tensors: ``bases`` and the bytes from expert to expert in each, ``strides``."""
+    address = bases[0].to(tl.int64)
+    for i in tl.static_range(NUM):
+        here = bases[i].to(tl.int64) + (expert - firsts[i]).to(tl.int64) * strides[i]
+        address = tl.where(expert >= firsts[i], here, address)
+    return address
+
+
+@triton.jit
+def _decode_fp4(packed, scale, NV: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """bf16 ``[TILE_N, TILE_K]`` of packed FP4 and the bytes of its block scales (see [Note: Decoding FP4])."""
+    BLOCK: tl.constexpr = 16 if NV else 32
+    codes = tl.reshape(tl.join(packed & 0xF, packed >> 4), (TILE_N, TILE_K)).to(tl.uint16)
+    values = (((codes & 8) << 12) | ((codes & 7) << 9)).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
+    if NV:
+        factors = ((scale & 0x7F).to(tl.uint16) << 7).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    else:
+        factors = (scale.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
+    values = tl.reshape(values, (TILE_N, TILE_K // BLOCK, BLOCK)) * factors[:, :, None]
+    return tl.reshape(values, (TILE_N, TILE_K)).to(tl.bfloat16)
+
+
+@triton.jit
+def _kernel(  # type: ignore[no-untyped-def]
+    x,
+    weights,
+    weight_strides,
+    weight_scales,
+    scale_strides,
+    global_scales,
+    firsts,
+    x_scale,
+    offsets,
+    out,
+    num_rows,
+    num_experts,
+    n_size,
+    k_size,
+    FORM: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    NUM: tl.constexpr,
+    E: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    BAND: tl.constexpr,
+):
+    tiles_n = tl.cdiv(n_size, TILE_N)
+    expert, start, end, column = _find_tile(
+        offsets, tl.program_id(0), num_experts, num_rows, tiles_n, TILE_M, BAND, E
+    )
+    if expert >= num_experts:
+        return
+    rows = start + tl.arange(0, TILE_M)
+    row_mask = rows < end
+    columns = column * TILE_N + tl.arange(0, TILE_N)
+    safe_columns = tl.minimum(columns, n_size - 1).to(tl.int64)
+    x_rows = x + rows.to(tl.int64)[:, None] * k_size
+    weight = _entry_address(weights, weight_strides, firsts, expert, NUM).to(tl.pointer_type(WEIGHT))
+    PACKED: tl.constexpr = FORM == "nvfp4" or FORM == "mxfp4"
+    STORED_K: tl.constexpr = TILE_K // 2 if PACKED else TILE_K
+    BLOCK: tl.constexpr = 16 if FORM == "nvfp4" else 32
+    stored_k = k_size // 2 if PACKED else k_size
+    weight_rows = tl.multiple_of(weight, 16) + safe_columns[:, None] * stored_k
+    scale_address = tl.zeros((), tl.int64)
+    if FORM != "plain":
+        scale_address = _entry_address(weight_scales, scale_strides, firsts, expert, NUM)
+    blocks_k = tl.cdiv(k_size, 128)
+    acc = tl.zeros((TILE_N, TILE_M), tl.float32)
+    for k in range(0, k_size, TILE_K):
+        ks = k + tl.arange(0, TILE_K)
+        stored = (k // 2 if PACKED else k) + tl.arange(0, STORED_K)
+        x_tile = tl.load(x_rows + ks[None, :], row_mask[:, None] & (ks < k_size)[None, :], 0.0 if x.dtype.element_ty.is_floating() else 0)
+        w_tile = tl.load(weight_rows + stored[None, :], (stored < stored_k)[None, :], 0)
+        if PACKED:
+            blocks = k // BLOCK + tl.arange(0, TILE_K // BLOCK)
+            scale_rows = scale_address.to(tl.pointer_type(tl.uint8)) + safe_columns[:, None] * (k_size // BLOCK)
+            scale = tl.load(scale_rows + blocks[None, :], (blocks < k_size // BLOCK)[None, :], 0)
+            w_tile = _decode_fp4(w_tile, scale, FORM == "nvfp4", TILE_N, TILE_K)
+        if FORM == "fp8 1x128/128x128":
+            scale_pointer = scale_address.to(tl.pointer_type(tl.float32))
+            w_factor = tl.load(scale_pointer + (column * TILE_N // 128) * blocks_k + k // 128)
+            x_factor = tl.load(x_scale + rows.to(tl.int64) * blocks_k + k // 128, row_mask, 0.0)
+            acc += tl.dot(w_tile, x_tile.T) * (w_factor * x_factor)[None, :]
+        else:
+            acc = tl.dot(w_tile, x_tile.T, acc, input_precision="ieee")
+    if FORM == "nvfp4":
+        acc *= tl.load(_entry_address(global_scales, (4,) * NUM, firsts, expert, NUM).to(tl.pointer_type(tl.float32)))
+    if FORM == "fp8 row-wise":
+        w_factors = tl.load(scale_address.to(tl.pointer_type(tl.float32)) + safe_columns)
+        acc *= w_factors[:, None] * tl.load(x_scale + rows, row_mask, 0.0)[None, :]
+    to = out + rows.to(tl.int64)[:, None] * n_size + columns[None, :]
+    tl.store(to, acc.T.to(out.dtype.element_ty), row_mask[:, None] & (columns < n_size)[None, :])
+
+
+def _addresses(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where each tensor of a list starts, and its bytes from expert to expert."""
+    return tuple(t.data_ptr() for t in tensors), tuple(t.stride(0) * t.element_size() for t in tensors)
+
+
+def run(problem: Problem) -> Tensor:
+    """Launch on the current stream of ``x``'s device; see :class:`~vmm_dwdp.kernels.provider.Provider`."""
+    x, weights, form = problem.x, problem.weights, problem.form
+    num_rows, num_experts = x.shape[0], problem.num_experts
+    out = x.new_empty((num_rows, problem.n), dtype=problem.out_dtype)
+    if out.numel() == 0:
+        return out
+    firsts, total = [], 0
+    for weight in weights:
+        firsts.append(total)
+        total += weight.shape[0]
+    tile_m = min(128, max(16, triton.next_power_of_2(num_rows // num_experts)))
+    tile_k = {1: 128, 2: 64, 4: 32}[x.element_size()]
+    grid = (triton.cdiv(num_rows, tile_m) + min(num_experts, num_rows), triton.cdiv(problem.n, TILE_N))
+    _kernel[(grid[0] * grid[1],)](
+        x,
+        *_addresses(weights),
+        *_addresses(problem.weight_scales),
+        _addresses(problem.global_scales)[0],
+        tuple(firsts),
+        problem.x_scale,
+        problem.offsets,
+        out,
+        num_rows,
+        num_experts,
+        problem.n,
+        problem.k,
+        FORM=form.value,
+        WEIGHT=ELEMENTS[weights[0].dtype],
+        NUM=len(weights),
+        E=triton.next_power_of_2(num_experts),
+        TILE_M=tile_m,
+        TILE_N=TILE_N,
+        TILE_K=tile_k,
+        BAND=BAND,
+        num_warps=8 if tile_m == 128 else 4,
+        num_stages=3,
+    )
+    return out
