@@ -1,6 +1,36 @@
 """Grouped GEMMs over expert weights: existing kernels on one tensor, and ours on a list of tensors."""
 
+from typing import NamedTuple
+
+from vmm_dwdp.kernels import contiguous, tensor_list
+from vmm_dwdp.kernels.contiguous import grouped_gemm
 from vmm_dwdp.kernels.formats import Format, Scales
 from vmm_dwdp.kernels.tensor_list import tensor_list_grouped_gemm
 
-__all__ = ["Format", "Scales", "tensor_list_grouped_gemm"]
+
+class ProviderStatus(NamedTuple):
+    """One way to do a grouped GEMM, as this machine sees it."""
+
+    name: str  # the function, a dot, and what its `provider=` takes
+    usable: bool
+    reason: str  # what it supports, or why it cannot be used here
+
+
+def providers() -> list[ProviderStatus]:
+    """Every provider, in the order ``provider="auto"`` tries them. Imports nothing heavy and never raises."""
+    found = []
+    for function, offered in (
+        (grouped_gemm, contiguous.PROVIDERS),
+        (tensor_list_grouped_gemm, tensor_list.PROVIDERS),
+    ):
+        for provider in offered:
+            try:
+                missing = provider.missing()
+            except Exception as error:  # whatever a half-installed package does, the listing goes on
+                missing = f"cannot tell: {error}"
+            name = f"{function.__name__}.{provider.name}"
+            found.append(ProviderStatus(name, missing is None, missing or provider.supports))
+    return found
+
+
+__all__ = ["Format", "ProviderStatus", "Scales", "grouped_gemm", "providers", "tensor_list_grouped_gemm"]

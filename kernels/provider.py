@@ -19,6 +19,7 @@ class Provider(NamedTuple):
     """A kernel somebody offers. It is imported when it is first asked for."""
 
     name: str  # what `provider=` takes
+    supports: str  # architectures, dtypes and alignment, in words
     missing: Callable[[], str | None]  # why it cannot run on this machine at all; None where it can
     refuses: Callable[[Problem], str | None]  # why it cannot do this problem; None where it can
     run: Callable[[Problem], Tensor]  # [T, N], newly allocated on x's device, in problem.out_dtype

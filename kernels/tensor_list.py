@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vmm_dwdp.kernels.cute.launch import CUTE
 from vmm_dwdp.kernels.formats import Format, Scales, dequantize_weight, dequantize_x
 from vmm_dwdp.kernels.problem import Problem, check
 from vmm_dwdp.kernels.provider import Provider, choose
+from vmm_dwdp.kernels.triton.launch import TRITON
 
 
 def tensor_list_grouped_gemm(
@@ -31,7 +33,8 @@ def tensor_list_grouped_gemm(
         offsets: int32 ``[E]``, ``E`` the sum of all ``E_i``: where each expert's rows end. Checked on the CPU; on a GPU
             only with ``VMM_DWDP_CHECK_OFFSETS=1`` in the environment, which synchronises.
         scales: of quantised operands, one tensor for each weight; see :class:`~vmm_dwdp.kernels.Scales`.
-        provider: ``"torch"`` (anywhere; on a GPU it synchronises), or ``"auto"``: the first that takes the problem.
+        provider: ``"cute"`` (Hopper), ``"triton"`` (sm_80 and up, FP4 weights), ``"torch"`` (anywhere; on a GPU it
+            synchronises), or ``"auto"``: the first that takes the problem, which is logged.
 
     Returns:
         ``[T, N]``, newly allocated: bf16 for fp8 operands, otherwise in ``x``'s dtype. Rows from ``offsets[-1]`` on are
@@ -73,5 +76,15 @@ def _run_torch(problem: Problem) -> Tensor:
     return out
 
 
-PROVIDERS: tuple[Provider, ...] = (Provider("torch", lambda: None, _torch_refuses, _run_torch),)
+PROVIDERS: tuple[Provider, ...] = (
+    CUTE,
+    TRITON,
+    Provider(
+        "torch",
+        "CPU and CUDA: every format, slowly where there are scales; it reads the offsets on the host",
+        lambda: None,
+        _torch_refuses,
+        _run_torch,
+    ),
+)
 """In the order ``"auto"`` tries them."""

@@ -66,7 +66,7 @@ def compile_kernel(dtype: torch.dtype, num_entries: int, arch: str) -> Callable[
         arch: ``"sm_90a"``.
 
     Returns:
-        ``kernel(x, weights, offsets, out, x_scale, weight_scales, num_ctas)``, which launches on torch's current stream.
+        ``kernel(x, weights, offsets, out, x_scale, weight_scales, num_ctas)``; it launches on torch's current stream.
     """
     import cutlass
     from cutlass import cute
@@ -111,4 +111,10 @@ def compile_kernel(dtype: torch.dtype, num_entries: int, arch: str) -> Callable[
     return compiled
 
 
-CUTE = Provider("cute", _missing, _refuses, _run)
+CUTE = Provider(
+    "cute",
+    "sm_90: bf16, fp16, and fp8 with 1x128/128x128 scales; N a multiple of 8, at most 512 experts",
+    _missing,
+    _refuses,
+    _run,
+)

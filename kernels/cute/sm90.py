@@ -1,4 +1,4 @@
-"""The TensorList grouped GEMM for Hopper: persistent, TMA loads, WGMMA, one warp that loads and two warp groups that multiply.
+"""The TensorList grouped GEMM for Hopper: persistent, one warp that loads (TMA), two warp groups that multiply (WGMMA).
 
 [Note: Warp roles]
     Warp group 0 gives up its registers; its first warp walks the CTA's tiles and keeps the ring of shared-memory stages

@@ -66,7 +66,7 @@ def _entry_address(bases, strides, firsts, expert, NUM: tl.constexpr):  # type: 
 
 @triton.jit
 def _decode_fp4(packed, scale, NV: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr):  # type: ignore[no-untyped-def]
-    """bf16 ``[TILE_N, TILE_K]`` of packed FP4 and the bytes of its block scales (see [Note: Decoding FP4])."""
+    """fp32 ``[TILE_N, TILE_K]`` of packed FP4 and the bytes of its block scales (see [Note: Decoding FP4])."""
     BLOCK: tl.constexpr = 16 if NV else 32
     codes = tl.reshape(tl.join(packed & 0xF, packed >> 4), (TILE_N, TILE_K)).to(tl.uint16)
     values = (((codes & 8) << 12) | ((codes & 7) << 9)).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
@@ -75,7 +75,7 @@ def _decode_fp4(packed, scale, NV: tl.constexpr, TILE_N: tl.constexpr, TILE_K: t
     else:
         factors = (scale.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
     values = tl.reshape(values, (TILE_N, TILE_K // BLOCK, BLOCK)) * factors[:, :, None]
-    return tl.reshape(values, (TILE_N, TILE_K)).to(tl.bfloat16)
+    return tl.reshape(values, (TILE_N, TILE_K))
 
 
 @triton.jit
@@ -104,9 +104,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     BAND: tl.constexpr,
 ):
     tiles_n = tl.cdiv(n_size, TILE_N)
-    expert, start, end, column = _find_tile(
-        offsets, tl.program_id(0), num_experts, num_rows, tiles_n, TILE_M, BAND, E
-    )
+    expert, start, end, column = _find_tile(offsets, tl.program_id(0), num_experts, num_rows, tiles_n, TILE_M, BAND, E)
     if expert >= num_experts:
         return
     rows = start + tl.arange(0, TILE_M)
@@ -128,13 +126,13 @@ def _kernel(  # type: ignore[no-untyped-def]
     for k in range(0, k_size, TILE_K):
         ks = k + tl.arange(0, TILE_K)
         stored = (k // 2 if PACKED else k) + tl.arange(0, STORED_K)
-        x_tile = tl.load(x_rows + ks[None, :], row_mask[:, None] & (ks < k_size)[None, :], 0.0 if x.dtype.element_ty.is_floating() else 0)
-        w_tile = tl.load(weight_rows + stored[None, :], (stored < stored_k)[None, :], 0)
+        x_tile = tl.load(x_rows + ks[None, :], row_mask[:, None] & (ks < k_size)[None, :], 0.0)
+        w_tile = tl.load(weight_rows + stored[None, :], (stored < stored_k)[None, :], 0 if PACKED else 0.0)
         if PACKED:
             blocks = k // BLOCK + tl.arange(0, TILE_K // BLOCK)
             scale_rows = scale_address.to(tl.pointer_type(tl.uint8)) + safe_columns[:, None] * (k_size // BLOCK)
             scale = tl.load(scale_rows + blocks[None, :], (blocks < k_size // BLOCK)[None, :], 0)
-            w_tile = _decode_fp4(w_tile, scale, FORM == "nvfp4", TILE_N, TILE_K)
+            w_tile = _decode_fp4(w_tile, scale, FORM == "nvfp4", TILE_N, TILE_K).to(x.dtype.element_ty)
         if FORM == "fp8 1x128/128x128":
             scale_pointer = scale_address.to(tl.pointer_type(tl.float32))
             w_factor = tl.load(scale_pointer + (column * TILE_N // 128) * blocks_k + k // 128)
