@@ -1,8 +1,9 @@
-"""Grouped GEMMs that exist elsewhere, on one ``[E, N, K]`` weight: called as they are, with our arguments turned into theirs."""
+"""Grouped GEMMs that exist elsewhere, on one ``[E, N, K]`` weight: called as they are, our arguments made theirs."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,9 @@ def grouped_gemm(
             :func:`~vmm_dwdp.kernels.tensor_list_grouped_gemm`.
         scales: of quantised operands; see :class:`~vmm_dwdp.kernels.Scales`.
         provider: ``"torch"`` (``F.grouped_mm``), ``"torch-rowwise"`` (``F.scaled_grouped_mm``, fp8), ``"flashinfer"``
-            (``SegmentGEMMWrapper``; builds itself with nvcc at its first call), ``"deep-gemm"`` (fp8 with block scales; it
-            wants each expert's rows to start at a multiple of 128, so they are copied apart and back), or ``"auto"``: the
-            first that takes the problem.
+            (``SegmentGEMMWrapper``; builds itself with nvcc at its first call), ``"deep-gemm"`` (fp8 with block scales;
+            it wants each expert's rows to start at a multiple of 128, so they are copied apart and back), or
+            ``"auto"``: the first that takes the problem, which is logged.
 
     Returns:
         ``[T, N]``, newly allocated: bf16 for fp8 operands, otherwise in ``x``'s dtype. Rows from ``offsets[-1]`` on are
@@ -79,7 +80,8 @@ def _run_rowwise(problem: Problem) -> Tensor:
     from torch.nn.functional import ScalingType
 
     assert problem.x_scale is not None
-    return F.scaled_grouped_mm(
+    multiply: Callable[..., Tensor] = F.scaled_grouped_mm  # type: ignore[attr-defined]
+    return multiply(
         problem.x,
         problem.weights[0].transpose(1, 2),
         problem.x_scale,

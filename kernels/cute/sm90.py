@@ -19,11 +19,12 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-import cutlass.utils as utils
 import cutlass.utils.hopper_helpers as hopper
 from cuda.bindings.driver import CUstream
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.memory import SmemAllocator
+from cutlass.tensor_utils import LayoutEnum
 
 from vmm_dwdp.kernels.cute import tiles
 
@@ -67,7 +68,7 @@ class GroupedGemmSm90:
         tiled_mma = hopper.make_trivial_tiled_mma(
             self.dtype, self.dtype, OperandMajorMode.K, OperandMajorMode.K, Float32, (2, 1, 1), (64, self.mma_n)
         )
-        row_major = utils.LayoutEnum.ROW_MAJOR
+        row_major = LayoutEnum.ROW_MAJOR
         x_layout = hopper.make_smem_layout_a(row_major, (TILE_M, TILE_N, self.tile_k), self.dtype, STAGES)
         w_layout = hopper.make_smem_layout_a(row_major, (TILE_N, TILE_M, self.tile_k), self.dtype, STAGES)
         out_layout = hopper.make_smem_layout_epi(self.out_dtype, row_major, (TILE_M, STORE_N), 2)
@@ -127,7 +128,7 @@ class GroupedGemmSm90:
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         group = cute.arch.make_warp_uniform(thread // GROUP_THREADS)
-        storage = cutlass.utils.SmemAllocator().allocate(self.storage)
+        storage = SmemAllocator().allocate(self.storage)
         ends = storage.ends.get_tensor(cute.make_layout(tiles.MAX_EXPERTS + 1))
         stage_bytes = (TILE_M + TILE_N) * ROW_BYTES
         ring = pipeline.PipelineTmaAsync.create(

@@ -2,10 +2,10 @@
 
 [Note: Tile schedule]
     Expert ``e`` has ``ceil(rows_e / tile_m) * tiles_n`` tiles, numbered through all experts. When a kernel starts,
-    every CTA sums them up in shared memory: ``ends[e]`` is the number of tiles of the experts before ``e``, so the host
-    never reads the offsets. CTA ``i`` of ``c`` then takes tiles ``i, i + c, i + 2c, ...``: each of its warp groups finds
-    the expert by walking ``ends`` on from where it was. Within an expert, up to ``BAND`` tiles along M times all tiles
-    along N form a band, walked along M first, so that CTAs that run together share weights and activations in L2.
+    every CTA sums them up in shared memory: ``ends[e]`` is the number of tiles of the experts before ``e``, so the
+    host never reads the offsets. CTA ``i`` of ``c`` then takes tiles ``i, i + c, i + 2c, ...``: each of its warp groups
+    finds the expert by walking ``ends`` on from where it was. Within an expert, up to ``BAND`` tiles along M times all
+    tiles along N form a band, walked along M first, so that CTAs that run together share operands in L2.
     Offsets are clamped to ``[0, T]``: whatever they hold, nothing outside the tensors is touched.
 """
 

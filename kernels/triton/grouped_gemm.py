@@ -33,7 +33,7 @@ ELEMENTS = {
 
 
 @triton.jit
-def _find_tile(offsets, pid, num_experts, num_rows, tiles_n, TILE_M: tl.constexpr, BAND: tl.constexpr, E: tl.constexpr):  # type: ignore[no-untyped-def]
+def _find_tile(offsets, pid, num_experts, num_rows, tiles_n, TILE_M: tl.constexpr, BAND: tl.constexpr, E: tl.constexpr):
     """Expert, first row, end of the expert's rows and tile along N; expert ``num_experts`` where there is no work."""
     experts = tl.arange(0, E)
     real = experts < num_experts
@@ -55,8 +55,8 @@ def _find_tile(offsets, pid, num_experts, num_rows, tiles_n, TILE_M: tl.constexp
 
 
 @triton.jit
-def _entry_address(bases, strides, firsts, expert, NUM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Address of one expert in a list of tensors: ``bases`` and the bytes from expert to expert in each, ``strides``."""
+def _entry_address(bases, strides, firsts, expert, NUM: tl.constexpr):
+    """Address of one expert in a list: where each tensor starts, ``strides`` bytes from expert to expert in it."""
     address = bases[0].to(tl.int64)
     for i in tl.static_range(NUM):
         here = bases[i].to(tl.int64) + (expert - firsts[i]).to(tl.int64) * strides[i]
@@ -65,7 +65,7 @@ def _entry_address(bases, strides, firsts, expert, NUM: tl.constexpr):  # type: 
 
 
 @triton.jit
-def _decode_fp4(packed, scale, NV: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr):  # type: ignore[no-untyped-def]
+def _decode_fp4(packed, scale, NV: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr):
     """fp32 ``[TILE_N, TILE_K]`` of packed FP4 and the bytes of its block scales (see [Note: Decoding FP4])."""
     BLOCK: tl.constexpr = 16 if NV else 32
     codes = tl.reshape(tl.join(packed & 0xF, packed >> 4), (TILE_N, TILE_K)).to(tl.uint16)
@@ -79,7 +79,7 @@ def _decode_fp4(packed, scale, NV: tl.constexpr, TILE_N: tl.constexpr, TILE_K: t
 
 
 @triton.jit
-def _kernel(  # type: ignore[no-untyped-def]
+def _kernel(
     x,
     weights,
     weight_strides,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.kernels import Format, Scales, tensor_list_grouped_gemm
+from vmm_dwdp.kernels import Format, Scales, contiguous, grouped_gemm, providers, tensor_list_grouped_gemm
 from vmm_dwdp.kernels.problem import MAX_ENTRIES
 from vmm_dwdp.kernels.testing import ROUTINGS, Operands, random_operands, relative_error
 
@@ -169,3 +169,32 @@ def test_bad_arguments_are_refused_by_name(name: str) -> None:
 def test_an_unknown_provider_is_refused() -> None:
     with pytest.raises(ConfigError, match="provider = 'cublas' is not known; accepted are auto, "):
         multiply(plain(), "cublas")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_one_tensor_on_the_cpu(dtype: torch.dtype) -> None:
+    operands = random_operands(Format.PLAIN, num_rows=75, experts=[6], n=136, k=160, routing="skewed", dtype=dtype)
+    out = grouped_gemm(operands.x, operands.weights[0], operands.offsets)
+    assert relative_error(out, operands) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("form", [form for form in Format if form is not Format.PLAIN])
+def test_one_quantised_tensor_on_the_cpu_is_refused_with_every_reason(form: Format) -> None:
+    x, weights, offsets, scales = random_operands(form, num_rows=8, experts=[2], n=256, k=256)
+    with pytest.raises(ConfigError, match=r"'torch' takes operands without scales.*'deep-gemm'.*'flashinfer'"):
+        grouped_gemm(x, weights[0], offsets, scales=scales)
+
+
+def test_providers_are_listed_and_a_broken_one_does_not_stop_the_listing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise ImportError("half installed")
+
+    monkeypatch.setattr(contiguous, "PROVIDERS", (contiguous.PROVIDERS[0]._replace(missing=broken),))
+    listed = {status.name: status for status in providers()}
+    assert list(listed) == [
+        "grouped_gemm.torch",
+        *(f"tensor_list_grouped_gemm.{p}" for p in ("cute", "triton", "torch")),
+    ]
+    assert not listed["grouped_gemm.torch"].usable
+    assert listed["grouped_gemm.torch"].reason == "cannot tell: half installed"
+    assert listed["tensor_list_grouped_gemm.torch"].usable

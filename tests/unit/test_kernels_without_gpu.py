@@ -1,0 +1,107 @@
+"""Our kernels without a GPU: the CuTe DSL's compile, Triton's compile for every architecture and run interpreted.
+
+Triton decides when a kernel is defined whether it is interpreted: each part runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from vmm_dwdp.kernels import Format
+from vmm_dwdp.kernels.cute.launch import DTYPES, compile_kernel
+from vmm_dwdp.kernels.problem import MAX_ENTRIES
+from vmm_dwdp.kernels.testing import ROUTINGS
+
+INTERPRET = """
+import itertools, json, torch
+from vmm_dwdp.kernels import Format
+from vmm_dwdp.kernels.problem import check
+from vmm_dwdp.kernels.testing import ROUTINGS, random_operands, relative_error
+from vmm_dwdp.kernels.triton.grouped_gemm import run
+
+for form, routing in itertools.product(Format, ROUTINGS):
+    operands = random_operands(form, num_rows=70, experts=[3, 1, 2], n=136, k=160, routing=routing, dtype=torch.float16)
+    error = relative_error(run(check(*operands)), operands)
+    print(json.dumps([form.value, routing, error]))
+"""
+
+COMPILE = """
+import json, sys, torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from vmm_dwdp.kernels import Format
+from vmm_dwdp.kernels.problem import check
+from vmm_dwdp.kernels.testing import random_operands
+from vmm_dwdp.kernels.triton import grouped_gemm
+
+capability = int(sys.argv[1])
+
+class Driver:
+    class utils:
+        get_device_properties = staticmethod(lambda device: {"max_shared_mem": 232448})
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device=0: 0)
+    get_device_capability = staticmethod(lambda device=0: divmod(capability, 10))
+
+class Compile:
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: kernel.warmup(*arguments, grid=grid, **options).asm["ptx"]
+
+kernel, grouped_gemm._kernel = grouped_gemm._kernel, Compile()
+driver.set_active(Driver())
+fp8 = (Format.FP8_BLOCK, Format.FP8_ROWWISE) if capability >= 89 else ()
+for form in (Format.PLAIN, Format.NVFP4, Format.MXFP4, *fp8):
+    grouped_gemm.run(check(*random_operands(form, num_rows=1000, experts=[3, 1, 2], n=136, k=160)))
+    print(json.dumps(form.value))
+"""
+
+
+def python(script: str, *arguments: str, **environment: str) -> list[Any]:
+    """Run ``script`` in a process of its own; what it printed, a JSON value a line."""
+    pytest.importorskip("triton")
+    finished = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return [json.loads(line) for line in finished.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Mapping[tuple[object, ...], float]:
+    """Relative error of the interpreted Triton kernel, by format and routing."""
+    return {tuple(key): error for *key, error in python(INTERPRET, TRITON_INTERPRET="1")}
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("form", Format)
+def test_triton_kernel_interpreted(form: Format, routing: str, interpreted: Mapping[tuple[object, ...], float]) -> None:
+    # fp8 gives bf16, which the interpreter rounds toward zero.
+    tolerance = 4e-3 if form in (Format.FP8_BLOCK, Format.FP8_ROWWISE) else 5e-4
+    assert interpreted[form.value, routing] < tolerance
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_triton_kernel_compiles(capability: int) -> None:
+    compiled = python(COMPILE, str(capability))
+    assert len(compiled) == (5 if capability >= 89 else 3)
+
+
+@pytest.mark.parametrize("num_entries", [1, 4, MAX_ENTRIES])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", ["sm_90a"])
+def test_cute_kernel_compiles(arch: str, dtype: torch.dtype, num_entries: int) -> None:
+    pytest.importorskip("cutlass")
+    assert callable(compile_kernel(dtype, num_entries, arch))
