@@ -17,6 +17,7 @@ import torch
 
 from vmm_dwdp.allocator.driver import Copy, Driver
 from vmm_dwdp.allocator.handles import Descriptor, Ledger, ResourceStack
+from vmm_dwdp.config import Mode
 from vmm_dwdp.layer import Layer
 from vmm_dwdp.placement import Owner
 from vmm_dwdp.plan import Segment
@@ -90,8 +91,8 @@ class Assembly(abc.ABC):
         """Take the slots and make the weights, once all other owners are attached."""
 
     @abc.abstractmethod
-    def weights(self, layer: Layer) -> Weights:
-        """What `acquire` returns for the layer."""
+    def weights(self, layer: Layer, mode: Mode) -> Weights:
+        """What `acquire` returns for the layer, in a mode that the config allows."""
 
     @abc.abstractmethod
     def tensor_list(self, layer: Layer, weight: str) -> list[torch.Tensor]:

@@ -13,6 +13,7 @@ import yaml
 from vmm_dwdp.errors import ConfigError
 
 AssemblyKind = Literal["vmm", "tensor_list"]
+Mode = Literal["staged", "in_place"]
 
 COPY_ALIGNMENT = 16  # bytes; the widest load of a kernel, and what keeps a copy engine at its full rate
 
@@ -27,12 +28,16 @@ class DWDPConfig:
         group_size: number of ranks that share one copy of the experts, at least 1.
         num_local_experts: experts that each rank holds of every layer; ``None`` is the least that covers them.
             More than that makes neighbours overlap, so that fewer bytes are fetched.
-        prefetch_depth: number of slots, each with room for the remote experts of one layer; at least 1.
+        prefetch_depth: number of slots, each with room for the remote experts of one layer; at least 1, or 0 with
+            ``mode="in_place"``, which stages nothing.
         slice_bytes: how long a run of one owner's bytes may be before the copies turn to the next owner, a multiple of
             16 bytes, or ``"auto"``.
         host_experts: the last experts of every layer live in host memory instead of on a rank.
         assembly: ``"vmm"``: one tensor ``[E, ...]`` per weight, by virtual memory management.
             ``"tensor_list"``: a list of tensors per weight, on machines without it.
+        mode: how `acquire` gives a layer if it is not told. ``"staged"``: all remote experts are copied into a slot
+            first. ``"in_place"``: kernels read the owners' own pages, so that only the experts that they touch cross
+            the link. With ``"in_place"`` both can be asked for; with ``"staged"`` nothing is mapped for the other.
 
     Raises:
         ConfigError: a value cannot be.
@@ -44,19 +49,22 @@ class DWDPConfig:
     slice_bytes: int | Literal["auto"] = "auto"
     host_experts: int = 0
     assembly: AssemblyKind = "vmm"
+    mode: Mode = "staged"
 
     def __post_init__(self) -> None:
         self._require_int("group_size", self.group_size, least=1)
         if self.num_local_experts is not None:
             self._require_int("num_local_experts", self.num_local_experts, least=0)
-        self._require_int("prefetch_depth", self.prefetch_depth, least=1)
+        self._require_one_of("mode", self.mode, get_args(Mode))
+        self._require_int("prefetch_depth", self.prefetch_depth, least=0 if self.mode == "in_place" else 1)
         if self.slice_bytes != "auto":
             self._require_int("slice_bytes", self.slice_bytes, least=COPY_ALIGNMENT)
             if self.slice_bytes % COPY_ALIGNMENT:
                 raise ConfigError(f"slice_bytes must be a multiple of {COPY_ALIGNMENT}, not {self.slice_bytes}")
         self._require_int("host_experts", self.host_experts, least=0)
-        if self.assembly not in get_args(AssemblyKind):
-            raise ConfigError(f"assembly must be one of {', '.join(get_args(AssemblyKind))}, not {self.assembly!r}")
+        self._require_one_of("assembly", self.assembly, get_args(AssemblyKind))
+        if self.assembly == "tensor_list" and self.mode == "in_place":
+            raise ConfigError("mode: in_place needs assembly: vmm, because it maps the owners' pages side by side")
         if self.assembly == "tensor_list" and self.host_experts:
             raise ConfigError("host_experts needs assembly: vmm, because host memory is mapped page by page")
 
@@ -66,6 +74,11 @@ class DWDPConfig:
             raise ConfigError(f"{name} must be a whole number, not {value!r}")
         if value < least:
             raise ConfigError(f"{name} must be at least {least}, not {value}")
+
+    @staticmethod
+    def _require_one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
+        if value not in accepted:
+            raise ConfigError(f"{name} must be one of {', '.join(accepted)}, not {value!r}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DWDPConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Literal, NamedTuple
@@ -91,13 +92,8 @@ class ExpertPlacement:
         Where a run has several owners it is divided among them so that the reader takes as evenly from every owner as
         whole experts allow; which owner gets the odd expert rotates with the reader, so that readers differ.
         """
-        group_size = self.config.group_size
-
-        def distance(owner: Owner) -> int:
-            return group_size if owner == HOST else (owner - reader) % group_size
-
         remote = [run for run in self._runs if reader not in run[1]]
-        shares = [dict.fromkeys(sorted(owners, key=distance), 0) for _, owners in remote]
+        shares = [dict.fromkeys(nearest_first(owners, reader, self.config.group_size), 0) for _, owners in remote]
         load: dict[Owner, int] = dict.fromkeys(self.owners, 0)
         for (experts, _), share in zip(remote, shares, strict=True):
             nearest = next(iter(share))
@@ -123,6 +119,14 @@ class ExpertPlacement:
             (range(start, stop), tuple(owner for owner, run in held.items() if start in run))
             for start, stop in itertools.pairwise(cuts)
         )
+
+
+def nearest_first(owners: Iterable[Owner], rank: int, group_size: int) -> list[Owner]:
+    """``owners`` in the order in which ``rank`` turns to them: itself, the ranks after it in cyclic order, then `HOST`.
+
+    No two ranks have the same order, so that ranks in step turn to different owners.
+    """
+    return sorted(owners, key=lambda owner: group_size if owner == HOST else (owner - rank) % group_size)
 
 
 def _level(share: dict[Owner, int], load: dict[Owner, int]) -> bool:

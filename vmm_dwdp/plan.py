@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from vmm_dwdp.layout import RangeLayout
-from vmm_dwdp.placement import HOST, Owner
+from vmm_dwdp.placement import Owner, nearest_first
 
 MAX_STREAMS: Final = 8  # a GPU has few copy engines, and every stream costs the launching thread an event
 
@@ -90,7 +90,7 @@ def plan_layer(layouts: Mapping[str, RangeLayout], rank: int, slice_bytes: int |
     if not segments:
         return LayerPlan(tuple(edges), ())
     group_size = next(iter(layouts.values())).placement.config.group_size
-    turns = _turns({segment.owner for segment in segments}, rank, group_size)
+    turns = nearest_first({segment.owner for segment in segments}, rank, group_size)
     if slice_bytes is None:
         return LayerPlan(tuple(edges), _by_owner(segments, turns))
     interleaved = [piece for run in remote.values() for piece in _interleave(run, turns, slice_bytes)]
@@ -107,11 +107,6 @@ def _after(run: range, span: range) -> range:
 
 def _within(run: range, span: range) -> range:
     return range(max(run.start, span.start), min(run.stop, span.stop))
-
-
-def _turns(owners: set[Owner], rank: int, group_size: int) -> list[Owner]:
-    """The owners in the order in which ``rank`` turns to them: the next higher rank first, `HOST` last."""
-    return sorted(owners, key=lambda owner: group_size if owner == HOST else (owner - rank - 1) % group_size)
 
 
 def _by_owner(segments: list[Segment], turns: list[Owner]) -> tuple[tuple[Segment, ...], ...]:

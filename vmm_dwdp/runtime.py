@@ -19,7 +19,7 @@ from vmm_dwdp.allocator.driver import DEVICE, Driver, HandleType, Location
 from vmm_dwdp.allocator.handles import Ledger, Stream
 from vmm_dwdp.allocator.probe import supported_handle_types
 from vmm_dwdp.assembly import Assembly, Share, Weights
-from vmm_dwdp.config import DWDPConfig
+from vmm_dwdp.config import DWDPConfig, Mode
 from vmm_dwdp.errors import ConfigError, DWDPError, StateError
 from vmm_dwdp.exchange import Exchange
 from vmm_dwdp.issue import InlineIssuer, Issuer, ThreadIssuer
@@ -78,9 +78,11 @@ class DWDPRuntime:
         self._rendezvous = Rendezvous(rendezvous)
         self._layers: list[Layer] = []
         self._index: dict[int, int] = {}
-        self._weights: list[Weights] = []
+        self._weights: dict[Mode, list[Weights]] = {}
+        self._read_in_place: set[int] = set()  # layers acquired so and not yet released
         self._exchange: Exchange | None = None
         self._prefetcher: Prefetcher | None = None
+        self._published = False
         self._closed = False
 
     @property
@@ -168,8 +170,17 @@ class DWDPRuntime:
             self._fill_edges()
             others = [rank for rank in range(self.config.group_size) if rank != self.rank]
             self._exchange.agree_published(others, deadline)
-            self._weights = [self._assembly.weights(described) for described in self._layers]
-            self._prefetcher = self._start_prefetching()
+            for mode in self._modes:
+                self._weights[mode] = [self._assembly.weights(described, mode) for described in self._layers]
+            if self.config.prefetch_depth:
+                self._prefetcher = self._start_prefetching()
+            self._published = True
+
+    @property
+    def _modes(self) -> tuple[Mode, ...]:
+        """The modes in which `acquire` can give a layer."""
+        staged: tuple[Mode, ...] = ("staged",) if self.config.prefetch_depth else ()
+        return (*staged, "in_place") if self.config.mode == "in_place" else staged
 
     def _shares(self, owner: Owner) -> list[Share]:
         """Runs in a thread of the exchange."""
@@ -228,33 +239,54 @@ class DWDPRuntime:
         return Prefetcher(self._driver, self.ledger, issuer, fetches, self.config.prefetch_depth)
 
     # -- a pass ------------------------------------------------------------------------------------------------------
-    def acquire(self, layer: int, *, stream: torch.cuda.Stream | None = None) -> Weights:
-        """Make ``stream`` (default: the current one) wait until all experts of ``layer`` are in place.
+    def acquire(self, layer: int, *, mode: Mode | None = None, stream: torch.cuda.Stream | None = None) -> Weights:
+        """The weights of ``layer``, with all experts, for the work given next to ``stream`` (default: the current one).
+
+        Args:
+            mode: ``"staged"``: ``stream`` waits until the remote experts are in the layer's slot. ``"in_place"``: the
+                remote experts are read where they are; there is nothing to wait for, and the slots stay as they are, so
+                that passes of both modes may alternate. Default: the config's.
 
         Returns:
-            By weight, the tensor ``[E, ...]``: the same tensors, at the same addresses, on every call. They may be read
-            by work given to ``stream`` until `release`; nobody may write to them. With ``assembly: tensor_list``, a
-            list of tensors per weight, in expert order.
+            By weight, the tensor ``[E, ...]``: for each mode the same tensors, at the same addresses, on every call.
+            They may be read by work given to ``stream`` until `release`; nobody may write to them. With ``assembly:
+            tensor_list``, a list of tensors per weight, in expert order.
 
-        Does not wait for the device. A layer that comes in another order than it was added is fetched now.
+        Does not wait for the device. A staged layer that comes in another order than it was added is fetched now.
 
         Raises:
-            ConfigError: no such layer.
+            ConfigError: no such layer, or the config does not provide for ``mode``.
             StateError: the layer, or another that uses its slot, was acquired and not released; or not published.
             DriverError: a copy could not be issued; the call may be repeated.
         """
+        self._require_running()
         index = self._number(layer)
-        self._running().acquire(index, self._stream(stream))
-        return self._weights[index]
+        mode = mode or self.config.mode
+        if mode not in self._weights:
+            raise ConfigError(f"the config does not provide for mode {mode}, only for {', '.join(self._modes)}")
+        if index in self._read_in_place:
+            raise StateError(f"layer {layer} is acquired already, and was not released")
+        if mode == "in_place":
+            self._read_in_place.add(index)
+        elif self._prefetcher is not None:
+            self._prefetcher.acquire(index, self._stream(stream))
+        return self._weights[mode][index]
 
     def release(self, layer: int, *, stream: torch.cuda.Stream | None = None) -> None:
         """All work that reads ``layer`` has been given to ``stream`` (default: the current one): fetch the next."""
-        self._running().release(self._number(layer), self._stream(stream))
+        self._require_running()
+        index = self._number(layer)
+        if index in self._read_in_place:
+            self._read_in_place.remove(index)
+        elif self._prefetcher is not None:
+            self._prefetcher.release(index, self._stream(stream))
 
     @contextmanager
-    def layer(self, layer: int, *, stream: torch.cuda.Stream | None = None) -> Iterator[Weights]:
+    def layer(
+        self, layer: int, *, mode: Mode | None = None, stream: torch.cuda.Stream | None = None
+    ) -> Iterator[Weights]:
         """`acquire` on entering, `release` on leaving, by an exception as well."""
-        weights = self.acquire(layer, stream=stream)
+        weights = self.acquire(layer, mode=mode, stream=stream)
         try:
             yield weights
         finally:
@@ -262,12 +294,15 @@ class DWDPRuntime:
 
     def reset(self, *, stream: torch.cuda.Stream | None = None) -> None:
         """Give up a pass that ended early: release what is acquired and refetch the first layers."""
-        self._running().reset(self._stream(stream))
+        self._require_running()
+        self._read_in_place.clear()
+        if self._prefetcher is not None:
+            self._prefetcher.reset(self._stream(stream))
 
     def tensor_list(self, layer: int, weight: str) -> list[torch.Tensor]:
         """The same bytes as `acquire` returns, as at most three contiguous tensors ``[E_i, ...]`` in expert order: the
         experts before this rank's own, its own, and those after. Valid between `acquire` and `release`."""
-        self._running()
+        self._require_running()
         described = self._described(layer)
         if weight not in described.weights:
             raise ConfigError(f"layer {layer} has no weight {weight!r}; it has {', '.join(described.weights)}")
@@ -288,7 +323,7 @@ class DWDPRuntime:
 
     def peers(self) -> dict[int, bool]:
         """For every other rank, whether it answers now."""
-        self._running()
+        self._require_running()
         assert self._exchange is not None
         return {rank: self._exchange.alive(rank) for rank in range(self.config.group_size) if rank != self.rank}
 
@@ -301,7 +336,7 @@ class DWDPRuntime:
         undoing call fails, its error is raised, and the next `close` tries again.
         """
         self._closed = True
-        self._weights = []
+        self._weights = {}
         if self._exchange is None:
             self._rendezvous.leave(self.rank)
         else:
@@ -333,15 +368,14 @@ class DWDPRuntime:
     def _require_setup(self, call: str) -> None:
         if self._closed:
             raise StateError(f"{call} after close")
-        if self._prefetcher is not None:
+        if self._published:
             raise StateError(f"{call} after publish")
 
-    def _running(self) -> Prefetcher:
+    def _require_running(self) -> None:
         if self._closed:
             raise StateError("the runtime is closed")
-        if self._prefetcher is None:
+        if not self._published:
             raise StateError("the runtime is not published yet")
-        return self._prefetcher
 
     def _number(self, layer: int) -> int:
         try:
@@ -358,7 +392,8 @@ def _make_assembly(config: DWDPConfig, rank: int, driver: Driver, ledger: Ledger
         return TensorListAssembly(driver, ledger, rank, config.prefetch_depth)
     host_location = Location(numa_node=0) if config.host_experts else DEVICE
     handle_type = _choose_handle_type(driver, host_location) if config.group_size > 1 else None
-    return VirtualAssembly(driver, ledger, rank, config.prefetch_depth, handle_type, host_location)
+    in_place = config.mode == "in_place"
+    return VirtualAssembly(driver, ledger, rank, config.prefetch_depth, handle_type, host_location, in_place)
 
 
 def _choose_handle_type(driver: Driver, host_location: Location) -> HandleType:

@@ -14,6 +14,7 @@ import torch
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Ledger, PlainMemory
 from vmm_dwdp.assembly import Assembly, Share, Weights
+from vmm_dwdp.config import Mode
 from vmm_dwdp.errors import ExchangeError
 from vmm_dwdp.layer import Layer
 from vmm_dwdp.placement import Owner
@@ -103,7 +104,7 @@ class TensorListAssembly(Assembly):
             for layer, weight, run in sharing:
                 self._staging[layer.number, weight, run.start] = memory
 
-    def weights(self, layer: Layer) -> Weights:
+    def weights(self, layer: Layer, mode: Mode) -> Weights:
         return self._lists[layer.number]
 
     def tensor_list(self, layer: Layer, weight: str) -> list[torch.Tensor]:

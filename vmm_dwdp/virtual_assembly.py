@@ -3,6 +3,7 @@
     assembled range of rank 1      |----- slot -----|== own pages ==|------ slot ------|
     what the kernel sees           |  expert 0  |  expert 1  |  expert 2  |  expert 3  |
     view of rank 0's pages         |================|                       read only, where copies come from
+    in-place range                 |==== rank 0 ====|== own pages ==|==== rank 2 =====|         read only, no copies
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import torch
 from vmm_dwdp.allocator.driver import DEVICE, Access, Driver, HandleType, Location
 from vmm_dwdp.allocator.handles import Allocation, Ledger, Reservation
 from vmm_dwdp.assembly import Assembly, Share, Weights
+from vmm_dwdp.config import Mode
 from vmm_dwdp.layer import Layer
 from vmm_dwdp.layout import RangeLayout
-from vmm_dwdp.placement import HOST, Owner
+from vmm_dwdp.placement import HOST, Owner, nearest_first
 from vmm_dwdp.slots import SlotBlocks, divide
 from vmm_dwdp.tensor_memory import TensorMemory
 
@@ -32,6 +34,7 @@ class VirtualAssembly(Assembly):
     Args:
         handle_type: how this rank's memory travels to the others; ``None`` if there are none.
         host_location: where the memory of `HOST` is.
+        in_place: whether to map in-place ranges too.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class VirtualAssembly(Assembly):
         prefetch_depth: int,
         handle_type: HandleType | None,
         host_location: Location,
+        in_place: bool,
     ) -> None:
         super().__init__(driver, ledger, rank, prefetch_depth)
         self._handle_type = handle_type
@@ -50,6 +54,7 @@ class VirtualAssembly(Assembly):
         self._views: dict[tuple[int, str, Owner], TensorMemory[Reservation]] = {}
         self._tiles: dict[tuple[int, str, Owner], list[Allocation]] = {}
         self._weights: dict[int, dict[str, torch.Tensor]] = {}
+        self._in_place: dict[int, dict[str, torch.Tensor]] | None = {} if in_place else None
 
     @property
     def granularity(self) -> int:
@@ -62,7 +67,9 @@ class VirtualAssembly(Assembly):
             for owner in layer.placement.owners
         )
         slots = [self._blocks(layers) for layers in self._layers_of_slot()]
-        return own_and_views + sum(len(used) for blocks in slots for regions in blocks.regions for used in regions)
+        staged = sum(len(used) for blocks in slots for regions in blocks.regions for used in regions)
+        in_place = sum(len(layer.layouts[weight].tiles) for layer, weight in self._weights_of_layers())
+        return own_and_views + staged + (0 if self._in_place is None else in_place)
 
     def shard(self, layer: Layer, weight: str, owner: Owner) -> torch.Tensor:
         if (layer.number, weight, owner) not in self._tiles:
@@ -129,20 +136,39 @@ class VirtualAssembly(Assembly):
                 share = next(remaining)
                 allocation = Allocation.import_(self._driver, self._ledger, share, self._handle_type, nbytes, label)
                 tiles.append(self._resources.push(allocation))
+            self._tiles[layer.number, weight, owner] = tiles
             if tiles:
                 self._views[layer.number, weight, owner] = self._view(layout, owner, tiles, Access.READ, label)
 
     def build(self) -> None:
         for layer, weight in self._weights_of_layers():
-            if self._tiles.get((layer.number, weight, HOST)):
+            if self._tiles.get((layer.number, weight, HOST)):  # until here this rank may have filled it
                 resident = layer.layouts[weight].resident_bytes(HOST)
                 _allow(self._views[layer.number, weight, HOST], range(len(resident)), Access.READ)
         for slot, layers in enumerate(self._layers_of_slot()):
             self._build_slot(slot, layers)
         for layer, weight in self._weights_of_layers():
             spec = layer.weights[weight]
-            tensor = self._own[layer.number, weight].tensor(0, spec.shape, spec.dtype)
-            self._weights.setdefault(layer.number, {})[weight] = tensor
+            if self._depth:
+                tensor = self._own[layer.number, weight].tensor(0, spec.shape, spec.dtype)
+                self._weights.setdefault(layer.number, {})[weight] = tensor
+            if self._in_place is not None:
+                tensor = self._map_in_place(layer, weight).tensor(0, spec.shape, spec.dtype)
+                self._in_place.setdefault(layer.number, {})[weight] = tensor
+
+    def _map_in_place(self, layer: Layer, weight: str) -> TensorMemory[Reservation]:
+        """Every owner's own pages side by side; those that several owners back, of this rank or the nearest of them."""
+        layout = layer.layouts[weight]
+        group_size = layer.placement.config.group_size
+        handles = {
+            owner: dict(zip(layout.tiles_of(owner), self._tiles[layer.number, weight, owner], strict=True))
+            for owner in layer.placement.owners
+        }
+        tiles = [handles[nearest_first(tile.owners, self._rank, group_size)[0]][tile] for tile in layout.tiles]
+        span = range(layout.num_pages * layout.granularity)
+        memory = self._reserve(len(span), f"layer {layer.number}, {weight}, in place")
+        _map(memory, span, tiles, Access.READ)
+        return memory
 
     def _build_slot(self, slot: int, layers: Sequence[Layer]) -> None:
         """Take one slot's blocks and map them around the resident spans of the layers that use it."""
@@ -172,11 +198,14 @@ class VirtualAssembly(Assembly):
             for region in layout.staged_bytes(self._rank):
                 yield weight, region
 
-    def weights(self, layer: Layer) -> Weights:
-        return self._weights[layer.number]
+    def weights(self, layer: Layer, mode: Mode) -> Weights:
+        if mode == "staged":
+            return self._weights[layer.number]
+        assert self._in_place is not None, "the runtime asks only for what the config states"
+        return self._in_place[layer.number]
 
     def tensor_list(self, layer: Layer, weight: str) -> list[torch.Tensor]:
-        tensor = self._weights[layer.number][weight]
+        tensor = (self._weights if self._depth else self._in_place or {})[layer.number][weight]
         return [tensor[run.start : run.stop] for run in self._parts(layer, weight)]
 
     def _destination(self, layer: Layer, weight: str, byte: int) -> int:
@@ -188,6 +217,7 @@ class VirtualAssembly(Assembly):
 
     def close(self) -> None:
         self._weights.clear()
+        self._in_place = None
         super().close()
 
 

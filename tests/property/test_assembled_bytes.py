@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from support.groups import Shapes, check_pass, published, random_model
 
 from vmm_dwdp import DWDPConfig
+from vmm_dwdp.config import Mode
 
 DTYPES = [
     torch.float4_e2m1fn_x2,
@@ -32,13 +33,15 @@ def groups(draw: st.DrawFn) -> tuple[DWDPConfig, Shapes]:
     on_ranks = num_experts - host_experts
     least = -(-on_ranks // group_size)
     most = on_ranks if group_size <= 6 else min(on_ranks, least + 1)  # all ranks share this process's descriptors
+    mode = draw(st.sampled_from(["staged", "in_place"])) if assembly == "vmm" else "staged"
     config = DWDPConfig(
         group_size=group_size,
         num_local_experts=draw(st.one_of(st.none(), st.integers(least, most))),
         host_experts=host_experts,
-        prefetch_depth=draw(st.integers(1, 5)),
+        prefetch_depth=draw(st.integers(0 if mode == "in_place" else 1, 5)),
         slice_bytes=draw(st.sampled_from(["auto", 1024, 8192])),
         assembly=assembly,
+        mode=mode,
     )
     # About 100 kB a weight at most, so that many groups can be tried; odd sizes meet page borders at every offset.
     largest = max(1, min(2000, 100_000 // num_experts))
@@ -60,10 +63,10 @@ def test_every_byte_on_every_rank_in_passes_in_and_out_of_order(group: tuple[DWD
     shuffled = random.Random(seed)
     with tempfile.TemporaryDirectory() as rendezvous, published(config, rendezvous, model) as runtimes:
         for runtime in runtimes:
-            for _ in range(2):
-                check_pass(runtime, model)
+            modes: list[Mode] = ["staged"] * bool(config.prefetch_depth) + ["in_place"] * (config.mode == "in_place")
+            for mode in modes * 2:
+                check_pass(runtime, model, mode=mode)
             check_pass(runtime, model, shuffled.choices(list(model), k=2 * len(model)))
             runtime.reset()
-            check_pass(runtime, model)
-            stats = runtime.stats()
-            assert stats.hits + stats.misses == 5 * len(model)
+            for mode in modes:
+                check_pass(runtime, model, mode=mode)

@@ -13,6 +13,7 @@ import torch
 from vmm_dwdp import HOST, DWDPConfig, DWDPRuntime, WeightSpec
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.host_driver import HostDriver
+from vmm_dwdp.config import Mode
 
 PAGE = 4096  # bytes: the smallest page of the host driver, so that small weights span several
 
@@ -70,10 +71,12 @@ def join(
     return runtime
 
 
-def check_pass(runtime: DWDPRuntime, model: Model, order: Sequence[int] | None = None) -> None:
+def check_pass(
+    runtime: DWDPRuntime, model: Model, order: Sequence[int] | None = None, mode: Mode | None = None
+) -> None:
     """One pass in which every byte of every weight is compared with the unsharded model."""
     for number in order or list(model):
-        with runtime.layer(number) as weights:
+        with runtime.layer(number, mode=mode) as weights:
             assert weights.keys() == model[number].keys()
             for name, reference in model[number].items():
                 found = weights[name]

@@ -24,6 +24,8 @@ from vmm_dwdp import ConfigError, DWDPConfig, ExpertPlacement, WeightSpec
         ({"group_size": 2, "slice_bytes": "often"}, "slice_bytes must be a whole number, not 'often'"),
         ({"group_size": 2, "assembly": "magic"}, "assembly must be one of vmm, tensor_list, not 'magic'"),
         ({"group_size": 2, "assembly": "tensor_list", "host_experts": 1}, "host_experts needs assembly: vmm"),
+        ({"group_size": 2, "mode": "telepathy"}, "mode must be one of staged, in_place, not 'telepathy'"),
+        ({"group_size": 2, "mode": "in_place", "assembly": "tensor_list"}, "mode: in_place needs assembly: vmm"),
         ({"groupsize": 2}, "unknown key 'groupsize'"),
         ({}, "states no group_size"),
     ],

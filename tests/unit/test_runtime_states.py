@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from support.groups import PAGE, add_layers, fill_shards, join, random_model, same_bytes
+from support.groups import PAGE, add_layers, check_pass, fill_shards, join, random_model, same_bytes
 
 from vmm_dwdp import ConfigError, DWDPConfig, DWDPRuntime, ExchangeError, StateError, WeightSpec
 from vmm_dwdp.allocator.host_driver import HostDriver
@@ -64,6 +65,36 @@ def test_reset_gives_up_a_pass_that_ended_early(runtime: DWDPRuntime) -> None:
             assert same_bytes(weights["w"], MODEL[number]["w"])
         del weights
     assert runtime.stats().misses == 0
+
+
+def test_reading_in_place_leaves_the_slots_as_they_are(tmp_path: Path) -> None:
+    runtime = join(replace(ALONE, mode="in_place"), 0, tmp_path / "rendezvous", MODEL)
+    check_pass(runtime, MODEL, mode="staged")
+    before = runtime.stats()
+    check_pass(runtime, MODEL)
+    assert runtime.stats() == before
+    check_pass(runtime, MODEL, mode="staged")
+    assert runtime.stats().misses == 0
+    runtime.acquire(0)
+    with pytest.raises(StateError, match="layer 0 is acquired already"):
+        runtime.acquire(0)
+    runtime.release(0)
+    assert runtime.close().open() == []
+
+
+def test_in_place_alone_stages_nothing(tmp_path: Path) -> None:
+    runtime = join(replace(ALONE, mode="in_place", prefetch_depth=0), 0, tmp_path / "rendezvous", MODEL)
+    assert runtime.stats().staged_bytes == 0
+    check_pass(runtime, MODEL)
+    with pytest.raises(ConfigError, match="does not provide for mode staged, only for in_place"):
+        runtime.acquire(0, mode="staged")
+    assert runtime.ledger.counts()["mappings"] == runtime._assembly.num_mappings()
+    assert runtime.close().open() == []
+
+
+def test_in_place_that_the_config_does_not_provide_for(runtime: DWDPRuntime) -> None:
+    with pytest.raises(ConfigError, match="does not provide for mode in_place, only for staged"):
+        runtime.acquire(0, mode="in_place")
 
 
 def test_the_same_tensors_on_every_call(runtime: DWDPRuntime) -> None:
