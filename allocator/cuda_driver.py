@@ -173,12 +173,15 @@ class CudaDriver:
     def destroy_event(self, event: int) -> None:
         _check(f"destroy event {event:#x}", cuda.cuEventDestroy, event)
 
-    def record(self, event: int, stream: int) -> None:
-        _check(f"record event {event:#x} on stream {stream:#x}", cuda.cuEventRecord, event, stream)
+    def record(self, event: int, stream: int, *, external: bool = False) -> None:
+        flags = cuda.CUevent_record_flags
+        flag = flags.CU_EVENT_RECORD_EXTERNAL if external else flags.CU_EVENT_RECORD_DEFAULT
+        _check(f"record event {event:#x} on stream {stream:#x}", cuda.cuEventRecordWithFlags, event, stream, flag)
 
-    def wait(self, stream: int, event: int) -> None:
-        attempt = f"make stream {stream:#x} wait for event {event:#x}"
-        _check(attempt, cuda.cuStreamWaitEvent, stream, event, cuda.CUevent_wait_flags.CU_EVENT_WAIT_DEFAULT)
+    def wait(self, stream: int, event: int, *, external: bool = False) -> None:
+        flags = cuda.CUevent_wait_flags
+        flag = flags.CU_EVENT_WAIT_EXTERNAL if external else flags.CU_EVENT_WAIT_DEFAULT
+        _check(f"make stream {stream:#x} wait for event {event:#x}", cuda.cuStreamWaitEvent, stream, event, flag)
 
     def complete(self, event: int) -> bool:
         try:
@@ -202,19 +205,17 @@ class CudaDriver:
 
     def copy(self, prepared: _Copies, stream: int) -> None:
         attempt = f"give {len(prepared.sizes)} copies to stream {stream:#x}"
-        # Refused in a capture, a batch would be missing from the graph, which is otherwise fine and replays without it.
-        if (
-            _check(attempt, cuda.cuStreamIsCapturing, stream)
-            != cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
-        ):
-            code = cuda.CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED.name
-            raise DriverError("copy", code, f"{attempt}, which is being captured into a graph")
-        if self._batched and stream != _DEFAULT_STREAM:  # a batch is not taken there
+        # A batch given to a stream that is captured would be missing from the graph, which is otherwise fine.
+        if self._batched and stream != _DEFAULT_STREAM and not self.capture(stream):
             count = len(prepared.sizes)
             _check(attempt, cuda.cuMemcpyBatchAsync, *prepared, count, [self._attributes], [0], 1, stream)
         else:
             for dst, src, nbytes in zip(*prepared, strict=True):
                 _check(attempt, cuda.cuMemcpyAsync, dst, src, nbytes, stream)
+
+    def capture(self, stream: int) -> int:
+        status, capture, *_ = _check(f"see what captures stream {stream:#x}", cuda.cuStreamGetCaptureInfo, stream)
+        return int(capture) if status != cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE else 0
 
     def synchronize(self, stream: int | None = None) -> None:
         if stream is None:

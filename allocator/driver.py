@@ -137,11 +137,14 @@ class Driver(Protocol):
     def destroy_event(self, event: int) -> None:
         """Undo `create_event`."""
 
-    def record(self, event: int, stream: int) -> None:
-        """``event`` is complete once all work given to ``stream`` so far is."""
+    def record(self, event: int, stream: int, *, external: bool = False) -> None:
+        """``event`` is complete once all work given to ``stream`` so far is; for ``external`` see `capture`."""
 
-    def wait(self, stream: int, event: int) -> None:
-        """Work given to ``stream`` from now on starts after the latest `record` of ``event``, made before this call."""
+    def wait(self, stream: int, event: int, *, external: bool = False) -> None:
+        """Work given to ``stream`` from now on starts after the latest `record` of ``event``, made before this call.
+
+        For ``external`` see `capture`.
+        """
 
     def complete(self, event: int) -> bool:
         """Whether the latest record of ``event`` is complete."""
@@ -153,7 +156,18 @@ class Driver(Protocol):
         """Whatever `copy` wants to have ready: made once, used many times, owned by the garbage collector."""
 
     def copy(self, prepared: Any, stream: int) -> None:
-        """Give the prepared copies to ``stream``. They may run in any order among themselves."""
+        """Give the prepared copies to ``stream``. They may run in any order among themselves.
+
+        While ``stream`` is captured, each becomes a node of the graph.
+        """
+
+    def capture(self, stream: int) -> int:
+        """Which capture into a graph ``stream`` takes part in, a number that no other capture has; 0 if none.
+
+        A stream takes part from its first `wait` for an event that was recorded in the capture; such events are edges
+        of the graph. To record an event, or wait for it, whenever the graph runs, together with work outside of it, say
+        ``external``. Raises `DriverError` for the default stream while another one is captured: it can take no part.
+        """
 
     def synchronize(self, stream: int | None = None) -> None:
         """Wait until all work of ``stream``, or of the whole device, is complete."""

@@ -301,7 +301,7 @@ class HostDriver:
         self._record("destroy_event", event)
         del self._events[event]
 
-    def record(self, event: int, stream: int) -> None:
+    def record(self, event: int, stream: int, *, external: bool = False) -> None:
         self._record("record", event)
         record = Record()
         if stream == _COMPUTE_STREAM:
@@ -310,7 +310,7 @@ class HostDriver:
             self._stream("record", stream).record(record)
         self._events[event] = record
 
-    def wait(self, stream: int, event: int) -> None:
+    def wait(self, stream: int, event: int, *, external: bool = False) -> None:
         record = self._record("wait", event)
         if record is None:
             return
@@ -342,6 +342,9 @@ class HostDriver:
             _copy_now(prepared)
         else:
             self._stream("copy", stream).submit(functools.partial(_copy_later, prepared, uses))
+
+    def capture(self, stream: int) -> int:
+        return 0  # the host has no graphs
 
     def synchronize(self, stream: int | None = None) -> None:
         if stream is None:

@@ -18,8 +18,8 @@ An event is waited for only after it was recorded: a wait refers to the latest r
 recorded before the fetch is submitted, and `acquire` waits for the issuer before it waits for `ready`.
 
 Copy streams do not wait for each other, so one that is ahead goes on with the next layer. Where a slot is refilled
-before anything read it, the compute stream waits for `ready` and records `consumed` all the same: otherwise copies of the
-new fetch on one stream could meet those of the old one on another.
+before anything read it, the compute stream waits for `ready` and records `consumed` all the same: otherwise copies of
+the new fetch on one stream could meet those of the old one on another.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class LayerCounts:
 
 
 @dataclass
-class _Slot:
+class Slot:
+    """The memory that some layers share, at this point of the launching thread's program."""
+
     ready: list[Event]  # by copy stream
     consumed: Event
     holds: int | None = None  # the layer that it holds or is being filled with
@@ -84,6 +86,10 @@ class Prefetcher:
     """Fetches layers into slots ahead of their use. One thread calls `acquire`, `release` and `reset`.
 
     Nothing here waits for the device, except on a driver whose compute is synchronous.
+
+    Attributes:
+        counts: by layer; see `measure`.
+        slots: as many as ``prefetch_depth``, or as there are layers.
     """
 
     def __init__(
@@ -94,13 +100,14 @@ class Prefetcher:
         self._driver = driver
         self._issuer = issuer
         self._fetches = fetches
+        self._prompt = False  # whether the copies of the first layers are given to the driver before a pass ends
         self._resources = ResourceStack()
         try:
             push = self._resources.push
             num_streams = max(len(fetch.streams) for fetch in fetches)
             self._streams = [push(Stream(driver, ledger, f"copies {i}")) for i in range(num_streams)]
-            self._slots = [
-                _Slot(
+            self.slots = [
+                Slot(
                     ready=[push(Event(driver, ledger, f"slot {i} ready")) for _ in self._streams],
                     consumed=push(Event(driver, ledger, f"slot {i} consumed")),
                 )
@@ -117,7 +124,7 @@ class Prefetcher:
 
     def acquire(self, index: int, stream: int) -> None:
         """Make ``stream`` wait until layer ``index`` is in its slot. Raises `StateError` if the slot is being read."""
-        slot = self._slots[index % len(self._slots)]
+        slot = self.slots[index % len(self.slots)]
         if slot.reader is not None:
             held, asked = self._fetches[slot.reader].number, self._fetches[index].number
             if slot.reader == index:
@@ -143,27 +150,47 @@ class Prefetcher:
 
     def release(self, index: int, stream: int) -> None:
         """Layer ``index`` has been read by the work given to ``stream``: fetch the next layer that uses its slot."""
-        slot = self._slots[index % len(self._slots)]
+        slot = self.slots[index % len(self.slots)]
         if slot.reader != index:
             raise StateError(f"layer {self._fetches[index].number} is released, but was not acquired")
         self._driver.record(slot.consumed.event, stream)
         slot.reader = None
-        following = index + len(self._slots)
-        self._fill(slot, following if following < len(self._fetches) else index % len(self._slots), stream)
+        self._fill(slot, self.following(index), stream)
+
+    def following(self, index: int) -> int:
+        """The next layer that uses the slot of layer ``index``, in cyclic order."""
+        following = index + len(self.slots)
+        return following if following < len(self._fetches) else index % len(self.slots)
 
     def reset(self, stream: int) -> None:
         """Give up layers that were acquired on ``stream``, and make the slots as they are between passes."""
-        for index, slot in enumerate(self._slots):
+        for index, slot in enumerate(self.slots):
             if slot.reader is not None:
                 self._driver.record(slot.consumed.event, stream)
                 slot.reader = None
             self._fill(slot, index, stream)
 
-    def _fill(self, slot: _Slot, index: int, stream: int) -> None:
+    def settle(self) -> None:
+        """See that the slots are as they are between passes, and that the driver has been given all copies; from now on
+        it has been whenever a pass is over. Raises `StateError` if a pass is not.
+        """
+        for first, slot in enumerate(self.slots):
+            if slot.reader is not None:
+                number = self._fetches[slot.reader].number
+                raise StateError(f"layer {number} was acquired outside of the graph capture, and was not released")
+            if slot.holds != first:
+                number = self._fetches[first].number
+                raise StateError(f"a graph capture begins between passes, with layer {number} in its slot: call reset")
+            self._await_issue(slot)
+        self._prompt = True
+
+    def _fill(self, slot: Slot, index: int, stream: int) -> None:
         if slot.holds != index:
             self._fetch(slot, index, stream)
+        if self._prompt and index < len(self.slots):
+            self._await_issue(slot)
 
-    def _fetch(self, slot: _Slot, index: int, stream: int) -> None:
+    def _fetch(self, slot: Slot, index: int, stream: int) -> None:
         if not slot.read:
             self._await_issue(slot)
             self._wait_ready(slot, stream)
@@ -173,19 +200,19 @@ class Prefetcher:
         slot.ticket = self._issuer.submit(partial(self._issue, slot, self._fetches[index]))
         self.counts[index].fetched_bytes += self._fetches[index].nbytes
 
-    def _issue(self, slot: _Slot, fetch: Fetch) -> None:
+    def _issue(self, slot: Slot, fetch: Fetch) -> None:
         """Runs wherever the issuer runs jobs."""
         for stream, copies, ready in zip(self._streams, fetch.streams, slot.ready, strict=False):
             self._driver.wait(stream.stream, slot.consumed.event)
             self._driver.copy(copies, stream.stream)
             self._driver.record(ready.event, stream.stream)
 
-    def _wait_ready(self, slot: _Slot, stream: int) -> None:
+    def _wait_ready(self, slot: Slot, stream: int) -> None:
         """Events of copy streams that took no part are complete since an earlier fetch."""
         for ready in slot.ready:
             self._driver.wait(stream, ready.event)
 
-    def _await_issue(self, slot: _Slot) -> None:
+    def _await_issue(self, slot: Slot) -> None:
         if slot.ticket is not None:
             try:
                 slot.ticket.result()

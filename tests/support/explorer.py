@@ -30,11 +30,12 @@ COMPUTE = 0  # the stream of kernels
 
 class Op(NamedTuple):
     """One step of a thread. ``kind``: submit, await (of job ``value``); wait, record (event ``value``, on ``stream``);
-    copy, kernel (layer ``value``, on ``stream``)."""
+    kernel (layer ``value``, on ``stream``); copy (``part`` of layer ``value``, on ``stream``)."""
 
     kind: str
     value: int
     stream: int = -1
+    part: int = 0
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Program:
 
     num_layers: int
     num_slots: int
+    num_parts: int  # of a slot, each written by one copy
     launcher: list[Op] = field(default_factory=list)
     jobs: list[list[Op]] = field(default_factory=list)
 
@@ -91,8 +93,9 @@ class RecordingDriver:
     def prepare(self, copies: Sequence[Copy]) -> Any:
         raise AssertionError("the explorer prepares its own copies")
 
-    def copy(self, prepared: int, stream: int) -> None:
-        self.writing.append(Op("copy", prepared, stream))
+    def copy(self, prepared: tuple[int, int], stream: int) -> None:
+        layer, part = prepared
+        self.writing.append(Op("copy", layer, stream, part))
 
     def kernel(self, layer: int) -> None:
         self.writing.append(Op("kernel", layer, COMPUTE))
@@ -130,13 +133,25 @@ Launch = Callable[[Prefetcher, Callable[[int], None]], None]
 
 
 def record(
-    launch: Launch, num_layers: int, depth: int, *, thread: bool, prefetcher: type[Prefetcher] = Prefetcher
+    launch: Launch,
+    num_layers: int,
+    depth: int,
+    *,
+    thread: bool,
+    prefetcher: type[Prefetcher] = Prefetcher,
+    num_streams: int = 1,
 ) -> Program:
-    """The program of ``launch(prefetcher, run)``, where ``run(layer)`` acquires, launches one kernel and releases."""
-    program = Program(num_layers, min(depth, num_layers))
+    """The program of ``launch(prefetcher, run)``, where ``run(layer)`` acquires, launches one kernel and releases.
+
+    Each of ``num_streams`` copy streams fills a part of the slot, and another part for the slot's next layer.
+    """
+    program = Program(num_layers, min(depth, num_layers), num_streams)
     driver = RecordingDriver(program)
     issuer = _RecordingIssuer(driver) if thread else InlineIssuer()
-    fetches = [Fetch(layer, layer, 1) for layer in range(num_layers)]
+    fetches = [
+        Fetch(layer, tuple((layer, (stream + layer // depth) % num_streams) for stream in range(num_streams)), 1)
+        for layer in range(num_layers)
+    ]
     made = prefetcher(driver, Ledger(), issuer, fetches, depth)  # type: ignore[arg-type]
 
     def run(layer: int) -> None:
@@ -166,7 +181,7 @@ class _State(NamedTuple):
     begun: tuple[bool, ...]  # by stream: whether the first operation is a copy or kernel that has begun
     enqueued: tuple[int, ...]  # by event: records enqueued
     executed: tuple[int, ...]  # by event: records executed
-    slots: tuple[int, ...]  # by slot: the layer whose bytes it holds, or -1 while it is being written
+    slots: tuple[tuple[int, ...], ...]  # by slot and part: the layer whose bytes it holds, or -1 while it is written
 
 
 @dataclass
@@ -232,10 +247,11 @@ def explore(program: Program) -> Exploration:
         slot = op.value % program.num_slots
         if op.kind == "copy":
             if state.begun[index]:
-                return popped._replace(slots=_with(state.slots, slot, op.value))
-            return state._replace(begun=_with(state.begun, index, True), slots=_with(state.slots, slot, -1))
-        if state.slots[slot] != op.value:
-            return f"the kernel of layer {op.value} reads slot {slot}, which holds {_named(state.slots[slot])}"
+                return popped._replace(slots=_written(state.slots, slot, op.part, op.value))
+            return state._replace(begun=_with(state.begun, index, True), slots=_written(state.slots, slot, op.part, -1))
+        for held in state.slots[slot]:
+            if held != op.value:
+                return f"the kernel of layer {op.value} reads slot {slot}, which holds {_named(held)}"
         return popped if state.begun[index] else state._replace(begun=_with(state.begun, index, True))
 
     start = _State(
@@ -246,7 +262,7 @@ def explore(program: Program) -> Exploration:
         begun=(False,) * len(streams),
         enqueued=(0,) * len(event_index),
         executed=(0,) * len(event_index),
-        slots=(-1,) * program.num_slots,
+        slots=((-1,) * program.num_parts,) * program.num_slots,
     )
     seen = {start}
     waiting = deque([start])
@@ -257,7 +273,7 @@ def explore(program: Program) -> Exploration:
         if not any(following):
             if state.launched < len(program.launcher) or any(state.queues):
                 return Exploration(f"nobody can go on after {state.launched} steps of the launcher", len(seen))
-            if state.slots != tuple(range(program.num_slots)):
+            if state.slots != tuple((first,) * program.num_parts for first in range(program.num_slots)):
                 return Exploration(f"the slots hold {state.slots} at the end", len(seen))
         for found in following:
             if isinstance(found, str):
@@ -270,6 +286,10 @@ def explore(program: Program) -> Exploration:
 
 def _named(held: int) -> str:
     return "unfinished bytes" if held < 0 else f"layer {held}"
+
+
+def _written(slots: tuple[tuple[int, ...], ...], slot: int, part: int, layer: int) -> tuple[tuple[int, ...], ...]:
+    return _with(slots, slot, _with(slots[slot], part, layer))
 
 
 def _with(values: tuple[Any, ...], index: int, value: Any) -> tuple[Any, ...]:

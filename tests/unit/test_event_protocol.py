@@ -54,6 +54,12 @@ def test_misses_and_abandoned_passes_in_every_order(launch: Callable[..., None],
     assert found.violation is None
 
 
+@pytest.mark.parametrize("launch", [partial(two_passes, 3), partial(out_of_order, 3), partial(abandoned, 3)])
+def test_two_copy_streams_in_every_order(launch: Launch) -> None:
+    found = explore(record(launch, 3, 2, thread=False, num_streams=2))
+    assert found.violation is None
+
+
 def test_the_explorer_reaches_orders_in_which_copies_and_kernels_overlap() -> None:
     few = explore(record(partial(two_passes, 2), 2, 1, thread=True)).num_states
     many = explore(record(partial(two_passes, 5), 5, 3, thread=True)).num_states
@@ -64,20 +70,20 @@ class _SwappedConsumed(Prefetcher):
     """Waits for the other slot's event before it overwrites a slot."""
 
     def _issue(self, slot, fetch: Fetch) -> None:  # type: ignore[no-untyped-def]
-        other = self._slots[(self._slots.index(slot) + 1) % len(self._slots)]
-        self._driver.wait(self._stream.stream, other.consumed.event)
-        self._driver.copy(fetch.prepared, self._stream.stream)
-        self._driver.record(slot.ready.event, self._stream.stream)
+        other = self.slots[(self.slots.index(slot) + 1) % len(self.slots)]
+        self._driver.wait(self._streams[0].stream, other.consumed.event)
+        self._driver.copy(fetch.streams[0], self._streams[0].stream)
+        self._driver.record(slot.ready[0].event, self._streams[0].stream)
 
 
 class _SwappedReady(Prefetcher):
     """Tells the other slot's readers that this slot is filled."""
 
     def _issue(self, slot, fetch: Fetch) -> None:  # type: ignore[no-untyped-def]
-        other = self._slots[(self._slots.index(slot) + 1) % len(self._slots)]
-        self._driver.wait(self._stream.stream, slot.consumed.event)
-        self._driver.copy(fetch.prepared, self._stream.stream)
-        self._driver.record(other.ready.event, self._stream.stream)
+        other = self.slots[(self.slots.index(slot) + 1) % len(self.slots)]
+        self._driver.wait(self._streams[0].stream, slot.consumed.event)
+        self._driver.copy(fetch.streams[0], self._streams[0].stream)
+        self._driver.record(other.ready[0].event, self._streams[0].stream)
 
 
 class _EarlyAtTheWrap(Prefetcher):
@@ -85,9 +91,9 @@ class _EarlyAtTheWrap(Prefetcher):
 
     def acquire(self, index: int, stream: int) -> None:
         super().acquire(index, stream)
-        slot = index % len(self._slots)
-        if index + len(self._slots) >= len(self._fetches):
-            self._fetch(self._slots[slot], slot)
+        slot = index % len(self.slots)
+        if index + len(self.slots) >= len(self._fetches):
+            self._fetch(self.slots[slot], slot, stream)
 
 
 class _NeverWaitsForReady(Prefetcher):
@@ -101,7 +107,7 @@ class _NeverAwaitsTheIssuer(Prefetcher):
     """Waits for an event that the issuing thread has yet to record, which is to wait for the record before."""
 
     def acquire(self, index: int, stream: int) -> None:
-        slot = self._slots[index % len(self._slots)]
+        slot = self.slots[index % len(self.slots)]
         slot.ticket = _NothingToAwait() if slot.ticket else None
         super().acquire(index, stream)
 
@@ -116,12 +122,26 @@ class _RecordsTooEarly(Prefetcher):
 
     def acquire(self, index: int, stream: int) -> None:
         super().acquire(index, stream)
-        self._driver.record(self._slots[index % len(self._slots)].consumed.event, stream)
+        self._driver.record(self.slots[index % len(self.slots)].consumed.event, stream)
 
     def release(self, index: int, stream: int) -> None:
         real, self._driver.record = self._driver.record, lambda *_: None  # type: ignore[method-assign]
         super().release(index, stream)
         self._driver.record = real  # type: ignore[method-assign]
+
+
+class _ForgetsWhatNothingRead(Prefetcher):
+    """Refills a slot that nothing read without waiting for the copies that another stream still makes into it."""
+
+    def _fetch(self, slot, index: int, stream: int) -> None:  # type: ignore[no-untyped-def]
+        slot.read = True
+        super()._fetch(slot, index, stream)
+
+
+def test_copies_of_two_streams_that_meet_in_a_slot_are_found() -> None:
+    launch = partial(out_of_order, 3)
+    found = explore(record(launch, 3, 2, thread=False, prefetcher=_ForgetsWhatNothingRead, num_streams=2))
+    assert found.violation is not None
 
 
 @pytest.mark.parametrize(
