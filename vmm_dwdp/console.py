@@ -6,7 +6,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -42,6 +42,12 @@ def size(nbytes: int) -> str:
             return f"{nbytes} B" if unit == "B" else f"{amount:.1f} {unit}"
         amount /= 1024
     return f"{amount:.1f} TiB"
+
+
+def working(message: str, *, shown: bool) -> AbstractContextManager[object]:
+    """Show ``message`` while the body runs, if ``shown`` and standard error is a terminal."""
+    console = Console(stderr=True)
+    return console.status(message) if shown and console.is_terminal else nullcontext()
 
 
 @contextmanager

@@ -27,7 +27,7 @@ import torch
 from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.handles import KINDS
 from vmm_dwdp.config import DWDPConfig
-from vmm_dwdp.console import group_progress, print_table, report_step, size
+from vmm_dwdp.console import group_progress, print_table, report_step, size, working
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.placement import ExpertPlacement
 from vmm_dwdp.stats import Stats
@@ -161,6 +161,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    _quiet_transformers()
     config = _config(arguments)
     prompts = tuple(arguments.prompt or PROMPTS)
     reports = []
@@ -184,7 +185,8 @@ def compare(model: Path, config: DWDPConfig, device: str, prompts: tuple[str, ..
     if device == "cpu":
         torch.set_num_threads(1)  # another number rounds sums differently; the ranks take this one over
     driver = open_driver(torch.device(device)).name
-    expected = _reference(model, device, [prompts[rank % len(prompts)] for rank in range(config.group_size)])
+    with working("running the whole model", shown=shown):
+        expected = _reference(model, device, [prompts[rank % len(prompts)] for rank in range(config.group_size)])
     with tempfile.TemporaryDirectory(prefix="vmm-dwdp-") as folder:
         granularity = HOST_GRANULARITY if device == "cpu" else None
         job = Job(model, config, device, granularity, prompts, Path(folder))
@@ -229,7 +231,6 @@ def _reference(path: Path, device: str, prompts: list[str]) -> list[Generated]:
     """What the whole model makes of each prompt."""
     import transformers
 
-    _quiet_transformers()
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device).eval()
     text = _Text.of(path, model)
     return [_generate(model, text, prompt) for prompt in prompts]
@@ -377,5 +378,5 @@ def _print(report: Report, *, with_text: bool) -> None:
     print_table(title, columns, rows)
     for r in report.ranks if with_text else ():
         print(f"\nrank {r.rank}: {r.prompt.strip()} ...")
-        print(textwrap.indent(r.continuation.strip("\n"), "    "))
+        print(textwrap.indent(r.continuation.strip(), "    "))
     print()

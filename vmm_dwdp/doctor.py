@@ -19,7 +19,7 @@ from vmm_dwdp.allocator.driver import DEVICE, Location
 from vmm_dwdp.allocator.probe import supported_handle_types
 from vmm_dwdp.console import print_table, size
 from vmm_dwdp.errors import DWDPError
-from vmm_dwdp.kernels.tensor_list import PROVIDERS
+from vmm_dwdp.kernels import providers
 
 _PACKAGES: Final = ("vmm-dwdp", "torch", "cuda-bindings", "transformers", "flashinfer-python", "nvidia-cutlass-dsl")
 
@@ -52,6 +52,13 @@ class Device(Finding):
 
 
 @dataclass
+class Kernel(Finding):
+    """A provider of grouped GEMMs."""
+
+    supports: str | None = None
+
+
+@dataclass
 class Report:
     """All that is found; `asdict` of it is what ``--json`` prints."""
 
@@ -59,7 +66,7 @@ class Report:
     devices: dict[str, Device]
     descriptor_limit: int  # open files a process may have; each imported handle takes one
     mapping_limit: int | None  # mappings a process may have on the host; None where the kernel does not say
-    kernels: dict[str, Finding]
+    kernels: dict[str, Kernel]  # by function and provider, in the order in which provider="auto" tries them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +94,10 @@ def examine() -> Report:
         devices=devices,
         descriptor_limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         mapping_limit=int(mapping_limit.read_text()) if mapping_limit.exists() else None,
-        kernels={provider.name: Finding(provider.missing()) for provider in PROVIDERS},
+        kernels={
+            provider.name: Kernel(None, provider.reason) if provider.usable else Kernel(provider.reason)
+            for provider in providers()
+        },
     )
 
 
@@ -177,5 +187,11 @@ def _print(report: Report) -> None:
         ("limit", "value"),
         [("open files", str(report.descriptor_limit)), ("mappings", str(report.mapping_limit or "unknown"))],
     )
-    kernels = [(name, outcome(finding)) for name, finding in report.kernels.items()]
-    print_table("Grouped GEMMs over a list of tensors", ("provider", "usable"), kernels)
+    print_table(
+        "Grouped GEMMs",
+        ("provider", "usable", ""),
+        [
+            (name, "no" if kernel.why_not else "yes", kernel.why_not or kernel.supports or "")
+            for name, kernel in report.kernels.items()
+        ],
+    )

@@ -39,8 +39,10 @@ def test_limits_are_this_process_s(report: dict) -> None:
     assert 0 < report["devices"]["cpu"]["free_bytes"] <= report["devices"]["cpu"]["total_bytes"]
 
 
-def test_torch_kernel_can_be_used_anywhere(report: dict) -> None:
-    assert report["kernels"]["torch"] == {"why_not": None}
+@pytest.mark.parametrize("kernel", ["grouped_gemm.torch", "tensor_list_grouped_gemm.torch"])
+def test_torch_kernels_can_be_used_anywhere(report: dict, kernel: str) -> None:
+    assert report["kernels"][kernel]["why_not"] is None
+    assert report["kernels"][kernel]["supports"]
 
 
 @pytest.mark.usefixtures("open_descriptors")
