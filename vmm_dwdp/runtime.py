@@ -219,9 +219,7 @@ class DWDPRuntime:
 
     def _fill_edges(self) -> None:
         """Copy the neighbours' bytes that share a page with this rank's own; they stay there for good."""
-        copies = [
-            copy for described in self._layers for copy in self._assembly.copies(described, described.plan.edges)
-        ]
+        copies = [copy for described in self._layers for copy in self._assembly.copies(described, described.plan.edges)]
         if copies:
             with Stream(self._driver, self.ledger, "edges") as stream:
                 self._driver.copy(self._driver.prepare(copies), stream.stream)

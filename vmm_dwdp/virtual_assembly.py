@@ -1,9 +1,9 @@
 """Own pages and slot pages mapped side by side: one tensor per weight, as if all experts were here.
 
-    assembled range of rank 1      |----- slot -----|== own pages ==|------ slot ------|
-    what the kernel sees           |  expert 0  |  expert 1  |  expert 2  |  expert 3  |
-    view of rank 0's pages         |================|                       read only, where copies come from
-    in-place range                 |==== rank 0 ====|== own pages ==|==== rank 2 =====|         read only, no copies
+assembled range of rank 1      |----- slot -----|== own pages ==|------ slot ------|
+what the kernel sees           |  expert 0  |  expert 1  |  expert 2  |  expert 3  |
+view of rank 0's pages         |================|                       read only, where copies come from
+in-place range                 |==== rank 0 ====|== own pages ==|==== rank 2 =====|         read only, no copies
 """
 
 from __future__ import annotations
