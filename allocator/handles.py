@@ -144,7 +144,8 @@ class Descriptor(_Counted):
         try:
             os.close(self.fd)
         except OSError as error:
-            raise DriverError("close", _errno_name(error), f"close {self.label}") from error
+            code = errno.errorcode.get(error.errno or 0, str(error))
+            raise DriverError("close", code, f"close {self.label}") from error
 
 
 class Allocation(_Counted):
@@ -285,7 +286,3 @@ class Event(_Counted):
 
     def _undo(self) -> None:
         self._driver.destroy_event(self.event)
-
-
-def _errno_name(error: OSError) -> str:
-    return errno.errorcode.get(error.errno or 0, str(error))

@@ -5,14 +5,15 @@ A message is a header, one byte for every `DESCRIPTORS_PER_CALL` descriptors, an
     | magic, version | descriptors | payload bytes |  . . .  | payload |
     |------------- header, 12 bytes --------------|  ^ each of these bytes carries descriptors (SCM_RIGHTS)
 
-The kernel takes at most 253 descriptors a call and never merges what two calls sent, so a byte read on its own arrives
-with its own descriptors. Deadlines are values of `time.monotonic`, and hold for the whole message: a peer that sends
-a byte now and then gains nothing.
+The kernel takes at most 253 descriptors a call and hands them out with the byte that they were sent with; such a byte
+is read on its own. Deadlines are values of `time.monotonic` and hold for the whole message: a peer that sends a byte
+now and then gains nothing.
 """
 
 from __future__ import annotations
 
 import array
+import errno
 import math
 import select
 import socket
@@ -28,6 +29,7 @@ DESCRIPTORS_PER_CALL: Final = 253  # SCM_MAX_FD in the kernel
 MAGIC: Final = b"VMD1"  # the digit is the version of the format
 _HEADER: Final = struct.Struct("!4sII")
 _MARK: Final = b"."
+_RETRY_SECONDS: Final = 0.002
 _CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
@@ -85,7 +87,12 @@ def _send_bytes(sock: socket.socket, data: bytes, deadline: float, fds: Sequence
         except BlockingIOError:
             continue  # the buffer has less room than the kernel wants for this message
         except OSError as error:
-            raise ExchangeError(f"a message could not be sent: {error.strerror}") from error
+            if error.errno != errno.ETOOMANYREFS:
+                raise ExchangeError(f"a message could not be sent: {error.strerror}") from error
+            # This user has as many descriptors on their way as RLIMIT_NOFILE allows. Receivers, perhaps of other
+            # processes, take them off; nothing announces it.
+            time.sleep(_RETRY_SECONDS)
+            continue
         rights = []  # they went with the first byte
 
 
@@ -105,8 +112,9 @@ def _receive_descriptors(sock: socket.socket, expected: int, deadline: float, le
     room = socket.CMSG_SPACE(expected * array.array("i").itemsize)
     _, ancillary, flags = _receive_some(sock, len(_MARK), room, deadline)
     fds = array.array("i")
-    for _, _, body in ancillary:
-        fds.frombytes(body[: len(body) - len(body) % fds.itemsize])
+    for level, kind, body in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(body[: len(body) - len(body) % fds.itemsize])
     descriptors = [Descriptor(ledger, fd, "a received descriptor") for fd in fds]
     if flags & socket.MSG_CTRUNC or len(descriptors) != expected:
         _close_all(descriptors)

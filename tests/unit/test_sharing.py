@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import errno
 import os
 import resource
 import socket
@@ -10,6 +11,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -204,6 +206,34 @@ def test_a_peer_that_is_gone(ends: tuple[socket.socket, socket.socket]) -> None:
     ends[1].close()
     with pytest.raises(ExchangeError, match="could not be sent: Broken pipe"):
         sharing.send(ends[0], b"payload", deadline=soon())
+
+
+class CrowdedSocket(socket.socket):
+    """Refuses a number of calls with descriptors, as the kernel does while the user has too many on their way."""
+
+    refusals = 0
+
+    def sendmsg(self, buffers: Any, ancdata: Any = (), *arguments: Any) -> int:
+        if ancdata and self.refusals:
+            self.refusals -= 1
+            raise OSError(errno.ETOOMANYREFS, os.strerror(errno.ETOOMANYREFS))
+        return super().sendmsg(buffers, ancdata, *arguments)
+
+
+@pytest.mark.parametrize("refusals", [2, 1 << 30])
+def test_too_many_descriptors_on_their_way(
+    ends: tuple[socket.socket, socket.socket], files: list[Descriptor], ledger: Ledger, refusals: int
+) -> None:
+    with CrowdedSocket(fileno=os.dup(ends[0].fileno())) as crowded:
+        crowded.refusals = refusals
+        if refusals > 2:
+            with pytest.raises(ExchangeError, match="did not take a message in time"):
+                sharing.send(crowded, b"", [files[0].fd], deadline=now())
+            return
+        sharing.send(crowded, b"", [files[0].fd], deadline=soon())
+    _, (descriptor,) = receive(ends[1], ledger)
+    with descriptor:
+        assert os.pread(descriptor.fd, 9, 0) == b"0"
 
 
 def test_a_deadline_that_has_passed(ends: tuple[socket.socket, socket.socket], ledger: Ledger) -> None:
