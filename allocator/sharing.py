@@ -47,7 +47,7 @@ def send(sock: socket.socket, payload: bytes, fds: Sequence[int] = (), *, deadli
     """
     _send_bytes(sock, _HEADER.pack(MAGIC, len(fds), len(payload)), deadline)
     for first in range(0, len(fds), DESCRIPTORS_PER_CALL):
-        _send_bytes(sock, _MARK, deadline, fds[first : first + DESCRIPTORS_PER_CALL])
+        _send_some(sock, _MARK, fds[first : first + DESCRIPTORS_PER_CALL], deadline)
     _send_bytes(sock, payload, deadline)
 
 
@@ -77,13 +77,19 @@ def receive(
         raise
 
 
-def _send_bytes(sock: socket.socket, data: bytes, deadline: float, fds: Sequence[int] = ()) -> None:
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+def _send_bytes(sock: socket.socket, data: bytes, deadline: float) -> None:
     rest = memoryview(data)
     while rest:
+        rest = rest[_send_some(sock, rest, (), deadline) :]
+
+
+def _send_some(sock: socket.socket, data: bytes | memoryview, fds: Sequence[int], deadline: float) -> int:
+    """Send at least one byte of ``data``, with ``fds``; returns how many."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    while True:
         _await(sock, select.POLLOUT, deadline)
         try:
-            rest = rest[sock.sendmsg([rest], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
+            return sock.sendmsg([data], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except BlockingIOError:
             continue  # the buffer has less room than the kernel wants for this message
         except OSError as error:
@@ -92,8 +98,6 @@ def _send_bytes(sock: socket.socket, data: bytes, deadline: float, fds: Sequence
             # This user has as many descriptors on their way as RLIMIT_NOFILE allows. Receivers, perhaps of other
             # processes, take them off; nothing announces it.
             time.sleep(_RETRY_SECONDS)
-            continue
-        rights = []  # they went with the first byte
 
 
 def _receive_bytes(sock: socket.socket, count: int, deadline: float) -> bytes:

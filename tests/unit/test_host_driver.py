@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import resource
 import tempfile
@@ -97,6 +98,26 @@ def test_memory_is_not_mapped_beyond_the_end_of_a_reservation(host: HostDriver, 
     with pytest.raises(DriverError, match="which is not reserved"):
         host.map(mapped.address + 3 * PAGE, 2 * PAGE, memory)
     host.release(memory)
+
+
+def test_a_gap_is_no_mapping(host: HostDriver, ledger: Ledger) -> None:
+    with Allocation.create(host, ledger, PAGE) as memory, Reservation(host, ledger, 3 * PAGE) as addresses:
+        addresses.map(0, memory)
+        addresses.map(2 * PAGE, memory)
+        for call in (host.unmap, functools.partial(host.set_access, access=Access.READ)):
+            with pytest.raises(DriverError, match="not made up of whole mappings"):
+                call(addresses.address, 3 * PAGE)
+
+
+def test_aligning_a_reservation_costs_no_addresses() -> None:
+    def address_space() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * PAGE
+
+    driver, before = HostDriver(1 << 36), address_space()
+    address = driver.reserve(1 << 36)
+    assert abs(address_space() - before - (1 << 36)) < 1 << 30
+    driver.free(address, 1 << 36)
+    assert abs(address_space() - before) < 1 << 30
 
 
 def test_unmapped_addresses_stay_reserved(host: HostDriver) -> None:
@@ -209,9 +230,11 @@ def test_unmapping_under_a_copy_ends_the_work_of_a_stream(
 ) -> None:
     mapped.set_access(PAGE, 2 * PAGE, Access.READ_WRITE)
     first, second = (stack.push(Stream(host, ledger)).stream for _ in range(2))
-    event, gate, target = stack.push(Event(host, ledger)).event, threading.Event(), ctypes.create_string_buffer(8)
+    event, gate = stack.push(Event(host, ledger)).event, threading.Event()
+    source, target = ctypes.create_string_buffer(b"source", 8), ctypes.create_string_buffer(8)
     host._streams[first].submit(gate.wait)
-    host.copy(host.prepare([Copy(mapped.address + PAGE, ctypes.addressof(target), 8)]), first)
+    host.copy(host.prepare([Copy(mapped.address + PAGE, ctypes.addressof(source), 8)]), first)
+    host.copy(host.prepare([Copy(ctypes.addressof(target), ctypes.addressof(source), 8)]), first)
     host.record(event, first)
     host.wait(second, event)
     mapped.close()
@@ -226,3 +249,4 @@ def test_unmapping_under_a_copy_ends_the_work_of_a_stream(
         with pytest.raises(DriverError) as refusal:
             call()
         assert refusal.value.code == "CUDA_ERROR_ILLEGAL_ADDRESS"
+    assert target.value == b"", "a copy after the one that failed was run"
