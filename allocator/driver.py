@@ -131,8 +131,9 @@ class Driver(Protocol):
     def destroy_stream(self, stream: int) -> None:
         """Undo `create_stream`; the caller has synchronised it."""
 
-    def create_event(self) -> int:
-        """An event that can be timed; it counts as complete until it is recorded. Undo with `destroy_event`."""
+    def create_event(self, timed: bool) -> int:
+        """An event, which counts as complete until it is recorded. Only one that is ``timed`` has a time for `elapsed`,
+        and it costs more to record. Undo with `destroy_event`."""
 
     def destroy_event(self, event: int) -> None:
         """Undo `create_event`."""
@@ -150,7 +151,7 @@ class Driver(Protocol):
         """Whether the latest record of ``event`` is complete."""
 
     def elapsed(self, start: int, end: int) -> float:
-        """Seconds from one complete event to another; negative if ``end`` came first."""
+        """Seconds from one complete timed event to another; negative if ``end`` came first."""
 
     def prepare(self, copies: Sequence[Copy]) -> Any:
         """Whatever `copy` wants to have ready: made once, used many times, owned by the garbage collector."""

@@ -277,10 +277,10 @@ class Stream(_Counted):
 
 
 class Event(_Counted):
-    """An event that can be timed, ``event`` to the driver."""
+    """``event`` to the driver; `Driver.elapsed` takes it if it is ``timed``."""
 
-    def __init__(self, driver: Driver, ledger: Ledger, label: str = "") -> None:
-        self.event = driver.create_event()
+    def __init__(self, driver: Driver, ledger: Ledger, label: str = "", *, timed: bool = False) -> None:
+        self.event = driver.create_event(timed)
         super().__init__(ledger, "events", label or f"event {self.event:#x}")
         self._driver = driver
 

@@ -292,7 +292,7 @@ class HostDriver:
         self._stream("destroy_stream", stream).close()
         del self._streams[stream]
 
-    def create_event(self) -> int:
+    def create_event(self, timed: bool) -> int:
         event = next(self._numbers)
         self._events[event] = None
         return event

@@ -31,6 +31,7 @@ class Assembly(abc.ABC):
     """The memory of one rank: its own shards, its views of the others', and its slots.
 
     Attributes:
+        rank: whose memory it is.
         resident_nbytes: physical bytes of the rank's own shards, whole pages.
         staged_nbytes: physical bytes of the slots.
     """
@@ -40,7 +41,7 @@ class Assembly(abc.ABC):
         self.staged_nbytes = 0
         self._driver = driver
         self._ledger = ledger
-        self._rank = rank
+        self.rank = rank
         self._depth = prefetch_depth
         self._layers: list[Layer] = []
         self._ranges: list[TensorMemory[Any]] = []
@@ -143,7 +144,7 @@ class Assembly(abc.ABC):
 
     def _parts(self, layer: Layer, weight: str) -> Iterator[range]:
         """The runs of experts of `tensor_list`, empty ones left out."""
-        own = layer.placement.experts(self._rank)
+        own = layer.placement.experts(self.rank)
         for run in range(own.start), own, range(own.stop, layer.placement.num_experts):
             if run:
                 yield run

@@ -1,19 +1,25 @@
 """Who gives copies to the driver: the thread that launches kernels, or one of our own.
 
-Giving the driver thousands of slices takes milliseconds, which the launching thread does not have; giving it a few long
+Giving the driver thousands of slices takes milliseconds, which the launching thread does not have; giving it a few
 copies takes less time than waking another thread.
 """
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import Final, Protocol
 
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Ledger
 
 Job = Callable[[], None]
+
+# Seconds that the driver takes, measured on an H100 (benchmarks/prefetch.py): a copy costs the more, the longer it is.
+_SECONDS_PER_COPY: Final = 3e-6
+_SECONDS_PER_BYTE: Final = 1e-14
+_SECONDS_TO_WAKE_A_THREAD: Final = 20e-6
 
 
 class Ticket(Protocol):
@@ -32,18 +38,41 @@ class Issuer(Protocol):
         """Finish what was submitted. A second call does nothing."""
 
 
+def pays_to_wake_a_thread(num_copies: int, nbytes: int) -> bool:
+    """Whether the launching thread gets on sooner if another thread gives the driver ``num_copies`` of ``nbytes``."""
+    return num_copies * _SECONDS_PER_COPY + nbytes * _SECONDS_PER_BYTE > _SECONDS_TO_WAKE_A_THREAD
+
+
+class _Submitted:
+    """A job and how it ended; much lighter than a `concurrent.futures.Future`."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._error: Exception | None = None
+        self._running = threading.Lock()
+        self._running.acquire()
+
+    def run(self) -> None:
+        try:
+            self._job()
+        except Exception as error:
+            self._error = error
+        finally:
+            self._running.release()
+
+    def result(self) -> None:
+        with self._running:
+            if self._error is not None:
+                raise self._error
+
+
 class InlineIssuer:
     """Runs each job in the thread that submits it."""
 
     def submit(self, job: Job) -> Ticket:
-        ticket: Future[None] = Future()
-        try:
-            job()
-        except Exception as error:
-            ticket.set_exception(error)
-        else:
-            ticket.set_result(None)
-        return ticket
+        submitted = _Submitted(job)
+        submitted.run()
+        return submitted
 
     def close(self) -> None:
         pass
@@ -53,15 +82,29 @@ class ThreadIssuer:
     """Runs jobs in a thread of its own, which the ledger counts."""
 
     def __init__(self, driver: Driver, ledger: Ledger) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="vmm-dwdp-issue", initializer=driver.activate)
         self._ledger = ledger
+        self._jobs: queue.SimpleQueue[_Submitted | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="vmm-dwdp-issue", daemon=True)
+        self._thread.start()
         self._token: int | None = ledger.add("threads", "the thread that issues copies")
+        try:
+            self.submit(driver.activate).result()
+        except BaseException:
+            self.close()
+            raise
+
+    def _run(self) -> None:
+        for submitted in iter(self._jobs.get, None):
+            submitted.run()
 
     def submit(self, job: Job) -> Ticket:
-        return self._pool.submit(job)
+        submitted = _Submitted(job)
+        self._jobs.put(submitted)
+        return submitted
 
     def close(self) -> None:
         if self._token is not None:
-            self._pool.shutdown(wait=True)
+            self._jobs.put(None)
+            self._thread.join()
             self._ledger.remove(self._token)
             self._token = None

@@ -34,6 +34,7 @@ from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Event, Ledger, ResourceStack, Stream
 from vmm_dwdp.errors import DriverError, StateError
 from vmm_dwdp.issue import Issuer, Ticket
+from vmm_dwdp.timing import PassTimer
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,6 @@ class LayerCounts:
     hits: int = 0
     misses: int = 0
     fetched_bytes: int = 0
-    exposed_wait_s: float = 0.0
 
 
 @dataclass
@@ -73,22 +73,14 @@ class Slot:
     ticket: Ticket | None = None  # the latest fetch into it
 
 
-@dataclass
-class _Wait:
-    """The moments between which the compute stream waited for a layer: recorded by `acquire`, read a pass later."""
-
-    arrived: Event
-    resumed: Event
-    pending: bool = False
-
-
 class Prefetcher:
     """Fetches layers into slots ahead of their use. One thread calls `acquire`, `release` and `reset`.
 
     Nothing here waits for the device, except on a driver whose compute is synchronous.
 
     Attributes:
-        counts: by layer; see `measure`.
+        counts: by layer.
+        timer: times the waits of `acquire`.
         slots: as many as ``prefetch_depth``, or as there are layers.
     """
 
@@ -113,10 +105,7 @@ class Prefetcher:
                 )
                 for i in range(min(prefetch_depth, len(fetches)))
             ]
-            self._waits = [
-                _Wait(push(Event(driver, ledger, f"{fetch.number} arrived")), push(Event(driver, ledger, "resumed")))
-                for fetch in fetches
-            ]
+            self.timer = push(PassTimer(driver, ledger, len(fetches)))
             self.reset(driver.current_stream())
         except BaseException:
             self.close()
@@ -131,17 +120,12 @@ class Prefetcher:
                 raise StateError(f"layer {asked} is acquired already, and was not released")
             raise StateError(f"layer {asked} needs the slot of layer {held}, which was not released")
         hit = slot.holds == index
+        self.timer.arrive(index, stream)
         if not hit:
             self._fetch(slot, index, stream)
         self._await_issue(slot)
-        wait = self._waits[index]
-        self._measure(index)
-        if not wait.pending:
-            self._driver.record(wait.arrived.event, stream)
         self._wait_ready(slot, stream)
-        if not wait.pending:
-            self._driver.record(wait.resumed.event, stream)
-            wait.pending = True
+        self.timer.resume(index, stream)
         slot.reader = index
         slot.read = True
         counts = self.counts[index]
@@ -225,18 +209,6 @@ class Prefetcher:
                 raise
             finally:
                 slot.ticket = None
-
-    def _measure(self, index: int) -> None:
-        """Add up the layer's previous wait, once the device has passed it."""
-        wait = self._waits[index]
-        if wait.pending and self._driver.complete(wait.resumed.event):
-            self.counts[index].exposed_wait_s += self._driver.elapsed(wait.arrived.event, wait.resumed.event)
-            wait.pending = False
-
-    def measure(self) -> None:
-        """Bring `counts` up to date with what the device has passed."""
-        for index in range(len(self._fetches)):
-            self._measure(index)
 
     def close(self) -> None:
         """Stop issuing, wait until the device is idle, and free stream and events."""

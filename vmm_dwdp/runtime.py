@@ -22,19 +22,17 @@ from vmm_dwdp.assembly import Assembly, Share, Weights
 from vmm_dwdp.config import DWDPConfig, Mode
 from vmm_dwdp.errors import ConfigError, DWDPError, StateError
 from vmm_dwdp.exchange import Exchange
-from vmm_dwdp.issue import InlineIssuer, Issuer, ThreadIssuer
 from vmm_dwdp.layer import Layer, describe_layer
 from vmm_dwdp.limits import allow_descriptors
 from vmm_dwdp.placement import HOST, Owner
-from vmm_dwdp.prefetch import Fetch, Prefetcher
 from vmm_dwdp.rendezvous import Rendezvous
-from vmm_dwdp.stats import LayerStats, Stats
+from vmm_dwdp.staging import Staging
+from vmm_dwdp.stats import Stats
 from vmm_dwdp.tensor_list_assembly import TensorListAssembly
 from vmm_dwdp.virtual_assembly import VirtualAssembly
 from vmm_dwdp.weight_spec import WeightSpec
 
 HOST_CREATOR: Final = 0  # the rank that creates, fills and serves the pool of host memory
-MAX_INLINE_COPIES: Final = 32  # a layer with more copies than this is issued by a thread of its own
 
 
 class DWDPRuntime:
@@ -81,7 +79,7 @@ class DWDPRuntime:
         self._weights: dict[Mode, list[Weights]] = {}
         self._read_in_place: set[int] = set()  # layers acquired so and not yet released
         self._exchange: Exchange | None = None
-        self._prefetcher: Prefetcher | None = None
+        self._staging: Staging | None = None
         self._published = False
         self._closed = False
 
@@ -173,7 +171,7 @@ class DWDPRuntime:
             for mode in self._modes:
                 self._weights[mode] = [self._assembly.weights(described, mode) for described in self._layers]
             if self.config.prefetch_depth:
-                self._prefetcher = self._start_prefetching()
+                self._staging = Staging(self._driver, self.ledger, self._assembly, self._layers, self.config)
             self._published = True
 
     @property
@@ -225,36 +223,36 @@ class DWDPRuntime:
                 self._driver.copy(self._driver.prepare(copies), stream.stream)
                 self._driver.synchronize(stream.stream)
 
-    def _start_prefetching(self) -> Prefetcher:
-        fetches = []
-        most = 0
-        for described in self._layers:
-            plan = described.plan
-            streams = tuple(self._driver.prepare(self._assembly.copies(described, run)) for run in plan.streams)
-            fetches.append(Fetch(described.number, streams, plan.fetched_bytes))
-            most = max(most, plan.num_copies)
-        issuer: Issuer = InlineIssuer() if most <= MAX_INLINE_COPIES else ThreadIssuer(self._driver, self.ledger)
-        return Prefetcher(self._driver, self.ledger, issuer, fetches, self.config.prefetch_depth)
-
     # -- a pass ------------------------------------------------------------------------------------------------------
-    def acquire(self, layer: int, *, mode: Mode | None = None, stream: torch.cuda.Stream | None = None) -> Weights:
+    def acquire(
+        self,
+        layer: int,
+        *,
+        mode: Mode | None = None,
+        tokens: int | None = None,
+        stream: torch.cuda.Stream | None = None,
+    ) -> Weights:
         """The weights of ``layer``, with all experts, for the work given next to ``stream`` (default: the current one).
 
         Args:
             mode: ``"staged"``: ``stream`` waits until the remote experts are in the layer's slot. ``"in_place"``: the
                 remote experts are read where they are; there is nothing to wait for, and the slots stay as they are, so
                 that passes of both modes may alternate. Default: the config's.
+            tokens: how many tokens the layer is given; for `Stats.advice`.
 
         Returns:
             By weight, the tensor ``[E, ...]``: for each mode the same tensors, at the same addresses, on every call.
             They may be read by work given to ``stream`` until `release`; nobody may write to them. With ``assembly:
             tensor_list``, a list of tensors per weight, in expert order.
 
-        Does not wait for the device. A staged layer that comes in another order than it was added is fetched now.
+        Does not wait for the device. A staged layer that comes in another order than it was added is fetched now. While
+        ``stream`` is captured into a graph a staged pass is captured whole and in order, from `acquire` of the first
+        layer to `release` of the last; replays and other passes may then alternate.
 
         Raises:
             ConfigError: no such layer, or the config does not provide for ``mode``.
-            StateError: the layer, or another that uses its slot, was acquired and not released; or not published.
+            StateError: the layer, or another that uses its slot, was acquired and not released; or not published; or a
+                capture does not begin between passes.
             DriverError: a copy could not be issued; the call may be repeated.
         """
         self._require_running()
@@ -266,8 +264,8 @@ class DWDPRuntime:
             raise StateError(f"layer {layer} is acquired already, and was not released")
         if mode == "in_place":
             self._read_in_place.add(index)
-        elif self._prefetcher is not None:
-            self._prefetcher.acquire(index, self._stream(stream))
+        elif self._staging is not None:
+            self._staging.acquire(index, self._stream(stream), tokens)
         return self._weights[mode][index]
 
     def release(self, layer: int, *, stream: torch.cuda.Stream | None = None) -> None:
@@ -276,8 +274,8 @@ class DWDPRuntime:
         index = self._number(layer)
         if index in self._read_in_place:
             self._read_in_place.remove(index)
-        elif self._prefetcher is not None:
-            self._prefetcher.release(index, self._stream(stream))
+        elif self._staging is not None:
+            self._staging.release(index, self._stream(stream))
 
     @contextmanager
     def layer(
@@ -294,8 +292,8 @@ class DWDPRuntime:
         """Give up a pass that ended early: release what is acquired and refetch the first layers."""
         self._require_running()
         self._read_in_place.clear()
-        if self._prefetcher is not None:
-            self._prefetcher.reset(self._stream(stream))
+        if self._staging is not None:
+            self._staging.reset(self._stream(stream))
 
     def tensor_list(self, layer: int, weight: str) -> list[torch.Tensor]:
         """The same bytes as `acquire` returns, as at most three contiguous tensors ``[E_i, ...]`` in expert order: the
@@ -312,12 +310,14 @@ class DWDPRuntime:
     # -- what it tells -----------------------------------------------------------------------------------------------
     def stats(self) -> Stats:
         """Bytes, hits, misses and waits since publish. Does not wait for the device."""
-        layers = {}
-        if self._prefetcher is not None:
-            self._prefetcher.measure()
-            for described, counts in zip(self._layers, self._prefetcher.counts, strict=True):
-                layers[described.number] = LayerStats(**dataclasses.asdict(counts))
-        return Stats(self._assembly.resident_nbytes, self._assembly.staged_nbytes, layers)
+        staging = self._staging
+        return Stats(
+            resident_bytes=self._assembly.resident_nbytes,
+            staged_bytes=self._assembly.staged_nbytes,
+            layers={} if staging is None else staging.layer_stats(),
+            copy_path=None if staging is None else staging.copy_path,
+            advice=None if staging is None else staging.guard.advice,
+        )
 
     def peers(self) -> dict[int, bool]:
         """For every other rank, whether it answers now."""
@@ -339,8 +339,8 @@ class DWDPRuntime:
             self._rendezvous.leave(self.rank)
         else:
             self._exchange.close()
-        if self._prefetcher is not None:
-            self._prefetcher.close()
+        if self._staging is not None:
+            self._staging.close()
         self._driver.synchronize()
         self._assembly.close()
         return self.ledger

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -15,13 +16,35 @@ class LayerStats:
         misses: how often it was not, and had to be fetched then.
         fetched_bytes: bytes that all its fetches moved.
         exposed_wait_s: seconds for which the compute stream stood still because the layer was not there yet. The device
-            measures it; a wait counts once the layer is acquired again, or once `DWDPRuntime.stats` sees it over.
+            measures it; the waits of a pass count once the next pass begins, or once `DWDPRuntime.stats` sees them
+            over. A pass that is launched before the one before it is over is not measured.
     """
 
     hits: int
     misses: int
     fetched_bytes: int
     exposed_wait_s: float
+
+
+@dataclass(frozen=True)
+class CopyPath:
+    """How the copies of a layer get to the driver.
+
+    Attributes:
+        plan: ``"slices"``: pieces of at most ``slice_bytes``, the owners taking turns in one stream. ``"streams"``:
+            whole segments, a stream for each owner.
+        why: what decided it.
+        num_streams: copy streams.
+        num_copies: of the layer that has most.
+        issued_by: ``"thread"``: one of the runtime's own, where that takes the launching thread less time than to give
+            the copies to the driver itself.
+    """
+
+    plan: Literal["slices", "streams"]
+    why: str
+    num_streams: int
+    num_copies: int
+    issued_by: Literal["launching thread", "thread"]
 
 
 @dataclass(frozen=True)
@@ -32,12 +55,16 @@ class Stats:
         resident_bytes: physical memory of the shards that this rank holds, whole pages; the host pool's on the rank
             that created it.
         staged_bytes: physical memory of the slots.
-        layers: by layer number, in the order of a pass.
+        layers: by layer number, in the order of a pass. Passes that a graph replays are not counted.
+        copy_path: ``None`` if nothing is staged.
+        advice: what to know if passes are held up by their copies, with numbers; ``None`` if they are not.
     """
 
     resident_bytes: int
     staged_bytes: int
     layers: Mapping[int, LayerStats]
+    copy_path: CopyPath | None
+    advice: str | None
 
     @property
     def hits(self) -> int:

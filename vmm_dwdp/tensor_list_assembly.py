@@ -91,7 +91,7 @@ class TensorListAssembly(Assembly):
     def _build_slot(self, slot: int, layers: Sequence[Layer]) -> None:
         """Staging memory as large as the largest layer wants it, region by region."""
         regions = [
-            [(layer, weight, run) for weight in layer.weights for run in layer.layouts[weight].staged_bytes(self._rank)]
+            [(layer, weight, run) for weight in layer.weights for run in layer.layouts[weight].staged_bytes(self.rank)]
             for layer in layers
         ]
         for index in range(max(map(len, regions))):
@@ -111,10 +111,10 @@ class TensorListAssembly(Assembly):
         return self._lists[layer.number][weight]
 
     def _destination(self, layer: Layer, weight: str, byte: int) -> int:
-        for run in layer.layouts[weight].staged_bytes(self._rank):
+        for run in layer.layouts[weight].staged_bytes(self.rank):
             if byte in run:
                 return self._staging[layer.number, weight, run.start].memory.address + byte - run.start
-        raise AssertionError(f"byte {byte} of {weight} is not staged on rank {self._rank}")
+        raise AssertionError(f"byte {byte} of {weight} is not staged on rank {self.rank}")
 
     def _source(self, layer: Layer, weight: str, owner: Owner, byte: int) -> int:
         offset = byte - layer.layouts[weight].shard_bytes(owner).start

@@ -77,7 +77,7 @@ class VirtualAssembly(Assembly):
         spec, layout = layer.weights[weight], layer.layouts[weight]
         shape = spec.of(len(layer.placement.experts(owner)))
         first = layout.shard_bytes(owner).start
-        if owner == self._rank:
+        if owner == self.rank:
             return self._own[layer.number, weight].tensor(first, shape, spec.dtype)
         offset = first - layout.resident_bytes(owner).start
         return self._views[layer.number, weight, owner].tensor(offset, shape, spec.dtype)
@@ -93,7 +93,7 @@ class VirtualAssembly(Assembly):
             allocation = Allocation.create(self._driver, self._ledger, nbytes, location, self._handle_type, label)
             tiles.append(self._resources.push(allocation))
             self.resident_nbytes += nbytes
-        if owner == self._rank:
+        if owner == self.rank:
             memory = self._reserve(layout.num_pages * layout.granularity, f"layer {layer.number}, {weight}")
             self._own[layer.number, weight] = memory
             _map(memory, layout.resident_bytes(owner), tiles, Access.READ_WRITE)
@@ -164,7 +164,7 @@ class VirtualAssembly(Assembly):
             owner: dict(zip(layout.tiles_of(owner), self._tiles[layer.number, weight, owner], strict=True))
             for owner in layer.placement.owners
         }
-        tiles = [handles[nearest_first(tile.owners, self._rank, group_size)[0]][tile] for tile in layout.tiles]
+        tiles = [handles[nearest_first(tile.owners, self.rank, group_size)[0]][tile] for tile in layout.tiles]
         span = range(layout.num_pages * layout.granularity)
         memory = self._reserve(len(span), f"layer {layer.number}, {weight}, in place")
         _map(memory, span, tiles, Access.READ)
@@ -195,7 +195,7 @@ class VirtualAssembly(Assembly):
     def _staged(self, layer: Layer) -> Iterator[tuple[str, range]]:
         """The regions of a layer that slots back: (weight, bytes of its range)."""
         for weight, layout in layer.layouts.items():
-            for region in layout.staged_bytes(self._rank):
+            for region in layout.staged_bytes(self.rank):
                 yield weight, region
 
     def weights(self, layer: Layer, mode: Mode) -> Weights:

@@ -66,7 +66,7 @@ class RecordingDriver:
     def create_stream(self) -> int:
         return self._new()
 
-    def create_event(self) -> int:
+    def create_event(self, timed: bool) -> int:
         return self._new()
 
     def destroy_stream(self, stream: int) -> None: ...

@@ -83,7 +83,7 @@ class Rig:
         return self.stack.push(Stream(self.driver, self.ledger)).stream
 
     def event(self) -> int:
-        return self.stack.push(Event(self.driver, self.ledger)).event
+        return self.stack.push(Event(self.driver, self.ledger, timed=True)).event
 
     @contextlib.contextmanager
     def held(self, stream: int) -> Iterator[None]:

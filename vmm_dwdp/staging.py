@@ -1,0 +1,112 @@
+"""Staged passes: every layer's copies, made ready once; who gives them to the driver; whether a graph takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from vmm_dwdp.allocator.driver import Driver
+from vmm_dwdp.allocator.handles import Ledger
+from vmm_dwdp.assembly import Assembly
+from vmm_dwdp.capture import CapturedPasses
+from vmm_dwdp.config import DWDPConfig
+from vmm_dwdp.guard import Guard
+from vmm_dwdp.issue import InlineIssuer, Issuer, ThreadIssuer, pays_to_wake_a_thread
+from vmm_dwdp.layer import Layer
+from vmm_dwdp.plan import LayerPlan, plan_layer
+from vmm_dwdp.prefetch import Fetch, Prefetcher
+from vmm_dwdp.stats import CopyPath, LayerStats
+
+
+class Staging:
+    """What `acquire` and `release` of a staged layer do, on a stream that runs and on one that is being captured.
+
+    Layers are numbered by their place in a pass. Calls come from one thread at a time.
+
+    Attributes:
+        copy_path: how copies get to the driver, and why so.
+        guard: says if passes are held up by their copies.
+    """
+
+    def __init__(
+        self, driver: Driver, ledger: Ledger, assembly: Assembly, layers: Sequence[Layer], config: DWDPConfig
+    ) -> None:
+        """Starts fetching the first ``prefetch_depth`` layers."""
+        self.guard = Guard()
+        self._driver = driver
+        self._layers = layers
+        plans = [layer.plan for layer in layers]
+        # A graph launches each copy as a node, which takes longer than a batch: so it has no slices.
+        whole = [plan_layer(layer.layouts, assembly.rank, None) for layer in layers]
+        self.copy_path = _choose(plans, config)
+
+        def fetches(plans: Sequence[LayerPlan]) -> list[Fetch]:
+            return [
+                Fetch(
+                    layer.number,
+                    tuple(driver.prepare(assembly.copies(layer, run)) for run in plan.streams),
+                    plan.fetched_bytes,
+                )
+                for layer, plan in zip(layers, plans, strict=True)
+            ]
+
+        eager, captured = fetches(plans), fetches(whole)
+        issuer: Issuer = ThreadIssuer(driver, ledger) if self.copy_path.issued_by == "thread" else InlineIssuer()
+        self._prefetcher = Prefetcher(driver, ledger, issuer, eager, config.prefetch_depth)
+        try:
+            self._captured = CapturedPasses(driver, ledger, self._prefetcher, captured)
+        except BaseException:
+            self._prefetcher.close()
+            raise
+
+    def acquire(self, index: int, stream: int, tokens: int | None) -> None:
+        """Make ``stream`` wait until layer ``index`` is in its slot; ``tokens``: of this pass, if they are known."""
+        if capture := self._driver.capture(stream):
+            self._captured.acquire(capture, index, stream)
+        else:
+            self._prefetcher.acquire(index, stream)
+            self.guard.observe(self._prefetcher.timer.latest, tokens)
+
+    def release(self, index: int, stream: int) -> None:
+        """Layer ``index`` has been read by the work given to ``stream``."""
+        if capture := self._driver.capture(stream):
+            self._captured.release(capture, index, stream)
+        else:
+            self._prefetcher.release(index, stream)
+
+    def reset(self, stream: int) -> None:
+        """Give up layers that were acquired on ``stream``, and make the slots as they are between passes."""
+        self._prefetcher.reset(stream)
+
+    def layer_stats(self) -> Mapping[int, LayerStats]:
+        """By the model's own numbers. What a replay of a graph does is not seen."""
+        prefetcher = self._prefetcher
+        if not self._driver.capture(self._driver.current_stream()):  # which a look at an event would break
+            prefetcher.timer.read()
+        return {
+            layer.number: LayerStats(counts.hits, counts.misses, counts.fetched_bytes, waited_s)
+            for layer, counts, waited_s in zip(self._layers, prefetcher.counts, prefetcher.timer.waited_s, strict=True)
+        }
+
+    def close(self) -> None:
+        """Stop issuing, wait until the device is idle, and free streams and events."""
+        self._prefetcher.close()
+        self._captured.close()
+
+
+def _choose(plans: Sequence[LayerPlan], config: DWDPConfig) -> CopyPath:
+    """How the copies of the layer that has most get to the driver."""
+    plan = max(plans, key=lambda plan: plan.num_copies)
+    if config.slice_bytes != "auto":
+        why = f"slice_bytes is {config.slice_bytes}"
+    elif len(plan.streams) > 1:
+        why = "long copies on a stream for each owner are few, and few copies do not hold up kernel launches"
+    else:
+        why = "there is one owner to copy from" if plan.streams else "nothing is remote"
+    thread = pays_to_wake_a_thread(plan.num_copies, plan.fetched_bytes)
+    return CopyPath(
+        plan="streams" if config.slice_bytes == "auto" else "slices",
+        why=why,
+        num_streams=len(plan.streams),
+        num_copies=plan.num_copies,
+        issued_by="thread" if thread else "launching thread",
+    )

@@ -1,0 +1,78 @@
+"""How long the compute stream stood still for each layer, as the device's own clock has it.
+
+Two events a layer stand around the waits of an acquire. They are read when the next pass begins, all at once, if the
+device is past them by then; a launching thread that is further ahead than that leaves the pass that it begins untimed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vmm_dwdp.allocator.driver import Driver
+from vmm_dwdp.allocator.handles import Event, Ledger, Owned, ResourceStack
+
+
+@dataclass(frozen=True)
+class PassTimes:
+    """One pass, from its first layer to its last.
+
+    Attributes:
+        total_s: seconds until the compute stream came to the last layer.
+        waited_s: seconds of these for which it waited for copies.
+    """
+
+    total_s: float
+    waited_s: float
+
+
+class PassTimer(Owned):
+    """Times the waits of one pass after another.
+
+    Attributes:
+        waited_s: by layer, seconds that the compute stream waited for it in all passes that were timed.
+        latest: the latest pass that was timed from its first layer to its last, in that order.
+    """
+
+    def __init__(self, driver: Driver, ledger: Ledger, num_layers: int) -> None:
+        self.waited_s = [0.0] * num_layers
+        self.latest: PassTimes | None = None
+        self._driver = driver
+        self._resources = ResourceStack()
+        self._order: list[int] = []  # the layers of the pass whose events are recorded and not read yet
+        self._timed = True  # whether this pass is
+        try:
+            push = self._resources.push
+            self._arrived = [push(Event(driver, ledger, f"arrived {i}", timed=True)) for i in range(num_layers)]
+            self._resumed = [push(Event(driver, ledger, f"resumed {i}", timed=True)) for i in range(num_layers)]
+        except BaseException:
+            self.close()
+            raise
+
+    def arrive(self, index: int, stream: int) -> None:
+        """Before ``stream`` waits for layer ``index``."""
+        if index == 0 or index in self._order:
+            self._timed = self.read()
+        if self._timed:
+            self._driver.record(self._arrived[index].event, stream)
+
+    def resume(self, index: int, stream: int) -> None:
+        """After it."""
+        if self._timed:
+            self._driver.record(self._resumed[index].event, stream)
+            self._order.append(index)
+
+    def read(self) -> bool:
+        """Add up what was recorded; false if the device is not past it yet."""
+        if not all(self._driver.complete(self._resumed[index].event) for index in reversed(self._order)):
+            return False
+        waits = [self._driver.elapsed(self._arrived[i].event, self._resumed[i].event) for i in self._order]
+        for index, seconds in zip(self._order, waits, strict=True):
+            self.waited_s[index] += seconds
+        if len(self._order) > 1 and self._order == list(range(len(self.waited_s))):
+            total = self._driver.elapsed(self._arrived[0].event, self._arrived[-1].event)
+            self.latest = PassTimes(total, sum(waits[:-1]))
+        self._order.clear()
+        return True
+
+    def close(self) -> None:
+        self._resources.close()
