@@ -1,0 +1,113 @@
+"""From safetensors files to this process's shards: only what it owns is read, one expert at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.runtime import DWDPRuntime
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """The safetensors files of one model directory, in the ordinary Hugging Face layout.
+
+    Opening reads headers only; `read` reads the bytes that were asked for and keeps none. The files stay open (and
+    mapped) until `close`; a context manager.
+
+    Raises:
+        ConfigError: the directory has no safetensors files, or one that the index names is missing or unreadable, or
+            lacks a tensor that the index says it has.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._slices: dict[str, Any] = {}  # by the tensor's name: safetensors' own lazy slice of it
+        self._files = ExitStack()
+        try:
+            for file, names in self._files_and_names().items():
+                self._open(file, names)
+        except BaseException:
+            self.close()
+            raise
+
+    def _files_and_names(self) -> dict[Path, Iterable[str] | None]:
+        """Every file, with the names the index promises in it; without an index, one file with whatever is in it."""
+        index = self.directory / INDEX_FILE
+        if (self.directory / SINGLE_FILE).is_file():
+            return {self.directory / SINGLE_FILE: None}
+        if not index.is_file():
+            raise ConfigError(f"{self.directory} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files: dict[Path, list[str]] = {}
+            for name, file in weight_map.items():
+                files.setdefault(self.directory / file, []).append(name)
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ConfigError(f"{index} is not an index of safetensors files: {error!r}") from error
+        return dict(files)
+
+    def _open(self, file: Path, names: Iterable[str] | None) -> None:
+        if not file.is_file():
+            raise ConfigError(f"{INDEX_FILE} names {file.name}, but {self.directory} has no such file")
+        try:
+            opened = self._files.enter_context(safe_open(file, framework="pt"))
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{file} is not a whole safetensors file: {error}") from error
+        present = set(opened.keys())
+        for name in present if names is None else names:
+            if name not in present:
+                raise ConfigError(f"{INDEX_FILE} says that {file.name} holds {name}, but it does not")
+            self._slices[name] = opened.get_slice(name)
+
+    @property
+    def names(self) -> Iterable[str]:
+        """The names of all tensors."""
+        return self._slices.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from its file's header."""
+        return tuple(self._slices[name].get_shape())
+
+    def read(self, name: str, row: int | None = None) -> torch.Tensor:
+        """A tensor's bytes in a new tensor on the CPU; with ``row``, only that row: ``[1, ...]`` of ``[E, ...]``."""
+        whole = self._slices[name]
+        tensor: torch.Tensor = whole[:] if row is None else whole[row : row + 1]
+        return tensor
+
+    def close(self) -> None:
+        """Close the files."""
+        self._slices.clear()
+        self._files.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def fill_shards(runtime: DWDPRuntime, layer: int, weight: str, read: Callable[[int], torch.Tensor]) -> None:
+    """Fill the shards of one weight that this process holds, one expert at a time.
+
+    Args:
+        read: gives the part of an expert, without the dimension of the experts, on any device.
+
+    Raises what ``read`` and `DWDPRuntime.local_shard` raise.
+    """
+    for owner in runtime.held_owners:
+        shard = runtime.local_shard(layer, weight, owner)
+        for row, expert in zip(shard, runtime.local_experts(layer, owner), strict=True):
+            row.copy_(read(expert))
