@@ -1,0 +1,178 @@
+"""How transformers makes its stacked experts out of a checkpoint, applied to one expert at a time.
+
+transformers 5 has renamings and converters from the names in a checkpoint to the parameters of a model: stack the
+experts' matrices, concatenate gate and up, transpose, and so on. None of its converters for experts mixes one expert
+with another, so a converter that is given the tensors of a single expert gives that expert's part of the parameter.
+That this is so is checked for every parameter, on the shapes in the files' headers, before any byte is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from vmm_dwdp.checkpoint import Checkpoint
+from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.weight_spec import WeightSpec
+
+
+@dataclass
+class _Group:
+    """Tensors of a checkpoint that one conversion turns into one or several parameters."""
+
+    target: str  # the first of those parameters: the name that transformers gives the group
+    converter: WeightConverter | None  # None: the group's only tensor is the parameter
+    names: dict[str, list[str]] = field(default_factory=dict)  # by source pattern, in the order of the experts
+
+    @property
+    def parameters(self) -> list[str]:
+        if self.converter is None:
+            return [self.target]
+        first, *others = self.converter.target_patterns
+        return [self.target, *(self.target.replace(first, other) for other in others)]
+
+
+class _Part(NamedTuple):
+    """Bytes of one expert: a whole tensor, or one row of a tensor in which the experts are stacked."""
+
+    name: str
+    row: int | None
+
+
+def expert_sources(model: Any, specs: Mapping[str, WeightSpec], checkpoint: Checkpoint) -> dict[str, ExpertSource]:
+    """Where each stacked parameter of ``model`` comes from; nothing but headers is read.
+
+    Args:
+        model: a ``PreTrainedModel``; it may be on the meta device.
+        specs: the stacked parameters, by full name, in the dtypes in which they are wanted.
+        checkpoint: stays open for as long as the sources are read.
+
+    Raises:
+        ConfigError: an expert is missing, or what is there does not give an expert of the parameter's shape.
+    """
+    group_of = {parameter: group for group in _groups(model, checkpoint) for parameter in group.parameters}
+    for parameter in specs:
+        if parameter not in group_of:
+            raise ConfigError(f"{checkpoint.directory} has no tensor for {parameter}")
+    return {
+        parameter: ExpertSource(parameter, specs, group_of[parameter], checkpoint, model.config) for parameter in specs
+    }
+
+
+def _groups(model: Any, checkpoint: Checkpoint) -> list[_Group]:
+    """Every tensor of the checkpoint in its group, found as transformers finds it."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    parameters = model.state_dict()
+    groups: dict[str, _Group] = {}
+    for name in sorted(checkpoint.names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+        if target not in parameters and name in parameters:
+            target, pattern = name, None  # a pattern matched a name that is the model's own already
+        group = groups.setdefault(target, _Group(target, converter_of.get(pattern)))
+        group.names.setdefault(pattern or name, []).append(name)
+    return list(groups.values())
+
+
+class ExpertSource:
+    """Where one stacked parameter ``[E, ...]`` comes from, expert by expert."""
+
+    def __init__(
+        self, parameter: str, specs: Mapping[str, WeightSpec], group: _Group, checkpoint: Checkpoint, config: Any
+    ) -> None:
+        self._parameter = parameter
+        self._spec = specs[parameter]
+        self._group = group
+        self._checkpoint = checkpoint
+        self._config = config
+        # A conversion that asks the model for the shape of a parameter is told that of one expert's part.
+        self._one_expert = SimpleNamespace(
+            config=config, get_parameter=lambda name: torch.empty(specs[name].of(1), device="meta")
+        )
+        self._check_every_expert()
+
+    def read(self, expert: int) -> torch.Tensor:
+        """The part of ``expert`` in the parameter's dtype, on the CPU."""
+        tensors = {
+            pattern: [self._checkpoint.read(part.name, part.row).to(self._spec.dtype) for part in parts]
+            for pattern, parts in self._parts(expert).items()
+        }
+        return self._convert(tensors)[0]
+
+    def _parts(self, expert: int) -> dict[str, list[_Part]]:
+        """By source pattern, where the bytes of ``expert`` are."""
+        return {
+            pattern: [_Part(names[0], expert)]
+            if self._is_stacked(names)
+            else [_Part(name, None) for name in names[expert :: self._spec.num_experts]]
+            for pattern, names in self._group.names.items()
+        }
+
+    def _is_stacked(self, names: list[str]) -> bool:
+        return len(names) == 1 and self._checkpoint.shape(names[0])[:1] == (self._spec.num_experts,)
+
+    def _convert(self, tensors: dict[str, list[torch.Tensor]]) -> torch.Tensor:
+        """``[1, ...]``: what transformers makes of the tensors of one expert."""
+        converter, target = self._group.converter, self._group.target
+        if converter is None:
+            return next(iter(tensors.values()))[0]
+        for pattern, found in tensors.items():
+            for tensor in found:
+                converter.add_tensor(target, target, pattern, tensor)
+        converted = converter.convert(target, model=self._one_expert, config=self._config)[self._parameter]
+        expert: torch.Tensor = converted[0] if isinstance(converted, list) else converted
+        return expert
+
+    def _check_every_expert(self) -> None:
+        for names in self._group.names.values():
+            if not self._is_stacked(names) and len(names) % self._spec.num_experts:
+                raise ConfigError(
+                    f"{self._parameter} has {self._spec.num_experts} experts, but {self._checkpoint.directory} "
+                    f"{_missing(names, self._spec.num_experts)}"
+                )
+        fitting: set[str] = set()  # the combinations of shapes that gave one expert's part
+        for expert in range(self._spec.num_experts):
+            parts = self._parts(expert)
+            shapes = {pattern: [self._shape(part) for part in found] for pattern, found in parts.items()}
+            if str(shapes) in fitting:
+                continue
+            if problem := self._misfit(shapes):
+                tensors = [f"{part.name} {list(self._shape(part))}" for found in parts.values() for part in found]
+                raise ConfigError(
+                    f"expert {expert} of {self._parameter} must have the shape {list(self._spec.shape[1:])}, but "
+                    f"{problem}; {self._checkpoint.directory} has {', '.join(tensors)}"
+                )
+            fitting.add(str(shapes))
+
+    def _shape(self, part: _Part) -> tuple[int, ...]:
+        shape = self._checkpoint.shape(part.name)
+        return shape if part.row is None else (1, *shape[1:])
+
+    def _misfit(self, shapes: dict[str, list[tuple[int, ...]]]) -> str | None:
+        """Why tensors of these shapes do not give one expert's part, found out by converting tensors without bytes."""
+        tensors = {pattern: [torch.empty(shape, device="meta") for shape in found] for pattern, found in shapes.items()}
+        try:
+            shape = tuple(self._convert(tensors).shape)
+        except Exception as error:  # each conversion has its own way to say that it cannot
+            return f"conversion fails ({error})"
+        return None if shape == self._spec.of(1) else f"conversion gives {list(shape[1:])}"
+
+
+def _missing(names: list[str], num_experts: int) -> str:
+    """What a checkpoint lacks whose ``names``, one for each expert, should differ in the expert's number only."""
+    split = [name.split(".") for name in names]
+    columns = [column for column, parts in enumerate(zip(*split, strict=False)) if len(set(parts)) > 1]
+    if len(columns) == 1:
+        present = {parts[columns[0]] for parts in split}
+        for expert in range(num_experts):
+            if str(expert) not in present:
+                return f"has no {'.'.join([*split[0][: columns[0]], str(expert), *split[0][columns[0] + 1 :]])}"
+    return f"has {len(names)} tensors for them, {names[0]} the first"
