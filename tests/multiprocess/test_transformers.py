@@ -1,0 +1,104 @@
+"""Models of many families with their experts spread over real processes: every bit of the whole model's logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+from support.groups import PAGE
+from support.moe_models import FAMILIES, align_experts, logits, prompt, tiny_model
+
+from vmm_dwdp import DWDPConfig, DWDPRuntime
+from vmm_dwdp.allocator.host_driver import HostDriver
+from vmm_dwdp.checkpoint import Checkpoint
+from vmm_dwdp.integrations.transformers import attach, from_pretrained
+from vmm_dwdp.testing import run_group
+
+GROUPS = [
+    DWDPConfig(group_size=1, host_experts=3),
+    DWDPConfig(group_size=2, prefetch_depth=1),
+    DWDPConfig(group_size=3, num_local_experts=4, prefetch_depth=2),
+]
+"""Alone with experts in host memory; a group that does not divide the experts; one with overlap."""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One directory for each family, as save_pretrained writes it, with the whole model's logits beside it."""
+    root = tmp_path_factory.mktemp("models")
+    torch.set_num_threads(1)
+    for family in FAMILIES:
+        model = tiny_model(family)
+        model.save_pretrained(root / family)
+        whole = align_experts(type(model).from_pretrained(root / family))
+        torch.save(logits(whole), root / f"{family}.logits")
+    return root
+
+
+def load(how: str, directory: Path, config: DWDPConfig, rank: int, rendezvous: Path) -> transformers.PreTrainedModel:
+    if how == "from_pretrained":
+        return from_pretrained(
+            directory, config, rank=rank, device="cpu", rendezvous=rendezvous, driver=HostDriver(PAGE), timeout=60
+        )
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    attach(model, DWDPRuntime(config, rank, "cpu", rendezvous, driver=HostDriver(PAGE)))
+    return model
+
+
+def run_families(rank: int, root: Path, config: DWDPConfig) -> list[str]:
+    """What went wrong, by family, way of loading and assembly."""
+    wrong = []
+    for family, how, assembly in itertools.product(FAMILIES, ("from_pretrained", "attach"), ("vmm", "tensor_list")):
+        case = f"{family}, {how}, {assembly}, group of {config.group_size}"
+        host_experts = config.host_experts if assembly == "vmm" else 0
+        config_of_case = dataclasses.replace(config, assembly=assembly, host_experts=host_experts)
+        model = load(how, root / family, config_of_case, rank, root / case)
+        reference = torch.load(root / f"{family}.logits")
+        if not all(torch.equal(logits(model), reference) for _ in range(2)):
+            wrong.append(f"rank {rank}: {case}: logits differ")
+        if (config.group_size > 1 or host_experts) and not model.dwdp.stats().fetched_bytes:
+            wrong.append(f"rank {rank}: {case}: nothing was fetched")
+        if left := model.dwdp.close().open():
+            wrong.append(f"rank {rank}: {case}: left {left}")
+    return wrong
+
+
+@pytest.mark.parametrize("config", GROUPS, ids=lambda config: f"{config.group_size}-ranks")
+def test_every_family_gives_the_logits_of_the_whole_model(saved: Path, config: DWDPConfig) -> None:
+    """With lists of tensors too: torch's grouped GEMM gives each expert the same bits in a list as in one tensor."""
+    wrong = run_group(functools.partial(run_families, root=saved, config=config), config.group_size)
+    assert wrong == [[]] * config.group_size
+
+
+def read_and_generate(rank: int, root: Path, config: DWDPConfig) -> tuple[set[int], range, list[int], str]:
+    """The experts that were read, those that are local, a continuation, and the parameters' dtype."""
+    read: set[int] = set()
+    whole_read = Checkpoint.read
+
+    def recording(checkpoint: Checkpoint, name: str, row: int | None = None) -> torch.Tensor:
+        read.add(int(name.split(".experts.")[1].split(".")[0]))
+        return whole_read(checkpoint, name, row)
+
+    with mock.patch.object(Checkpoint, "read", recording):
+        model = from_pretrained(
+            root / "qwen3_moe", config, rank=rank, device="cpu", rendezvous=root / "generate", dtype=torch.bfloat16
+        )
+    with model.dwdp:
+        tokens = model.generate(prompt()[:1], max_new_tokens=12, do_sample=False)[0].tolist()
+        return read, model.dwdp.local_experts(0), tokens, str({p.dtype for p in model.parameters()})
+
+
+def test_each_rank_reads_its_own_experts_and_generates_the_same_text(saved: Path) -> None:
+    config = DWDPConfig(group_size=2)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(saved / "qwen3_moe", dtype=torch.bfloat16)
+    expected = whole.generate(prompt()[:1], max_new_tokens=12, do_sample=False)[0].tolist()
+    for read, local, tokens, dtypes in run_group(functools.partial(read_and_generate, root=saved, config=config), 2):
+        assert read == set(local)
+        assert tokens == expected
+        assert dtypes == "{torch.bfloat16}"

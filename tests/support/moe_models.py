@@ -1,0 +1,111 @@
+"""Tiny models of many families, with random weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from vmm_dwdp.integrations.transformers_experts import find_experts
+
+NUM_EXPERTS = 7  # a prime, and with these sizes no expert is a multiple of a page
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "first_k_dense_replace": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LATENT_ATTENTION = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
+# What each family calls its sizes. Out of the ordinary: gpt_oss (transposed, with biases), llama4_text (transposed,
+# with a forward pass of its own), nemotron_h (no gate), jetmoe (experts in attention too, run in another order).
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": NUM_EXPERTS, "head_dim": 8, "tie_word_embeddings": True},
+    "qwen2_moe": {"num_experts": NUM_EXPERTS, "shared_expert_intermediate_size": 16},
+    "mixtral": {"num_local_experts": NUM_EXPERTS},
+    "deepseek_v3": {"n_routed_experts": NUM_EXPERTS, "n_shared_experts": 1, **LATENT_ATTENTION},
+    "gpt_oss": {"num_local_experts": NUM_EXPERTS, "head_dim": 8},
+    "olmoe": {"num_experts": NUM_EXPERTS, "num_key_value_heads": 4},
+    "glm4_moe": {"n_routed_experts": NUM_EXPERTS, "n_shared_experts": 1, "head_dim": 8, "n_group": 1, "topk_group": 1},
+    "llama4_text": {
+        "num_local_experts": NUM_EXPERTS,
+        "interleave_moe_layer_step": 1,
+        "intermediate_size_mlp": 48,
+        "head_dim": 8,
+    },
+    "nemotron_h": {
+        "n_routed_experts": NUM_EXPERTS,
+        "layers_block_type": ["attention", "moe", "moe"],
+        "head_dim": 8,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 8,
+        "moe_shared_expert_intermediate_size": 24,
+    },
+    "granitemoe": {"num_local_experts": NUM_EXPERTS},
+    "jetmoe": {"num_local_experts": NUM_EXPERTS, "num_key_value_heads": 4, "kv_channels": 8},
+    "phimoe": {"num_local_experts": NUM_EXPERTS},
+    "ernie4_5_moe": {
+        "moe_num_experts": NUM_EXPERTS,
+        "moe_k": 2,
+        "moe_layer_start_index": 1,
+        "moe_num_shared_experts": 1,
+    },
+    "aria_text": {"moe_num_experts": NUM_EXPERTS, "moe_topk": 2, "moe_num_shared_experts": 1},
+    "lfm2_moe": {"num_experts": NUM_EXPERTS, "num_dense_layers": 1, "layer_types": ["full_attention"] * 3},
+}
+
+
+def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
+    """A model of ``family`` in fp32 on the CPU, every parameter random; the same in every process."""
+    config = CONFIG_MAPPING[family](**{**SIZES, **FAMILIES[family], **changes})
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2, generator=generator)
+    return model
+
+
+def prompt(device: str | torch.device = "cpu") -> Tensor:
+    """Two sequences of token numbers."""
+    return torch.arange(3, 27, device=device).view(2, 12)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Tensor:
+    out: Tensor = model(prompt(model.device), use_cache=False).logits
+    return out
+
+
+def align_experts(model: PreTrainedModel) -> PreTrainedModel:
+    """Move the experts of a whole model to memory of their own.
+
+    transformers leaves a parameter that needs no conversion in the mapped file, at any address, and a CPU kernel may
+    round in another way at such an address than at the start of a page, where an assembled tensor is.
+    """
+    for experts in find_experts(model):
+        for name in experts.weights:
+            parameter = experts.module.get_parameter(name)
+            parameter.data = parameter.data.clone()
+    return model

@@ -1,0 +1,155 @@
+"""The experts modules of a model: finding them, and letting each run on weights that the runtime assembles.
+
+[Note: Spread experts]
+    The stacked parameters of an experts module stand in it only while its forward pass runs, between `acquire` and
+    `release`. At other times meta parameters of the same shape and dtype stand in their place, because the memory
+    behind the real ones may hold another layer's experts: whoever reads a meta parameter gets an error, not wrong
+    bytes. What would leave the experts out without a word (state_dict, load_state_dict), move them (to, half) or copy
+    them (deepcopy, pickle) is refused, and so is a backward pass, which would read them long after `release`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from vmm_dwdp.errors import ConfigError, StateError
+from vmm_dwdp.runtime import DWDPRuntime
+from vmm_dwdp.weight_spec import WeightSpec
+
+
+@dataclass(frozen=True)
+class ExpertsModule:
+    """A module that holds the experts of one MoE layer.
+
+    Attributes:
+        path: the module's name in the model.
+        module: it; a `torch.nn.Module`, whose methods torch leaves without annotations.
+        weights: its parameters that are stacked by expert, ``[E, ...]``, by their name in the module.
+    """
+
+    path: str
+    module: Any
+    weights: Mapping[str, WeightSpec]
+
+
+def find_experts(model: Module) -> list[ExpertsModule]:
+    """The experts modules of ``model`` in the order of its modules, which is the order in which layers run.
+
+    They are told by name and shape, not by the model's family: a module that is called "experts" (or whose class is,
+    but not "shared_experts", which every token passes) with parameters of three or more dimensions, the first of which
+    counts the experts. All its parameters of two or more dimensions with that many rows are spread, small biases too: a
+    weight smaller than a page costs every rank that page, and is never fetched.
+
+    Raises:
+        ConfigError: there is none, or the parameters of one disagree on the number of experts.
+    """
+    found = []
+    for path, module in model.named_modules():
+        own_name, class_name = path.rpartition(".")[2], type(module).__name__
+        if not (own_name.endswith("experts") or "Experts" in class_name) or own_name.startswith("shared"):
+            continue
+        parameters = {name: p for name, p in module.named_parameters(recurse=False) if p.dim() >= 2}
+        counts = {p.shape[0] for p in parameters.values() if p.dim() >= 3}
+        if not counts:
+            continue
+        if len(counts) > 1:
+            shapes = ", ".join(f"{name} {list(p.shape)}" for name, p in parameters.items())
+            raise ConfigError(f"the parameters of {path} are stacked by different numbers of experts: {shapes}")
+        (count,) = counts
+        weights = {name: WeightSpec(tuple(p.shape), p.dtype) for name, p in parameters.items() if p.shape[0] == count}
+        found.append(ExpertsModule(path, module, weights))
+    if not found:
+        raise ConfigError(f"{type(model).__name__} has no module of experts whose parameters are stacked by expert")
+    return found
+
+
+class SpreadExperts:
+    """One experts module and its layer in the runtime; see [Note: Spread experts].
+
+    Takes effect when it is made, and stays for the life of the module. ``merge`` is for modules whose own code wants
+    tensors although the runtime assembles lists: they are concatenated before every forward pass.
+    """
+
+    def __init__(self, experts: ExpertsModule, runtime: DWDPRuntime, layer: int, *, merge: bool) -> None:
+        self._path = experts.path
+        self._module = experts.module
+        self._weights = experts.weights
+        self._runtime = runtime
+        self._layer = layer
+        self._merge = merge
+        self._own_forward = self._module.forward
+        self._placeholders = {
+            name: Parameter(torch.empty(spec.shape, dtype=spec.dtype, device="meta"), requires_grad=False)
+            for name, spec in self._weights.items()
+        }
+        self._module._parameters.update(self._placeholders)
+        self._module.__dict__.update(forward=self._forward, _apply=self._apply)
+        self._module.register_state_dict_pre_hook(self._refuse_state_dict)
+        self._module.register_load_state_dict_pre_hook(self._refuse_state_dict)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), self._runtime.layer(self._layer) as weights:
+            merged = {name: torch.cat(list(tensors)) for name, tensors in weights.items()} if self._merge else weights
+            self._module._parameters.update(merged)
+            try:
+                output = self._own_forward(*args, **kwargs)
+            finally:
+                self._module._parameters.update(self._placeholders)
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if torch.is_grad_enabled() and inputs:
+            refusing: Any = _NoBackward.apply
+            output = tree_map_only(Tensor, lambda tensor: refusing(self._path, tensor, *inputs), output)
+        return output
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
+        """What `Module.to` and its like call: whatever else the module holds may move, the experts may not."""
+        self.require_stays(fn)
+        self._module._parameters.update(dict.fromkeys(self._placeholders))
+        try:
+            type(self._module)._apply(self._module, fn, recurse)
+        finally:
+            self._module._parameters.update(self._placeholders)
+        return self._module  # type: ignore[no-any-return]
+
+    def require_stays(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Raise `StateError` if ``fn``, which `Module.to` would apply to each parameter, would change the experts."""
+        for name, spec in self._weights.items():
+            empty = torch.empty(0, dtype=spec.dtype, device=self._runtime.device)
+            moved = fn(empty)
+            if (moved.dtype, moved.device) != (empty.dtype, empty.device):
+                raise StateError(
+                    f"{self._path}.{name} cannot become {moved.dtype} on {moved.device}: it is spread over the group, "
+                    f"and stays {empty.dtype} on {empty.device}"
+                )
+
+    def _refuse_state_dict(self, *_: Any) -> NoReturn:
+        raise StateError(
+            f"the experts of {self._path} are spread over the group and in no state dict; "
+            "save or load the whole model before they are spread"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Copying or pickling the module comes here, by way of its forward method."""
+        raise StateError(f"{self._path} cannot be copied or pickled: its experts are spread over the group")
+
+
+class _NoBackward(torch.autograd.Function):
+    """Passes the output of an experts module on, connected to its inputs, and refuses the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, path: str, output: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.path = path
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> NoReturn:
+        raise StateError(
+            f"a backward pass reaches {ctx.path}, whose experts have left this rank since; train with the whole model"
+        )
