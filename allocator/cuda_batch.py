@@ -32,12 +32,12 @@ class CopyBatch:
 
     def __init__(self, call: BatchCall, copies: Sequence[Copy]) -> None:
         count = len(copies)
-        self._arrays = (
+        self._arrays: tuple[ctypes.Array[Any], ...] = (
             (ctypes.c_uint64 * count)(*(copy.dst for copy in copies)),
             (ctypes.c_uint64 * count)(*(copy.src for copy in copies)),
             (ctypes.c_size_t * count)(*(copy.nbytes for copy in copies)),
         )
-        self._arguments = (*map(ctypes.addressof, self._arrays), count, *call.attributes)
+        self._arguments = (*(ctypes.addressof(array) for array in self._arrays), count, *call.attributes)
         self._call = call  # which owns the attributes
 
     def give(self, stream: int) -> cuda.CUresult:

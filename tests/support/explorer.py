@@ -15,6 +15,7 @@ A copy and a kernel take two steps each, a beginning and an end, so that they ca
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,8 @@ COMPUTE = 0  # the stream of kernels
 
 class Op(NamedTuple):
     """One step of a thread. ``kind``: submit, await (of job ``value``); wait, record (event ``value``, on ``stream``);
-    kernel (layer ``value``, on ``stream``); copy (``part`` of layer ``value``, on ``stream``)."""
+    kernel (layer ``value``, on ``stream``); copy (``part`` of layer ``value``, on ``stream``); replay (of graph
+    ``value``)."""
 
     kind: str
     value: int
@@ -40,13 +42,18 @@ class Op(NamedTuple):
 
 @dataclass
 class Program:
-    """What the two threads do, in order; each job of the issuing thread is a list of its own."""
+    """What the two threads do, in order; each job of the issuing thread is a list of its own.
+
+    A graph is the list of what was captured. To replay it is to enqueue all of it in one step, on the streams that were
+    captured: each wait then refers to the latest record, of the graph itself or, if it is external, of anybody.
+    """
 
     num_layers: int
     num_slots: int
     num_parts: int  # of a slot, each written by one copy
     launcher: list[Op] = field(default_factory=list)
     jobs: list[list[Op]] = field(default_factory=list)
+    graphs: list[list[Op]] = field(default_factory=list)
 
 
 class RecordingDriver:
@@ -84,14 +91,18 @@ class RecordingDriver:
     def elapsed(self, start: int, end: int) -> float:
         return 0.0
 
-    def record(self, event: int, stream: int) -> None:
+    def record(self, event: int, stream: int, *, external: bool = False) -> None:
         self.writing.append(Op("record", event, stream))
 
-    def wait(self, stream: int, event: int) -> None:
+    def wait(self, stream: int, event: int, *, external: bool = False) -> None:
         self.writing.append(Op("wait", event, stream))
 
     def prepare(self, copies: Sequence[Copy]) -> Any:
         raise AssertionError("the explorer prepares its own copies")
+
+    def capture(self, stream: int) -> int:
+        """The number of the graph that is being written, from 1."""
+        return next((n for n, graph in enumerate(self.program.graphs, 1) if graph is self.writing), 0)
 
     def copy(self, prepared: tuple[int, int], stream: int) -> None:
         layer, part = prepared
@@ -101,7 +112,7 @@ class RecordingDriver:
         self.writing.append(Op("kernel", layer, COMPUTE))
 
 
-class _RecordingIssuer:
+class RecordingIssuer:
     """An issuing thread: its jobs are written down beside the launcher's steps."""
 
     def __init__(self, driver: RecordingDriver) -> None:
@@ -129,6 +140,14 @@ class _Ticket:
         self.program.launcher.append(Op("await", self.number))
 
 
+def rotating(num_layers: int, depth: int, num_streams: int) -> list[Fetch]:
+    """Fetches in which each stream fills a part of the slot, and another part for the slot's next layer."""
+    return [
+        Fetch(layer, tuple((layer, (stream + layer // depth) % num_streams) for stream in range(num_streams)), 1)
+        for layer in range(num_layers)
+    ]
+
+
 Launch = Callable[[Prefetcher, Callable[[int], None]], None]
 
 
@@ -141,18 +160,11 @@ def record(
     prefetcher: type[Prefetcher] = Prefetcher,
     num_streams: int = 1,
 ) -> Program:
-    """The program of ``launch(prefetcher, run)``, where ``run(layer)`` acquires, launches one kernel and releases.
-
-    Each of ``num_streams`` copy streams fills a part of the slot, and another part for the slot's next layer.
-    """
+    """The program of ``launch(prefetcher, run)``, where ``run(layer)`` acquires, launches one kernel and releases."""
     program = Program(num_layers, min(depth, num_layers), num_streams)
     driver = RecordingDriver(program)
-    issuer = _RecordingIssuer(driver) if thread else InlineIssuer()
-    fetches = [
-        Fetch(layer, tuple((layer, (stream + layer // depth) % num_streams) for stream in range(num_streams)), 1)
-        for layer in range(num_layers)
-    ]
-    made = prefetcher(driver, Ledger(), issuer, fetches, depth)  # type: ignore[arg-type]
+    issuer = RecordingIssuer(driver) if thread else InlineIssuer()
+    made = prefetcher(driver, Ledger(), issuer, rotating(num_layers, depth, num_streams), depth)  # type: ignore[arg-type]
 
     def run(layer: int) -> None:
         made.acquire(layer, COMPUTE)
@@ -160,15 +172,18 @@ def record(
         made.release(layer, COMPUTE)
 
     launch(made, run)
-    program.launcher = _without_timing(program)
+    program.launcher = without_timing(program)
     return program
 
 
-def _without_timing(program: Program) -> list[Op]:
+def without_timing(program: Program) -> list[Op]:
     """The launcher's steps without records that nobody waits for: they order nothing, and would multiply the states."""
-    every = [*program.launcher, *(op for job in program.jobs for op in job)]
-    waited = {op.value for op in every if op.kind == "wait"}
+    waited = {op.value for op in _every(program) if op.kind == "wait"}
     return [op for op in program.launcher if op.kind != "record" or op.value in waited]
+
+
+def _every(program: Program) -> list[Op]:
+    return [*program.launcher, *(op for ops in program.jobs + program.graphs for op in ops)]
 
 
 class _State(NamedTuple):
@@ -194,7 +209,7 @@ class Exploration:
 
 def explore(program: Program) -> Exploration:
     """Run ``program`` in every order."""
-    every = [*program.launcher, *(op for job in program.jobs for op in job)]
+    every = _every(program)
     streams = sorted({op.stream for op in every if op.stream >= 0})
     stream_index = {stream: index for index, stream in enumerate(streams)}
     recorded = sorted({op.value for op in every if op.kind == "record"})
@@ -223,6 +238,8 @@ def explore(program: Program) -> Exploration:
             return after._replace(submitted=state.submitted + 1)
         if op.kind == "await":
             return after if state.issued[0] > op.value else None
+        if op.kind == "replay":
+            return functools.reduce(enqueue, program.graphs[op.value], after)
         return enqueue(after, op)
 
     def issuing_step(state: _State) -> _State | None:

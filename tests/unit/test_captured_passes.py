@@ -1,0 +1,215 @@
+"""Passes inside a graph, without a GPU: every order of eager passes and replays, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from support.explorer import COMPUTE, Op, Program, RecordingDriver, RecordingIssuer, explore, rotating, without_timing
+
+from vmm_dwdp.allocator.handles import Ledger
+from vmm_dwdp.capture import CapturedPasses
+from vmm_dwdp.errors import StateError
+from vmm_dwdp.issue import InlineIssuer
+from vmm_dwdp.prefetch import Prefetcher
+
+
+class Rig:
+    """A prefetcher and its captured passes over a driver that writes down what they ask for."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        depth: int,
+        *,
+        thread: bool = True,
+        num_streams: int = 1,
+        prefetcher: type[Prefetcher] = Prefetcher,
+        captured: type[CapturedPasses] = CapturedPasses,
+    ) -> None:
+        self.program = Program(num_layers, min(depth, num_layers), num_streams)
+        self.driver = driver = RecordingDriver(self.program)
+        fetches = rotating(num_layers, depth, num_streams)
+        issuer = RecordingIssuer(driver) if thread else InlineIssuer()
+        self.prefetcher = prefetcher(driver, Ledger(), issuer, fetches, depth)  # type: ignore[arg-type]
+        self.captured = captured(driver, Ledger(), self.prefetcher, fetches)  # type: ignore[arg-type]
+        self.layers = range(num_layers)
+
+    def eager(self) -> None:
+        for layer in self.layers:
+            self.prefetcher.acquire(layer, COMPUTE)
+            self.driver.kernel(layer)
+            self.prefetcher.release(layer, COMPUTE)
+
+    def begin(self) -> int:
+        """Everything is captured from here until `end`; the number of the capture."""
+        self.program.graphs.append([])
+        self.driver.writing = self.program.graphs[-1]
+        return self.driver.capture(COMPUTE)
+
+    def end(self) -> None:
+        self.driver.writing = self.program.launcher
+
+    def capture(self) -> int:
+        """A whole pass; the graph's index, for `replay`."""
+        number = self.begin()
+        for layer in self.layers:
+            self.captured.acquire(number, layer, COMPUTE)
+            self.driver.kernel(layer)
+            self.captured.release(number, layer, COMPUTE)
+        self.end()
+        return number - 1
+
+    def replay(self, graph: int) -> None:
+        self.program.launcher.append(Op("replay", graph))
+
+    def violation(self) -> str | None:
+        self.program.launcher = without_timing(self.program)
+        return explore(self.program).violation
+
+
+def alternate(rig: Rig) -> None:
+    rig.eager()
+    first = rig.capture()
+    rig.replay(first)
+    rig.replay(first)
+    rig.eager()
+    second = rig.capture()
+    rig.replay(second)
+    rig.replay(first)
+
+
+def eager_after_replay(rig: Rig) -> None:
+    graph = rig.capture()
+    rig.eager()
+    rig.replay(graph)
+    rig.eager()
+
+
+def a_miss_after_replay(rig: Rig) -> None:
+    graph = rig.capture()
+    rig.replay(graph)
+    last = rig.layers[-1]
+    rig.prefetcher.acquire(last, COMPUTE)
+    rig.driver.kernel(last)
+    rig.prefetcher.release(last, COMPUTE)
+    rig.prefetcher.reset(COMPUTE)
+    rig.replay(graph)
+
+
+def abandoned_capture(rig: Rig) -> None:
+    """An exception in the model, inside a capture: the graph is never made, and nothing has happened."""
+    number = rig.begin()
+    rig.captured.acquire(number, 0, COMPUTE)
+    rig.captured.release(number, 0, COMPUTE)
+    rig.captured.acquire(number, 1, COMPUTE)
+    rig.end()
+    rig.program.graphs[-1].clear()
+    rig.eager()
+    rig.replay(rig.capture())
+
+
+@pytest.mark.parametrize("thread", [False, True], ids=["inline", "thread"])
+@pytest.mark.parametrize(("num_layers", "depth"), [(2, 1), (3, 2), (4, 2), (2, 3), (4, 3)])
+@pytest.mark.parametrize("launch", [alternate, eager_after_replay, a_miss_after_replay, abandoned_capture])
+def test_passes_and_replays_in_every_order(
+    launch: Callable[[Rig], None], num_layers: int, depth: int, thread: bool
+) -> None:
+    rig = Rig(num_layers, depth, thread=thread)
+    launch(rig)
+    assert rig.violation() is None
+
+
+def test_replays_with_two_copy_streams_in_every_order() -> None:
+    rig = Rig(3, 2, thread=False, num_streams=2)
+    eager_after_replay(rig)
+    assert rig.violation() is None
+
+
+class _EndsBeforeItsCopiesAreIssued(Prefetcher):
+    """Leaves the copies of the first layers to the issuing thread when a pass ends, although there is a graph."""
+
+    def settle(self) -> None:
+        super().settle()
+        self._prompt = False
+
+
+class _NeverJoins(CapturedPasses):
+    """Says that the first layers are in their slots without waiting for their copies."""
+
+    def _join(self, stream: int) -> None:
+        for slot in self._slots:
+            for ready in slot.outside.ready:
+                self._driver.record(ready.event, stream, external=True)
+
+
+class _OnlyItsOwnEvents(CapturedPasses):
+    """Reads the first layers without waiting for whoever filled their slots before the graph was launched."""
+
+    def acquire(self, capture: int, index: int, stream: int) -> None:
+        real, self._driver.wait = self._driver.wait, self._wait_inside  # type: ignore[method-assign]
+        super().acquire(capture, index, stream)
+        self._driver.wait = real  # type: ignore[method-assign]
+
+    def _wait_inside(self, stream: int, event: int, *, external: bool = False) -> None:
+        if not external:
+            type(self._driver).wait(self._driver, stream, event)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{"prefetcher": _EndsBeforeItsCopiesAreIssued}, {"captured": _NeverJoins}, {"captured": _OnlyItsOwnEvents}],
+)
+def test_a_broken_capture_is_found(broken: dict[str, type]) -> None:
+    rig = Rig(3, 2, **broken)
+    eager_after_replay(rig)
+    assert rig.violation() is not None
+
+
+def test_a_capture_begins_between_passes() -> None:
+    rig = Rig(4, 2)
+    rig.prefetcher.acquire(0, COMPUTE)
+    rig.prefetcher.release(0, COMPUTE)
+    number = rig.begin()
+    with pytest.raises(StateError, match="between passes, with layer 0 in its slot"):
+        rig.captured.acquire(number, 1, COMPUTE)
+    rig.end()
+    rig.prefetcher.reset(COMPUTE)
+    rig.replay(rig.capture())
+    assert rig.violation() is None
+
+
+def test_a_layer_acquired_outside_is_not_released_inside() -> None:
+    rig = Rig(4, 2)
+    rig.prefetcher.acquire(0, COMPUTE)
+    number = rig.begin()
+    with pytest.raises(StateError, match="layer 0 is released inside a graph capture, but was not acquired inside"):
+        rig.captured.release(number, 0, COMPUTE)
+    with pytest.raises(StateError, match="layer 0 was acquired outside of the graph capture, and was not released"):
+        rig.captured.acquire(number, 1, COMPUTE)
+    rig.end()
+    rig.prefetcher.release(0, COMPUTE)
+
+
+def test_a_layer_acquired_inside_is_not_released_outside() -> None:
+    rig = Rig(4, 2)
+    rig.captured.acquire(rig.begin(), 0, COMPUTE)
+    rig.end()
+    with pytest.raises(StateError, match="layer 0 is released, but was not acquired"):
+        rig.prefetcher.release(0, COMPUTE)
+
+
+def test_layers_are_captured_in_order_and_one_at_a_time_in_a_slot() -> None:
+    rig = Rig(4, 2)
+    number = rig.begin()
+    with pytest.raises(StateError, match="layer 2 is captured out of order: layer 0 is the next to use its slot"):
+        rig.captured.acquire(number, 2, COMPUTE)
+    rig.captured.acquire(number, 0, COMPUTE)
+    with pytest.raises(StateError, match="layer 2 is captured, but layer 0 has its slot and was not released"):
+        rig.captured.acquire(number, 2, COMPUTE)
+
+
+def test_layers_that_all_fit_into_slots_are_captured_without_a_copy() -> None:
+    rig = Rig(2, 2)
+    rig.capture()
+    assert not [op for op in rig.program.graphs[0] if op.kind == "copy"]
