@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
@@ -42,8 +43,7 @@ def machine(device: torch.device) -> dict[str, object]:
     if device.type == "cuda":
         described["gpu"] = torch.cuda.get_device_name(device)
         described["cuda"] = torch.version.cuda
-        version = Path("/proc/driver/nvidia/version")
-        described["driver"] = version.read_text().splitlines()[0] if version.exists() else "unknown"
+        described["driver"] = _driver_version()
     return described
 
 
@@ -71,6 +71,12 @@ def report(arguments: argparse.Namespace, tables: Mapping[str, Sequence[Row]]) -
 
 def _text(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _driver_version() -> str:
+    about = Path("/proc/driver/nvidia/version")
+    found = re.search(r"\d+\.[\d.]+", about.read_text()) if about.exists() else None
+    return found.group() if found else "unknown"
 
 
 def _cpu_model() -> str:
