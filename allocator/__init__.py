@@ -21,6 +21,6 @@ def open_driver(device: torch.device, granularity: int | None = None) -> Driver:
         raise ConfigError(f"there is no driver for the device {device}: it must be a CUDA device or the CPU")
     if granularity is not None:
         raise ConfigError(f"the granularity of {device} is given by its driver: it cannot be set to {granularity}")
-    from vmm_dwdp.allocator.cuda_driver import CudaDriver  # needs cuda-bindings, which a machine without a GPU may lack
+    from vmm_dwdp.allocator.cuda_driver import CudaDriver  # the host driver needs no cuda-bindings
 
     return CudaDriver(device)
