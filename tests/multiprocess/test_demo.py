@@ -1,0 +1,75 @@
+"""``vmm-dwdp demo`` from its options to its exit status, on the model in the package."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vmm_dwdp import cli
+from vmm_dwdp.allocator.handles import KINDS
+
+pytest.importorskip("transformers")
+
+
+def run_demo(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, dict]:
+    status = cli.main(["demo", "--device", "cpu", "--json", *options])
+    return status, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(("--group-size", "3"), id="does not divide"),
+        pytest.param(("--group-size", "2", "--num-local-experts", "10", "--prefetch-depth", "1"), id="overlap"),
+    ],
+)
+def test_group_computes_what_the_whole_model_computes(
+    options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, report = run_demo(capsys, *options)
+
+    assert status == 0
+    assert report["identical"] is True
+    assert report["driver"] == "host"
+    assert [rank["rank"] for rank in report["ranks"]] == list(range(report["group_size"]))
+    assert all(rank["fetched_bytes"] > 0 and rank["hits"] > 0 and rank["misses"] == 0 for rank in report["ranks"])
+    assert report["leaked"] == dict.fromkeys(KINDS, 0)
+
+
+def test_group_of_one_fetches_nothing_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    status, report = run_demo(capsys, "--group-size", "1")
+
+    assert report["identical"] is True
+    assert report["ranks"][0]["fetched_bytes"] == 0
+    assert status == 1
+
+
+def test_config_file_is_taken_and_options_go_before_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "dwdp.yaml"
+    file.write_text("group_size: 3\nnum_local_experts: 8\n")
+
+    status, report = run_demo(capsys, "--config", str(file), "--group-size", "2", "--prompt", "My dear")
+
+    assert status == 0
+    assert [rank["experts_held"] for rank in report["ranks"]] == [8, 8]
+    assert [rank["prompt"] for rank in report["ranks"]] == ["My dear", "My dear"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--group-size", "0"), "group_size must be at least 1"),
+        (("--num-local-experts", "2"), "num_local_experts must be at least 4"),
+        (("--model", "nowhere"), "nowhere is not the folder of a Hugging Face model"),
+        (("--prompt", ""), "the prompt is empty"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(
+    options: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["demo", "--device", "cpu", *options]) == 2
+
+    printed = capsys.readouterr()
+    assert sentence in printed.err
+    assert len(printed.err.splitlines()) == 1
+    assert printed.out == ""
