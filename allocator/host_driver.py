@@ -124,6 +124,7 @@ class HostDriver:
         self._opened: dict[int, int] = {}  # address -> bytes
         self._streams: dict[int, HostStream] = {}
         self._events: dict[int, Record | None] = {}  # the latest record
+        self._timed: set[int] = set()  # events
         self._thread = threading.local()
         self.activate()
 
@@ -295,11 +296,14 @@ class HostDriver:
     def create_event(self, timed: bool) -> int:
         event = next(self._numbers)
         self._events[event] = None
+        if timed:
+            self._timed.add(event)
         return event
 
     def destroy_event(self, event: int) -> None:
         self._record("destroy_event", event)
         del self._events[event]
+        self._timed.discard(event)
 
     def record(self, event: int, stream: int, *, external: bool = False) -> None:
         self._record("record", event)
@@ -325,8 +329,8 @@ class HostDriver:
 
     def elapsed(self, start: int, end: int) -> float:
         first, last = self._record("elapsed", start), self._record("elapsed", end)
-        if first is None or last is None:
-            raise DriverError("elapsed", INVALID_HANDLE, "take the time between events that were never recorded")
+        if first is None or last is None or not {start, end} <= self._timed:
+            raise DriverError("elapsed", INVALID_HANDLE, "take the time between events that are not timed and recorded")
         if not (first.is_complete() and last.is_complete()):
             raise DriverError("elapsed", NOT_READY, "take the time between events that are not complete")
         return last.time - first.time

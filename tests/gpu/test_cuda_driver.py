@@ -37,20 +37,31 @@ def test_a_device_that_does_not_exist() -> None:
         CudaDriver(torch.device("cuda:99"))
 
 
-def test_a_copy_into_a_capture_is_refused_and_leaves_the_capture_whole(cuda: CudaDriver) -> None:
-    source, target = (torch.full((4096,), value, device="cuda") for value in (1.0, 2.0))
-    copies = cuda.prepare([Copy(target.data_ptr(), source.data_ptr(), 4096)])
+def test_captured_copies_run_when_the_graph_does(cuda: CudaDriver) -> None:
+    """A batch of copies is refused in a capture, which goes on without them."""
+    source, target = torch.zeros(2, 4096, device="cuda")
+    copies = cuda.prepare([Copy(target.data_ptr() + start, source.data_ptr() + start, 4096) for start in (0, 8192)])
     graph = torch.cuda.CUDAGraph()
+    assert cuda.capture(cuda.current_stream()) == 0
     with torch.cuda.graph(graph):
-        with pytest.raises(DriverError, match="captured into a graph"):
-            cuda.copy(copies, cuda.current_stream())
+        assert cuda.capture(cuda.current_stream()) != 0
+        cuda.copy(copies, cuda.current_stream())
         target += 1
-    graph.replay()
-    assert target.eq(3).all().item()
+    for value in (5, 6):
+        source.fill_(value)
+        target.zero_()
+        graph.replay()
+        expected = torch.ones(4, 1024)
+        expected[::2] += value
+        assert torch.equal(target.view(4, 1024).cpu(), expected)
 
 
 @pytest.mark.parametrize("batched", [True, False])
-def test_many_slices_arrive(cuda: CudaDriver, ledger: Ledger, batched: bool) -> None:
+def test_many_slices_arrive(cuda: CudaDriver, ledger: Ledger, batched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if batched:
+        assert cuda._batch_call is not None
+    else:
+        monkeypatch.setattr(cuda, "_batch_call", None)  # as where the driver is too old
     source = torch.arange(1 << 20, dtype=torch.int32, device="cuda")
     target = torch.zeros_like(source)
     nbytes, order = 4096, torch.randperm(1024, generator=torch.Generator().manual_seed(0)).tolist()
@@ -58,7 +69,6 @@ def test_many_slices_arrive(cuda: CudaDriver, ledger: Ledger, batched: bool) -> 
         Copy(target.data_ptr() + to * nbytes, source.data_ptr() + slice * nbytes, nbytes)
         for to, slice in enumerate(order)
     ]
-    cuda._batched = batched and cuda._batched
     torch.cuda.synchronize()
     with Stream(cuda, ledger) as stream:
         cuda.copy(cuda.prepare(copies), stream.stream)

@@ -82,8 +82,8 @@ class Rig:
     def stream(self) -> int:
         return self.stack.push(Stream(self.driver, self.ledger)).stream
 
-    def event(self) -> int:
-        return self.stack.push(Event(self.driver, self.ledger, timed=True)).event
+    def event(self, timed: bool = False) -> int:
+        return self.stack.push(Event(self.driver, self.ledger, timed=timed)).event
 
     @contextlib.contextmanager
     def held(self, stream: int) -> Iterator[None]:
@@ -481,9 +481,9 @@ def test_a_wait_is_for_the_latest_record_before_it(rig: Rig) -> None:
 
 
 def test_time_passes_from_event_to_event(rig: Rig) -> None:
-    stream, first, second = rig.stream(), rig.event(), rig.event()
+    stream, first, second = rig.stream(), rig.event(timed=True), rig.event(timed=True)
     with refused("CUDA_ERROR_INVALID_HANDLE"):
-        rig.driver.elapsed(first, second)
+        rig.driver.elapsed(first, second)  # which were never recorded
     rig.driver.record(first, stream)
     with rig.held(stream):
         rig.driver.record(second, stream)
@@ -491,6 +491,16 @@ def test_time_passes_from_event_to_event(rig: Rig) -> None:
             rig.driver.elapsed(first, second)
     assert rig.driver.elapsed(first, second) >= 0
     assert rig.driver.elapsed(second, first) == -rig.driver.elapsed(first, second)
+
+
+def test_only_timed_events_have_a_time(rig: Rig) -> None:
+    stream, timed, other = rig.stream(), rig.event(timed=True), rig.event()
+    for event in (timed, other):
+        rig.driver.record(event, stream)
+    rig.driver.synchronize(stream)
+    for start, end in ((timed, other), (other, timed), (other, other)):
+        with refused("CUDA_ERROR_INVALID_HANDLE"):
+            rig.driver.elapsed(start, end)
 
 
 def test_synchronizing_the_device_waits_for_all_streams(rig: Rig) -> None:
