@@ -58,6 +58,8 @@ class CudaDriver:
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self._ordinal = _check(attempt, cuda.cuDeviceGet, self.device.index)
         self._context = _check(attempt, cuda.cuDevicePrimaryCtxRetain, self._ordinal)
+        nearest = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID
+        self.numa_node = max(0, _check(attempt, cuda.cuDeviceGetAttribute, nearest, self._ordinal))  # -1: no NUMA here
         self._batch_call = BatchCall.find()
         self.activate()
 
@@ -94,8 +96,7 @@ class CudaDriver:
         if location.numa_node is None:
             properties.location = self._device_location()
         else:
-            properties.location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_HOST_NUMA
-            properties.location.id = location.numa_node
+            properties.location = _host_location(location.numa_node)
         return properties
 
     def _device_location(self) -> cuda.CUmemLocation:
@@ -119,10 +120,18 @@ class CudaDriver:
         _check(f"unmap {nbytes} bytes at {address:#x}", cuda.cuMemUnmap, address, nbytes)
 
     def set_access(self, address: int, nbytes: int, access: Access) -> None:
-        description = cuda.CUmemAccessDesc()
-        description.location = self._device_location()
-        description.flags = _ACCESS[access]
         attempt = f"make {nbytes} bytes at {address:#x} {access.value}"
+        self._set_access(attempt, address, nbytes, access, self._device_location())
+
+    def allow_cpu(self, address: int, nbytes: int, location: Location) -> None:
+        assert location.numa_node is not None, "only host memory has addresses for the CPU"
+        attempt = f"let the CPU use {nbytes} bytes at {address:#x}"
+        self._set_access(attempt, address, nbytes, Access.READ_WRITE, _host_location(location.numa_node))
+
+    def _set_access(self, attempt: str, address: int, nbytes: int, access: Access, who: cuda.CUmemLocation) -> None:
+        description = cuda.CUmemAccessDesc()
+        description.location = who
+        description.flags = _ACCESS[access]
         _check(attempt, cuda.cuMemSetAccess, address, nbytes, [description], 1)
 
     # -- memory without the above --------------------------------------------------------------------------------------
@@ -225,6 +234,13 @@ class CudaDriver:
             _check(f"wait for {self.device}", cuda.cuCtxSynchronize)
         else:
             _check(f"wait for stream {stream:#x}", cuda.cuStreamSynchronize, stream)
+
+
+def _host_location(numa_node: int) -> cuda.CUmemLocation:
+    location = cuda.CUmemLocation()
+    location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_HOST_NUMA
+    location.id = numa_node
+    return location
 
 
 def _check(attempt: str, call: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:

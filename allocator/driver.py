@@ -68,6 +68,7 @@ class Driver(Protocol):
     name: str  # "cuda" or "host"
     device: torch.device
     max_mappings: int  # that a process can have at one time
+    numa_node: int  # the host's, nearest to the device
 
     # -- this thread -------------------------------------------------------------------------------------------------
     def activate(self) -> None:
@@ -104,6 +105,9 @@ class Driver(Protocol):
 
     def set_access(self, address: int, nbytes: int, access: Access) -> None:
         """Allow this device to read, or to read and write, the mappings that make up exactly this range."""
+
+    def allow_cpu(self, address: int, nbytes: int, location: Location) -> None:
+        """Allow the CPU, too, to read and write the mappings of ``location``'s host memory that make up this range."""
 
     # -- memory without the above, for `assembly: tensor_list` ---------------------------------------------------------
     def allocate(self, nbytes: int) -> int:

@@ -20,7 +20,6 @@ import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, NamedTuple
 
 import torch
@@ -28,6 +27,7 @@ import torch
 from vmm_dwdp.allocator import host_pages
 from vmm_dwdp.allocator.driver import DEVICE, Access, Copy, HandleType, Location
 from vmm_dwdp.allocator.host_stream import HostStream, Record
+from vmm_dwdp.allocator.numa import numa_nodes
 from vmm_dwdp.errors import ConfigError, DriverError
 
 ILLEGAL_ADDRESS: Final = "CUDA_ERROR_ILLEGAL_ADDRESS"
@@ -106,6 +106,7 @@ class HostDriver:
 
     name = "host"
     device = torch.device("cpu")
+    numa_node = 0
 
     def __init__(self, granularity: int = 2 << 20) -> None:
         if granularity < host_pages.PAGE_BYTES or granularity & (granularity - 1):
@@ -134,8 +135,7 @@ class HostDriver:
 
     # -- physical memory ---------------------------------------------------------------------------------------------
     def granularity(self, location: Location = DEVICE) -> int:
-        node = location.numa_node
-        if node not in (None, 0) and not Path(f"/sys/devices/system/node/node{node}").exists():
+        if location.numa_node not in (None, *numa_nodes()):
             raise _invalid("granularity", f"use memory on {location}, which this machine does not have")
         return self._granularity
 
@@ -225,6 +225,10 @@ class HostDriver:
             host_pages.protect(address, nbytes, writable=access is Access.READ_WRITE)
             for mapping in mappings:
                 mapping.access = access
+
+    def allow_cpu(self, address: int, nbytes: int, location: Location) -> None:
+        with self._lock:
+            self._mappings_of("allow_cpu", address, nbytes)  # the device is the CPU
 
     def _mappings_of(self, call: str, address: int, nbytes: int) -> list[_Range]:
         mappings = self._mappings.exactly(address, nbytes)

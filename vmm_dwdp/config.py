@@ -33,6 +33,7 @@ class DWDPConfig:
         slice_bytes: how long a run of one owner's bytes may be before the copies turn to the next owner, a multiple of
             16 bytes, or ``"auto"``.
         host_experts: the last experts of every layer live in host memory instead of on a rank.
+        host_numa_node: the NUMA node of that memory; ``None`` is the one nearest to the device of rank 0.
         assembly: ``"vmm"``: one tensor ``[E, ...]`` per weight, by virtual memory management.
             ``"tensor_list"``: a list of tensors per weight, on machines without it.
         mode: how `acquire` gives a layer if it is not told. ``"staged"``: all remote experts are copied into a slot
@@ -48,6 +49,7 @@ class DWDPConfig:
     prefetch_depth: int = 2
     slice_bytes: int | Literal["auto"] = "auto"
     host_experts: int = 0
+    host_numa_node: int | None = None
     assembly: AssemblyKind = "vmm"
     mode: Mode = "staged"
 
@@ -62,6 +64,8 @@ class DWDPConfig:
             if self.slice_bytes % COPY_ALIGNMENT:
                 raise ConfigError(f"slice_bytes must be a multiple of {COPY_ALIGNMENT}, not {self.slice_bytes}")
         self._require_int("host_experts", self.host_experts, least=0)
+        if self.host_numa_node is not None:
+            self._require_int("host_numa_node", self.host_numa_node, least=0)
         self._require_one_of("assembly", self.assembly, get_args(AssemblyKind))
         if self.assembly == "tensor_list" and self.mode == "in_place":
             raise ConfigError("mode: in_place needs assembly: vmm, because it maps the owners' pages side by side")

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.driver import DEVICE, Driver, HandleType, Location
 from vmm_dwdp.allocator.handles import Ledger, Stream
+from vmm_dwdp.allocator.numa import numa_nodes
 from vmm_dwdp.allocator.probe import supported_handle_types
 from vmm_dwdp.assembly import Assembly, Share, Weights
 from vmm_dwdp.config import DWDPConfig, Mode
@@ -112,9 +113,9 @@ class DWDPRuntime:
     def local_shard(self, layer: int, weight: str, owner: Owner | None = None) -> torch.Tensor:
         """A tensor ``[n, ...]`` over this rank's own pages of a weight: fill it with the experts `local_experts`.
 
-        ``owner="host"`` is the pool of host memory, on the rank that creates it (rank 0). The memory is taken by the
-        first call and is undefined until it is filled. The tensor may be kept; writing to it after `publish` changes
-        what other ranks read, without telling them.
+        ``owner="host"`` is the pool of host memory, on the rank that creates it (rank 0), and a tensor on the CPU. The
+        memory is taken by the first call and is undefined until it is filled. The tensor may be kept; writing to it
+        after `publish` changes what other ranks read, without telling them.
 
         Raises:
             ConfigError: no such layer, weight or owner here.
@@ -388,10 +389,18 @@ class DWDPRuntime:
 def _make_assembly(config: DWDPConfig, rank: int, driver: Driver, ledger: Ledger) -> Assembly:
     if config.assembly == "tensor_list":
         return TensorListAssembly(driver, ledger, rank, config.prefetch_depth)
-    host_location = Location(numa_node=0) if config.host_experts else DEVICE
+    host_location = _host_location(config, driver) if config.host_experts else DEVICE
     handle_type = _choose_handle_type(driver, host_location) if config.group_size > 1 else None
     in_place = config.mode == "in_place"
     return VirtualAssembly(driver, ledger, rank, config.prefetch_depth, handle_type, host_location, in_place)
+
+
+def _host_location(config: DWDPConfig, driver: Driver) -> Location:
+    node = driver.numa_node if config.host_numa_node is None else config.host_numa_node
+    if node not in numa_nodes():
+        there = ", ".join(map(str, numa_nodes()))
+        raise ConfigError(f"host_numa_node is {node}, but this machine has no such NUMA node; it has {there}")
+    return Location(node)
 
 
 def _choose_handle_type(driver: Driver, host_location: Location) -> HandleType:

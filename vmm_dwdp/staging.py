@@ -9,6 +9,7 @@ from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.assembly import Assembly
 from vmm_dwdp.capture import CapturedPasses
 from vmm_dwdp.config import DWDPConfig
+from vmm_dwdp.errors import StateError
 from vmm_dwdp.guard import Guard
 from vmm_dwdp.issue import InlineIssuer, Issuer, ThreadIssuer, pays_to_wake_a_thread
 from vmm_dwdp.layer import Layer
@@ -60,7 +61,7 @@ class Staging:
 
     def acquire(self, index: int, stream: int, tokens: int | None) -> None:
         """Make ``stream`` wait until layer ``index`` is in its slot; ``tokens``: of this pass, if they are known."""
-        if capture := self._driver.capture(stream):
+        if capture := self._capture(stream):
             self._captured.acquire(capture, index, stream)
         else:
             self._prefetcher.acquire(index, stream)
@@ -68,10 +69,18 @@ class Staging:
 
     def release(self, index: int, stream: int) -> None:
         """Layer ``index`` has been read by the work given to ``stream``."""
-        if capture := self._driver.capture(stream):
+        if capture := self._capture(stream):
             self._captured.release(capture, index, stream)
         else:
             self._prefetcher.release(index, stream)
+
+    def _capture(self, stream: int) -> int:
+        """As `Driver.capture`; a stream beside the captured one would run now what belongs to a replay."""
+        capture = self._driver.capture(stream)
+        current = self._driver.current_stream()
+        if not capture and stream != current and self._driver.capture(current):
+            raise StateError(f"stream {stream:#x} takes no part in the capture of the current stream into a graph")
+        return capture
 
     def reset(self, stream: int) -> None:
         """Give up layers that were acquired on ``stream``, and make the slots as they are between passes."""

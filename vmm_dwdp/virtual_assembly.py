@@ -98,19 +98,28 @@ class VirtualAssembly(Assembly):
             self._own[layer.number, weight] = memory
             _map(memory, layout.resident_bytes(owner), tiles, Access.READ_WRITE)
         elif tiles:
-            self._views[layer.number, weight, owner] = self._view(layout, owner, tiles, Access.READ_WRITE, label)
+            view = self._view(layout, owner, tiles, Access.READ_WRITE, label, torch.device("cpu"))
+            self._driver.allow_cpu(view.memory.address, view.memory.nbytes, location)
+            self._views[layer.number, weight, owner] = view
         self._tiles[layer.number, weight, owner] = tiles
 
-    def _reserve(self, nbytes: int, label: str) -> TensorMemory[Reservation]:
-        memory = TensorMemory(Reservation(self._driver, self._ledger, nbytes, label), self._driver.device)
+    def _reserve(self, nbytes: int, label: str, device: torch.device | None = None) -> TensorMemory[Reservation]:
+        """Addresses; the tensors over them are on ``device`` (default: the driver's)."""
+        memory = TensorMemory(Reservation(self._driver, self._ledger, nbytes, label), device or self._driver.device)
         self._ranges.append(memory)
         return memory
 
     def _view(
-        self, layout: RangeLayout, owner: Owner, tiles: Sequence[Allocation], access: Access, label: str
+        self,
+        layout: RangeLayout,
+        owner: Owner,
+        tiles: Sequence[Allocation],
+        access: Access,
+        label: str,
+        device: torch.device | None = None,
     ) -> TensorMemory[Reservation]:
         span = range(len(layout.resident_bytes(owner)))
-        memory = self._reserve(len(span), label)
+        memory = self._reserve(len(span), label, device)
         _map(memory, span, tiles, access)
         return memory
 

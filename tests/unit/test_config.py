@@ -20,6 +20,7 @@ from vmm_dwdp import ConfigError, DWDPConfig, ExpertPlacement, WeightSpec
         ({"group_size": 2, "prefetch_depth": 0}, "prefetch_depth must be at least 1, not 0"),
         ({"group_size": 2, "num_local_experts": -1}, "num_local_experts must be at least 0, not -1"),
         ({"group_size": 2, "host_experts": -3}, "host_experts must be at least 0, not -3"),
+        ({"group_size": 2, "host_numa_node": -1}, "host_numa_node must be at least 0, not -1"),
         ({"group_size": 2, "slice_bytes": 100}, "slice_bytes must be a multiple of 16, not 100"),
         ({"group_size": 2, "slice_bytes": "often"}, "slice_bytes must be a whole number, not 'often'"),
         ({"group_size": 2, "assembly": "magic"}, "assembly must be one of vmm, tensor_list, not 'magic'"),

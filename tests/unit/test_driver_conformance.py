@@ -137,6 +137,14 @@ def test_memory_comes_in_whole_pages(rig: Rig, location: Location, pages: float)
         rig.driver.create(int(pages * rig.page), location)
 
 
+def test_host_memory_can_be_filled_by_the_cpu(rig: Rig) -> None:
+    location, content = Location(rig.driver.numa_node), pattern(2 * rig.page)
+    addresses = rig.mapped(rig.memory(1, location), rig.memory(1, location))
+    rig.driver.allow_cpu(addresses.address, addresses.nbytes, location)
+    tensor_at(addresses.address, content.shape, content.dtype, torch.device("cpu")).copy_(content)
+    assert torch.equal(rig.bytes_at(addresses.address, addresses.nbytes).cpu(), content)
+
+
 def test_memory_needs_a_node_that_exists(rig: Rig) -> None:
     with refused():
         rig.driver.create(rig.page, Location(numa_node=1000))

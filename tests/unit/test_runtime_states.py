@@ -134,6 +134,12 @@ def test_a_pass_before_publish_and_after_close(unpublished: DWDPRuntime) -> None
         unpublished.publish()
 
 
+def test_a_numa_node_that_is_not_there(tmp_path: Path) -> None:
+    config = replace(ALONE, host_numa_node=1000)
+    with pytest.raises(ConfigError, match="host_numa_node is 1000, but this machine has no such NUMA node; it has 0"):
+        DWDPRuntime(config, 0, "cpu", tmp_path / "rendezvous", driver=HostDriver(PAGE))
+
+
 def test_layers_that_cannot_be(unpublished: DWDPRuntime) -> None:
     unpublished.add_layer(0, {"w": WeightSpec((6, 4), torch.int8)})
     with pytest.raises(ConfigError, match="layer 0 was added already"):
