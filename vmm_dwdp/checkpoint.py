@@ -43,6 +43,8 @@ class Checkpoint:
 
     def _files_and_names(self) -> dict[Path, Iterable[str] | None]:
         """Every file, with the names the index promises in it; without an index, one file with whatever is in it."""
+        if not self.directory.is_dir():
+            raise ConfigError(f"there is no directory {self.directory}")
         index = self.directory / INDEX_FILE
         if (self.directory / SINGLE_FILE).is_file():
             return {self.directory / SINGLE_FILE: None}

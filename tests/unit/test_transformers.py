@@ -24,6 +24,7 @@ from vmm_dwdp.integrations.transformers import attach, from_pretrained
 from vmm_dwdp.integrations.transformers_experts import find_experts
 
 ALONE = DWDPConfig(group_size=1, host_experts=5)
+IN_PLACE = DWDPConfig(group_size=1, host_experts=5, mode="in_place", prefetch_depth=0)
 EXPERTS = "model.layers.1.mlp.experts"
 
 
@@ -92,6 +93,14 @@ def test_logits_and_text_are_those_of_the_whole_model(model: PreTrainedModel) ->
     assert model.num_parameters() == whole.num_parameters()
 
 
+def test_weights_may_be_read_in_place(tmp_path: Path) -> None:
+    model = tiny_model("qwen3_moe")
+    with DWDPRuntime(IN_PLACE, 0, "cpu", tmp_path / "rendezvous", driver=HostDriver(PAGE)) as runtime:
+        attach(model, runtime)
+        assert torch.equal(logits(model), logits(tiny_model("qwen3_moe")))
+        assert runtime.stats().fetched_bytes == 0
+
+
 def test_experts_implementations_of_transformers_are_left_to_it(runtime: DWDPRuntime) -> None:
     whole, model = tiny_model("qwen3_moe"), tiny_model("qwen3_moe")
     attach(model, runtime)
@@ -99,6 +108,14 @@ def test_experts_implementations_of_transformers_are_left_to_it(runtime: DWDPRun
         for each in (whole, model):
             each.set_experts_implementation(implementation)
         assert torch.equal(logits(model), logits(whole)), implementation
+
+
+def test_a_compiled_model_runs_its_experts_as_they_are(runtime: DWDPRuntime) -> None:
+    model = tiny_model("qwen3_moe", num_hidden_layers=1)
+    expected = logits(model)
+    attach(model, runtime)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend="eager")(prompt(), use_cache=False).logits, expected)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

@@ -76,9 +76,9 @@ def from_pretrained(
     for argument in REFUSED_ARGUMENTS:
         if argument in kwargs:
             raise ConfigError(f"{argument} cannot be used with experts that are spread over a group")
-    directory = Path(path)
-    model_class = model_class or _model_class(directory)
-    with Checkpoint(directory) as checkpoint:
+    with Checkpoint(Path(path)) as checkpoint:
+        described = _read_config(checkpoint.directory)
+        model_class = model_class or _class_named_by(described, checkpoint.directory)
         model, experts, sources = _load_replicated(model_class, checkpoint, torch.device(device), kwargs)
         runtime = DWDPRuntime(config, rank, device, rendezvous, driver=driver)
         with _closed_on_failure(runtime):
@@ -113,18 +113,25 @@ def attach(model: transformers.PreTrainedModel, runtime: DWDPRuntime, *, timeout
         _spread(model, find_experts(model), runtime, read, timeout)
 
 
-def _model_class(directory: Path) -> type[transformers.PreTrainedModel]:
-    """The class that ``config.json`` names first."""
+def _class_named_by(config: dict[str, Any], directory: Path) -> type[transformers.PreTrainedModel]:
+    name = (config.get("architectures") or ["no architecture"])[0]
+    found: type[transformers.PreTrainedModel] | None = getattr(transformers, name, None)
+    if found is None:
+        raise ConfigError(
+            f"config.json of {directory} names {name}, which transformers does not have; give model_class"
+        )
+    return found
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
     file = directory / "config.json"
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        name = values["architectures"][0]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"{file} does not say what model this is: {error!r}") from error
-    model_class: type[transformers.PreTrainedModel] | None = getattr(transformers, name, None)
-    if model_class is None:
-        raise ConfigError(f"{file} names {name}, which transformers {transformers.__version__} does not have")
-    return model_class
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from error
+    if "quantization_config" in config:
+        raise ConfigError(f"{directory} is quantised, which is not supported here")
+    return config
 
 
 def _load_replicated(
@@ -144,8 +151,6 @@ def _load_replicated(
 
     def build(model: Any, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(model, *args, **kwargs)
-        if getattr(model.config, "quantization_config", None) is not None:
-            raise ConfigError(f"{checkpoint.directory} is quantised, which is not supported here")
         experts.extend(_as_loaded(model, found) for found in find_experts(model))
         specs = {f"{found.path}.{name}": spec for found in experts for name, spec in found.weights.items()}
         sources.update(expert_sources(model, specs, checkpoint))

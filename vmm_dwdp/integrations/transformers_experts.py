@@ -94,6 +94,7 @@ class SpreadExperts:
         self._module.register_state_dict_pre_hook(self._refuse_state_dict)
         self._module.register_load_state_dict_pre_hook(self._refuse_state_dict)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled model runs this as it is
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad(), self._runtime.layer(self._layer) as weights:
             merged = {name: torch.cat(list(tensors)) for name, tensors in weights.items()} if self._merge else weights
