@@ -2,7 +2,7 @@
 
 calls     microseconds a handle, for handles of one size that are mapped side by side into one range. Access is set by
           one call for the whole range; everything else takes a call a handle.
-copies    microseconds a copy until `Driver.copy` returns, for slices that are given to a stream together.
+copies    microseconds a copy until `Driver.copy` returns, for slices of host memory given to a stream together.
 set-up    seconds in which one rank of four sets up 58 layers of four weights: it creates and exports its own shards,
           imports those of three peers (made in this process), maps each of them to be read, and maps each assembled
           range, its own shard between two blocks of a slot. Weights have the shapes of NVFP4 DeepSeek-R1, their bytes
@@ -18,8 +18,8 @@ import time
 from common import Row, medians, parser, report
 
 from vmm_dwdp.allocator import open_driver
-from vmm_dwdp.allocator.driver import Access, Copy, Driver, HandleType
-from vmm_dwdp.allocator.handles import Allocation, Descriptor, Ledger, PlainMemory, Reservation, ResourceStack, Stream
+from vmm_dwdp.allocator.driver import DEVICE, Access, Copy, Driver, HandleType, Location
+from vmm_dwdp.allocator.handles import Allocation, Descriptor, Ledger, Reservation, ResourceStack, Stream
 
 MIB = 1 << 20
 HANDLES = [(1, 2 * MIB), (64, 2 * MIB), (300, 2 * MIB), (1, 64 * MIB), (64, 16 * MIB), (1, 1024 * MIB)]
@@ -89,10 +89,16 @@ def copies(driver: Driver, count: int) -> dict[str, float]:
     """Microseconds a copy to prepare, and to give to a stream, ``count`` copies."""
     ledger = Ledger()
     with ResourceStack() as stack:
-        source, target = (stack.push(PlainMemory.create(driver, ledger, SLICE_BYTES)).address for _ in range(2))
+        addresses = []
+        for location in (DEVICE, Location(numa_node=0)):
+            memory = stack.push(Allocation.create(driver, ledger, SLICE_BYTES, location))
+            mapped = stack.push(Reservation(driver, ledger, SLICE_BYTES))
+            mapped.map(0, memory)
+            mapped.set_access(0, SLICE_BYTES, Access.READ_WRITE)
+            addresses.append(mapped.address)
         stream = stack.push(Stream(driver, ledger)).stream
         watch = Stopwatch()
-        prepared = driver.prepare([Copy(target, source, SLICE_BYTES)] * count)
+        prepared = driver.prepare([Copy(*addresses, SLICE_BYTES)] * count)
         prepare = watch.read()
         driver.copy(prepared, stream)
         issue = watch.read()
