@@ -1,0 +1,108 @@
+"""What a plan needs to know of a GPU: its limits from the datasheet, and how much of them software reaches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.planning.presets import load_preset, read_mapping
+
+
+@dataclass(frozen=True, kw_only=True)
+class Efficiency:
+    """The share of a peak rate that is reached, more than 0 and at most 1.
+
+    The defaults are assumptions for a GPU on which nobody has measured; ``vmm-dwdp bench --calibrate`` measures.
+
+    Attributes:
+        dense_gemm, grouped_gemm, attention: of the arithmetic peak.
+        memory: of the memory's bandwidth.
+        link, host: of the links to other GPUs and to host memory, by the copy engine.
+    """
+
+    dense_gemm: float = 0.70
+    grouped_gemm: float = 0.50
+    attention: float = 0.60
+    memory: float = 0.85
+    link: float = 0.85
+    host: float = 0.84
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not 0 < value <= 1:
+                raise ConfigError(f"efficiency.{name} must be more than 0 and at most 1, not {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuSpec:
+    """One GPU and its place in a machine. Rates are per second, for one direction of a link.
+
+    Attributes:
+        memory_bytes: what may be allocated. ``memory_bandwidth``: bytes.
+        peak_flops: dense matrix products, by arithmetic: ``bf16``, and ``fp8``, ``fp4`` where the GPU has them.
+        link_bandwidth: bytes to and from all other GPUs of a group together.
+        peer_bandwidth: bytes from one other GPU; ``None`` with a switch, where it is all of ``link_bandwidth``.
+        host_bandwidth: bytes from host memory.
+        max_group: how many GPUs can read each other's memory.
+        granularity: bytes per page of virtual memory.
+    """
+
+    name: str
+    memory_bytes: float
+    memory_bandwidth: float
+    peak_flops: Mapping[str, float]
+    link_bandwidth: float
+    host_bandwidth: float
+    max_group: int
+    peer_bandwidth: float | None = None
+    granularity: int = 2 << 20
+    efficiency: Efficiency = field(default_factory=Efficiency)
+
+    def peak(self, arithmetic: str) -> float:
+        """Peak rate of products in ``arithmetic``; bf16's where the GPU lacks it, for such weights are widened."""
+        return self.peak_flops.get(arithmetic, self.peak_flops["bf16"])
+
+    @property
+    def pull_rate(self) -> float:
+        """Bytes a second that one copy engine reads from another GPU with nobody else there."""
+        return self.efficiency.link * min(self.link_bandwidth, self.peer_bandwidth or self.link_bandwidth)
+
+    @property
+    def host_rate(self) -> float:
+        """Bytes a second that one copy engine reads from host memory."""
+        return self.efficiency.host * self.host_bandwidth
+
+    def exchange_rate(self, group_size: int) -> float:
+        """Bytes a second that a GPU sends to all others of a group together, as an all-to-all does."""
+        links = self.link_bandwidth if self.peer_bandwidth is None else self.peer_bandwidth * max(1, group_size - 1)
+        return self.efficiency.link * min(self.link_bandwidth, links)
+
+
+def load_gpu(name: str) -> GpuSpec:
+    """A preset's name or a YAML file with the fields of `GpuSpec`; raises `ConfigError` if it is neither."""
+    values = read_mapping(name) if Path(name).is_file() else load_preset("gpus", name)
+    return gpu_from_dict(values)
+
+
+def gpu_from_dict(values: Mapping[str, Any]) -> GpuSpec:
+    """The GPU that ``values`` states; ``sources`` is for readers. Raises `ConfigError` for an unknown or missing key."""
+    stated = {key: value for key, value in values.items() if key != "sources"}
+    fields = {item.name: item for item in dataclasses.fields(GpuSpec)}
+    for key in stated:
+        if key not in fields:
+            raise ConfigError(f"unknown key {key!r} in the GPU; known keys are {', '.join(fields)}")
+    for name, item in fields.items():
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and name not in stated:
+            raise ConfigError(f"the GPU states no {name}")
+    if "bf16" not in stated["peak_flops"]:
+        raise ConfigError("the GPU's peak_flops must state bf16")
+    try:
+        stated["efficiency"] = Efficiency(**(stated.get("efficiency") or {}))
+    except TypeError as error:
+        raise ConfigError(f"the GPU's efficiency is not one: {error}") from error
+    return GpuSpec(**stated)

@@ -1,0 +1,297 @@
+"""A group of ranks, event by event: compute, slots, copies and the links that they share.
+
+What a rank copies, from whom and in which order is the runtime's own `describe_layer`; when it copies is the schedule
+of [Note: The event protocol] in ``prefetch.py``: a layer is fetched at the release of the layer that holds its slot,
+and a layer's experts wait until it is there.
+
+Between two events every rate is constant, so nothing is computed there: a rank has at most two events ahead, the end of
+its compute phase and the end of its copy, and an event changes the rates only of those who share a link with it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vmm_dwdp.config import DWDPConfig
+from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.layer import describe_layer
+from vmm_dwdp.placement import Owner
+from vmm_dwdp.planning.links import CopyLinks, FetchLinks, Flow, Links, Rates
+from vmm_dwdp.weight_spec import WeightSpec
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a layer's compute.
+
+    Attributes:
+        seconds: with no copy under way.
+        slowdown: how many times longer it takes while the rank's own copies run.
+    """
+
+    seconds: float
+    slowdown: float = 1.0
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """One layer's compute on one rank: what comes before its experts are acquired, and what reads them."""
+
+    before: tuple[Phase, ...]
+    experts: tuple[Phase, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Without copies and without waiting."""
+        return sum(phase.seconds for phase in self.before + self.experts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """What is simulated.
+
+    Attributes:
+        weights: of one MoE layer; all ``num_layers`` are alike.
+        copy_gap: seconds that a copy keeps its lane busy beyond its bytes.
+        in_flight: how many copies of one stream are under way at once: a batch's copies are not ordered.
+        resolution: follow every copy, or every fetch as one; see `links`.
+        start: when each rank begins, in seconds; all at 0 by default.
+    """
+
+    config: DWDPConfig
+    weights: Mapping[str, WeightSpec]
+    num_layers: int
+    granularity: int
+    rates: Rates
+    copy_gap: float = 0.0
+    in_flight: int = 1
+    resolution: Literal["copies", "fetches"] = "copies"
+    start: Sequence[float] | None = None
+
+
+@dataclass
+class Outcome:
+    """What a simulation saw, in seconds.
+
+    Attributes:
+        pass_end: ``[ranks, passes]``: when each pass ended, from time 0.
+        exposed: ``[ranks, layers]``: time that compute waited for a layer, over all passes.
+        copying: ``[ranks]``: time during which the rank's copies ran.
+        meetings: by k, how many copies began while k others read from the same owner.
+    """
+
+    pass_end: NDArray[np.float64]
+    exposed: NDArray[np.float64]
+    copying: NDArray[np.float64]
+    meetings: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def seconds_per_pass(self) -> float:
+        """Mean over ranks and passes, the first pass of each left out where there are more."""
+        first = 1 if self.pass_end.shape[1] > 1 else 0
+        lengths = np.diff(self.pass_end, axis=1, prepend=0.0)
+        return float(lengths[:, first:].mean())
+
+
+def simulate(group: Group, work: Sequence[Sequence[LayerWork]]) -> Outcome:
+    """Run ``work[rank][pass]``, every layer of a pass alike, and say what happened.
+
+    Raises:
+        ConfigError: ``work`` is not for every rank of the group, or a config that cannot be.
+    """
+    size = group.config.group_size
+    if len(work) != size:
+        raise ConfigError(f"there is work for {len(work)} ranks, but the group has {size}")
+    return _Simulation(group, work).run()
+
+
+class _Rank:
+    """The state of one rank."""
+
+    def __init__(
+        self, index: int, streams: list[list[Flow]], work: Sequence[LayerWork], depth: int, start: float
+    ) -> None:
+        self.index = index
+        self.work = work
+        self.pass_index = 0
+        self.layer = 0
+        self.phases: tuple[Phase, ...] = ()
+        self.phase = 0
+        self.remaining = 0.0  # seconds of the phase, without copies
+        self.computed_until = start  # when `remaining` was brought up to date
+        self.waiting_since: float | None = None
+        self.compute_version = 0  # an event on the heap with an older one is void
+
+        self.streams = streams  # the copies of any one layer
+        self.holds = [-1] * depth  # what is in each slot: pass * layers + layer
+        self.queue: deque[int] = deque()  # what is to be fetched, and first what is being fetched
+        self.begun = [0] * len(streams)  # copies of the fetch under way, by stream
+        self.under_way = 0
+        self.copying_since: float | None = None
+
+
+class _Simulation:
+    def __init__(self, group: Group, work: Sequence[Sequence[LayerWork]]) -> None:
+        config = group.config
+        size = config.group_size
+        self._layers = group.num_layers
+        self._depth = min(config.prefetch_depth, group.num_layers)
+        starts = group.start or [0.0] * size
+        self._ranks = [
+            _Rank(rank, _flows(group, rank), work[rank], self._depth, starts[rank]) for rank in range(size)
+        ]
+        self._in_flight = group.in_flight if group.resolution == "copies" else 1
+        self._lanes = max(1, *(len(rank.streams) for rank in self._ranks)) * self._in_flight
+        self._links: Links = (
+            CopyLinks(size, self._lanes, group.rates) if group.resolution == "copies" else FetchLinks(size, group.rates)
+        )
+        passes = max(len(passes) for passes in work)
+        self._outcome = Outcome(np.full((size, passes), np.nan), np.zeros((size, self._layers)), np.zeros(size))
+        self._phase_ends: list[tuple[float, int, int]] = []  # time, rank, version
+
+    def run(self) -> Outcome:
+        for rank in self._ranks:
+            rank.queue.extend(range(self._depth))
+            # Ranks begin at different times, and the links must see them in order.
+            heapq.heappush(self._phase_ends, (rank.computed_until, rank.index, 0))
+        phase_ends, links = self._phase_ends, self._links
+        while True:
+            copy_end, lane = links.next_end()
+            if phase_ends and phase_ends[0][0] <= copy_end:
+                now, index, version = heapq.heappop(phase_ends)
+                rank = self._ranks[index]
+                if version == rank.compute_version:
+                    self._end_phase(rank, now)
+            elif lane >= 0:
+                self._end_copy(lane, copy_end)
+            else:
+                return self._outcome
+
+    # -- compute -----------------------------------------------------------------------------------------------------
+    def _begin_layer(self, rank: _Rank, now: float) -> None:
+        work = rank.work[rank.pass_index]
+        rank.phases = work.before + work.experts
+        rank.phase = 0
+        self._begin_phase(rank, now)
+
+    def _begin_phase(self, rank: _Rank, now: float) -> None:
+        acquires = rank.phase == len(rank.work[rank.pass_index].before)
+        if acquires and rank.holds[rank.layer % self._depth] != rank.pass_index * self._layers + rank.layer:
+            rank.waiting_since = now
+            return
+        rank.remaining = rank.phases[rank.phase].seconds
+        rank.computed_until = now
+        self._schedule_phase(rank)
+
+    def _schedule_phase(self, rank: _Rank) -> None:
+        slowdown = rank.phases[rank.phase].slowdown if rank.copying_since is not None else 1.0
+        rank.compute_version += 1
+        end = rank.computed_until + rank.remaining * slowdown
+        heapq.heappush(self._phase_ends, (end, rank.index, rank.compute_version))
+
+    def _end_phase(self, rank: _Rank, now: float) -> None:
+        if not rank.phases:  # the rank begins
+            self._begin_fetch(rank, now)
+            self._begin_layer(rank, now)
+            return
+        rank.phase += 1
+        if rank.phase < len(rank.phases):
+            self._begin_phase(rank, now)
+            return
+        self._release(rank, now)
+        rank.layer += 1
+        if rank.layer == self._layers:
+            self._outcome.pass_end[rank.index, rank.pass_index] = now
+            rank.layer = 0
+            rank.pass_index += 1
+            if rank.pass_index == len(rank.work):
+                return
+        self._begin_layer(rank, now)
+
+    def _release(self, rank: _Rank, now: float) -> None:
+        """Fetch the next layer, in cyclic order, that uses the slot of the layer that ends."""
+        following = rank.layer + self._depth
+        if following >= self._layers:
+            following = self._layers + rank.layer % self._depth
+        fetch = rank.pass_index * self._layers + following
+        if fetch < len(rank.work) * self._layers:
+            rank.queue.append(fetch)
+            if len(rank.queue) == 1:
+                self._begin_fetch(rank, now)
+
+    # -- copies ------------------------------------------------------------------------------------------------------
+    def _begin_fetch(self, rank: _Rank, now: float) -> None:
+        if not rank.streams:
+            self._end_fetch(rank, now)
+            return
+        if rank.copying_since is None:
+            rank.copying_since = now
+            self._disturb(rank, now, before=False)
+        rank.begun = [0] * len(rank.streams)
+        first = rank.index * self._lanes
+        for lane in range(first, first + len(rank.streams) * self._in_flight):
+            self._begin_copy(rank, lane, now)
+
+    def _begin_copy(self, rank: _Rank, lane: int, now: float) -> None:
+        """The next copy of the lane's stream, if there is one."""
+        stream = lane % self._lanes // self._in_flight
+        copies = rank.streams[stream]
+        if rank.begun[stream] < len(copies):
+            flow = copies[rank.begun[stream]]
+            rank.begun[stream] += 1
+            rank.under_way += 1
+            self._outcome.meetings[self._links.start(lane, flow, now)] += 1
+
+    def _end_copy(self, lane: int, now: float) -> None:
+        rank = self._ranks[lane // self._lanes]
+        self._links.stop(lane, now)
+        rank.under_way -= 1
+        self._begin_copy(rank, lane, now)
+        if not rank.under_way:
+            self._end_fetch(rank, now)
+
+    def _end_fetch(self, rank: _Rank, now: float) -> None:
+        fetch = rank.queue.popleft()
+        rank.holds[fetch % self._layers % self._depth] = fetch
+        if rank.queue:
+            self._begin_fetch(rank, now)
+        elif rank.copying_since is not None:
+            self._outcome.copying[rank.index] += now - rank.copying_since
+            rank.copying_since = None
+            self._disturb(rank, now, before=True)
+        if rank.waiting_since is not None and fetch == rank.pass_index * self._layers + rank.layer:
+            self._outcome.exposed[rank.index, rank.layer] += now - rank.waiting_since
+            rank.waiting_since = None
+            self._begin_phase(rank, now)
+
+    def _disturb(self, rank: _Rank, now: float, *, before: bool) -> None:
+        """Copies began or ended: the phase under way goes on at another speed; ``before``: they ran until now."""
+        if rank.waiting_since is not None or not rank.phases or rank.phase == len(rank.phases):
+            return
+        slowdown = rank.phases[rank.phase].slowdown
+        if slowdown != 1.0:
+            passed = now - rank.computed_until
+            rank.remaining = max(0.0, rank.remaining - (passed / slowdown if before else passed))
+            rank.computed_until = now
+            self._schedule_phase(rank)
+
+
+def _flows(group: Group, rank: int) -> list[list[Flow]]:
+    """What ``rank`` copies for a layer, by stream. A gap counts as the bytes that would move meanwhile."""
+    plan = describe_layer(0, group.weights, group.config, rank, group.granularity).plan
+    gap_bytes = group.copy_gap * group.rates.reader
+    streams = [[(piece.owner, len(piece.bytes) + gap_bytes) for piece in stream] for stream in plan.streams]
+    if group.resolution == "copies" or not streams:
+        return [[Flow({owner: 1.0}, nbytes) for owner, nbytes in stream] for stream in streams]
+    by_owner: dict[Owner, float] = {}
+    for owner, nbytes in (copy for stream in streams for copy in stream):
+        by_owner[owner] = by_owner.get(owner, 0.0) + nbytes
+    total = sum(by_owner.values())
+    return [[Flow({owner: nbytes / total for owner, nbytes in by_owner.items()}, total)]]
