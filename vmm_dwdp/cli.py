@@ -26,6 +26,8 @@ class _CommandModule(Protocol):
 COMMANDS: Final = {
     "demo": _Command("vmm_dwdp.demo", "run a model with its experts spread over a group, and compare with the whole"),
     "doctor": _Command("vmm_dwdp.doctor", "say what this machine can do, and why not"),
+    "plan": _Command("vmm_dwdp.planning.plan_command", "say what a model needs on some GPUs, and whether it pays"),
+    "simulate": _Command("vmm_dwdp.planning.simulate_command", "run a group of any size, event by event, on paper"),
 }
 
 

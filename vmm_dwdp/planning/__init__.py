@@ -1,1 +1,1 @@
-"""Know before you run: what a group of GPUs would need and how fast it would be, by the runtime's own placement code."""
+"""Know before you run: what a group of GPUs needs and how fast it is, by the runtime's own placement and plans."""

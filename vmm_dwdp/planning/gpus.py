@@ -46,9 +46,12 @@ class GpuSpec:
         peak_flops: dense matrix products, by arithmetic: ``bf16``, and ``fp8``, ``fp4`` where the GPU has them.
         link_bandwidth: bytes to and from all other GPUs of a group together.
         peer_bandwidth: bytes from one other GPU; ``None`` with a switch, where it is all of ``link_bandwidth``.
-        host_bandwidth: bytes from host memory.
+        host_bandwidth: bytes from host memory to one GPU.
+        host_memory_bandwidth: bytes from host memory to all GPUs of the machine together.
         max_group: how many GPUs can read each other's memory.
         granularity: bytes per page of virtual memory.
+        long_copy_slowdown, short_copy_slowdown: how many times longer an operation of some kind takes while the copy
+            engine moves long pieces, or pieces of about a megabyte; without an entry, memory's bandwidth is shared.
     """
 
     name: str
@@ -59,7 +62,10 @@ class GpuSpec:
     host_bandwidth: float
     max_group: int
     peer_bandwidth: float | None = None
+    host_memory_bandwidth: float = 614.4e9  # two sockets with eight channels of DDR5-4800
     granularity: int = 2 << 20
+    long_copy_slowdown: Mapping[str, float] = field(default_factory=dict)
+    short_copy_slowdown: Mapping[str, float] = field(default_factory=dict)
     efficiency: Efficiency = field(default_factory=Efficiency)
 
     def peak(self, arithmetic: str) -> float:
@@ -68,13 +74,18 @@ class GpuSpec:
 
     @property
     def pull_rate(self) -> float:
-        """Bytes a second that one copy engine reads from another GPU with nobody else there."""
-        return self.efficiency.link * min(self.link_bandwidth, self.peer_bandwidth or self.link_bandwidth)
+        """Bytes a second that a GPU reads from the others with nobody else there."""
+        return self.efficiency.link * self.link_bandwidth
 
     @property
     def host_rate(self) -> float:
         """Bytes a second that one copy engine reads from host memory."""
         return self.efficiency.host * self.host_bandwidth
+
+    @property
+    def host_limit_rate(self) -> float:
+        """Bytes a second that host memory gives to all GPUs together."""
+        return self.efficiency.host * self.host_memory_bandwidth
 
     def exchange_rate(self, group_size: int) -> float:
         """Bytes a second that a GPU sends to all others of a group together, as an all-to-all does."""
@@ -89,7 +100,7 @@ def load_gpu(name: str) -> GpuSpec:
 
 
 def gpu_from_dict(values: Mapping[str, Any]) -> GpuSpec:
-    """The GPU that ``values`` states; ``sources`` is for readers. Raises `ConfigError` for an unknown or missing key."""
+    """The GPU that ``values`` states, ``sources`` left out; raises `ConfigError` for an unknown or missing key."""
     stated = {key: value for key, value in values.items() if key != "sources"}
     fields = {item.name: item for item in dataclasses.fields(GpuSpec)}
     for key in stated:

@@ -1,8 +1,8 @@
 """How copies share the links of a group: at what rate each runs, and which one ends next.
 
-A copy goes over two links, its reader's and its owner's (or its reader's to host memory and the host's own), and the
-copies on a link share it evenly, except that what one cannot use, because its other link is shorter, goes to the others:
-max-min fairness (Bertsekas and Gallager, "Data Networks", 6.5.2). Two resolutions:
+A copy goes over two links, its reader's and its owner's, or its reader's to host memory and the host's own. The copies
+on a link share it evenly, except that what one cannot use, because its other link is fuller, goes to the others: this
+is max-min fairness (Bertsekas and Gallager, "Data Networks", 6.5.2). Two resolutions:
 
   * `CopyLinks`: every copy is a flow from one owner.
   * `FetchLinks`: everything a rank copies for a layer is one flow from all owners, in proportion to their bytes: the

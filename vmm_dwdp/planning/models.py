@@ -134,7 +134,7 @@ def load_model(name: str) -> ModelSpec:
 def model_from_config(name: str, config: Mapping[str, Any]) -> ModelSpec:
     """The model that a Hugging Face config describes; raises `ConfigError` for one without experts or sizes."""
     config = config.get("text_config", config)
-    experts = next((config[key] for key in ("n_routed_experts", "num_experts", "num_local_experts") if config.get(key)), 0)
+    experts = next(filter(None, map(config.get, ("n_routed_experts", "num_experts", "num_local_experts"))), 0)
     if not experts:
         raise ConfigError(f"the config of {name} states no experts, so there is nothing to spread over a group")
 
@@ -144,6 +144,7 @@ def model_from_config(name: str, config: Mapping[str, Any]) -> ModelSpec:
         return int(config[key])
 
     width = size("moe_intermediate_size") if "moe_intermediate_size" in config else size("intermediate_size")
+    shared = config.get("shared_expert_intermediate_size")
     quantization = config.get("quantization_config")
     weights = expert_format(quantization)
     num_layers = size("num_hidden_layers")
@@ -155,7 +156,7 @@ def model_from_config(name: str, config: Mapping[str, Any]) -> ModelSpec:
         num_experts=experts,
         top_k=size("num_experts_per_tok"),
         expert_intermediate=width,
-        shared_intermediate=config.get("shared_expert_intermediate_size", width * (config.get("n_shared_experts") or 0)),
+        shared_intermediate=shared or width * (config.get("n_shared_experts") or 0),
         dense_intermediate=size("intermediate_size"),
         vocabulary=size("vocab_size"),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
@@ -196,10 +197,11 @@ def _attention(config: Mapping[str, Any], size: Any) -> AttentionSpec:
         )
     head = config.get("head_dim") or hidden // heads
     kv_heads = config.get("num_key_value_heads") or heads
+    query, key = (hidden, heads * head), (hidden, kv_heads * head)
     return AttentionSpec(
         heads=heads,
         key_dim=head,
         value_dim=head,
-        projections=((hidden, heads * head), (hidden, kv_heads * head), (hidden, kv_heads * head), (heads * head, hidden)),
+        projections=(query, key, key, (heads * head, hidden)),
         cached_values=2 * kv_heads * head,
     )

@@ -64,6 +64,72 @@ class Batch:
         return total
 
 
+class _Roofline:
+    """The operations of one model on one GPU for one batch."""
+
+    def __init__(self, model: ModelSpec, gpu: GpuSpec, batch: Batch) -> None:
+        self._model = model
+        self._gpu = gpu
+        self._batch = batch
+        self._memory_rate = gpu.memory_bandwidth * gpu.efficiency.memory
+
+    def _products(self, name: str, kind: Kind, macs: float, nbytes: float, arithmetic: str) -> Operation:
+        efficiency = {
+            "dense_gemm": self._gpu.efficiency.dense_gemm,
+            "grouped_gemm": self._gpu.efficiency.grouped_gemm,
+            "attention": self._gpu.efficiency.attention,
+        }
+        rate = self._gpu.peak(arithmetic) * efficiency[kind]
+        return Operation(name, kind, max(2 * macs / rate, nbytes / self._memory_rate))
+
+    def norms(self) -> Operation:
+        """Two norms, each with the residual sum before it: three reads, two writes."""
+        nbytes = 10 * self._batch.tokens * self._model.hidden * ACTIVATION
+        return Operation("norms", "memory", nbytes / self._memory_rate)
+
+    def projections(self) -> Operation:
+        tokens, weights = self._batch.tokens, self._model.attention_format
+        operands = sum(
+            tokens * (columns * weights.activation_bytes + rows * ACTIVATION)
+            for columns, rows in self._model.attention.projections
+        )
+        macs = tokens * self._model.attention.parameters
+        nbytes = self._model.attention_bytes + operands
+        return self._products("projections", "dense_gemm", macs, nbytes, weights.arithmetic)
+
+    def attention(self, window: int | None) -> Operation:
+        """Queries, keys, values and outputs pass memory once."""
+        attention = self._model.attention
+        macs = self._batch.pairs(window) * attention.flops_per_pair / 2
+        values = 2 * self._batch.tokens * attention.heads * (attention.key_dim + attention.value_dim)
+        return self._products("attention", "attention", macs, values * ACTIVATION, "bf16")
+
+    def feed_forward(self, name: str, width: int) -> Operation:
+        """A gated feed-forward part that all tokens pass."""
+        tokens, hidden, weights = self._batch.tokens, self._model.hidden, self._model.expert_format
+        operands = tokens * (hidden + width) * weights.activation_bytes + tokens * (2 * width + hidden) * ACTIVATION
+        nbytes = self._model.feed_forward_bytes(width, weights) + operands
+        return self._products(name, "dense_gemm", tokens * 3 * hidden * width, nbytes, weights.arithmetic)
+
+    def routing(self) -> Operation:
+        """Gather the routed tokens, the activation between the two products, add up the experts' outputs."""
+        model, tokens = self._model, self._batch.tokens
+        stored = model.expert_format.activation_bytes
+        routed = model.hidden * (stored + ACTIVATION) + model.expert_intermediate * (2 * ACTIVATION + stored)
+        nbytes = tokens * (model.top_k * routed + 2 * model.hidden * ACTIVATION)
+        return Operation("routing", "memory", nbytes / self._memory_rate)
+
+    def experts(self, held: int) -> Operation:
+        """The grouped products; of E experts, only those are read that at least one of n random choices hits."""
+        model = self._model
+        hidden, width, weights = model.hidden, model.expert_intermediate, model.expert_format
+        routed = self._batch.tokens * model.top_k
+        read = held * (1 - (1 - 1 / model.num_experts) ** routed) * model.layer_expert_bytes / model.num_experts
+        operands = routed * ((hidden + width) * weights.activation_bytes + (2 * width + hidden) * ACTIVATION)
+        macs = routed * 3 * hidden * width
+        return self._products("experts", "grouped_gemm", macs, read + operands, weights.arithmetic)
+
+
 def layer_operations(
     model: ModelSpec, gpu: GpuSpec, batch: Batch, *, window: int | None = None, experts: int | None = None
 ) -> tuple[Operation, ...]:
@@ -74,71 +140,27 @@ def layer_operations(
         experts: how many experts' weights the rank reads; all by default, its share under expert parallelism. The
             routed tokens are as many either way.
     """
-    tokens, hidden, attention = batch.tokens, model.hidden, model.attention
-    routed = tokens * model.top_k
-    width, held = model.expert_intermediate, experts or model.num_experts
-    weights, attention_weights = model.expert_format, model.attention_format
-
-    def products(name: str, kind: Kind, macs: float, nbytes: float, arithmetic: str) -> Operation:
-        share = {"dense_gemm": gpu.efficiency.dense_gemm, "grouped_gemm": gpu.efficiency.grouped_gemm}
-        rate = gpu.peak(arithmetic) * share.get(kind, gpu.efficiency.attention)
-        return Operation(name, kind, max(2 * macs / rate, nbytes / memory_rate))
-
-    memory_rate = gpu.memory_bandwidth * gpu.efficiency.memory
-    query = attention.heads * attention.key_dim
-    output = attention.heads * attention.value_dim
-    in_out = sum(
-        tokens * (columns * attention_weights.activation_bytes + rows * ACTIVATION)
-        for columns, rows in attention.projections
+    roofline = _Roofline(model, gpu, batch)
+    shared = model.shared_intermediate
+    return (
+        roofline.norms(),
+        roofline.projections(),
+        roofline.attention(window),
+        *([roofline.feed_forward("shared experts", shared)] if shared else []),
+        roofline.routing(),
+        roofline.experts(experts or model.num_experts),
     )
-    # Of E experts, routed to at random, the share that at least one of n choices hits.
-    active = held * (1 - (1 - 1 / model.num_experts) ** routed)
-    expert_bytes = model.layer_expert_bytes / model.num_experts
-    feed_forward = 3 * hidden * width
-    operations = [
-        # Two norms, each with the residual sum before it: three reads, two writes.
-        Operation("norms", "memory", 10 * tokens * hidden * ACTIVATION / memory_rate),
-        products(
-            "projections",
-            "dense_gemm",
-            tokens * attention.parameters,
-            model.attention_bytes + in_out,
-            attention_weights.arithmetic,
-        ),
-        products(
-            "attention",
-            "attention",
-            batch.pairs(window) * attention.flops_per_pair / 2,
-            tokens * (query + output + attention.heads * (attention.key_dim + attention.value_dim)) * ACTIVATION,
-            "bf16",
-        ),
-    ]
-    if model.shared_intermediate:
-        operations.append(
-            products(
-                "shared experts",
-                "dense_gemm",
-                tokens * 3 * hidden * model.shared_intermediate,
-                model.feed_forward_bytes(model.shared_intermediate, weights)
-                + tokens * hidden * (weights.activation_bytes + ACTIVATION),
-                weights.arithmetic,
-            )
-        )
-    # Gather the routed tokens; the activation between the two products; add up the experts' outputs.
-    moved = routed * (hidden * (weights.activation_bytes + ACTIVATION) + width * (2 * ACTIVATION + weights.activation_bytes))
-    operations.append(Operation("routing", "memory", (moved + 2 * tokens * hidden * ACTIVATION) / memory_rate))
-    operations.append(
-        products(
-            "experts",
-            "grouped_gemm",
-            routed * feed_forward,
-            active * expert_bytes
-            + routed * (hidden + width) * weights.activation_bytes
-            + routed * (2 * width + hidden) * ACTIVATION,
-            weights.arithmetic,
-        )
+
+
+def dense_layer_operations(model: ModelSpec, gpu: GpuSpec, batch: Batch) -> tuple[Operation, ...]:
+    """The operations of a layer without experts."""
+    roofline = _Roofline(model, gpu, batch)
+    return (
+        roofline.norms(),
+        roofline.projections(),
+        roofline.attention(None),
+        roofline.feed_forward("feed-forward", model.dense_intermediate),
     )
-    return tuple(operations)
 
 
 def all_to_all(model: ModelSpec, gpu: GpuSpec, tokens: int, group_size: int) -> float:

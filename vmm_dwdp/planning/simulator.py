@@ -144,9 +144,7 @@ class _Simulation:
         self._layers = group.num_layers
         self._depth = min(config.prefetch_depth, group.num_layers)
         starts = group.start or [0.0] * size
-        self._ranks = [
-            _Rank(rank, _flows(group, rank), work[rank], self._depth, starts[rank]) for rank in range(size)
-        ]
+        self._ranks = [_Rank(rank, _flows(group, rank), work[rank], self._depth, starts[rank]) for rank in range(size)]
         self._in_flight = group.in_flight if group.resolution == "copies" else 1
         self._lanes = max(1, *(len(rank.streams) for rank in self._ranks)) * self._in_flight
         self._links: Links = (

@@ -1,0 +1,62 @@
+"""``vmm-dwdp plan`` and ``simulate`` as a user meets them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vmm_dwdp import cli
+
+GROUP = ["qwen3-30b-a3b", "--gpu", "h100", "--group-size", "4", "--tokens", "8192"]
+
+
+def test_plan_prints_where_memory_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", *GROUP, "--json"]) == 0
+
+    report = json.loads(capsys.readouterr().out)
+    memory = report["memory_bytes"]
+    parts = ("replicated", "resident_experts", "slots", "activations", "context", "left_for_kv_cache")
+    assert sum(memory[part] for part in parts) == 80_000_000_000
+    assert report["pass"]["speedup"] == pytest.approx(report["pass"]["expert_parallel_s"] / report["pass"]["dwdp_s"])
+
+
+def test_plan_prints_tables_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "plan.png"
+
+    assert cli.main(["plan", *GROUP, "--plot", str(picture)]) == 0
+
+    assert "It pays from" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plan_refuses_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "kimi-k2", "--gpu", "h100", "--group-size", "8", "--tokens", "1000"]) == 2
+
+    assert "kimi-k2 does not fit on H100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--resolution", "copies", "--in-flight", "2", "--slice-bytes", "4194304"]])
+def test_simulate_agrees_with_plan_where_ranks_are_alike(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    slices = more[-2:] if more else []
+    cli.main(["plan", *GROUP, *slices, "--json"])
+    planned = json.loads(capsys.readouterr().out)
+
+    assert cli.main(["simulate", *GROUP, *more, "--spread", "0", "--passes", "3", "--json"]) == 0
+
+    simulated = json.loads(capsys.readouterr().out)
+    assert simulated["pass_ms"] == pytest.approx(planned["pass"]["dwdp_s"] * 1e3, rel=0.02)
+    assert simulated["throughput_over_expert_parallel"] == pytest.approx(planned["pass"]["speedup"], rel=0.03)
+
+
+def test_a_slow_rank_slows_only_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["simulate", *GROUP, "--spread", "0", "--json"]
+    cli.main(command)
+    even = json.loads(capsys.readouterr().out)
+
+    cli.main([*command, "--slow-rank", "1.5"])
+
+    slow = json.loads(capsys.readouterr().out)
+    assert slow["slowest_rank_ms"] == pytest.approx(1.5 * even["slowest_rank_ms"], rel=0.1)
+    assert slow["fastest_rank_ms"] == pytest.approx(even["fastest_rank_ms"], rel=0.02)
+    assert slow["throughput_over_expert_parallel"] > even["throughput_over_expert_parallel"]

@@ -1,0 +1,163 @@
+"""``vmm-dwdp plan``: memory, times and whether it pays, before a machine is rented."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from vmm_dwdp.config import DWDPConfig
+from vmm_dwdp.console import print_table, size
+from vmm_dwdp.planning.estimate import Estimate, recommend
+from vmm_dwdp.planning.gpus import load_gpu
+from vmm_dwdp.planning.memory import CONTEXT
+from vmm_dwdp.planning.models import load_model
+from vmm_dwdp.planning.presets import preset_names
+from vmm_dwdp.planning.roofline import Batch
+
+
+def add_group_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `plan` and `simulate` are both told."""
+    models, gpus = ", ".join(preset_names("models")), ", ".join(preset_names("gpus"))
+    parser.add_argument("model", help=f"a Hugging Face config.json, a directory with one, or one of {models}")
+    parser.add_argument("--gpu", required=True, help=f"a YAML file (see `bench --calibrate`), or one of {gpus}")
+    parser.add_argument("--group-size", type=int, required=True, metavar="N", help="ranks that share the experts")
+    parser.add_argument("--tokens", type=int, required=True, metavar="T", help="tokens of one rank's forward pass")
+    parser.add_argument("--request-tokens", type=int, metavar="T", help="tokens of a request (default: all)")
+    parser.add_argument("--local-experts", type=int, metavar="N", help="experts that a rank holds (default: the least)")
+    parser.add_argument("--host-experts", type=int, default=0, metavar="N", help="experts in host memory (default: 0)")
+    parser.add_argument("--depth", type=int, default=2, metavar="N", help="layers of room for prefetching (default: 2)")
+    parser.add_argument("--slice-bytes", type=int, metavar="N", help="copy in slices (default: whole segments)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+
+
+def estimate_from(arguments: argparse.Namespace, imbalance: float = 0.0) -> Estimate:
+    """The estimate that the arguments of `add_group_arguments` ask for; raises `ConfigError`."""
+    config = DWDPConfig(
+        group_size=arguments.group_size,
+        num_local_experts=arguments.local_experts,
+        prefetch_depth=arguments.depth,
+        slice_bytes=arguments.slice_bytes or "auto",
+        host_experts=arguments.host_experts,
+    )
+    batch = Batch.of(arguments.tokens, arguments.request_tokens)
+    return Estimate(load_model(arguments.model), load_gpu(arguments.gpu), config, batch, imbalance)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_group_arguments(parser)
+    parser.add_argument(
+        "--imbalance",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="by how much the slowest rank's compute exceeds the mean under expert parallelism (default: 0)",
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw pass times over tokens, and memory")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    estimate = estimate_from(arguments, arguments.imbalance)
+    estimate.require_fit()
+    best = recommend(estimate)
+    if arguments.plot:
+        from vmm_dwdp.planning.plots import plot_estimate
+
+        plot_estimate(estimate, arguments.plot)
+    if arguments.json:
+        print(json.dumps(_as_json(estimate, best)))
+    else:
+        _print(estimate, best)
+    return 0
+
+
+def _as_json(estimate: Estimate, best: Estimate | None) -> dict[str, Any]:
+    memory = estimate.memory
+    return {
+        "model": estimate.model.name,
+        "gpu": estimate.gpu.name,
+        "group_size": estimate.config.group_size,
+        "tokens": estimate.batch.tokens,
+        "memory_bytes": {
+            "replicated": memory.replicated,
+            "resident_experts": memory.experts.resident,
+            "of_which_edges": memory.experts.edges,
+            "of_which_padding": memory.experts.padding,
+            "slots": memory.experts.staged,
+            "activations": memory.activations,
+            "context": CONTEXT,
+            "left_for_kv_cache": memory.left,
+            "host_pool": memory.experts.host,
+        },
+        "kv_cache_tokens": memory.kv_tokens,
+        "layer": {
+            "fetched_bytes": estimate.plan.fetched_bytes,
+            "prefetch_s": estimate.prefetch_seconds,
+            "compute_s": estimate.work.seconds,
+            "exposed_wait_s": estimate.exposed_seconds,
+        },
+        "pass": {
+            "dwdp_s": estimate.dwdp_seconds,
+            "expert_parallel_s": estimate.expert_parallel_seconds,
+            "speedup": estimate.speedup,
+        },
+        "pays_from_tokens": estimate.pays_from,
+        "recommended": best
+        and {
+            "group_size": best.config.group_size,
+            "num_local_experts": best.config.num_local_experts,
+            "prefetch_depth": best.config.prefetch_depth,
+            "speedup": best.speedup,
+        },
+    }
+
+
+def _print(estimate: Estimate, best: Estimate | None) -> None:
+    model, gpu, memory, config = estimate.model, estimate.gpu, estimate.memory, estimate.config
+    experts = memory.experts
+    print_table(
+        f"Memory of one {gpu.name}, {model.name}, group of {config.group_size}",
+        ("what", "size"),
+        [
+            ("all but the routed experts", size(memory.replicated)),
+            ("resident experts", size(experts.resident)),
+            ("  of which neighbours' bytes on shared pages", size(experts.edges)),
+            ("  of which padding to whole pages", size(experts.padding)),
+            (f"slots, prefetch depth {config.prefetch_depth}", size(experts.staged)),
+            (f"activations of {estimate.batch.tokens} tokens", size(memory.activations)),
+            ("CUDA context and workspaces (assumed)", size(CONTEXT)),
+            (f"left for the KV cache: {memory.kv_tokens:,} tokens", size(memory.left)),
+            *([("host memory, once for the group", size(experts.host))] if experts.host else []),
+        ],
+    )
+    print_table(
+        f"Time, {estimate.batch.tokens} tokens a rank in {len(estimate.batch.lengths)} requests",
+        ("what", "ms"),
+        [
+            (f"prefetch of a layer, {size(estimate.plan.fetched_bytes)}", _ms(estimate.prefetch_seconds)),
+            ("compute of a layer, alone", _ms(estimate.work.seconds)),
+            ("from one layer to the next", _ms(estimate.layer_seconds)),
+            ("  of which compute waits for copies", _ms(estimate.exposed_seconds)),
+            ("forward pass", _ms(estimate.dwdp_seconds)),
+            (f"forward pass, expert parallel, imbalance {estimate.imbalance:g}", _ms(estimate.expert_parallel_seconds)),
+        ],
+    )
+    stated = ", ".join(f"{name} {value:g}" for name, value in vars(gpu.efficiency).items())
+    print(f"Rates are these shares of the datasheet's peaks: {stated}.")
+    print(f"Throughput is {estimate.speedup:.2f} times that of expert parallelism.", end=" ")
+    if estimate.pays_from is None:
+        print("It pays at no number of tokens.")
+    else:
+        print(f"It pays from {estimate.pays_from:,} tokens a forward pass.")
+    if best is None:
+        print("No group leaves room for these tokens' KV cache.")
+    else:
+        print(
+            f"Recommended for these tokens: a group of {best.config.group_size}, {best.config.num_local_experts} "
+            f"experts a rank, prefetch depth {best.config.prefetch_depth}: {best.speedup:.2f} times expert parallelism."
+        )
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f}"

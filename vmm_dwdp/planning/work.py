@@ -1,0 +1,59 @@
+"""A layer's operations as the simulator takes them: in order, with what copies cost each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vmm_dwdp.planning.gpus import GpuSpec
+from vmm_dwdp.planning.links import Rates
+from vmm_dwdp.planning.models import ModelSpec
+from vmm_dwdp.planning.roofline import Batch, Kind, Operation, layer_operations
+from vmm_dwdp.planning.simulator import LayerWork, Phase
+
+
+def average_operations(model: ModelSpec, gpu: GpuSpec, batch: Batch, experts: int | None = None) -> list[Operation]:
+    """The operations of a mean MoE layer: layers with and without a sliding window, by their number."""
+    windows = [model.windows[layer] for layer in model.moe_layers]
+    kinds = {w: layer_operations(model, gpu, batch, window=w, experts=experts) for w in set(windows)}
+    return [
+        Operation(same[0].name, same[0].kind, sum(operation.seconds for operation in same) / len(same))
+        for same in zip(*(kinds[window] for window in windows), strict=True)
+    ]
+
+
+def slowdown(kind: Kind, gpu: GpuSpec, *, from_host: bool, short_copies: bool) -> float:
+    """How many times longer an operation takes while copies run.
+
+    Operations limited by memory share its bandwidth with the copies: what a rank pulls is written once, and in a group
+    in which everyone pulls it is read from as fast. Others suffer by what was measured, if it was.
+    """
+    measured = (gpu.short_copy_slowdown if short_copies else gpu.long_copy_slowdown).get(kind)
+    if measured is not None:
+        return measured
+    if kind != "memory":
+        return 1.0
+    traffic = gpu.host_rate if from_host else 2 * gpu.pull_rate
+    return 1 / (1 - min(0.9, traffic / gpu.memory_bandwidth))
+
+
+def layer_work(
+    operations: Sequence[Operation], gpu: GpuSpec, *, from_host: bool = False, short_copies: bool = False
+) -> LayerWork:
+    """Everything up to the experts, and the experts; neighbours that copies slow alike are one phase."""
+    before: list[Phase] = []
+    experts: list[Phase] = []
+    for operation in operations:
+        phases = experts if operation.kind == "grouped_gemm" else before
+        factor = slowdown(operation.kind, gpu, from_host=from_host, short_copies=short_copies)
+        if phases and phases[-1].slowdown == factor:
+            phases[-1] = Phase(phases[-1].seconds + operation.seconds, factor)
+        else:
+            phases.append(Phase(operation.seconds, factor))
+    return LayerWork(tuple(before), tuple(experts))
+
+
+def link_rates(gpu: GpuSpec) -> Rates:
+    """A group of this GPU; every rank has its own link to host memory."""
+    link = gpu.efficiency.link * gpu.link_bandwidth
+    pair = gpu.efficiency.link * (gpu.peer_bandwidth or gpu.link_bandwidth)
+    return Rates(reader=link, owner=link, pair=pair, host_reader=gpu.host_rate, host=gpu.host_limit_rate)
