@@ -124,7 +124,7 @@ def test_a_message_that_is_cut_short(
     if closing:
         ends[0].close()
     with pytest.raises(ExchangeError, match="closed the connection" if closing else "did not send a message in time"):
-        receive(ends[1], ledger, now())
+        receive(ends[1], ledger, soon() if closing else now())
 
 
 def test_descriptors_of_a_message_that_is_cut_short_are_closed(
