@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import abc
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,13 @@ from vmm_dwdp.tensor_memory import TensorMemory
 
 Weights = dict[str, torch.Tensor] | dict[str, list[torch.Tensor]]
 Share = Descriptor | bytes  # physical memory on its way to another process
+
+
+def close_shares(shares: Iterable[Share]) -> None:
+    """Close what is a descriptor among them."""
+    for share in shares:
+        if isinstance(share, Descriptor):
+            share.close()
 
 
 class Assembly(abc.ABC):

@@ -22,7 +22,7 @@ from typing import Any, Final, Literal, get_args
 
 from vmm_dwdp.allocator.handles import Descriptor, Ledger
 from vmm_dwdp.allocator.sharing import peer_uid, receive, send
-from vmm_dwdp.assembly import Share
+from vmm_dwdp.assembly import Share, close_shares
 from vmm_dwdp.errors import DWDPError, ExchangeError
 from vmm_dwdp.placement import Owner
 from vmm_dwdp.rendezvous import Rendezvous
@@ -69,8 +69,7 @@ class Exchange:
         answer, descriptors = self._ask(holder, "shares", deadline, owner=owner, max_shares=count)
         shares: list[Share] = [*descriptors, *map(bytes.fromhex, answer.get("tokens", ()))]
         if len(shares) != count:
-            for descriptor in descriptors:
-                descriptor.close()
+            close_shares(descriptors)
             raise ExchangeError(f"rank {holder} sent {len(shares)} shares of {owner} instead of {count}")
         return shares
 
@@ -124,8 +123,7 @@ class Exchange:
         except (ValueError, AttributeError):
             answer, refusal = {}, "its answer is not a JSON object"
         if refusal is not None:
-            for descriptor in descriptors:
-                descriptor.close()
+            close_shares(descriptors)
             raise ExchangeError(f"rank {rank} refused: {refusal}")
         return answer, descriptors
 
@@ -221,9 +219,7 @@ class Exchange:
         except ExchangeError:
             return
         finally:
-            for share in shares:
-                if isinstance(share, Descriptor):
-                    share.close()
+            close_shares(shares)
 
     def _checked(self, payload: bytes) -> dict[str, Any] | None:
         """The request, if it is one and its sender knows the token; strangers are not answered."""

@@ -56,7 +56,8 @@ class _Submitted:
         try:
             self._job()
         except Exception as error:
-            self._error = error
+            # Without its traceback: the caller's frames in it would hold on to the caller's tensors.
+            self._error = error.with_traceback(None)
         finally:
             self._running.release()
 

@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.driver import DEVICE, Driver, HandleType, Location
-from vmm_dwdp.allocator.handles import Ledger, Stream
+from vmm_dwdp.allocator.handles import Ledger, ResourceStack, Stream
 from vmm_dwdp.allocator.numa import numa_nodes
-from vmm_dwdp.allocator.probe import supported_handle_types
+from vmm_dwdp.allocator.probe import refusal
 from vmm_dwdp.assembly import Assembly, Share, Weights
 from vmm_dwdp.config import DWDPConfig, Mode
 from vmm_dwdp.errors import ConfigError, DWDPError, StateError
@@ -82,6 +82,7 @@ class DWDPRuntime:
         self._exchange: Exchange | None = None
         self._staging: Staging | None = None
         self._published = False
+        self._resources = ResourceStack()
         self._closed = False
 
     @property
@@ -220,9 +221,9 @@ class DWDPRuntime:
         """Copy the neighbours' bytes that share a page with this rank's own; they stay there for good."""
         copies = [copy for described in self._layers for copy in self._assembly.copies(described, described.plan.edges)]
         if copies:
-            with Stream(self._driver, self.ledger, "edges") as stream:
-                self._driver.copy(self._driver.prepare(copies), stream.stream)
-                self._driver.synchronize(stream.stream)
+            stream = self._resources.push(Stream(self._driver, self.ledger, "edges"))
+            self._driver.copy(self._driver.prepare(copies), stream.stream)
+            self._driver.synchronize(stream.stream)
 
     # -- a pass ------------------------------------------------------------------------------------------------------
     def acquire(
@@ -343,6 +344,7 @@ class DWDPRuntime:
         if self._staging is not None:
             self._staging.close()
         self._driver.synchronize()
+        self._resources.close()
         self._assembly.close()
         return self.ledger
 
@@ -407,9 +409,9 @@ def _choose_handle_type(driver: Driver, host_location: Location) -> HandleType:
     """The first handle type that can be created and exported here; descriptors before fabric handles."""
     reasons = {}
     for handle_type in HandleType:
-        refusals = [supported_handle_types(driver, location)[handle_type] for location in {DEVICE, host_location}]
-        reasons[handle_type] = next((refusal for refusal in refusals if refusal), None)
-        if reasons[handle_type] is None:
+        found = [refusal(driver, location, handle_type) for location in {DEVICE, host_location}]
+        if not any(found):
             return handle_type
+        reasons[handle_type] = next(filter(None, found))
     told = "; ".join(f"{handle_type.value}: {reason}" for handle_type, reason in reasons.items())
     raise ConfigError(f"no kind of handle can share memory between processes here ({told}); use assembly: tensor_list")

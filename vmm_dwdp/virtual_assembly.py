@@ -15,7 +15,7 @@ import torch
 
 from vmm_dwdp.allocator.driver import DEVICE, Access, Driver, HandleType, Location
 from vmm_dwdp.allocator.handles import Allocation, Ledger, Reservation
-from vmm_dwdp.assembly import Assembly, Share, Weights
+from vmm_dwdp.assembly import Assembly, Share, Weights, close_shares
 from vmm_dwdp.config import Mode
 from vmm_dwdp.layer import Layer
 from vmm_dwdp.layout import RangeLayout
@@ -125,11 +125,15 @@ class VirtualAssembly(Assembly):
 
     def shares(self, owner: Owner) -> list[Share]:
         assert self._handle_type is not None, "a group of one has nobody to share with"
-        return [
-            allocation.export(self._handle_type)
-            for layer, weight in self._weights_of_layers()
-            for allocation in self._tiles[layer.number, weight, owner]
-        ]
+        shares: list[Share] = []
+        try:
+            for layer, weight in self._weights_of_layers():
+                for allocation in self._tiles[layer.number, weight, owner]:
+                    shares.append(allocation.export(self._handle_type))  # noqa: PERF401
+        except BaseException:
+            close_shares(shares)
+            raise
+        return shares
 
     def num_shares(self, owner: Owner) -> int:
         return sum(len(layer.layouts[weight].tiles_of(owner)) for layer, weight in self._weights_of_layers())

@@ -1,0 +1,57 @@
+"""A host driver that fails where a test tells it to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, Final
+
+from support.groups import PAGE
+from vmm_dwdp.allocator.host_driver import HostDriver
+from vmm_dwdp.errors import DriverError
+
+UNDOING: Final = ("release", "free", "unmap", "deallocate", "close_allocation", "destroy_stream", "destroy_event")
+DOING: Final = (
+    "create",
+    "export",
+    "import_",
+    "reserve",
+    "map",
+    "set_access",
+    "allocate",
+    "export_allocation",
+    "open_allocation",
+    "create_stream",
+    "create_event",
+    "record",
+    "wait",
+    "prepare",
+    "copy",
+    "synchronize",
+)
+
+
+class FaultyDriver(HostDriver):
+    """Fails once, at the ``at``-th use of ``call``, before anything is done; counts every use.
+
+    Attributes:
+        uses: how often each call was made.
+    """
+
+    def __init__(self, call: str = "", at: int = 0) -> None:
+        super().__init__(PAGE)
+        self.uses: Counter[str] = Counter()
+        self._call = call
+        self._at = at
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if name not in DOING and name not in UNDOING:
+            return found
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.uses[name] += 1
+            if name == self._call and self.uses[name] == self._at:
+                raise DriverError(name, "INJECTED", f"make its use number {self._at}")
+            return found(*args, **kwargs)
+
+        return counted
