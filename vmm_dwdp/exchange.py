@@ -33,6 +33,7 @@ REQUEST_SECONDS: Final = 5.0  # a client that takes longer to ask, or to take th
 MAX_CLIENTS: Final = 64  # at one time; more wait in the kernel's queue
 _SHARE_NBYTES: Final = 1024  # generous for one token in an answer
 _RETRY_SECONDS: Final = 0.01
+_LOOK_SECONDS: Final = 0.25  # how often a rank that waits for others looks whether they are alive
 
 Ask = Literal["shares", "published", "alive"]
 
@@ -61,7 +62,9 @@ class Exchange:
         self._listener: socket.socket | None = None
         self._clients: dict[_CountedThread, socket.socket] = {}
         self._changed = threading.Condition()  # guards `_clients` and `_published`
+        self._failure: DWDPError | None = None  # of an answer to another rank, which can publish as little as this one
         self._published: set[int] = set()
+        self._met: set[int] = set()  # ranks that have answered: if one is not there any more, it has left
 
     # -- asking ------------------------------------------------------------------------------------------------------
     def collect(self, owner: Owner, holder: int, count: int, deadline: float) -> list[Share]:
@@ -77,10 +80,23 @@ class Exchange:
         """Say to ``ranks`` that this rank has all it needs, and wait until each of them has said so."""
         for rank in ranks:
             self._ask(rank, "published", deadline)
+        while missing := self._missing(ranks):
+            self._raise_failure()
+            for rank in missing:
+                if not self.alive(rank):
+                    raise ExchangeError(f"rank {rank} left before it had finished publishing")
+            if time.monotonic() > deadline:
+                raise ExchangeError(f"rank {missing[0]} came, but did not finish publishing before the deadline")
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _missing(self, ranks: Collection[int]) -> list[int]:
+        """Those who have not said yet that they have all they need, after waiting for a moment for them to do so."""
         with self._changed:
-            while missing := sorted(set(ranks) - self._published):
-                if not self._changed.wait(deadline - time.monotonic()):
-                    raise ExchangeError(f"rank {missing[0]} came, but did not finish publishing before the deadline")
+            self._changed.wait_for(lambda: self._published.issuperset(ranks), _LOOK_SECONDS)
+            return sorted(set(ranks) - self._published)
 
     def alive(self, rank: int) -> bool:
         """Whether ``rank`` answers now."""
@@ -117,6 +133,7 @@ class Exchange:
                 )
             except ExchangeError as error:
                 raise ExchangeError(f"asking rank {rank} for {ask!r}: {error}") from error
+        self._met.add(rank)
         try:
             answer = json.loads(payload)
             refusal = answer.get("error")
@@ -137,6 +154,9 @@ class Exchange:
                     sock.connect(str(path))
                     break
                 except (FileNotFoundError, ConnectionRefusedError) as error:  # not there yet, or a dead rank's socket
+                    self._raise_failure()
+                    if rank in self._met:
+                        raise ExchangeError(f"rank {rank} left: nobody listens at {path} any more") from error
                     if not retry or time.monotonic() > deadline:
                         raise ExchangeError(f"rank {rank} did not come: nobody listens at {path}") from error
                     time.sleep(_RETRY_SECONDS)
@@ -209,6 +229,7 @@ class Exchange:
                     shares = self._shares(request["owner"])
                 except DWDPError as error:
                     answer["error"] = str(error)
+                    self._failure = error
                 answer["tokens"] = [share.hex() for share in shares if isinstance(share, bytes)]
             fds = [share.fd for share in shares if isinstance(share, Descriptor)]
             send(client, json.dumps(answer).encode(), fds, deadline=time.monotonic() + REQUEST_SECONDS)
