@@ -132,6 +132,7 @@ class Exchange:
                     sock, max_bytes=max_bytes, max_fds=max_shares, deadline=deadline, ledger=self._ledger
                 )
             except ExchangeError as error:
+                self._raise_failure()  # this rank's own is why the other left
                 raise ExchangeError(f"asking rank {rank} for {ask!r}: {error}") from error
         self._met.add(rank)
         try:
