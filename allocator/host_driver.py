@@ -135,7 +135,7 @@ class HostDriver:
 
     # -- physical memory ---------------------------------------------------------------------------------------------
     def granularity(self, location: Location = DEVICE) -> int:
-        if location.numa_node not in (None, *numa_nodes()):
+        if location.numa_node is not None and location.numa_node not in numa_nodes():
             raise _invalid("granularity", f"use memory on {location}, which this machine does not have")
         return self._granularity
 
