@@ -1,0 +1,113 @@
+"""What this integration relies on inside SGLang, checked before anything is changed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+_FUSED_MOE = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"
+_WEIGHT_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+
+# Where the arguments are checked, in the process that starts the engine: 0.5.23, 0.5.17.
+_CHECK_ARGUMENTS = (
+    "sglang.srt.arg_groups.parallel_hook.handle_dwdp",
+    "sglang.srt.server_args.ServerArgs._handle_dwdp",
+)
+_UPDATES = (
+    "update_weights_from_disk",
+    "update_weights_from_tensor",
+    "update_weights_from_ipc",
+    "update_weights_from_distributed",  # 0.5.17
+    "load_weights_from_distributed",  # 0.5.23
+)
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """A function of SGLang: parameters that it must have, and names that its body must use."""
+
+    path: str
+    parameters: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+
+
+_EXPECTED = (
+    _Expected(f"{_FUSED_MOE}.__init__", ("num_experts", "layer_id", "num_fused_shared_experts"), ("create_weights",)),
+    _Expected(f"{_FUSED_MOE}.bind_full_expert_weights", ("weights",), ("_dwdp_bound", "replace_expert_tensor")),
+    _Expected(
+        f"{_FUSED_MOE}.forward_impl",
+        (),
+        ("_dwdp_bound", "wait_prefetch", "run_moe_core", "record_compute_and_prefetch_next"),
+    ),
+    _Expected(f"{_FUSED_MOE}.run_moe_core", ("dispatch_output",), ("quant_method", "apply")),
+    _Expected(f"{_FUSED_MOE}.weight_loader", ("param", "expert_id"), ()),
+    _Expected(f"{_FUSED_MOE}.weight_loader_fused", ("param",), ()),
+    _Expected(
+        "sglang.srt.model_executor.model_runner.ModelRunner.maybe_init_dwdp",
+        (),
+        ("DwdpManager", "set_global_dwdp_manager", "setup"),
+    ),
+    _Expected("sglang.srt.runtime_context.set_global_dwdp_manager", ("manager",), ()),
+    _Expected("sglang.srt.distributed.parallel_state.destroy_model_parallel", (), ("cleanup",)),
+)
+
+
+def version() -> str:
+    """SGLang's version, or ``unknown``."""
+    try:
+        return importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def difference() -> str | None:
+    """The first thing in which the installed SGLang differs from what this integration was written for."""
+    for expected in _EXPECTED:
+        function = _resolve(expected.path)
+        if function is None:
+            return f"{expected.path} does not exist"
+        function = inspect.unwrap(function)
+        missing = set(expected.parameters) - set(inspect.signature(function).parameters)
+        if missing:
+            return f"{expected.path} has no parameter {min(missing)}"
+        unused = set(expected.names) - set(_names_in(function.__code__))
+        if unused:
+            return f"{expected.path} does not use {min(unused)}"
+    if check_arguments() is None:
+        return f"neither {' nor '.join(_CHECK_ARGUMENTS)} exists"
+    if not updates():
+        return f"{_WEIGHT_UPDATER} has none of {', '.join(_UPDATES)}"
+    return None
+
+
+def check_arguments() -> str | None:
+    """The path of the function that checks the engine's arguments, if there is one."""
+    return next((path for path in _CHECK_ARGUMENTS if _resolve(path) is not None), None)
+
+
+def updates() -> list[str]:
+    """The paths of the methods that write new weights into a running model."""
+    paths = [f"{_WEIGHT_UPDATER}.{name}" for name in _UPDATES]
+    return [path for path in paths if _resolve(path) is not None]
+
+
+def fused_moe(method: str) -> str:
+    """The path of a method of `FusedMoE`."""
+    return f"{_FUSED_MOE}.{method}"
+
+
+def _resolve(path: str) -> Callable[..., Any] | None:
+    try:
+        found = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError):
+        return None
+    return found if callable(found) else None
+
+
+def _names_in(code: Any) -> set[str]:
+    nested = (constant for constant in code.co_consts if inspect.iscode(constant))
+    return {*code.co_names, *(name for inner in nested for name in _names_in(inner))}

@@ -1,0 +1,157 @@
+"""What SGLang calls its DWDP manager, over this library's runtime."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+
+from vmm_dwdp.allocator import open_driver
+from vmm_dwdp.config import DWDPConfig
+from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.integrations.sglang.expert_layer import ExpertLayer
+from vmm_dwdp.runtime import DWDPRuntime
+
+# Modules of models that hand expert weights to kernels of their own, past the quantisation method.
+_OWN_KERNELS: Final = frozenset({"sglang.srt.models.beam", "sglang.srt.models.qwen4_exp"})
+
+
+class ExpertManager:
+    """The experts of one model, from the construction of its first MoE layer to `cleanup`.
+
+    `adopt` takes every `FusedMoE` as it is constructed, before weights are loaded. The five methods after it are those
+    that SGLang's forward pass calls on the manager of its own DWDP.
+
+    Args:
+        config: equal on all ranks.
+        rank: this process's place in the group.
+        group: SGLang's process group of these ranks for host memory; constructing is collective.
+        device: where the model is.
+    """
+
+    def __init__(self, config: DWDPConfig, rank: int, group: dist.ProcessGroup, device: torch.device) -> None:
+        driver = open_driver(device)
+        self.runtime = DWDPRuntime(config, rank, device, group, driver=driver)
+        self._group = group
+        self._page_nbytes = driver.granularity()
+        self._layers: dict[int, ExpertLayer] = {}
+        self._acquired: set[int] = set()
+        self._running = False
+        self.closed = False
+
+    # -- while the model is constructed and loaded -------------------------------------------------------------------
+    def adopt(self, module: Any) -> None:
+        """Take over the expert tensors of a `FusedMoE` that was just constructed.
+
+        Raises:
+            ConfigError: the layer cannot be served; the sentence says why.
+        """
+        number = int(module.layer_id)
+        if number in self._layers:
+            raise ConfigError(f"two MoE layers have the number {number}; DWDP needs a number of its own for each")
+        if module.num_fused_shared_experts and self.runtime.config.group_size > 1:
+            raise ConfigError("DWDP cannot spread fused shared experts; start with --disable-shared-experts-fusion")
+        for layer in self._layers.values():
+            if layer.module.num_experts != module.num_experts:
+                raise ConfigError(
+                    f"DWDP needs as many experts in every MoE layer: layer {layer.number} has "
+                    f"{layer.module.num_experts}, layer {number} has {module.num_experts}"
+                )
+        first = self.runtime.rank * module.num_local_experts
+        layer = ExpertLayer(module, self.runtime, first, self._page_nbytes)
+        self._layers[number] = layer
+        method = module.quant_method
+        method.process_weights_after_loading = partial(_post_process, method.process_weights_after_loading, layer)
+        method.apply = partial(self._apply, method.apply, number)
+
+    def _apply(self, apply: Any, number: int, *args: Any, **kwargs: Any) -> Any:
+        """Around the quantisation method's `apply`, which every path that runs a layer's experts calls.
+
+        SGLang's ordinary forward pass waits before it; the others (deferred finalisation, calls by a model) do not.
+        """
+        if not self._running or number in self._acquired:
+            return apply(*args, **kwargs)
+        self.wait_prefetch(number)
+        try:
+            return apply(*args, **kwargs)
+        finally:
+            self.record_compute_and_prefetch_next(number)
+
+    # -- SGLang's five methods ---------------------------------------------------------------------------------------
+    def setup(self, model: torch.nn.Module) -> None:
+        """Publish the loaded shards, and give every layer the assembled tensors of all experts. Collective.
+
+        Raises:
+            ConfigError: the model has MoE layers that were not adopted.
+            DWDPError: memory could not be had or a rank did not come; the layers are then as after `cleanup`.
+        """
+        from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+
+        if type(model).__module__ in _OWN_KERNELS:
+            raise ConfigError(f"{type(model).__name__} runs its experts by kernels of its own, which DWDP cannot serve")
+        adopted = {id(layer.module) for layer in self._layers.values()}
+        for name, module in model.named_modules():
+            if isinstance(module, FusedMoE) and id(module) not in adopted:
+                raise ConfigError(f"{name} was constructed before vmm-dwdp was loaded, so its experts cannot be spread")
+        try:
+            for layer in self._layers.values():
+                layer.finish()
+            self._replicate()
+            self.runtime.publish()
+            for layer in self._layers.values():
+                layer.bind()
+            self._running = True
+        except BaseException:
+            self.cleanup()
+            raise
+
+    def prefetch_first_layers(self) -> None:
+        """A pass begins. The first layers are already being fetched, unless the last pass ended early."""
+        self._acquired.clear()
+        self.runtime.reset()
+
+    def wait_prefetch(self, layer_idx: int) -> None:
+        """The current stream waits until all experts of the layer are in place."""
+        self.runtime.acquire(layer_idx)
+        self._acquired.add(layer_idx)
+
+    def record_compute_and_prefetch_next(self, layer_idx: int) -> None:
+        """The layer's kernels are in the current stream; its slot may be overwritten after them."""
+        self._acquired.discard(layer_idx)
+        self.runtime.release(layer_idx)
+
+    def cleanup(self) -> None:
+        """Put the layers back to how they were constructed, with empty expert tensors, and free all memory."""
+        if self.closed:
+            return
+        self.closed = True
+        self._running = False
+        for layer in self._layers.values():
+            for name in ("process_weights_after_loading", "apply"):
+                vars(layer.module.quant_method).pop(name, None)
+            layer.restore()
+        self._layers.clear()
+        self.runtime.close()
+
+    def _replicate(self) -> None:
+        """Give every rank all experts of the tensors that are smaller than a page."""
+        size = self.runtime.config.group_size
+        if size == 1:
+            return
+        for layer in self._layers.values():
+            gathered: list[Any] = [None] * size
+            dist.all_gather_object(gathered, (layer.replicated(), layer.maxima()), group=self._group)
+            replicated, maxima = zip(*gathered, strict=True)
+            for name in replicated[0]:
+                layer.set_replicated(name, torch.cat([shard[name] for shard in replicated]))
+            for name in maxima[0]:
+                layer.set_maximum(name, torch.stack([found[name] for found in maxima]).amax(dim=0))
+
+
+def _post_process(post_process: Any, layer: ExpertLayer, module: Any) -> None:
+    """Around the quantisation method's post-processing, which the loader calls layer by layer."""
+    layer.to_device()
+    post_process(module)
+    layer.finish()

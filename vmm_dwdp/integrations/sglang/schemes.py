@@ -1,0 +1,166 @@
+"""Which tensors of a `FusedMoE` layer its kernels read, for every quantisation method and MoE runner that is supported.
+
+An explicit table: nothing is concluded from a tensor's shape, and what is not in the table is refused by its name. The
+names were read in SGLang's source; they are dotted where a tensor lives on the quantisation method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vmm_dwdp.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The per-expert tensors of one layer.
+
+    Attributes:
+        tensors: what a forward pass reads, experts first, in the order in which it reads them.
+        optional: those of ``tensors`` that only some models have, such as biases.
+        kept: the loader writes the final bytes of ``tensors``: what post-processing changes, it changes in place. Then
+            they are loaded straight into the shard. Otherwise post-processing makes them, layer by layer.
+        scratch: per-expert tensors that post-processing reads and a forward pass does not; freed after it.
+        maximum: one number for all experts, which post-processing took as the maximum over the experts it saw.
+    """
+
+    tensors: tuple[str, ...]
+    optional: frozenset[str] = frozenset()
+    kept: bool = False
+    scratch: tuple[str, ...] = ()
+    maximum: tuple[str, ...] = ()
+
+
+_BIASES = frozenset({"w13_weight_bias", "w2_weight_bias"})
+
+_UNQUANTIZED = Scheme(("w13_weight", "w13_weight_bias", "w2_weight", "w2_weight_bias"), optional=_BIASES, kept=True)
+
+_FP8_BLOCK = Scheme(
+    ("w13_weight", "w13_weight_scale_inv", "w13_weight_bias", "w2_weight", "w2_weight_scale_inv", "w2_weight_bias"),
+    optional=_BIASES,
+    kept=True,
+)
+
+_FP8_TENSOR = Scheme(
+    ("w13_weight", "w13_weight_scale", "w13_weight_bias", "w2_weight", "w2_weight_scale", "w2_weight_bias"),
+    optional=_BIASES,
+    kept=True,
+    maximum=("w13_input_scale", "w2_input_scale"),
+)
+
+_MXFP4_MARLIN = Scheme(
+    ("w13_weight", "w13_weight_scale", "w13_weight_bias", "w2_weight", "w2_weight_scale", "w2_weight_bias"),
+    optional=_BIASES,
+)
+
+_MXFP4_TRITON = Scheme(
+    (
+        "quant_method.w13_weight_triton_tensor.storage.data",
+        "quant_method.w13_precision_config.weight_scale.storage.data",
+        "w13_weight_bias",
+        "quant_method.w2_weight_triton_tensor.storage.data",
+        "quant_method.w2_precision_config.weight_scale.storage.data",
+        "w2_weight_bias",
+    ),
+    scratch=("w13_weight_scale", "w2_weight_scale"),
+)
+
+_NVFP4_MARLIN = Scheme(
+    (
+        "w13_weight",
+        "w13_weight_scale",
+        "w13_weight_scale_2",
+        "w2_weight",
+        "w2_weight_scale",
+        "w2_weight_scale_2",
+    ),
+    scratch=("w13_blockscale_swizzled", "w2_blockscale_swizzled"),
+)
+
+_NVFP4_CUTLASS = Scheme(
+    (
+        "w13_weight",
+        "w13_blockscale_swizzled",
+        "g1_alphas",
+        "g1_alphas_up",
+        "w2_weight",
+        "w2_blockscale_swizzled",
+        "g2_alphas",
+    ),
+    optional=frozenset({"g1_alphas_up"}),
+    scratch=("w13_weight_scale", "w2_weight_scale", "w13_weight_scale_2", "w2_weight_scale_2"),
+)
+
+_NVFP4_TRTLLM = Scheme(
+    (
+        "w13_weight",
+        "w13_weight_scale",
+        "g1_scale_c",
+        "g1_alphas",
+        "g1_alphas_up",
+        "gemm1_alpha",
+        "gemm1_beta",
+        "gemm1_clamp_limit",
+        "w2_weight",
+        "w2_weight_scale",
+        "g2_alphas",
+    ),
+    optional=frozenset({"g1_alphas_up", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit"}),
+    scratch=("w13_blockscale_swizzled", "w2_blockscale_swizzled", "w13_weight_scale_2", "w2_weight_scale_2"),
+)
+
+_SCHEMES: dict[tuple[str, str], Scheme] = {
+    ("bf16", "triton"): _UNQUANTIZED,
+    ("bf16", "triton_kernel"): _UNQUANTIZED,
+    ("fp8 block", "triton"): _FP8_BLOCK,
+    ("fp8 tensor", "triton"): _FP8_TENSOR,
+    ("mxfp4", "marlin"): _MXFP4_MARLIN,
+    ("mxfp4", "triton_kernel"): _MXFP4_TRITON,
+    ("nvfp4", "marlin"): _NVFP4_MARLIN,
+    ("nvfp4", "flashinfer_cutlass"): _NVFP4_CUTLASS,
+    ("nvfp4", "flashinfer_trtllm"): _NVFP4_TRTLLM,
+}
+
+
+def _fp8_kind(method: Any) -> str | None:
+    if method.use_mxfp8 or method.is_fp4_expert or not method.quant_config.is_checkpoint_fp8_serialized:
+        return None
+    return "fp8 block" if method.block_quant else "fp8 tensor"
+
+
+def _nvfp4_kind(method: Any) -> str | None:
+    return "nvfp4" if method.quant_config.is_checkpoint_nvfp4_serialized else None
+
+
+_KINDS: dict[str, Callable[[Any], str | None]] = {
+    "UnquantizedFusedMoEMethod": lambda method: "bf16",
+    "Fp8MoEMethod": _fp8_kind,
+    "Mxfp4MoEMethod": lambda method: "mxfp4",
+    "ModelOptNvFp4FusedMoEMethod": _nvfp4_kind,
+}
+
+
+def supported() -> list[tuple[str, str]]:
+    """Every (weights, MoE runner) in the table."""
+    return list(_SCHEMES)
+
+
+def scheme_of(layer: Any) -> Scheme:
+    """The scheme of a `FusedMoE` layer.
+
+    Raises:
+        ConfigError: its quantisation method with its MoE runner is not in the table; the sentence names both.
+    """
+    method = type(layer.quant_method).__name__
+    kind = _KINDS[method](layer.quant_method) if method in _KINDS else None
+    runner = getattr(getattr(layer, "runner", None), "runner_backend", None)
+    runner_name = "none" if runner is None else str(runner.value)
+    if kind is not None and (kind, runner_name) in _SCHEMES:
+        return _SCHEMES[kind, runner_name]
+    table = ", ".join(f"{kind} with {runner}" for kind, runner in _SCHEMES)
+    variant = f" ({kind})" if kind else ""
+    raise ConfigError(
+        f"DWDP cannot spread experts of {method}{variant} with the MoE runner {runner_name}; it can: {table}"
+    )
