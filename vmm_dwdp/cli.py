@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     command = COMMANDS[name]
     module = cast("_CommandModule", import_module(command.module))
-    parser = argparse.ArgumentParser(prog=f"vmm-dwdp {name}", description=f"{command.summary.capitalize()}.")
+    description = command.summary[0].upper() + command.summary[1:] + "."
+    parser = argparse.ArgumentParser(prog=f"vmm-dwdp {name}", description=description)
     module.add_arguments(parser)
     arguments = parser.parse_args(argv[1:])
     try:
