@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -121,12 +122,19 @@ def _deep_gemm_refuses(problem: Problem) -> str | None:
     return _on_gpu(problem)
 
 
-def _run_deep_gemm(problem: Problem) -> Tensor:
-    import deep_gemm
+class SpreadRows(NamedTuple):
+    """Rows of fp8 activations with every expert's first at a multiple of ``align``; the rows between are zero."""
 
+    x: Tensor  # fp8 [capacity, K]
+    scale: Tensor  # fp32 [capacity, ceil(K / 128)]
+    experts: Tensor  # int32 [capacity]: whose row it is; -1 behind the last
+    places: Tensor  # int64 [T]: where each row of the problem went
+
+
+def spread_rows(problem: Problem, align: int) -> SpreadRows:
+    """Copy the rows of ``problem`` apart, without reading the offsets on the host."""
     assert problem.x_scale is not None
     x, num_rows, num_experts = problem.x, problem.x.shape[0], problem.num_experts
-    align = deep_gemm.get_mk_alignment_for_contiguous_layout()
     ends = problem.offsets
     starts = F.pad(ends, (1, 0))[:-1]
     padded = (ends - starts + align - 1) // align * align
@@ -143,12 +151,19 @@ def _run_deep_gemm(problem: Problem) -> Tensor:
     scale_apart[place] = problem.x_scale
     slot = torch.arange(capacity, device=x.device, dtype=torch.int32)
     layout = torch.searchsorted(padded_ends, slot, right=True, out_int32=True)
-    layout = torch.where(layout < num_experts, layout, -1)
-    out = torch.empty((capacity, problem.n), dtype=torch.bfloat16, device=x.device)
+    experts = torch.where(layout < num_experts, layout, -1)
+    return SpreadRows(x_apart.view(FP8), scale_apart, experts, place.long())
+
+
+def _run_deep_gemm(problem: Problem) -> Tensor:
+    import deep_gemm
+
+    rows = spread_rows(problem, deep_gemm.get_mk_alignment_for_contiguous_layout())
+    out = rows.x.new_empty((rows.x.shape[0], problem.n), dtype=torch.bfloat16)
     deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
-        (x_apart.view(FP8), scale_apart), (problem.weights[0], problem.weight_scales[0]), out, layout
+        (rows.x, rows.scale), (problem.weights[0], problem.weight_scales[0]), out, rows.experts
     )
-    return out[place]
+    return out[rows.places]
 
 
 PROVIDERS: tuple[Provider, ...] = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -133,6 +134,20 @@ def _dense(operands: Operands, entry: int, local: int) -> Tensor:
         assert operands.scales.weight_global is not None
         return value * scale.double()[:, columns // 16] * operands.scales.weight_global[entry][local].double()
     return value * 2.0 ** (scale.view(torch.uint8).double()[:, columns // 32] - 127)
+
+
+def some_rows(operands: Operands, count: int, seed: int = 0) -> tuple[Operands, Tensor]:
+    """``count`` of the rows that belong to an expert, as operands of their own, and their numbers, ascending."""
+    rows = int(operands.offsets[-1])
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randperm(rows, generator=generator)[:count].sort().values.to(operands.x.device)
+    offsets = torch.searchsorted(picks, operands.offsets.long()).int()
+    scales = operands.scales
+    if scales is not None and scales.x is not None:
+        scales = dataclasses.replace(scales, x=scales.x[picks])
+    return Operands(
+        operands.x.view(torch.uint8)[picks].view(operands.x.dtype), operands.weights, offsets, scales
+    ), picks
 
 
 def relative_error(out: Tensor, operands: Operands) -> float:

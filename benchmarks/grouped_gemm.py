@@ -1,0 +1,247 @@
+"""Grouped GEMMs of four models: existing kernels on one tensor, ours on a list of tensors, and merging the list first.
+
+For each weight of a model, number of tokens (each goes to the model's top-k experts) and routing, in one run:
+
+provider                  a provider of `grouped_gemm` on torch's memory
+provider, assembled       the same on a range over four physical handles
+list of n                 our kernel for lists, the weight split into n tensors
+merge 4 + provider        four tensors copied into one, then the provider: what a runtime without either does
+
+All are timed one after another in every repetition; times are medians, and a ratio is the median of the ratios within
+one repetition: how many times as fast the method is as the one it is compared with. The error is relative to fp64
+products over 64 rows; `same bits` compares a whole result with that of the method compared with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from common import parser, report
+
+from vmm_dwdp.allocator import open_driver
+from vmm_dwdp.allocator.driver import Access
+from vmm_dwdp.allocator.handles import Allocation, Ledger, Reservation, ResourceStack
+from vmm_dwdp.allocator.tensors import tensor_at
+from vmm_dwdp.kernels import Format, contiguous, grouped_gemm, tensor_list, tensor_list_grouped_gemm
+from vmm_dwdp.kernels.problem import check
+from vmm_dwdp.kernels.provider import choose
+from vmm_dwdp.kernels.testing import Operands, random_operands, relative_error, some_rows
+
+SHARDS = 4
+CHECKED_ROWS = 64
+DENSE = 8192  # rows, columns and depth of the dense product that gives the matrix rate
+AHEAD = 10_000_000  # clock ticks for which the GPU waits while the host issues a repetition
+
+
+class Model(NamedTuple):
+    experts: int
+    hidden: int
+    intermediate: int
+    top_k: int
+
+    def weights(self) -> dict[str, tuple[int, int]]:
+        """N and K of each weight."""
+        return {"w13": (2 * self.intermediate, self.hidden), "w2": (self.hidden, self.intermediate)}
+
+
+MODELS = {
+    "deepseek-r1": Model(256, 7168, 2048, 8),
+    "qwen3-30b-a3b": Model(128, 2048, 768, 8),
+    "gpt-oss-120b": Model(128, 2880, 2880, 4),
+    "mixtral-8x7b": Model(8, 4096, 14336, 2),
+}
+FORMATS = {
+    "bf16": Format.PLAIN,
+    "fp8": Format.FP8_BLOCK,
+    "fp8-rowwise": Format.FP8_ROWWISE,
+    "nvfp4": Format.NVFP4,
+    "mxfp4": Format.MXFP4,
+}
+
+
+class Method(NamedTuple):
+    run: Callable[[], torch.Tensor]
+    compared_with: str | None = None
+    exact: bool = False  # the result must have the same bits as that of the method compared with
+
+
+@contextlib.contextmanager
+def assembled(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A copy of ``weight`` over `SHARDS` physical handles side by side."""
+    driver, ledger = open_driver(weight.device), Ledger()
+    page = driver.granularity()
+    pages = -(-weight.nbytes // page)
+    with ResourceStack() as stack:
+        whole = stack.push(Reservation(driver, ledger, pages * page))
+        ends = [pages * (i + 1) // SHARDS for i in range(SHARDS)]
+        for start, end in itertools.pairwise([0, *ends]):
+            if end > start:
+                whole.map(start * page, stack.push(Allocation.create(driver, ledger, (end - start) * page)))
+        whole.set_access(0, pages * page, Access.READ_WRITE)
+        yield tensor_at(whole.address, weight.shape, weight.dtype, weight.device).copy_(weight)
+        torch.cuda.synchronize()
+
+
+def methods(operands: Operands, copy: torch.Tensor, entries: list[int]) -> dict[str, Method]:
+    x, (weight,), offsets, scales = operands
+    found: dict[str, Method] = {}
+    for provider in contiguous.PROVIDERS:
+        if provider.missing() or provider.refuses(check(*operands)):
+            continue
+
+        def call(on: torch.Tensor, name: str = provider.name) -> torch.Tensor:
+            return grouped_gemm(x, on, offsets, scales=scales, provider=name)
+
+        found[provider.name] = Method(lambda call=call: call(weight))
+        found[f"{provider.name}, assembled"] = Method(lambda call=call: call(copy), provider.name, exact=True)
+    if "deep-gemm" in found:
+        found["deep-gemm, rows in place"] = Method(deep_gemm_alone(operands), "deep-gemm")
+    baseline = next(iter(found), None)
+    ours = choose(check(*operands), tensor_list.PROVIDERS, "auto").name
+    for count in entries:
+        if count > weight.shape[0]:
+            continue
+        parts = split(operands, count)
+        found[f"list of {count} ({ours})"] = Method(
+            lambda parts=parts: tensor_list_grouped_gemm(
+                parts.x, parts.weights, parts.offsets, scales=parts.scales, provider=ours
+            ),
+            f"list of 1 ({ours})" if count > 1 else "deep-gemm, rows in place" if "deep-gemm" in found else baseline,
+            exact=count > 1,
+        )
+    if baseline is not None and f"list of {SHARDS} ({ours})" in found:
+        shards = list(weight.tensor_split(SHARDS))
+
+        def merge() -> torch.Tensor:
+            torch.cat([shard.view(torch.uint8) for shard in shards], out=copy.view(torch.uint8))
+            return grouped_gemm(x, copy, offsets, scales=scales, provider=baseline)
+
+        found[f"merge {SHARDS} + {baseline}"] = Method(merge, f"list of {SHARDS} ({ours})")
+    return found
+
+
+def split(operands: Operands, count: int) -> Operands:
+    """The same operands with the weight and its scales in ``count`` tensors."""
+    scales = operands.scales
+    if scales is not None:
+        scales = type(scales)(
+            list(scales.weight[0].tensor_split(count)),
+            scales.x,
+            list(scales.weight_global[0].tensor_split(count)) if scales.weight_global else None,
+        )
+    return operands._replace(weights=list(operands.weights[0].tensor_split(count)), scales=scales)
+
+
+def deep_gemm_alone(operands: Operands) -> Callable[[], torch.Tensor]:
+    """DeepGEMM's kernel on rows and scales that already lie as it wants them; returns the first rows of its result."""
+    import deep_gemm
+
+    problem = check(*operands)
+    rows = contiguous.spread_rows(problem, deep_gemm.get_mk_alignment_for_contiguous_layout())
+    scale = deep_gemm.get_mn_major_tma_aligned_tensor(rows.scale)
+    out = rows.x.new_empty((rows.x.shape[0], problem.n), dtype=torch.bfloat16)
+    weight = (problem.weights[0], problem.weight_scales[0])
+
+    def run() -> torch.Tensor:
+        deep_gemm.m_grouped_fp8_gemm_nt_contiguous((rows.x, scale), weight, out, rows.experts)
+        return out
+
+    return run
+
+
+def measure(runs: Mapping[str, Callable[[], object]], repeats: int) -> list[dict[str, float]]:
+    """Milliseconds of each run, for every repetition after one that does not count; who is first changes."""
+    repetitions = []
+    names = list(runs)
+    for repetition in range(repeats + 1):
+        shift = repetition % len(names)
+        torch.cuda._sleep(AHEAD)
+        events = {}
+        for name in names[shift:] + names[:shift]:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            runs[name]()
+            end.record()
+            events[name] = (start, end)
+        torch.cuda.synchronize()
+        repetitions.append({name: start.elapsed_time(end) for name, (start, end) in events.items()})
+    return repetitions[1:]
+
+
+def compare(operands: Operands, found: Mapping[str, Method], repeats: int) -> Iterator[dict[str, object]]:
+    """A row for each method."""
+    some, picks = some_rows(operands, CHECKED_ROWS)
+    used = int(operands.offsets[-1])
+    checked: dict[str, dict[str, object]] = {}
+    for name, method in found.items():
+        out = method.run()
+        in_place = out.shape[0] != operands.x.shape[0]
+        same = bool(torch.equal(out[:used], found[method.compared_with].run()[:used])) if method.exact else "-"
+        checked[name] = {"error": "-" if in_place else relative_error(out[picks], some), "same bits": same}
+        del out
+    times = measure({name: method.run for name, method in found.items()}, repeats)
+    operations = 2 * used * operands.weights[0].shape[1] * operands.x.shape[1]
+    for name, method in found.items():
+        milliseconds = statistics.median(time[name] for time in times)
+        other = method.compared_with
+        yield {
+            "method": name,
+            "ms": milliseconds,
+            "TFLOP/s": operations / milliseconds / 1e9,
+            "compared with": other or "-",
+            "ratio": statistics.median(time[other] / time[name] for time in times) if other else "-",
+            **checked[name],
+        }
+
+
+def dense_rate(device: torch.device, repeats: int) -> float:
+    """TFLOP/s of torch's product of two bf16 matrices of `DENSE` rows and columns."""
+    left, right = (torch.randn(DENSE, DENSE, device=device).bfloat16() for _ in range(2))
+    times = measure({"dense": lambda: left @ right.T}, repeats)
+    return 2 * DENSE**3 / statistics.median(time["dense"] for time in times) / 1e9
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    arguments.add_argument("--formats", nargs="+", choices=FORMATS, default=["bf16"])
+    arguments.add_argument("--weights", nargs="+", choices=["w13", "w2"], default=["w13", "w2"])
+    arguments.add_argument("--tokens", nargs="+", type=int, default=[1024, 2048, 4096, 8192, 16384, 32768])
+    arguments.add_argument("--routing", nargs="+", choices=["balanced", "skewed"], default=["balanced", "skewed"])
+    arguments.add_argument("--entries", nargs="+", type=int, default=[1, 2, 4, 8])
+    arguments.add_argument("--repeats", type=int, default=11)
+    given = arguments.parse_args()
+    if given.device.type != "cuda":
+        arguments.error("the kernels compared here need a GPU: --device cuda")
+    rates = [dense_rate(given.device, given.repeats)]
+    rows: list[dict[str, object]] = []
+    for form, name, which in itertools.product(given.formats, given.models, given.weights):
+        model = MODELS[name]
+        n, k = model.weights()[which]
+        for tokens, routing in itertools.product(given.tokens, given.routing):
+            operands = random_operands(
+                FORMATS[form],
+                num_rows=tokens * model.top_k,
+                experts=[model.experts],
+                n=n,
+                k=k,
+                routing=routing,
+                device=given.device,
+            )
+            case = {"model": name, "weight": which, "format": form, "tokens": tokens, "routing": routing}
+            with assembled(operands.weights[0]) as copy:
+                compared = compare(operands, methods(operands, copy, given.entries), given.repeats)
+                rows.extend(case | row for row in compared)
+            del operands, copy
+    rates.append(dense_rate(given.device, given.repeats))
+    dense = [{"dense bf16 TFLOP/s, first": rates[0], "last": rates[1]}]
+    report(given, {"dense product of the same run": dense, "grouped GEMMs": rows})
+
+
+if __name__ == "__main__":
+    main()
