@@ -87,11 +87,11 @@ def assembled(weight: torch.Tensor) -> Iterator[torch.Tensor]:
         torch.cuda.synchronize()
 
 
-def methods(operands: Operands, copy: torch.Tensor, entries: list[int]) -> dict[str, Method]:
+def methods(operands: Operands, copy: torch.Tensor, providers: list[str], entries: list[int]) -> dict[str, Method]:
     x, (weight,), offsets, scales = operands
     found: dict[str, Method] = {}
     for provider in contiguous.PROVIDERS:
-        if provider.missing() or provider.refuses(check(*operands)):
+        if provider.name not in providers or provider.missing() or provider.refuses(check(*operands)):
             continue
 
         def call(on: torch.Tensor, name: str = provider.name) -> torch.Tensor:
@@ -213,6 +213,8 @@ def main() -> None:
     arguments.add_argument("--weights", nargs="+", choices=["w13", "w2"], default=["w13", "w2"])
     arguments.add_argument("--tokens", nargs="+", type=int, default=[1024, 2048, 4096, 8192, 16384, 32768])
     arguments.add_argument("--routing", nargs="+", choices=["balanced", "skewed"], default=["balanced", "skewed"])
+    names = [provider.name for provider in contiguous.PROVIDERS]
+    arguments.add_argument("--providers", nargs="*", choices=names, default=names, help="of those that are usable")
     arguments.add_argument("--entries", nargs="+", type=int, default=[1, 2, 4, 8])
     arguments.add_argument("--repeats", type=int, default=11)
     given = arguments.parse_args()
@@ -235,7 +237,7 @@ def main() -> None:
             )
             case = {"model": name, "weight": which, "format": form, "tokens": tokens, "routing": routing}
             with assembled(operands.weights[0]) as copy:
-                compared = compare(operands, methods(operands, copy, given.entries), given.repeats)
+                compared = compare(operands, methods(operands, copy, given.providers, given.entries), given.repeats)
                 rows.extend(case | row for row in compared)
             del operands, copy
     rates.append(dense_rate(given.device, given.repeats))

@@ -1,16 +1,7 @@
-"""The TensorList grouped GEMM for Hopper: persistent, one warp that loads (TMA), two warp groups that multiply (WGMMA).
+"""The grouped GEMM on Hopper: WGMMA, 64 rows of a tile for each of the two multiplying warp groups.
 
-[Note: Warp roles]
-    Warp group 0 gives up its registers; its first warp walks the CTA's tiles and keeps the ring of shared-memory stages
-    full with TMA. Warp groups 1 and 2 walk the same tiles, 64 rows of each tile per group, and write the result through
-    shared memory in rows of 16 bytes a thread. Nothing but the ring's barriers connects them, so the loads of the next
-    tile run while this one is being written. A tile's last rows may belong to the next expert: they are loaded and
-    multiplied, and not written.
-
-[Note: Block scales]
-    The tensor core adds up 128 numbers along K; after each such block the partial sums are multiplied by the two scales
-    and added to fp32 registers with ordinary instructions (DeepSeek-V3, arXiv 2412.19437, section 3.3.2). A tile is
-    256 wide, two weight blocks, and each half has its turn in one set of registers.
+They take over the registers of the warp group that loads. A result goes through shared memory, so that threads write it
+in pieces of 16 bytes along its rows. With block scales each half of a tile has its turn in one set of registers.
 """
 
 from collections.abc import Sequence
@@ -20,94 +11,49 @@ import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 import cutlass.utils.hopper_helpers as hopper
-from cuda.bindings.driver import CUstream
 from cutlass import Float32, Int32, Int64
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from vmm_dwdp.kernels.cute import tiles
+from vmm_dwdp.kernels.cute.grouped_gemm import (
+    BLOCK,
+    GROUP_THREADS,
+    NUM_THREADS,
+    STAGE_BYTES,
+    STAGES,
+    TILE_M,
+    TILE_N,
+    GroupedGemm,
+)
 
-TILE_M, TILE_N = 128, 256
-ROW_BYTES = 128  # of a tile's row in a stage: the widest swizzle
 STORE_N = 64  # columns that go through shared memory together
-GROUP_THREADS = 128
-NUM_THREADS = 3 * GROUP_THREADS
-STAGES = 4
 
 
-class GroupedGemmSm90:
-    """One compiled kernel for each element type and number of list entries.
+class GroupedGemmSm90(GroupedGemm):
+    """See :class:`GroupedGemm`."""
 
-    Args:
-        dtype: of activations and weights: BFloat16, Float16 or Float8E4M3FN (with block scales).
-        num_entries: tensors in the list of weights.
-    """
+    def make_tiled_mma(self) -> cute.TiledMma:
+        k_major = OperandMajorMode.K
+        shape = (64, BLOCK if self.scaled else TILE_N)
+        return hopper.make_trivial_tiled_mma(self.dtype, self.dtype, k_major, k_major, Float32, (2, 1, 1), shape)
 
-    def __init__(self, dtype: type[cutlass.Numeric], num_entries: int) -> None:
-        self.dtype = dtype
-        self.num_entries = num_entries
-        self.scaled = dtype.width == 8
-        self.out_dtype = cutlass.BFloat16 if self.scaled else dtype
-        self.tile_k = ROW_BYTES * 8 // dtype.width
-        self.mma_n = 128 if self.scaled else TILE_N
-
-    @cute.jit
-    def __call__(
-        self,
-        x: cute.Tensor,
-        weights: list[cute.Tensor],
-        offsets: cute.Tensor,
-        out: cute.Tensor,
-        x_scale: cute.Tensor | None,
-        weight_scales: Any,
-        num_ctas: Int32,
-        stream: CUstream,
-    ) -> None:
-        """Launch on ``stream``: ``x [T, K]``, ``weights[i] [E_i, N, K]``, ``offsets [E]``, ``out [T, N]``."""
-        tiled_mma = hopper.make_trivial_tiled_mma(
-            self.dtype, self.dtype, OperandMajorMode.K, OperandMajorMode.K, Float32, (2, 1, 1), (64, self.mma_n)
-        )
-        row_major = LayoutEnum.ROW_MAJOR
-        x_layout = hopper.make_smem_layout_a(row_major, (TILE_M, TILE_N, self.tile_k), self.dtype, STAGES)
-        w_layout = hopper.make_smem_layout_a(row_major, (TILE_N, TILE_M, self.tile_k), self.dtype, STAGES)
-        out_layout = hopper.make_smem_layout_epi(self.out_dtype, row_major, (TILE_M, STORE_N), 2)
-        load = cpasync.CopyBulkTensorTileG2SOp()
-        x_atom, x_tma = cpasync.make_tiled_tma_atom(
-            load, x, cute.slice_(x_layout, (None, None, 0)), (TILE_M, self.tile_k)
-        )
-        w_atoms, w_tmas = [], []
-        for weight in weights:
-            nke = cute.make_tensor(weight.iterator, cute.select(weight.layout, mode=[1, 2, 0]))
-            atom, tma = cpasync.make_tiled_tma_atom(
-                load, nke, cute.slice_(w_layout, (None, None, 0)), (TILE_N, self.tile_k)
-            )
-            w_atoms.append(atom)
-            w_tmas.append(tma)
+    def make_storage(self, x_layout: cute.ComposedLayout, w_layout: cute.ComposedLayout) -> Any:
+        out_layout = self.make_out_layout()
 
         @cute.struct
-        class SharedStorage:
+        class Storage:
             barriers: cute.struct.MemRange[Int64, 2 * STAGES]
             ends: cute.struct.MemRange[Int32, tiles.MAX_EXPERTS + 1]
             x: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(x_layout)], 1024]
             w: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(w_layout)], 1024]
             out: cute.struct.Align[cute.struct.MemRange[self.out_dtype, cute.cosize(out_layout)], 1024]
 
-        self.storage = SharedStorage
-        self.kernel(
-            x_atom,
-            x_tma,
-            w_atoms,
-            w_tmas,
-            offsets,
-            out,
-            x_scale,
-            weight_scales,
-            tiled_mma,
-            x_layout,
-            w_layout,
-            out_layout,
-        ).launch(grid=(num_ctas, 1, 1), block=(NUM_THREADS, 1, 1), min_blocks_per_mp=1, stream=stream)
+        return Storage
+
+    def make_out_layout(self) -> cute.ComposedLayout:
+        return hopper.make_smem_layout_epi(self.out_dtype, LayoutEnum.ROW_MAJOR, (TILE_M, STORE_N), 2)
 
     @cute.kernel
     def kernel(
@@ -123,26 +69,25 @@ class GroupedGemmSm90:
         tiled_mma: cute.TiledMma,
         x_layout: cute.ComposedLayout,
         w_layout: cute.ComposedLayout,
-        out_layout: cute.ComposedLayout,
     ) -> None:
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         group = cute.arch.make_warp_uniform(thread // GROUP_THREADS)
         storage = SmemAllocator().allocate(self.storage)
         ends = storage.ends.get_tensor(cute.make_layout(tiles.MAX_EXPERTS + 1))
-        stage_bytes = (TILE_M + TILE_N) * ROW_BYTES
         ring = pipeline.PipelineTmaAsync.create(
             barrier_storage=storage.barriers.data_ptr(),
             num_stages=STAGES,
             producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
             consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 2 * 4),
-            tx_count=stage_bytes,
+            tx_count=STAGE_BYTES,
             cta_layout_vmnk=cute.make_layout((1, 1, 1, 1)),
         )
         tiles_n = cute.ceil_div(out.shape[1], TILE_N)
         tiles.sum_tiles(ends, offsets, x.shape[0], TILE_M, tiles_n, NUM_THREADS)
         s_x = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
         s_w = storage.w.get_tensor(w_layout.outer, swizzle=w_layout.inner)
+        out_layout = self.make_out_layout()
         s_out = storage.out.get_tensor(out_layout.outer, swizzle=out_layout.inner)
 
         if group == 0:
@@ -154,56 +99,6 @@ class GroupedGemmSm90:
             self.multiply_tiles(
                 ring, ends, offsets, out, x_scale, ws, weight_scales, tiled_mma, s_x, s_w, s_out, tiles_n, x.shape[1]
             )
-
-    @cute.jit
-    def load_tiles(
-        self,
-        ring: pipeline.PipelineTmaAsync,
-        ends: cute.Tensor,
-        offsets: cute.Tensor,
-        x_atom: cute.CopyAtom,
-        x: cute.Tensor,
-        w_atoms: Sequence[cute.CopyAtom],
-        ws: Sequence[cute.Tensor],
-        s_x: cute.Tensor,
-        s_w: cute.Tensor,
-        tiles_n: Int32,
-    ) -> None:
-        """The loading warp: every stage of every tile of this CTA, in order."""
-        cpasync.prefetch_descriptor(x_atom)
-        for i in cutlass.range_constexpr(self.num_entries):
-            cpasync.prefetch_descriptor(w_atoms[i])
-        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, STAGES)
-        k_tiles = cute.ceil_div(x.shape[1], self.tile_k)
-        tile, _, _ = cute.arch.block_idx()
-        num_ctas, _, _ = cute.arch.grid_dim()
-        num_tiles = ends[offsets.shape[0]]
-        expert = Int32(0)
-        while tile < num_tiles:
-            expert = tiles.find_expert(ends, tile, expert)
-            row, end = tiles.rows_of(offsets, expert, x.shape[0])
-            m, n = tiles.place(tile - ends[expert], cute.ceil_div(end - row, TILE_M), tiles_n)
-            g_x = cute.local_tile(cute.domain_offset((row + m * TILE_M, 0), x), (TILE_M, self.tile_k), (0, None))
-            t_sx, t_gx = cpasync.tma_partition(
-                x_atom, 0, cute.make_layout(1), cute.group_modes(s_x, 0, 2), cute.group_modes(g_x, 0, 2)
-            )
-            first = Int32(0)
-            for i in cutlass.range_constexpr(self.num_entries):
-                last = first + ws[i].shape[2]
-                if first <= expert and expert < last:
-                    g_w = cute.local_tile(ws[i], (TILE_N, self.tile_k), (n, None, expert - first))
-                    t_sw, t_gw = cpasync.tma_partition(
-                        w_atoms[i], 0, cute.make_layout(1), cute.group_modes(s_w, 0, 2), cute.group_modes(g_w, 0, 2)
-                    )
-                    for k in cutlass.range(k_tiles, unroll=1):
-                        ring.producer_acquire(state)
-                        barrier = ring.producer_get_barrier(state)
-                        cute.copy(x_atom, t_gx[(None, k)], t_sx[(None, state.index)], tma_bar_ptr=barrier)
-                        cute.copy(w_atoms[i], t_gw[(None, k)], t_sw[(None, state.index)], tma_bar_ptr=barrier)
-                        state.advance()
-                first = last
-            tile += num_ctas
-        ring.producer_tail(state)
 
     @cute.jit
     def multiply_tiles(
@@ -287,27 +182,19 @@ class GroupedGemmSm90:
         """All stages of a tile with block scales (see [Note: Block scales]); returns the ring's state after them."""
         thread, _, _ = cute.arch.thread_idx()
         thread -= GROUP_THREADS
-        halves = TILE_N // self.mma_n
+        halves = TILE_N // BLOCK
         # A thread's accumulators lie in two rows, eight apart: registers 0 and 1 of every four in the first.
         x_scales = []
         for r in cutlass.range_constexpr(2):
             scale_row = row + thread // 32 * 16 + thread % 32 // 4 + 8 * r
             x_scales.append(x_scale[cutlass.min(scale_row, x_scale.shape[0] - 1), None])
-        w_addresses = [Int64(0) for _ in range(halves)]
-        first = Int32(0)
-        for i in cutlass.range_constexpr(self.num_entries):
-            last = first + ws[i].shape[2]
-            if first <= expert and expert < last:
-                for h in cutlass.range_constexpr(halves):
-                    block = cutlass.min(n * halves + h, weight_scales[i].shape[1] - 1)
-                    w_addresses[h] = weight_scales[i][expert - first, block, None].iterator.toint()
-            first = last
+        w_addresses = self.scale_addresses(ws, weight_scales, expert, n)
         w_scales = []
         for h in cutlass.range_constexpr(halves):
             pointer = cute.make_ptr(Float32, w_addresses[h], cute.AddressSpace.gmem, assumed_align=4)
             w_scales.append(cute.make_tensor(pointer, cute.make_layout(k_tiles)))
 
-        part = cute.make_rmem_tensor(tiled_mma.partition_shape_C((TILE_M, self.mma_n)), Float32)
+        part = cute.make_rmem_tensor(tiled_mma.partition_shape_C((TILE_M, BLOCK)), Float32)
         next_scales = cute.make_rmem_tensor((2, halves), Float32)
         for r in cutlass.range_constexpr(2):
             for h in cutlass.range_constexpr(halves):
