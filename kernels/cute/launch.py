@@ -63,7 +63,7 @@ def compile_kernel(dtype: torch.dtype, num_entries: int, arch: str) -> Callable[
     """The kernel for activations and weights of ``dtype`` and a list of ``num_entries`` weights; needs no GPU.
 
     Args:
-        arch: ``"sm_90a"``.
+        arch: ``"sm_90a"``, or ``"sm_100a"``, whose kernel has never been run.
 
     Returns:
         ``kernel(x, weights, offsets, out, x_scale, weight_scales, num_ctas)``; it launches on torch's current stream.
@@ -73,6 +73,7 @@ def compile_kernel(dtype: torch.dtype, num_entries: int, arch: str) -> Callable[
     from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
     from vmm_dwdp.kernels.cute.sm90 import GroupedGemmSm90
+    from vmm_dwdp.kernels.cute.sm100 import GroupedGemmSm100
 
     names = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16, FP8: cutlass.Float8E4M3FN}
     element = names[dtype]
@@ -97,7 +98,7 @@ def compile_kernel(dtype: torch.dtype, num_entries: int, arch: str) -> Callable[
             for _ in range(num_entries)
         ]
     compiled: Callable[..., None] = cute.compile(
-        GroupedGemmSm90(element, num_entries),
+        {"sm_90a": GroupedGemmSm90, "sm_100a": GroupedGemmSm100}[arch](element, num_entries),
         x,
         weights,
         offsets,
