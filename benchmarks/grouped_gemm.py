@@ -155,21 +155,25 @@ def deep_gemm_alone(operands: Operands) -> Callable[[], torch.Tensor]:
 
 
 def measure(runs: Mapping[str, Callable[[], object]], repeats: int) -> list[dict[str, float]]:
-    """Milliseconds of each run, for every repetition after one that does not count; who is first changes."""
+    """Milliseconds of each run in every repetition, after one that does not count.
+
+    A repetition goes through the runs forwards and then backwards, and takes the mean: a clock that drifts under the
+    card's power limit then favours nobody.
+    """
     repetitions = []
-    names = list(runs)
-    for repetition in range(repeats + 1):
-        shift = repetition % len(names)
+    for _ in range(repeats + 1):
         torch.cuda._sleep(AHEAD)
-        events = {}
-        for name in names[shift:] + names[:shift]:
+        events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runs}
+        for name in [*runs, *reversed(runs)]:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             runs[name]()
             end.record()
-            events[name] = (start, end)
+            events[name].append((start, end))
         torch.cuda.synchronize()
-        repetitions.append({name: start.elapsed_time(end) for name, (start, end) in events.items()})
+        repetitions.append(
+            {name: statistics.mean(start.elapsed_time(end) for start, end in both) for name, both in events.items()}
+        )
     return repetitions[1:]
 
 

@@ -129,10 +129,8 @@ class GroupedGemm:
         num_tiles = ends[offsets.shape[0]]
         expert = Int32(0)
         while tile < num_tiles:
-            expert = tiles.find_expert(ends, tile, expert)
-            row, end = tiles.rows_of(offsets, expert, x.shape[0])
-            m, n = tiles.place(tile - ends[expert], cute.ceil_div(end - row, TILE_M), tiles_n)
-            g_x = cute.local_tile(cute.domain_offset((row + m * TILE_M, 0), x), (TILE_M, self.tile_k), (0, None))
+            expert, row, _, n = tiles.locate(ends, offsets, tile, expert, x.shape[0], tiles_n, TILE_M)
+            g_x = cute.local_tile(cute.domain_offset((row, 0), x), (TILE_M, self.tile_k), (0, None))
             t_sx, t_gx = cpasync.tma_partition(
                 x_atom, 0, cute.make_layout(1), cute.group_modes(s_x, 0, 2), cute.group_modes(g_x, 0, 2)
             )

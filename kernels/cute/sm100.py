@@ -192,10 +192,8 @@ class GroupedGemmSm100(GroupedGemm):
         num_ctas, _, _ = cute.arch.grid_dim()
         expert = Int32(0)
         while tile < ends[offsets.shape[0]]:
-            expert = tiles.find_expert(ends, tile, expert)
-            row, end = tiles.rows_of(offsets, expert, out.shape[0])
-            m, n = tiles.place(tile - ends[expert], cute.ceil_div(end - row, TILE_M), tiles_n)
-            row += m * TILE_M + lane
+            expert, row, end, n = tiles.locate(ends, offsets, tile, expert, out.shape[0], tiles_n, TILE_M)
+            row += lane
             acc.fill(0.0)
             parts = k_tiles if cutlass.const_expr(self.scaled) else 1
             scales = Int64(0)

@@ -29,6 +29,8 @@ from vmm_dwdp.kernels.cute.grouped_gemm import (
 )
 
 STORE_N = 64  # columns that go through shared memory together
+SCALES = 4  # of a thread, for one block along K: of two rows, and of the two halves of the columns
+TURN = 3  # the first of two named barriers; store_tile has those before it
 
 
 class GroupedGemmSm90(GroupedGemm):
@@ -132,17 +134,21 @@ class GroupedGemmSm90(GroupedGemm):
         tile, _, _ = cute.arch.block_idx()
         num_ctas, _, _ = cute.arch.grid_dim()
         num_tiles = ends[offsets.shape[0]]
-        expert = Int32(0)
+        # What the next tile needs is read before this one is written, so that nothing waits for it.
+        expert = row = end = n = Int32(0)
+        scale_addresses = cute.make_rmem_tensor(SCALES, Int64)
+        scales = cute.make_rmem_tensor(SCALES, Float32)
+        if tile < num_tiles:
+            expert, row, end, n = tiles.locate(ends, offsets, tile, expert, out.shape[0], tiles_n, TILE_M)
+            if cutlass.const_expr(self.scaled):
+                self.find_scales(scale_addresses, x_scale, ws, weight_scales, expert, row, n)
+                self.read_scales(scales, scale_addresses, 0)
+        if cutlass.const_expr(self.scaled):
+            self.pass_turn_to_first(thread)
         while tile < num_tiles:
-            expert = tiles.find_expert(ends, tile, expert)
-            row, end = tiles.rows_of(offsets, expert, out.shape[0])
-            m, n = tiles.place(tile - ends[expert], cute.ceil_div(end - row, TILE_M), tiles_n)
-            row += m * TILE_M
             acc.fill(0.0)
             if cutlass.const_expr(self.scaled):
-                state = self.multiply_scaled(
-                    ring, state, tiled_mma, r_x, r_w, acc, k_tiles, x_scale, ws, weight_scales, expert, row, n
-                )
+                state = self.multiply_scaled(ring, state, tiled_mma, r_x, r_w, acc, k_tiles, scale_addresses, scales)
             else:
                 tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
                 warpgroup.fence()
@@ -159,8 +165,47 @@ class GroupedGemmSm90(GroupedGemm):
                 warpgroup.wait_group(0)
                 ring.consumer_release(release)
                 release.advance()
-            self.store_tile(tiled_mma, acc, s_out, out, row, end, n * TILE_N)
+            this_row, this_end, column = row, end, n * TILE_N
             tile += num_ctas
+            if tile < num_tiles:
+                expert, row, end, n = tiles.locate(ends, offsets, tile, expert, out.shape[0], tiles_n, TILE_M)
+                if cutlass.const_expr(self.scaled):
+                    self.find_scales(scale_addresses, x_scale, ws, weight_scales, expert, row, n)
+                    self.read_scales(scales, scale_addresses, 0)
+            self.store_tile(tiled_mma, acc, s_out, out, this_row, this_end, column)
+
+    @cute.jit
+    def find_scales(
+        self,
+        addresses: cute.Tensor,
+        x_scale: cute.Tensor,
+        ws: Sequence[cute.Tensor],
+        weight_scales: Sequence[cute.Tensor],
+        expert: Int32,
+        row: Int32,
+        n: Int32,
+    ) -> None:
+        """Where a thread's scales of a tile start: those of its two rows, eight apart, then those of the two halves."""
+        thread, _, _ = cute.arch.thread_idx()
+        thread -= GROUP_THREADS
+        for r in cutlass.range_constexpr(2):
+            scale_row = row + thread // 32 * 16 + thread % 32 // 4 + 8 * r
+            addresses[r] = x_scale[cutlass.min(scale_row, x_scale.shape[0] - 1), None].iterator.toint()
+        left, right = self.scale_addresses(ws, weight_scales, expert, n)
+        addresses[2], addresses[3] = left, right
+
+    @cute.jit
+    def read_scales(self, scales: cute.Tensor, addresses: cute.Tensor, k: Int32) -> None:
+        """Start reading the scales of the ``k``-th block."""
+        for i in cutlass.range_constexpr(SCALES):
+            pointer = cute.make_ptr(Float32, addresses[i] + k * 4, cute.AddressSpace.gmem, assumed_align=4)
+            scales[i] = cute.make_tensor(pointer, cute.make_layout(1))[0]
+
+    @cute.jit
+    def pass_turn_to_first(self, thread: Int32) -> None:
+        """The two groups take turns to issue products: while those of one run, the other adds up its last ones."""
+        if thread >= GROUP_THREADS:
+            cute.arch.barrier_arrive(barrier_id=TURN, number_of_threads=2 * GROUP_THREADS)
 
     @cute.jit
     def multiply_scaled(
@@ -172,38 +217,24 @@ class GroupedGemmSm90(GroupedGemm):
         r_w: cute.Tensor,
         acc: cute.Tensor,
         k_tiles: Int32,
-        x_scale: cute.Tensor,
-        ws: Sequence[cute.Tensor],
-        weight_scales: Sequence[cute.Tensor],
-        expert: Int32,
-        row: Int32,
-        n: Int32,
+        scale_addresses: cute.Tensor,
+        scales: cute.Tensor,
     ) -> pipeline.PipelineState:
-        """All stages of a tile with block scales (see [Note: Block scales]); returns the ring's state after them."""
-        thread, _, _ = cute.arch.thread_idx()
-        thread -= GROUP_THREADS
-        halves = TILE_N // BLOCK
-        # A thread's accumulators lie in two rows, eight apart: registers 0 and 1 of every four in the first.
-        x_scales = []
-        for r in cutlass.range_constexpr(2):
-            scale_row = row + thread // 32 * 16 + thread % 32 // 4 + 8 * r
-            x_scales.append(x_scale[cutlass.min(scale_row, x_scale.shape[0] - 1), None])
-        w_addresses = self.scale_addresses(ws, weight_scales, expert, n)
-        w_scales = []
-        for h in cutlass.range_constexpr(halves):
-            pointer = cute.make_ptr(Float32, w_addresses[h], cute.AddressSpace.gmem, assumed_align=4)
-            w_scales.append(cute.make_tensor(pointer, cute.make_layout(k_tiles)))
+        """All stages of a tile with block scales (see [Note: Block scales]); returns the ring's state after them.
 
+        ``scales`` holds those of the first block. Those of the next block are read while one is multiplied.
+        """
+        thread, _, _ = cute.arch.thread_idx()
+        group = thread // GROUP_THREADS - 1
         part = cute.make_rmem_tensor(tiled_mma.partition_shape_C((TILE_M, BLOCK)), Float32)
-        next_scales = cute.make_rmem_tensor((2, halves), Float32)
-        for r in cutlass.range_constexpr(2):
-            for h in cutlass.range_constexpr(halves):
-                next_scales[r, h] = x_scales[r][0] * w_scales[h][0]
+        factors = cute.make_rmem_tensor((2, 2), Float32)
         for k in cutlass.range(k_tiles, unroll=1):
-            scales = next_scales.load()
-            k_next = cutlass.min(k + 1, k_tiles - 1)
+            for r in cutlass.range_constexpr(2):
+                for h in cutlass.range_constexpr(2):
+                    factors[r, h] = scales[r] * scales[2 + h]
             ring.consumer_wait(state)
-            for h in cutlass.range_constexpr(halves):
+            for h in cutlass.range_constexpr(2):
+                cute.arch.barrier(barrier_id=TURN + group, number_of_threads=2 * GROUP_THREADS)
                 tiled_mma.set(warpgroup.Field.ACCUMULATE, False)
                 warpgroup.fence()
                 for b in cutlass.range_constexpr(cute.size(r_x, mode=[2])):
@@ -211,16 +242,16 @@ class GroupedGemmSm90(GroupedGemm):
                     cute.gemm(tiled_mma, part, r_x[(None, None, b, state.index)], w_half, part)
                     tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
                 warpgroup.commit_group()
+                cute.arch.barrier_arrive(barrier_id=TURN + 1 - group, number_of_threads=2 * GROUP_THREADS)
                 if cutlass.const_expr(h == 0):
-                    for r in cutlass.range_constexpr(2):
-                        for g in cutlass.range_constexpr(halves):
-                            next_scales[r, g] = x_scales[r][k_next] * w_scales[g][k_next]
+                    self.read_scales(scales, scale_addresses, cutlass.min(k + 1, k_tiles - 1))
                 warpgroup.wait_group(0)
-                if cutlass.const_expr(h == halves - 1):
+                if cutlass.const_expr(h == 1):
                     ring.consumer_release(state)
+                # A thread's sums lie in its two rows in turn, two at a time.
                 for v in cutlass.range_constexpr(cute.size(part)):
                     total = h * cute.size(part) + v
-                    acc[total] = acc[total] + part[v] * scales[v // 2 % 2 + 2 * h]
+                    acc[total] = acc[total] + part[v] * factors[v // 2 % 2, h]
             state.advance()
         return state
 

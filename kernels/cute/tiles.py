@@ -64,18 +64,21 @@ def sum_tiles(
 
 
 @cute.jit
-def find_expert(ends: cute.Tensor, tile: Int32, expert: Int32) -> Int32:
-    """The expert that ``tile`` belongs to, looking from ``expert`` on."""
+def locate(
+    ends: cute.Tensor,
+    offsets: cute.Tensor,
+    tile: Int32,
+    expert: Int32,
+    num_rows: Int32,
+    tiles_n: Int32,
+    tile_m: cutlass.Constexpr[int],
+) -> tuple[Int32, Int32, Int32, Int32]:
+    """Looking from ``expert`` on, where a tile is: its expert, first row, end of the expert's rows, place along N."""
     while tile >= ends[expert + 1]:
         expert += 1
-    return expert
-
-
-@cute.jit
-def place(tile: Int32, tiles_m: Int32, tiles_n: Int32) -> tuple[Int32, Int32]:
-    """Tile numbers along M and N of the ``tile``-th tile of an expert."""
-    band = tile // (BAND * tiles_n)
-    first = band * BAND
-    width = cutlass.min(tiles_m - first, BAND)
-    within = tile - first * tiles_n
-    return first + within % width, within // width
+    start, end = rows_of(offsets, expert, num_rows)
+    within = tile - ends[expert]
+    first = within // (BAND * tiles_n) * BAND
+    width = cutlass.min(cute.ceil_div(end - start, tile_m) - first, BAND)
+    within -= first * tiles_n
+    return expert, start + (first + within % width) * tile_m, end, within // width
