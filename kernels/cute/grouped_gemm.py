@@ -41,7 +41,11 @@ class GroupedGemm:
     Args:
         dtype: of activations and weights: BFloat16, Float16 or Float8E4M3FN (with block scales).
         num_entries: tensors in the list of weights.
+
+    Subclasses have the kernel itself, ``kernel``, a function decorated with ``cute.kernel``.
     """
+
+    kernel: Any
 
     def __init__(self, dtype: type[cutlass.Numeric], num_entries: int) -> None:
         self.dtype = dtype
@@ -65,7 +69,7 @@ class GroupedGemm:
         weights: list[cute.Tensor],
         offsets: cute.Tensor,
         out: cute.Tensor,
-        x_scale: cute.Tensor | None,
+        x_scale: Any,
         weight_scales: Any,
         num_ctas: Int32,
         stream: CUstream,
