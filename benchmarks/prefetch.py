@@ -1,0 +1,292 @@
+"""How fast layers are prefetched, how well that hides behind compute, and what it costs the launching thread.
+
+The rank under test is the first of a group whose other owners are host memory of the same process (far_owners.py). So
+the link of every figure is PCIe, from host memory to one GPU: a real copy engine, and no NVLink.
+
+link      GB/s of one large copy, of one layer's copies as they are planned, and the second divided by the first
+cost      microseconds of the launching thread for `acquire` and `release` of a layer, the medians, and the longest; at
+          the device's pace: a layer is acquired when the device has come to it
+launch    microseconds of a kernel launch, median and longest: with nothing else going on, while a layer is prefetched,
+          and while the copies of that layer are given to the driver
+overlap   milliseconds of a pass over all layers, many passes in a row, for several ratios of compute to copies: with
+          compute alone, and with both; and the second divided by the longer of compute alone and copies at link speed
+graph     the same in a CUDA graph, milliseconds to instantiate it, and microseconds to launch it
+
+Compute is products of square bf16 matrices. Figures that are compared are taken in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from common import Row, parser, report
+from far_owners import SHAPES, FarOwners
+
+from vmm_dwdp import DWDPConfig
+from vmm_dwdp.allocator.driver import Copy
+from vmm_dwdp.allocator.handles import Stream
+
+RATIOS = [0.2, 0.5, 0.8, 1.1, 1.5, 2.0, 5.0]  # of compute to copies
+PLANS = {"slices of 2 MiB": 2 << 20, "auto": "auto"}
+LAUNCHES = 20  # kernels of a layer where launching them is what is looked at
+
+
+def seconds(work: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def link(rig: FarOwners) -> dict[str, float]:
+    """GB/s of one large copy and of a layer's copies, and their ratio; medians of turns."""
+    driver, plan = rig.driver, rig.layers[0].plan
+    largest = max((piece for run in plan.streams for piece in run), key=lambda piece: len(piece.bytes))
+    owner_bytes = next(iter(rig.layers[0].layouts.values())).shard_bytes(largest.owner)
+    whole = largest._replace(weight=next(iter(rig.layers[0].layouts)), bytes=owner_bytes)
+    prepared = [driver.prepare(rig.assembly.copies(rig.layers[0], run)) for run in plan.streams]
+    large: list[Copy] = rig.assembly.copies(rig.layers[0], [whole])
+    one = driver.prepare(large)
+    streams = [Stream(driver, rig.ledger) for _ in prepared]
+
+    def fetch() -> None:
+        for stream, copies in zip(streams, prepared, strict=True):
+            driver.copy(copies, stream.stream)
+
+    rates: dict[str, list[float]] = {"one large copy": [], "planned": []}
+    for _ in range(4):
+        rates["one large copy"].append(large[0].nbytes / seconds(lambda: driver.copy(one, streams[0].stream)) / 1e9)
+        rates["planned"].append(plan.fetched_bytes / seconds(fetch) / 1e9)
+    for stream in streams:
+        stream.close()
+    middle = {name: statistics.median(values[1:]) for name, values in rates.items()}
+    return {**middle, "efficiency": middle["planned"] / middle["one large copy"]}
+
+
+def cost(rig: FarOwners, passes: int) -> dict[str, float]:
+    """Microseconds of the launching thread, at the device's pace."""
+    x = torch.zeros(1024, device="cuda")
+    stream = torch.cuda.current_stream().cuda_stream
+    acquires, releases, launches = [], [], []
+    reached = torch.cuda.Event()
+    for _ in range(passes):
+        for index in range(len(rig.layers)):
+            reached.synchronize()
+            moments = [time.perf_counter()]
+            rig.staging.acquire(index, stream, None)
+            moments.append(time.perf_counter())
+            for _ in range(LAUNCHES):
+                x.add_(1)
+            moments.append(time.perf_counter())
+            rig.staging.release(index, stream)
+            moments.append(time.perf_counter())
+            reached.record()
+            acquires.append(moments[1] - moments[0])
+            launches.append((moments[2] - moments[1]) / LAUNCHES)
+            releases.append(moments[3] - moments[2])
+    skipped = len(rig.layers)  # the first pass
+    both = [a + r for a, r in zip(acquires, releases, strict=True)][skipped:]
+    return {
+        "acquire us": statistics.median(acquires[skipped:]) * 1e6,
+        "release us": statistics.median(releases[skipped:]) * 1e6,
+        "both us": statistics.median(both) * 1e6,
+        "longest us": max(both) * 1e6,
+        "launch us": statistics.median(launches[skipped:]) * 1e6,
+    }
+
+
+def launch(rig: FarOwners, rounds: int) -> dict[str, float]:
+    """Microseconds of one kernel launch, alone and while a layer is prefetched."""
+    x = torch.zeros(1024, device="cuda")
+    stream = torch.cuda.current_stream().cuda_stream
+
+    def launches(duration: float) -> list[float]:
+        found = []
+        until = time.perf_counter() + duration
+        while (start := time.perf_counter()) < until:
+            x.add_(1)
+            end = time.perf_counter()
+            found.append((end - start) * 1e6)
+            while time.perf_counter() < end + 20e-6:
+                pass
+        return found
+
+    alone, first, rest = [], [], []
+    for index in range(rounds):
+        layer = index % len(rig.layers)
+        rig.staging.acquire(layer, stream, None)
+        torch.cuda.synchronize()  # both slots are full, and nothing is under way
+        alone += launches(0.02)
+        torch.cuda.synchronize()
+        rig.staging.release(layer, stream)
+        first += launches(0.005)
+        rest += launches(0.03)
+    return {
+        "alone median": statistics.median(alone),
+        "alone longest": max(alone),
+        "beside median": statistics.median(first + rest),
+        "beside longest": max(first + rest),
+        "beside / alone": statistics.median(first + rest) / statistics.median(alone),
+        "first 5 ms median": statistics.median(first),
+    }
+
+
+class Passes:
+    """Passes over all layers with a chosen amount of compute for each."""
+
+    def __init__(self, rig: FarOwners) -> None:
+        self.rig = rig
+        self._x = torch.randn(4096, 4096, dtype=torch.bfloat16, device="cuda")
+        self._y = torch.randn(4096, 4096, dtype=torch.bfloat16, device="cuda")
+        self._out = torch.empty_like(self._x)
+        self.products(20)
+        self.product_s = seconds(lambda: self.products(200)) / 200
+
+    def products(self, count: int) -> None:
+        for _ in range(count):
+            torch.mm(self._x, self._y, out=self._out)
+
+    def compute(self, products: int) -> None:
+        for _ in self.rig.layers:
+            self.products(products)
+
+    def run(self, products: int) -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        for index in range(len(self.rig.layers)):
+            self.rig.staging.acquire(index, stream, None)
+            self.products(products)
+            self.rig.staging.release(index, stream)
+
+
+def device_seconds(work: Callable[[], object], passes: int) -> float:
+    """Of one pass, between events on the compute stream: from the end of a pass to the end of a later one."""
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    work()
+    first.record()
+    for _ in range(passes):
+        work()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) * 1e-3 / passes
+
+
+def overlap(rig: FarOwners, link_rate: float, passes: int, turns: int) -> list[Row]:
+    """A row for each of `RATIOS`."""
+    made = Passes(rig)
+    copy_s = rig.layers[0].plan.fetched_bytes / link_rate / 1e9
+    rows = []
+    for ratio in RATIOS:
+        products = max(1, round(ratio * copy_s / made.product_s))
+        found = {"compute": [], "both": []}
+        for _ in range(turns):
+            found["compute"].append(device_seconds(lambda n=products: made.compute(n), passes))
+            found["both"].append(device_seconds(lambda n=products: made.run(n), passes))
+        compute_s, both_s = (statistics.median(found[name]) for name in ("compute", "both"))
+        copies_s = copy_s * len(rig.layers)
+        rows.append(
+            {
+                "wanted": ratio,
+                "compute / copies": compute_s / copies_s,
+                "compute ms": compute_s * 1e3,
+                "copies ms": copies_s * 1e3,
+                "both ms": both_s * 1e3,
+                "both / longer": both_s / max(compute_s, copies_s),
+            }
+        )
+    return rows
+
+
+def graph(rig: FarOwners, link_rate: float, passes: int) -> list[Row]:
+    """Captured passes with less and more compute than copies, beside eager ones."""
+    made = Passes(rig)
+    copy_s = rig.layers[0].plan.fetched_bytes / link_rate / 1e9
+    rows = []
+    for ratio in (0.5, 1.5):
+        products = max(1, round(ratio * copy_s / made.product_s))
+        eager_s = device_seconds(lambda n=products: made.run(n), passes)
+        captured = torch.cuda.CUDAGraph(keep_graph=True)
+        with torch.cuda.graph(captured):
+            made.run(products)
+        start = time.perf_counter()
+        captured.instantiate()
+        instantiated = time.perf_counter()
+        replay_s = device_seconds(captured.replay, passes)
+        launches = []
+        for _ in range(5):
+            torch.cuda.synchronize()
+            before = time.perf_counter()
+            captured.replay()
+            launches.append(time.perf_counter() - before)
+        torch.cuda.synchronize()
+        rows.append(
+            {
+                "wanted": ratio,
+                "products a layer": products,
+                "eager ms": eager_s * 1e3,
+                "replay ms": replay_s * 1e3,
+                "one layer's copies ms": copy_s * 1e3,
+                "instantiate ms": (instantiated - start) * 1e3,
+                "launch us": statistics.median(launches) * 1e6,
+            }
+        )
+    return rows
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, list[Row]]:
+    """All tables: figures of one layer with the shapes of ``--cost-shape``, those of passes with ``--shape``."""
+    tables: dict[str, list[Row]] = {"link": [], "cost": [], "launch": []}
+
+    def rank_0(shape: str, plan: str, layers: int) -> FarOwners:
+        config = DWDPConfig(group_size=arguments.group_size, slice_bytes=PLANS[plan], assembly=arguments.assembly)
+        return FarOwners(arguments.device, config, SHAPES[shape], layers)
+
+    for plan in PLANS:
+        rig = rank_0(arguments.cost_shape, plan, arguments.cost_layers)
+        tables["link"].append(about(rig, arguments.cost_shape, plan) | link(rig))
+        tables["cost"].append(about(rig, arguments.cost_shape, plan) | cost(rig, passes=4))
+        tables["launch"].append(about(rig, arguments.cost_shape, plan) | launch(rig, rounds=6))
+        rig.close()
+    for plan in PLANS:
+        rig = rank_0(arguments.shape, plan, arguments.layers)
+        rates = link(rig)
+        tables["link"].append(about(rig, arguments.shape, plan) | rates)
+        tables["cost"].append(about(rig, arguments.shape, plan) | cost(rig, passes=4))
+        tables[f"overlap, {plan}"] = overlap(rig, rates["one large copy"], arguments.passes, arguments.turns)
+        if plan == "auto":
+            tables["graph"] = graph(rig, rates["one large copy"], arguments.passes)
+        rig.close()
+    return tables
+
+
+def about(rig: FarOwners, shape: str, plan: str) -> dict[str, object]:
+    path = rig.staging.copy_path
+    return {"shape": shape, "plan": plan, "copies": path.num_copies, "streams": path.num_streams, "by": path.issued_by}
+
+
+def main() -> None:
+    arguments_of = parser(__doc__)
+    arguments_of.add_argument(
+        "--group-size", type=int, default=4, help="owners, all but one in host memory (default: 4)"
+    )
+    arguments_of.add_argument("--assembly", choices=["vmm", "tensor_list"], default="vmm")
+    arguments_of.add_argument("--shape", choices=SHAPES, default="qwen3-30b-bf16", help="of overlap and graph")
+    arguments_of.add_argument("--layers", type=int, default=8, help="of overlap and graph (default: 8)")
+    arguments_of.add_argument(
+        "--cost-shape", choices=SHAPES, default="deepseek-r1-fp8", help="of link, cost and launch"
+    )
+    arguments_of.add_argument("--cost-layers", type=int, default=4, help="of link, cost and launch (default: 4)")
+    arguments_of.add_argument("--passes", type=int, default=3, help="in a row that are timed together (default: 3)")
+    arguments_of.add_argument("--turns", type=int, default=3, help="repetitions, of which the median (default: 3)")
+    arguments = arguments_of.parse_args()
+    if arguments.device.type != "cuda":
+        arguments_of.error("there is no link to time without a GPU")
+    report(arguments, measure(arguments))
+
+
+if __name__ == "__main__":
+    main()
