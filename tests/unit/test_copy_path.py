@@ -1,0 +1,193 @@
+"""Who issues copies, what is said of it, the timing of waits, and the warning that prefetching does not pay."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from support.groups import PAGE, join, published, random_model
+
+from vmm_dwdp import DriverError, DWDPConfig
+from vmm_dwdp.allocator.handles import Ledger
+from vmm_dwdp.allocator.host_driver import HostDriver
+from vmm_dwdp.guard import PASSES, Guard
+from vmm_dwdp.issue import InlineIssuer, Issuer, ThreadIssuer, pays_to_wake_a_thread
+from vmm_dwdp.timing import PassTimer, PassTimes
+
+MODEL = random_model({number: {"w": ((8, 3000), torch.float32)} for number in range(3)})
+
+
+# -- issuers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("thread", [False, True])
+def test_jobs_run_in_order_and_a_failure_is_told_to_whoever_asks(thread: bool, ledger: Ledger) -> None:
+    issuer: Issuer = ThreadIssuer(HostDriver(PAGE), ledger) if thread else InlineIssuer()
+    ran: list[int] = []
+
+    def fail() -> None:
+        raise DriverError("copy", "INJECTED", "test")
+
+    tickets = [issuer.submit(lambda n=n: ran.append(n)) for n in range(50)]  # type: ignore[misc]
+    failed = issuer.submit(fail)
+    after = issuer.submit(lambda: ran.append(50))
+    for ticket in [*tickets, after]:
+        ticket.result()
+    assert ran == list(range(51))
+    with pytest.raises(DriverError, match="INJECTED"):
+        failed.result()
+    issuer.close()
+    issuer.close()
+
+
+def test_the_launching_thread_does_not_wait_for_jobs(ledger: Ledger) -> None:
+    issuer = ThreadIssuer(HostDriver(PAGE), ledger)
+    gate = threading.Event()
+    ticket = issuer.submit(lambda: assert_true(gate.wait(10)))
+    gate.set()  # reached although the job cannot end without it
+    ticket.result()
+    issuer.close()
+
+
+def assert_true(value: bool) -> None:
+    assert value
+
+
+def test_a_thread_that_cannot_use_the_driver_is_not_left_behind(ledger: Ledger) -> None:
+    class Refusing(HostDriver):
+        def activate(self) -> None:
+            if threading.current_thread().name == "vmm-dwdp-issue":
+                raise DriverError("activate", "INJECTED", "test")
+            super().activate()
+
+    with pytest.raises(DriverError, match="INJECTED"):
+        ThreadIssuer(Refusing(PAGE), ledger)
+
+
+def test_few_short_copies_are_not_worth_waking_a_thread() -> None:
+    assert not pays_to_wake_a_thread(2, 600 << 20)
+    assert pays_to_wake_a_thread(12, 8 << 30)
+    assert pays_to_wake_a_thread(4000, 8 << 30)
+
+
+# -- what is said ------------------------------------------------------------------------------------------------------
+
+
+def test_stats_tell_the_plan_and_why(tmp_path: Path) -> None:
+    with published(DWDPConfig(group_size=3), tmp_path / "auto", MODEL) as runtimes:
+        path = runtimes[0].stats().copy_path
+        assert path is not None
+        assert (path.plan, path.num_streams, path.num_copies) == ("streams", 2, 2)
+        assert path.issued_by == "launching thread"
+        assert "few copies do not hold up kernel launches" in path.why
+    with published(DWDPConfig(group_size=3, slice_bytes=1024), tmp_path / "slices", MODEL) as runtimes:
+        path = runtimes[0].stats().copy_path
+        assert path is not None
+        assert (path.plan, path.num_streams, path.issued_by) == ("slices", 1, "thread")
+        assert path.num_copies > 20
+        assert path.why == "slice_bytes is 1024"
+
+
+def test_one_owner_has_nobody_to_take_turns_with(tmp_path: Path) -> None:
+    runtime = join(DWDPConfig(group_size=1, host_experts=6, slice_bytes=1024), 0, tmp_path / "rendezvous", MODEL)
+    path = runtime.stats().copy_path
+    runtime.close()
+    assert path is not None
+    assert path.num_copies == 1
+
+
+# -- timing ------------------------------------------------------------------------------------------------------------
+
+
+class Clock(HostDriver):
+    """Events have the time that the test sets, and are complete up to `past`."""
+
+    def __init__(self) -> None:
+        super().__init__(PAGE)
+        self.now = 0.0
+        self.past = float("inf")
+        self.times: dict[int, float] = {}
+
+    def record(self, event: int, stream: int, *, external: bool = False) -> None:
+        self.times[event] = self.now
+
+    def complete(self, event: int) -> bool:
+        return self.times.get(event, 0.0) <= self.past
+
+    def elapsed(self, start: int, end: int) -> float:
+        return self.times[end] - self.times[start]
+
+
+def run_pass(timer: PassTimer, clock: Clock, wait_s: float, compute_s: float, num_layers: int = 3) -> None:
+    for layer in range(num_layers):
+        timer.arrive(layer, 0)
+        clock.now += wait_s
+        timer.resume(layer, 0)
+        clock.now += compute_s
+
+
+def test_waits_are_added_up_and_a_whole_pass_is_told(ledger: Ledger) -> None:
+    clock = Clock()
+    with PassTimer(clock, ledger, 3) as timer:
+        for _ in range(2):
+            run_pass(timer, clock, wait_s=2.0, compute_s=5.0)
+        assert timer.waited_s == [2.0] * 3, "the second pass is read when the third begins"
+        assert timer.latest == PassTimes(total_s=14.0, waited_s=4.0)
+        assert timer.read()
+        assert timer.waited_s == [4.0] * 3
+
+
+def test_a_pass_that_the_device_has_not_reached_is_left_untimed(ledger: Ledger) -> None:
+    clock = Clock()
+    with PassTimer(clock, ledger, 3) as timer:
+        run_pass(timer, clock, wait_s=1.0, compute_s=1.0)
+        clock.past = 0.0
+        run_pass(timer, clock, wait_s=100.0, compute_s=1.0)
+        clock.past = float("inf")
+        run_pass(timer, clock, wait_s=3.0, compute_s=1.0)
+        assert timer.read()
+        assert timer.waited_s == [4.0] * 3
+
+
+def test_a_pass_out_of_order_has_waits_and_no_total(ledger: Ledger) -> None:
+    clock = Clock()
+    with PassTimer(clock, ledger, 3) as timer:
+        for layer in (2, 1, 1):
+            timer.arrive(layer, 0)
+            clock.now += 1.0
+            timer.resume(layer, 0)
+        assert timer.read()
+        assert timer.waited_s == [0.0, 2.0, 1.0]
+        assert timer.latest is None
+
+
+# -- the guard ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_guard_speaks_once_with_numbers(caplog: pytest.LogCaptureFixture) -> None:
+    guard = Guard()
+    with caplog.at_level(logging.WARNING, "vmm_dwdp"):
+        for _ in range(PASSES + 3):
+            guard.observe(PassTimes(total_s=0.100, waited_s=0.080), tokens=500)
+    assert guard.advice == (
+        "prefetching does not pay with 500 tokens a pass: compute takes 20 ms and copies take 100 ms, of which 80% are "
+        "waited for; with about 2500 compute would hide them"
+    )
+    assert [record.message for record in caplog.records] == [guard.advice]
+
+
+def test_the_guard_waits_for_several_passes_in_a_row() -> None:
+    guard = Guard()
+    held_up, hidden = PassTimes(0.100, 0.080), PassTimes(0.100, 0.001)
+    for times in [held_up] * (PASSES - 1) + [hidden]:
+        guard.observe(PassTimes(times.total_s, times.waited_s), tokens=None)
+    for _ in range(10):
+        guard.observe(held_up, tokens=None)  # the same pass, seen again at each of its layers
+    assert guard.advice is None
+    for _ in range(PASSES - 1):
+        guard.observe(PassTimes(0.100, 0.080), tokens=None)
+    assert guard.advice is not None
+    assert "with 5.0 times as many" in guard.advice
