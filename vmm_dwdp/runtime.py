@@ -7,9 +7,9 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,19 @@ from vmm_dwdp.virtual_assembly import VirtualAssembly
 from vmm_dwdp.weight_spec import WeightSpec
 
 HOST_CREATOR: Final = 0  # the rank that creates, fills and serves the pool of host memory
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def _between_compiled(call: Call) -> Call:
+    """``torch.compile`` ends a region before ``call`` and begins another after it.
+
+    A compiler knows of no operation after which a tensor's bytes are others although nothing wrote to it: told that
+    acquire and release write to the weights, inductor copies the weights, and moves both.
+    """
+    reason = "acquire and release stand between compiled regions, in program order"
+    disabled: Call = torch.compiler.disable(call, reason=reason)
+    return disabled
 
 
 class DWDPRuntime:
@@ -226,6 +239,7 @@ class DWDPRuntime:
             self._driver.synchronize(stream.stream)
 
     # -- a pass ------------------------------------------------------------------------------------------------------
+    @_between_compiled
     def acquire(
         self,
         layer: int,
@@ -270,6 +284,7 @@ class DWDPRuntime:
             self._staging.acquire(index, self._stream(stream), tokens)
         return self._weights[mode][index]
 
+    @_between_compiled
     def release(self, layer: int, *, stream: torch.cuda.Stream | None = None) -> None:
         """All work that reads ``layer`` has been given to ``stream`` (default: the current one): fetch the next."""
         self._require_running()
