@@ -23,6 +23,11 @@ _ACCESS: Final = {
     Access.READ: cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READ,
     Access.READ_WRITE: cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
 }
+_RECORD_EXTERNAL: Final = cuda.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL
+_WAIT_EXTERNAL: Final = cuda.CUevent_wait_flags.CU_EVENT_WAIT_EXTERNAL
+_NOT_CAPTURING: Final = cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
+_SUCCESS: Final = cuda.CUresult.CUDA_SUCCESS
+_NOT_READY: Final = cuda.CUresult.CUDA_ERROR_NOT_READY
 _INVALID_VALUE: Final = cuda.CUresult.CUDA_ERROR_INVALID_VALUE.name
 _DEFAULT_STREAM: Final = 0
 # Copies. No kernel is launched while the driver takes a batch: 0.1 ms with 64, 4 ms with 4,000 (H100).
@@ -184,24 +189,22 @@ class CudaDriver:
     def destroy_event(self, event: int) -> None:
         _check(f"destroy event {event:#x}", cuda.cuEventDestroy, event)
 
+    # Calls that every layer of every pass makes: a message is put together only where it is needed.
     def record(self, event: int, stream: int, *, external: bool = False) -> None:
-        flags = cuda.CUevent_record_flags
-        flag = flags.CU_EVENT_RECORD_EXTERNAL if external else flags.CU_EVENT_RECORD_DEFAULT
-        _check(f"record event {event:#x} on stream {stream:#x}", cuda.cuEventRecordWithFlags, event, stream, flag)
+        (result,) = cuda.cuEventRecordWithFlags(event, stream, _RECORD_EXTERNAL if external else 0)
+        if result != _SUCCESS:
+            raise DriverError("cuEventRecordWithFlags", result.name, f"record event {event:#x} on stream {stream:#x}")
 
     def wait(self, stream: int, event: int, *, external: bool = False) -> None:
-        flags = cuda.CUevent_wait_flags
-        flag = flags.CU_EVENT_WAIT_EXTERNAL if external else flags.CU_EVENT_WAIT_DEFAULT
-        _check(f"make stream {stream:#x} wait for event {event:#x}", cuda.cuStreamWaitEvent, stream, event, flag)
+        (result,) = cuda.cuStreamWaitEvent(stream, event, _WAIT_EXTERNAL if external else 0)
+        if result != _SUCCESS:
+            raise DriverError("cuStreamWaitEvent", result.name, f"let stream {stream:#x} wait for event {event:#x}")
 
     def complete(self, event: int) -> bool:
-        try:
-            _check(f"look at event {event:#x}", cuda.cuEventQuery, event)
-        except DriverError as error:
-            if error.code == cuda.CUresult.CUDA_ERROR_NOT_READY.name:
-                return False
-            raise
-        return True
+        (result,) = cuda.cuEventQuery(event)
+        if result not in (_SUCCESS, _NOT_READY):
+            raise DriverError("cuEventQuery", result.name, f"look at event {event:#x}")
+        return bool(result == _SUCCESS)
 
     def elapsed(self, start: int, end: int) -> float:
         milliseconds = _check("take the time between two events", cuda.cuEventElapsedTime, start, end)
@@ -219,15 +222,19 @@ class CudaDriver:
         if prepared.batches and stream != _DEFAULT_STREAM and not self.capture(stream):
             for batch in prepared.batches:
                 result = batch.give(stream)
-                if result != cuda.CUresult.CUDA_SUCCESS:
+                if result != _SUCCESS:
                     raise DriverError("cuMemcpyBatchAsync", result.name, attempt)
         else:
             for dst, src, nbytes in prepared.copies:
                 _check(attempt, cuda.cuMemcpyAsync, dst, src, nbytes, stream)
 
     def capture(self, stream: int) -> int:
-        status, capture, *_ = _check(f"see what captures stream {stream:#x}", cuda.cuStreamGetCaptureInfo, stream)
-        return int(capture) if status != cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE else 0
+        result, status = cuda.cuStreamIsCapturing(stream)
+        if result == _SUCCESS and status == _NOT_CAPTURING:
+            return 0
+        attempt = f"see which capture stream {stream:#x} is in"
+        _, capture, *_ = _check(attempt, cuda.cuStreamGetCaptureInfo, stream)
+        return int(capture)
 
     def synchronize(self, stream: int | None = None) -> None:
         if stream is None:
@@ -246,6 +253,6 @@ def _host_location(numa_node: int) -> cuda.CUmemLocation:
 def _check(attempt: str, call: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
     """Make the call; its value, or a tuple where there is not one. Raises `DriverError` unless it returns success."""
     result, *values = call(*arguments)
-    if result != cuda.CUresult.CUDA_SUCCESS:
+    if result != _SUCCESS:
         raise DriverError(call.__name__, result.name, attempt)
     return values[0] if len(values) == 1 else tuple(values)

@@ -45,7 +45,7 @@ def _between_compiled(call: Call) -> Call:
     acquire and release write to the weights, inductor copies the weights, and moves both.
     """
     reason = "acquire and release stand between compiled regions, in program order"
-    disabled: Call = torch.compiler.disable(call, reason=reason)
+    disabled: Call = torch.compiler.disable(call, reason=reason)  # type: ignore[no-untyped-call]
     return disabled
 
 
