@@ -79,9 +79,9 @@ def from_pretrained(
     with Checkpoint(Path(path)) as checkpoint:
         described = _read_config(checkpoint.directory)
         model_class = model_class or _class_named_by(described, checkpoint.directory)
-        model, experts, sources = _load_replicated(model_class, checkpoint, torch.device(device), kwargs)
         runtime = DWDPRuntime(config, rank, device, rendezvous, driver=driver)
         with _closed_on_failure(runtime):
+            model, experts, sources = _load_replicated(model_class, checkpoint, runtime.device, kwargs)
             _spread(model, experts, runtime, lambda parameter, expert: sources[parameter].read(expert), timeout)
     return model
 
