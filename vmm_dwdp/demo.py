@@ -232,7 +232,10 @@ def _reference(path: Path, device: str, prompts: list[str]) -> list[Generated]:
     """What the whole model makes of each prompt."""
     import transformers
 
+    from vmm_dwdp.integrations.transformers_experts import align_experts
+
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device).eval()
+    align_experts(model)
     text = _Text.of(path, model)
     return [_generate(model, text, prompt) for prompt in prompts]
 

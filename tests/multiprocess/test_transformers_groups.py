@@ -12,12 +12,13 @@ import pytest
 import torch
 import transformers
 from support.groups import PAGE
-from support.moe_models import FAMILIES, align_experts, logits, prompt, tiny_model
+from support.moe_models import FAMILIES, logits, prompt, tiny_model
 
 from vmm_dwdp import DWDPConfig, DWDPRuntime
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.checkpoint import Checkpoint
 from vmm_dwdp.integrations.transformers import attach, from_pretrained
+from vmm_dwdp.integrations.transformers_experts import align_experts
 from vmm_dwdp.testing import run_group
 
 GROUPS = [
@@ -36,7 +37,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for family in FAMILIES:
         model = tiny_model(family)
         model.save_pretrained(root / family)
-        whole = align_experts(type(model).from_pretrained(root / family))
+        whole = type(model).from_pretrained(root / family)
+        align_experts(whole)
         torch.save(logits(whole), root / f"{family}.logits")
     return root
 

@@ -9,8 +9,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from vmm_dwdp.integrations.transformers_experts import find_experts
-
 NUM_EXPERTS = 7  # a prime, and with these sizes no expert is a multiple of a page
 SIZES = {
     "vocab_size": 64,
@@ -96,16 +94,3 @@ def prompt(device: str | torch.device = "cpu") -> Tensor:
 def logits(model: PreTrainedModel) -> Tensor:
     out: Tensor = model(prompt(model.device), use_cache=False).logits
     return out
-
-
-def align_experts(model: PreTrainedModel) -> PreTrainedModel:
-    """Move the experts of a whole model to memory of their own.
-
-    transformers leaves a parameter that needs no conversion in the mapped file, at any address, and a CPU kernel may
-    round in another way at such an address than at the start of a page, where an assembled tensor is.
-    """
-    for experts in find_experts(model):
-        for name in experts.weights:
-            parameter = experts.module.get_parameter(name)
-            parameter.data = parameter.data.clone()
-    return model

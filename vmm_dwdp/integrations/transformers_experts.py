@@ -70,6 +70,18 @@ def find_experts(model: Module) -> list[ExpertsModule]:
     return found
 
 
+def align_experts(model: Module) -> None:
+    """Move the experts of a whole model to memory of their own, so that its bits can be compared on a CPU.
+
+    transformers leaves a parameter that needs no conversion in the mapped file, at any address, and a CPU kernel may
+    round in another way at such an address than at the start of a page, where an assembled tensor is.
+    """
+    for experts in find_experts(model):
+        for name in experts.weights:
+            parameter = experts.module.get_parameter(name)
+            parameter.data = parameter.data.clone()
+
+
 class SpreadExperts:
     """One experts module and its layer in the runtime; see [Note: Spread experts].
 
