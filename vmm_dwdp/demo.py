@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
+import logging
 import tempfile
 import textwrap
 import time
@@ -38,6 +40,7 @@ MODEL: Final = Path(__file__).parent / "models" / "bytes-moe"
 HOST_GRANULARITY: Final = 4 << 10  # the model is smaller than a page of 2 MiB per weight and layer
 LARGE_WEIGHT: Final = 64 << 20  # bytes per weight and layer from which a group's shares fill pages on any GPU
 NEW_TOKENS: Final = 96
+RANDOM_NEW_TOKENS: Final = 16  # of a model with random weights, whose text nobody reads
 STEPS: Final = ("starting", "loading", "generating", "done")
 PROMPTS: Final = (
     "It is a truth universally acknowledged, that",
@@ -57,7 +60,7 @@ class Generated:
 
     prompt: str
     text: str
-    logits: npt.NDArray[np.float32]  # [NEW_TOKENS, vocabulary]: of every generated token, as `generate` saw them
+    logits: npt.NDArray[np.float32]  # [new tokens, vocabulary]: of every generated token, as `generate` saw them
     seconds: float
 
     def same(self, other: Generated) -> bool:
@@ -72,7 +75,8 @@ class Job:
     config: DWDPConfig
     device: str  # "cpu" or "cuda"
     granularity: int | None
-    prompts: tuple[str, ...]  # rank r takes the r-th, from the start again where there are fewer
+    prompts: tuple[str, ...]  # by rank
+    new_tokens: int
     directory: Path  # private to the group
 
 
@@ -97,7 +101,7 @@ class RankResult:
             hits=self.stats.hits,
             misses=self.stats.misses,
             exposed_wait_s=round(self.stats.exposed_wait_s, 6),
-            tokens_per_s=round(NEW_TOKENS / self.generated.seconds, 1),
+            tokens_per_s=round(len(self.generated.logits) / self.generated.seconds, 1),
             identical=self.generated.same(expected),
             prompt=self.generated.prompt,
             continuation=self.generated.text,
@@ -153,7 +157,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-local-experts", type=int, help="experts each rank holds of every layer (just enough)")
     parser.add_argument("--prefetch-depth", type=int, help="layers whose experts are fetched ahead (2)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
-    parser.add_argument("--prompt", action="append", help="may be repeated: rank r takes the r-th")
+    parser.add_argument("--prompt", action="append", help="may be repeated: one for each rank")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
@@ -161,16 +165,18 @@ def run(arguments: argparse.Namespace) -> int:
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    _quiet_transformers()
-    config = _config(arguments)
-    prompts = tuple(arguments.prompt or PROMPTS)
+    _quiet()
+    config = config_from(arguments)
+    prompts = tuple(itertools.islice(itertools.cycle(arguments.prompt or PROMPTS), config.group_size))
     reports = []
     with _models(arguments.model, config, device) as models:
         for model in models:
-            report = compare(model, config, device, prompts, shown=not arguments.json)
+            given = model == arguments.model
+            new_tokens = NEW_TOKENS if given else RANDOM_NEW_TOKENS
+            report = compare(model, config, device, prompts, new_tokens, shown=not arguments.json)
             reports.append(report)
             if not arguments.json:
-                _print(report, with_text=model == arguments.model)
+                _print(report, with_text=given)
     if arguments.json:
         print(json.dumps(dataclasses.asdict(reports[-1])))
     staged = config.mode == "staged"  # read in place, nothing is fetched
@@ -180,17 +186,22 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def compare(model: Path, config: DWDPConfig, device: str, prompts: tuple[str, ...], *, shown: bool) -> Report:
-    """Run the whole model and then the group. Progress is drawn if ``shown``; nothing stays allocated."""
+def compare(
+    model: Path, config: DWDPConfig, device: str, prompts: tuple[str, ...], new_tokens: int, *, shown: bool
+) -> Report:
+    """Run the whole model and then the group, each rank with its prompt of ``prompts``.
+
+    Progress is drawn if ``shown``. Nothing stays allocated.
+    """
     start = time.monotonic()
     if device == "cpu":
         torch.set_num_threads(1)  # another number rounds sums differently; the ranks take this one over
     driver = open_driver(torch.device(device)).name
     with working("running the whole model", shown=shown):
-        expected = _reference(model, device, [prompts[rank % len(prompts)] for rank in range(config.group_size)])
+        expected = _reference(model, device, prompts, new_tokens)
     with tempfile.TemporaryDirectory(prefix="vmm-dwdp-") as folder:
         granularity = HOST_GRANULARITY if device == "cpu" else None
-        job = Job(model, config, device, granularity, prompts, Path(folder))
+        job = Job(model, config, device, granularity, prompts, new_tokens, Path(folder))
         with group_progress(job.directory, config.group_size, STEPS, shown=shown):
             results = run_group(functools.partial(_run_rank, job), config.group_size, device)
     ranks = [result.compared(rank, expected[rank]) for rank, result in enumerate(results)]
@@ -210,7 +221,7 @@ def _run_rank(job: Job, rank: int) -> RankResult:
     """One process of the group: what it saw, what it generated, and what was left open after close."""
     from vmm_dwdp.integrations.transformers import from_pretrained
 
-    _quiet_transformers()
+    _quiet()
     report_step(job.directory, rank, "loading")
     device = f"cuda:{torch.cuda.current_device()}" if job.device == "cuda" else "cpu"
     driver = open_driver(torch.device(device), job.granularity)
@@ -219,16 +230,16 @@ def _run_rank(job: Job, rank: int) -> RankResult:
     )
     try:
         report_step(job.directory, rank, "generating")
-        generated = _generate(model, _Text.of(job.model, model), job.prompts[rank % len(job.prompts)])
+        generated = _generate(model, _Text.of(job.model, model), job.prompts[rank], job.new_tokens)
         stats = model.dwdp.stats()
-        held = len(model.dwdp.local_experts(next(iter(stats.layers))))
+        held = len(model.dwdp.local_experts(0))
     finally:
         ledger = model.dwdp.close()
     report_step(job.directory, rank, "done")
     return RankResult(device, held, stats, generated, ledger.counts())
 
 
-def _reference(path: Path, device: str, prompts: list[str]) -> list[Generated]:
+def _reference(path: Path, device: str, prompts: tuple[str, ...], new_tokens: int) -> list[Generated]:
     """What the whole model makes of each prompt."""
     import transformers
 
@@ -237,7 +248,7 @@ def _reference(path: Path, device: str, prompts: list[str]) -> list[Generated]:
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device).eval()
     align_experts(model)
     text = _Text.of(path, model)
-    return [_generate(model, text, prompt) for prompt in prompts]
+    return [_generate(model, text, prompt, new_tokens) for prompt in prompts]
 
 
 class _Text:
@@ -266,8 +277,8 @@ class _Text:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def _generate(model: Any, text: _Text, prompt: str) -> Generated:
-    """Continue ``prompt`` by `NEW_TOKENS` tokens as the model's generation config says, from a fixed seed."""
+def _generate(model: Any, text: _Text, prompt: str, new_tokens: int) -> Generated:
+    """Continue ``prompt`` by exactly ``new_tokens`` as the model's generation config says, from a fixed seed."""
     tokens = text.encode(prompt)
     if not tokens:
         raise ConfigError("the prompt is empty")
@@ -277,8 +288,8 @@ def _generate(model: Any, text: _Text, prompt: str) -> Generated:
     output = model.generate(
         inputs,
         attention_mask=torch.ones_like(inputs),
-        min_new_tokens=NEW_TOKENS,
-        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
         return_dict_in_generate=True,
         output_logits=True,
     )
@@ -287,7 +298,8 @@ def _generate(model: Any, text: _Text, prompt: str) -> Generated:
     return Generated(prompt, text.decode(made), torch.cat(output.logits).float().cpu().numpy(), seconds)
 
 
-def _config(arguments: argparse.Namespace) -> DWDPConfig:
+def config_from(arguments: argparse.Namespace) -> DWDPConfig:
+    """The config file, or the default group of four, with the options that were given in place of its values."""
     config = DWDPConfig.from_yaml(arguments.config) if arguments.config else DWDPConfig(group_size=4)
     names = ("group_size", "num_local_experts", "prefetch_depth")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
@@ -352,10 +364,11 @@ def _save_random_model(folder: Path, device: str) -> None:
     model.save_pretrained(folder)
 
 
-def _quiet_transformers() -> None:
-    """Its progress bars and its advice would be printed by every rank."""
+def _quiet() -> None:
+    """Progress bars and advice would be printed by every rank."""
     import transformers
 
+    logging.getLogger("vmm_dwdp").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

@@ -44,17 +44,6 @@ def test_group_of_one_fetches_nothing_and_fails(capsys: pytest.CaptureFixture[st
     assert status == 1
 
 
-def test_config_file_is_taken_and_options_go_before_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "dwdp.yaml"
-    file.write_text("group_size: 3\nnum_local_experts: 8\n")
-
-    status, report = run_demo(capsys, "--config", str(file), "--group-size", "2", "--prompt", "My dear")
-
-    assert status == 0
-    assert [rank["experts_held"] for rank in report["ranks"]] == [8, 8]
-    assert [rank["prompt"] for rank in report["ranks"]] == ["My dear", "My dear"]
-
-
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -73,3 +62,23 @@ def test_what_cannot_be_is_one_sentence(
     assert sentence in printed.err
     assert len(printed.err.splitlines()) == 1
     assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        pytest.param("mode: in_place\nprefetch_depth: 0\n", id="in place"),
+        pytest.param("assembly: tensor_list\n", id="tensor list"),
+        pytest.param("host_experts: 5\nprefetch_depth: 4\n", id="host memory"),
+    ],
+)
+def test_every_kind_of_config_is_identical(stated: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "dwdp.yaml"
+    file.write_text("group_size: 2\n" + stated)
+
+    status, report = run_demo(capsys, "--config", str(file), "--prompt", "My dear")
+
+    assert status == 0
+    assert report["identical"] is True
+    assert [rank["experts_held"] for rank in report["ranks"]] == ([6, 6] if "host" in stated else [8, 8])
+    assert [rank["prompt"] for rank in report["ranks"]] == ["My dear", "My dear"]

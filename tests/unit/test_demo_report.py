@@ -1,12 +1,25 @@
-"""When the demo is satisfied, and when it is not."""
+"""What the demo is told, and when it is satisfied."""
 
+import argparse
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vmm_dwdp import demo
+from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.demo import Generated, Report
 from vmm_dwdp.demo import RankReport as Rank
+
+
+def test_options_go_before_the_config_file(tmp_path: Path) -> None:
+    DWDPConfig(group_size=3, num_local_experts=8, host_experts=2).to_yaml(tmp_path / "dwdp.yaml")
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    arguments = parser.parse_args(["--config", str(tmp_path / "dwdp.yaml"), "--group-size", "2"])
+
+    assert demo.config_from(arguments) == DWDPConfig(group_size=2, num_local_experts=8, host_experts=2)
 
 
 @pytest.fixture
