@@ -140,12 +140,22 @@ class Descriptor(_Counted):
         super().__init__(ledger, "descriptors", label or f"descriptor {fd}")
         self.fd = fd
 
+    def duplicate(self) -> Descriptor:
+        """Another descriptor of the same file, which the caller owns."""
+        try:
+            return Descriptor(self._ledger, os.dup(self.fd), self.label)
+        except OSError as error:
+            raise _failure("dup", error, f"duplicate {self.label}") from error
+
     def _undo(self) -> None:
         try:
             os.close(self.fd)
         except OSError as error:
-            code = errno.errorcode.get(error.errno or 0, str(error))
-            raise DriverError("close", code, f"close {self.label}") from error
+            raise _failure("close", error, f"close {self.label}") from error
+
+
+def _failure(call: str, error: OSError, attempt: str) -> DriverError:
+    return DriverError(call, errno.errorcode.get(error.errno or 0, str(error)), attempt)
 
 
 class Allocation(_Counted):

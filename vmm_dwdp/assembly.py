@@ -72,12 +72,26 @@ class Assembly(abc.ABC):
     def shard(self, layer: Layer, weight: str, owner: Owner) -> torch.Tensor:
         """``[n, ...]``: the experts that ``owner`` holds, in the memory of this rank, which is taken if need be."""
 
-    @abc.abstractmethod
     def shares(self, owner: Owner) -> list[Share]:
-        """The memory of all of ``owner``'s shards, which this rank holds, in an order that all ranks know.
+        """The memory of all of ``owner``'s shards, in an order that all ranks know: this rank's own, or what another
+        rank gave it, so that a survivor can serve the memory of the dead.
 
         Descriptors in it belong to the caller.
         """
+        if owner not in self._received:
+            return self._export(owner)
+        shares: list[Share] = []
+        try:
+            for share in self._received[owner]:
+                shares.append(share.duplicate() if isinstance(share, Descriptor) else share)  # noqa: PERF401
+        except BaseException:
+            close_shares(shares)
+            raise
+        return shares
+
+    @abc.abstractmethod
+    def _export(self, owner: Owner) -> list[Share]:
+        """`shares` of memory that this rank created."""
 
     @abc.abstractmethod
     def num_shares(self, owner: Owner) -> int:
@@ -85,14 +99,25 @@ class Assembly(abc.ABC):
 
     def attach(self, owner: Owner, shares: Sequence[Share]) -> None:
         """Make another owner's memory readable; takes over ``shares``, and keeps them for a rank that comes back."""
-        for share in shares:
-            if isinstance(share, Descriptor):
-                self._resources.push(share)
-        self._received[owner] = list(shares)
+        self._keep(owner, shares)
         self._attach(owner, shares)
 
     @abc.abstractmethod
     def _attach(self, owner: Owner, shares: Sequence[Share]) -> None: ...
+
+    def adopt(self, owner: Owner, shares: Sequence[Share]) -> None:
+        """Make memory that this rank had created before it died its own again; takes over ``shares``."""
+        self._keep(owner, shares)
+        self._adopt(owner, shares)
+
+    @abc.abstractmethod
+    def _adopt(self, owner: Owner, shares: Sequence[Share]) -> None: ...
+
+    def _keep(self, owner: Owner, shares: Sequence[Share]) -> None:
+        for share in shares:
+            if isinstance(share, Descriptor):
+                self._resources.push(share)
+        self._received[owner] = list(shares)
 
     @abc.abstractmethod
     def build(self) -> None:

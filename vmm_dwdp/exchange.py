@@ -62,7 +62,7 @@ class Exchange:
         self._listener: socket.socket | None = None
         self._clients: dict[_CountedThread, socket.socket] = {}
         self._changed = threading.Condition()  # guards `_clients` and `_published`
-        self._failure: DWDPError | None = None  # of an answer to another rank, which can publish as little as this one
+        self._failure: DWDPError | None = None  # why another rank cannot publish with this one, nor this one with it
         self._published: set[int] = set()
         self._met: set[int] = set()  # ranks that have answered: if one is not there any more, it has left
 
@@ -225,6 +225,8 @@ class Exchange:
             if request is None:
                 return
             answer: dict[str, Any] = {"error": self._refusal(request)}
+            if answer["error"] is not None:
+                self._failure = ExchangeError(f"rank {request.get('rank')} cannot be answered: {answer['error']}")
             if answer["error"] is None and request["ask"] == "shares":
                 try:
                     shares = self._shares(request["owner"])
@@ -257,7 +259,7 @@ class Exchange:
         if request.get("version") != PROTOCOL_VERSION:
             return f"it speaks version {PROTOCOL_VERSION} of the protocol, not {request.get('version')!r}"
         if request.get("fingerprint") != self._fingerprint:
-            return "its config or its layers differ from those of the rank that asks"
+            return "the configs or the layers of the two ranks differ"
         if not isinstance(request.get("rank"), int):
             return "the request does not say which rank asks"
         if request.get("ask") not in get_args(Ask):

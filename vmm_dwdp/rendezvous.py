@@ -74,9 +74,11 @@ class Rendezvous:
             raise ExchangeError(f"{path} is not a token of {TOKEN_NBYTES} bytes")
         return token
 
-    def leave(self, rank: int) -> None:
-        """Remove this rank's socket; the last rank also removes the token, and a directory made for the group."""
-        self.socket_path(rank).unlink(missing_ok=True)
+    def leave(self, rank: int | None) -> None:
+        """Remove the socket of ``rank``, unless this process never listened at one (``None``); the last to leave also
+        removes the token, and a directory made for the group."""
+        if rank is not None:
+            self.socket_path(rank).unlink(missing_ok=True)
         try:
             if {entry.name for entry in os.scandir(self.directory)} <= {_TOKEN_FILE}:
                 (self.directory / _TOKEN_FILE).unlink(missing_ok=True)

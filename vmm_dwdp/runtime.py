@@ -21,7 +21,7 @@ from vmm_dwdp.allocator.numa import numa_nodes
 from vmm_dwdp.allocator.probe import refusal
 from vmm_dwdp.assembly import Assembly, Share, Weights
 from vmm_dwdp.config import DWDPConfig, Mode
-from vmm_dwdp.errors import ConfigError, DWDPError, StateError
+from vmm_dwdp.errors import ConfigError, DWDPError, ExchangeError, StateError
 from vmm_dwdp.exchange import Exchange
 from vmm_dwdp.layer import Layer, describe_layer
 from vmm_dwdp.limits import allow_descriptors
@@ -178,16 +178,62 @@ class DWDPRuntime:
             self._driver.synchronize()  # what the caller copied into the shards is there before anybody reads it
             self._exchange = Exchange(self._rendezvous, self.ledger, self.rank, self._fingerprint(), self._shares)
             self._exchange.serve()
-            self._attach_others(self._exchange, deadline)
+            for owner in self._other_owners():
+                holder = HOST_CREATOR if owner == HOST else owner
+                shares = self._exchange.collect(owner, holder, self._assembly.num_shares(owner), deadline)
+                self._assembly.attach(owner, shares)
             self._assembly.build()
             self._fill_edges()
-            others = [rank for rank in range(self.config.group_size) if rank != self.rank]
-            self._exchange.agree_published(others, deadline)
-            for mode in self._modes:
-                self._weights[mode] = [self._assembly.weights(described, mode) for described in self._layers]
-            if self.config.prefetch_depth:
-                self._staging = Staging(self._driver, self.ledger, self._assembly, self._layers, self.config)
-            self._published = True
+            self._exchange.agree_published(self._others, deadline)
+            self._start()
+
+    def rejoin(self, timeout: float = 60.0) -> None:
+        """Instead of filling shards and `publish`: take the place of a rank of the same number that has died.
+
+        A living rank hands over the dead one's memory, filled as it was; nothing is read from a checkpoint, and the
+        others go on meanwhile. If it raises, the runtime is closed and nothing stays allocated.
+
+        Raises:
+            ConfigError: there is no layer.
+            ExchangeError: no living rank holds what this rank needs, or their configs or layers differ.
+            StateError: a rank of this number is alive; or published before; or with ``assembly: tensor_list``, whose
+                memory goes with the process that created it.
+        """
+        self._require_setup("rejoin")
+        if not self._layers:
+            raise ConfigError("rejoin needs at least one layer")
+        deadline = time.monotonic() + timeout
+        with self._closed_on_failure():
+            self._check_limits()
+            exchange = Exchange(self._rendezvous, self.ledger, self.rank, self._fingerprint(), self._shares)
+            if exchange.alive(self.rank):
+                raise StateError(f"rank {self.rank} is alive: only a rank that has died can rejoin")
+            for owner in self.held_owners:
+                self._assembly.adopt(owner, self._collect_from_anybody(exchange, owner, deadline))
+            for owner in self._other_owners():
+                self._assembly.attach(owner, self._collect_from_anybody(exchange, owner, deadline))
+            self._assembly.build()
+            self._start()
+            self._exchange = exchange
+            exchange.serve()
+
+    def _collect_from_anybody(self, exchange: Exchange, owner: Owner, deadline: float) -> list[Share]:
+        """The shares of ``owner`` from any living rank: all of them keep what they were given."""
+        for rank in self._others:
+            if exchange.alive(rank):
+                return exchange.collect(owner, rank, self._assembly.num_shares(owner), deadline)
+        raise ExchangeError(f"no other rank is alive at {self._rendezvous.directory}: the group must be loaded again")
+
+    @property
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.config.group_size) if rank != self.rank]
+
+    def _start(self) -> None:
+        for mode in self._modes:
+            self._weights[mode] = [self._assembly.weights(described, mode) for described in self._layers]
+        if self.config.prefetch_depth:
+            self._staging = Staging(self._driver, self.ledger, self._assembly, self._layers, self.config)
+        self._published = True
 
     @property
     def _modes(self) -> tuple[Mode, ...]:
@@ -223,12 +269,6 @@ class DWDPRuntime:
         group_size = self.config.group_size
         owners: list[Owner] = [*((self.rank + turn) % group_size for turn in range(1, group_size)), HOST]
         return [owner for owner in owners if owner not in self.held_owners and self._assembly.num_shares(owner)]
-
-    def _attach_others(self, exchange: Exchange, deadline: float) -> None:
-        for owner in self._other_owners():
-            holder = HOST_CREATOR if owner == HOST else owner
-            shares = exchange.collect(owner, holder, self._assembly.num_shares(owner), deadline)
-            self._assembly.attach(owner, shares)
 
     def _fill_edges(self) -> None:
         """Copy the neighbours' bytes that share a page with this rank's own; they stay there for good."""
@@ -340,7 +380,7 @@ class DWDPRuntime:
         """For every other rank, whether it answers now."""
         self._require_running()
         assert self._exchange is not None
-        return {rank: self._exchange.alive(rank) for rank in range(self.config.group_size) if rank != self.rank}
+        return {rank: self._exchange.alive(rank) for rank in self._others}
 
     # -- the end -----------------------------------------------------------------------------------------------------
     def close(self) -> Ledger:
@@ -353,7 +393,7 @@ class DWDPRuntime:
         self._closed = True
         self._weights = {}
         if self._exchange is None:
-            self._rendezvous.leave(self.rank)
+            self._rendezvous.leave(None)
         else:
             self._exchange.close()
         if self._staging is not None:

@@ -15,7 +15,7 @@ from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Ledger, PlainMemory
 from vmm_dwdp.assembly import Assembly, Share, Weights
 from vmm_dwdp.config import Mode
-from vmm_dwdp.errors import ExchangeError
+from vmm_dwdp.errors import ExchangeError, StateError
 from vmm_dwdp.layer import Layer
 from vmm_dwdp.placement import Owner
 from vmm_dwdp.tensor_memory import TensorMemory
@@ -53,7 +53,7 @@ class TensorListAssembly(Assembly):
         self._ranges.append(memory)
         return memory
 
-    def shares(self, owner: Owner) -> list[Share]:
+    def _export(self, owner: Owner) -> list[Share]:
         return [
             self._own[layer.number, weight].memory.token()
             for layer, weight in self._weights_of_layers()
@@ -75,6 +75,9 @@ class TensorListAssembly(Assembly):
             nbytes = len(layer.layouts[weight].shard_bytes(owner))
             memory = PlainMemory.open(self._driver, self._ledger, token, nbytes, label)
             self._views[layer.number, weight, owner] = self._resources.push(memory)
+
+    def _adopt(self, owner: Owner, shares: Sequence[Share]) -> None:
+        raise StateError("assembly: tensor_list cannot rejoin: its memory is gone with the process that created it")
 
     def build(self) -> None:
         for slot, layers in enumerate(self._layers_of_slot()):

@@ -85,21 +85,27 @@ class VirtualAssembly(Assembly):
     def _take(self, layer: Layer, weight: str, owner: Owner) -> None:
         """Physical memory for one shard, mapped where this rank addresses it."""
         layout = layer.layouts[weight]
-        label = _label(layer, weight, owner)
         location = self._host_location if owner == HOST else DEVICE
         tiles = []
         for tile in layout.tiles_of(owner):
             nbytes = len(tile.pages) * layout.granularity
+            label = _label(layer, weight, owner)
             allocation = Allocation.create(self._driver, self._ledger, nbytes, location, self._handle_type, label)
             tiles.append(self._resources.push(allocation))
-            self.resident_nbytes += nbytes
+        self._hold(layer, weight, owner, tiles)
+
+    def _hold(self, layer: Layer, weight: str, owner: Owner, tiles: list[Allocation]) -> None:
+        """Map a shard that this rank holds where it addresses it, to be written."""
+        layout = layer.layouts[weight]
+        label = _label(layer, weight, owner)
+        self.resident_nbytes += sum(tile.nbytes for tile in tiles)
         if owner == self.rank:
             memory = self._reserve(layout.num_pages * layout.granularity, f"layer {layer.number}, {weight}")
             self._own[layer.number, weight] = memory
             _map(memory, layout.resident_bytes(owner), tiles, Access.READ_WRITE)
         elif tiles:
             view = self._view(layout, owner, tiles, Access.READ_WRITE, label, torch.device("cpu"))
-            self._driver.allow_cpu(view.memory.address, view.memory.nbytes, location)
+            self._driver.allow_cpu(view.memory.address, view.memory.nbytes, self._host_location)
             self._views[layer.number, weight, owner] = view
         self._tiles[layer.number, weight, owner] = tiles
 
@@ -123,7 +129,7 @@ class VirtualAssembly(Assembly):
         _map(memory, span, tiles, access)
         return memory
 
-    def shares(self, owner: Owner) -> list[Share]:
+    def _export(self, owner: Owner) -> list[Share]:
         assert self._handle_type is not None, "a group of one has nobody to share with"
         shares: list[Share] = []
         try:
@@ -139,19 +145,30 @@ class VirtualAssembly(Assembly):
         return sum(len(layer.layouts[weight].tiles_of(owner)) for layer, weight in self._weights_of_layers())
 
     def _attach(self, owner: Owner, shares: Sequence[Share]) -> None:
-        assert self._handle_type is not None, "a group of one has nobody to attach"
+        for layer, weight, tiles in self._imported(owner, shares):
+            self._tiles[layer.number, weight, owner] = tiles
+            if tiles:
+                label = _label(layer, weight, owner)
+                view = self._view(layer.layouts[weight], owner, tiles, Access.READ, label)
+                self._views[layer.number, weight, owner] = view
+
+    def _adopt(self, owner: Owner, shares: Sequence[Share]) -> None:
+        for layer, weight, tiles in self._imported(owner, shares):
+            self._hold(layer, weight, owner, tiles)
+
+    def _imported(self, owner: Owner, shares: Sequence[Share]) -> Iterator[tuple[Layer, str, list[Allocation]]]:
+        """What `shares` of another process becomes here: the tiles of every weight."""
+        assert self._handle_type is not None, "a group of one has nobody to import from"
         remaining = iter(shares)
         for layer, weight in self._weights_of_layers():
-            layout, label = layer.layouts[weight], _label(layer, weight, owner)
+            label = _label(layer, weight, owner)
             tiles = []
-            for tile in layout.tiles_of(owner):
-                nbytes = len(tile.pages) * layout.granularity
+            for tile in layer.layouts[weight].tiles_of(owner):
+                nbytes = len(tile.pages) * self.granularity
                 share = next(remaining)
                 allocation = Allocation.import_(self._driver, self._ledger, share, self._handle_type, nbytes, label)
                 tiles.append(self._resources.push(allocation))
-            self._tiles[layer.number, weight, owner] = tiles
-            if tiles:
-                self._views[layer.number, weight, owner] = self._view(layout, owner, tiles, Access.READ, label)
+            yield layer, weight, tiles
 
     def build(self) -> None:
         for layer, weight in self._weights_of_layers():

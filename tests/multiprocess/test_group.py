@@ -86,7 +86,7 @@ def _mismatched(rendezvous: Path, rank: int) -> None:
 
 
 def test_ranks_with_different_configs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RankFailed, match="its config or its layers differ"):
+    with pytest.raises(RankFailed, match="the configs or the layers of the two ranks differ"):
         run_group(partial(_mismatched, tmp_path), 2)
 
 
