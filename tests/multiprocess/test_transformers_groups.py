@@ -6,17 +6,15 @@ import dataclasses
 import functools
 import itertools
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 import transformers
 from support.groups import PAGE
-from support.moe_models import FAMILIES, logits, prompt, tiny_model
+from support.moe_models import FAMILIES, logits, tiny_model
 
 from vmm_dwdp import DWDPConfig, DWDPRuntime
 from vmm_dwdp.allocator.host_driver import HostDriver
-from vmm_dwdp.checkpoint import Checkpoint
 from vmm_dwdp.integrations.transformers import attach, from_pretrained
 from vmm_dwdp.integrations.transformers_experts import align_experts
 from vmm_dwdp.testing import run_group
@@ -76,31 +74,3 @@ def test_every_family_gives_the_logits_of_the_whole_model(saved: Path, config: D
     """With lists of tensors too: torch's grouped GEMM gives each expert the same bits in a list as in one tensor."""
     wrong = run_group(functools.partial(run_families, root=saved, config=config), config.group_size)
     assert wrong == [[]] * config.group_size
-
-
-def read_and_generate(rank: int, root: Path, config: DWDPConfig) -> tuple[set[int], range, list[int], str]:
-    """The experts that were read, those that are local, a continuation, and the parameters' dtype."""
-    read: set[int] = set()
-    whole_read = Checkpoint.read
-
-    def recording(checkpoint: Checkpoint, name: str, row: int | None = None) -> torch.Tensor:
-        read.add(int(name.split(".experts.")[1].split(".")[0]))
-        return whole_read(checkpoint, name, row)
-
-    with mock.patch.object(Checkpoint, "read", recording):
-        model = from_pretrained(
-            root / "qwen3_moe", config, rank=rank, device="cpu", rendezvous=root / "generate", dtype=torch.bfloat16
-        )
-    with model.dwdp:
-        tokens = model.generate(prompt()[:1], max_new_tokens=12, do_sample=False)[0].tolist()
-        return read, model.dwdp.local_experts(0), tokens, str({p.dtype for p in model.parameters()})
-
-
-def test_each_rank_reads_its_own_experts_and_generates_the_same_text(saved: Path) -> None:
-    config = DWDPConfig(group_size=2)
-    whole = transformers.AutoModelForCausalLM.from_pretrained(saved / "qwen3_moe", dtype=torch.bfloat16)
-    expected = whole.generate(prompt()[:1], max_new_tokens=12, do_sample=False)[0].tolist()
-    for read, local, tokens, dtypes in run_group(functools.partial(read_and_generate, root=saved, config=config), 2):
-        assert read == set(local)
-        assert tokens == expected
-        assert dtypes == "{torch.bfloat16}"

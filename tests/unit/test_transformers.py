@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from vmm_dwdp import ConfigError, DWDPConfig, DWDPRuntime, ExchangeError, StateError
 from vmm_dwdp.allocator.host_driver import HostDriver
-from vmm_dwdp.checkpoint import SINGLE_FILE
+from vmm_dwdp.checkpoint import SINGLE_FILE, Checkpoint
 from vmm_dwdp.integrations.transformers import attach, from_pretrained
 from vmm_dwdp.integrations.transformers_experts import find_experts
 
@@ -187,9 +187,15 @@ def test_a_backward_pass_is_refused(model: PreTrainedModel) -> None:
 # -- loading ---------------------------------------------------------------------------------------------------------
 
 
-def load(directory: Path, config: DWDPConfig = ALONE, **kwargs: Any) -> PreTrainedModel:
+def load(directory: Path, config: DWDPConfig = ALONE, rank: int = 0, **kwargs: Any) -> PreTrainedModel:
     return from_pretrained(
-        directory, config, rank=0, device="cpu", rendezvous=directory / "rendezvous", driver=HostDriver(PAGE), **kwargs
+        directory,
+        config,
+        rank=rank,
+        device="cpu",
+        rendezvous=directory / "rendezvous",
+        driver=HostDriver(PAGE),
+        **kwargs,
     )
 
 
@@ -257,9 +263,23 @@ def test_arguments_that_contradict_are_refused(saved: Path) -> None:
         load(saved, device_map="auto")
 
 
-def test_nothing_stays_allocated_when_a_rank_does_not_come(saved: Path) -> None:
-    with pytest.raises(ExchangeError, match="rank 1"):
-        load(saved, DWDPConfig(group_size=2), timeout=0.1)
+@pytest.mark.parametrize(("rank", "own"), [(0, {0, 1, 2, 3, 5, 6}), (1, {1, 2, 3, 4})])
+def test_a_rank_reads_its_own_experts_and_leaves_nothing_when_another_does_not_come(
+    saved: Path, rank: int, own: set[int]
+) -> None:
+    """The experts of the host pool are read by rank 0, which creates it."""
+    read: list[str] = []
+
+    def recording(checkpoint: Checkpoint, name: str, row: int | None = None) -> Tensor:
+        read.append(name)
+        return whole_read(checkpoint, name, row)
+
+    whole_read = Checkpoint.read
+    config = DWDPConfig(group_size=2, num_local_experts=4, host_experts=2)
+    with mock.patch.object(Checkpoint, "read", recording), pytest.raises(ExchangeError, match=f"rank {1 - rank}"):
+        load(saved, config, rank, timeout=0.1)
+    assert {int(name.split(".experts.")[1].split(".")[0]) for name in read} == own
+    assert len(read) == len(set(read)) == len(own) * 3 * 3  # gate, up and down of three layers, each once
 
 
 @pytest.mark.parametrize(
