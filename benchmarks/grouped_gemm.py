@@ -30,10 +30,11 @@ from vmm_dwdp.allocator.tensors import tensor_at
 from vmm_dwdp.kernels import Format, contiguous, grouped_gemm, tensor_list, tensor_list_grouped_gemm
 from vmm_dwdp.kernels.problem import check
 from vmm_dwdp.kernels.provider import choose
-from vmm_dwdp.kernels.testing import Operands, random_operands, relative_error, some_rows
+from vmm_dwdp.kernels.testing import Operands, random_operands, reference, some_rows
 
 SHARDS = 4
 CHECKED_ROWS = 64
+LEAST_REPEATS, MOST_REPEATS = 3, 25
 DENSE = 8192  # rows, columns and depth of the dense product that gives the matrix rate
 AHEAD = 10_000_000  # clock ticks for which the GPU waits while the host issues a repetition
 
@@ -154,41 +155,50 @@ def deep_gemm_alone(operands: Operands) -> Callable[[], torch.Tensor]:
     return run
 
 
-def measure(runs: Mapping[str, Callable[[], object]], repeats: int) -> list[dict[str, float]]:
-    """Milliseconds of each run in every repetition, after one that does not count.
+def measure(runs: Mapping[str, Callable[[], object]], seconds: float) -> list[dict[str, float]]:
+    """Milliseconds of each run in every repetition, after one that does not count; as many as ``seconds`` allow.
 
     A repetition goes through the runs forwards and then backwards, and takes the mean: a clock that drifts under the
     card's power limit then favours nobody.
     """
-    repetitions = []
-    for _ in range(repeats + 1):
-        torch.cuda._sleep(AHEAD)
-        events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runs}
-        for name in [*runs, *reversed(runs)]:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            runs[name]()
-            end.record()
-            events[name].append((start, end))
-        torch.cuda.synchronize()
-        repetitions.append(
-            {name: statistics.mean(start.elapsed_time(end) for start, end in both) for name, both in events.items()}
-        )
-    return repetitions[1:]
+    once = repetition(runs)
+    repeats = round(1e3 * seconds / (2 * sum(once.values())))
+    return [repetition(runs) for _ in range(min(max(repeats, LEAST_REPEATS), MOST_REPEATS))]
 
 
-def compare(operands: Operands, found: Mapping[str, Method], repeats: int) -> Iterator[dict[str, object]]:
+def repetition(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """One repetition of `measure`."""
+    torch.cuda._sleep(AHEAD)
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runs}
+    for name in [*runs, *reversed(runs)]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        runs[name]()
+        end.record()
+        events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {name: statistics.mean(start.elapsed_time(end) for start, end in both) for name, both in events.items()}
+
+
+def compare(operands: Operands, found: Mapping[str, Method], seconds: float) -> Iterator[dict[str, object]]:
     """A row for each method."""
     some, picks = some_rows(operands, CHECKED_ROWS)
+    expected = reference(some)
     used = int(operands.offsets[-1])
+    originals = {method.compared_with for method in found.values() if method.exact}
+    results: dict[str | None, torch.Tensor] = {}
     checked: dict[str, dict[str, object]] = {}
     for name, method in found.items():
         out = method.run()
         in_place = out.shape[0] != operands.x.shape[0]
-        same = bool(torch.equal(out[:used], found[method.compared_with].run()[:used])) if method.exact else "-"
-        checked[name] = {"error": "-" if in_place else relative_error(out[picks], some), "same bits": same}
+        error = "-" if in_place else float((out[picks].double() - expected).norm() / expected.norm())
+        same = torch.equal(out[:used], results[method.compared_with][:used]) if method.exact else "-"
+        checked[name] = {"error": error, "same bits": same}
+        if name in originals:
+            results[name] = out
         del out
-    times = measure({name: method.run for name, method in found.items()}, repeats)
+    results.clear()
+    times = measure({name: method.run for name, method in found.items()}, seconds)
     operations = 2 * used * operands.weights[0].shape[1] * operands.x.shape[1]
     for name, method in found.items():
         milliseconds = statistics.median(time[name] for time in times)
@@ -203,10 +213,10 @@ def compare(operands: Operands, found: Mapping[str, Method], repeats: int) -> It
         }
 
 
-def dense_rate(device: torch.device, repeats: int) -> float:
+def dense_rate(device: torch.device, seconds: float) -> float:
     """TFLOP/s of torch's product of two bf16 matrices of `DENSE` rows and columns."""
     left, right = (torch.randn(DENSE, DENSE, device=device).bfloat16() for _ in range(2))
-    times = measure({"dense": lambda: left @ right.T}, repeats)
+    times = measure({"dense": lambda: left @ right.T}, seconds)
     return 2 * DENSE**3 / statistics.median(time["dense"] for time in times) / 1e9
 
 
@@ -220,11 +230,11 @@ def main() -> None:
     names = [provider.name for provider in contiguous.PROVIDERS]
     arguments.add_argument("--providers", nargs="*", choices=names, default=names, help="of those that are usable")
     arguments.add_argument("--entries", nargs="+", type=int, default=[1, 2, 4, 8])
-    arguments.add_argument("--repeats", type=int, default=11)
+    arguments.add_argument("--seconds", type=float, default=1.0, help="of timing for each case (default: 1)")
     given = arguments.parse_args()
     if given.device.type != "cuda":
         arguments.error("the kernels compared here need a GPU: --device cuda")
-    rates = [dense_rate(given.device, given.repeats)]
+    rates = [dense_rate(given.device, given.seconds)]
     rows: list[dict[str, object]] = []
     for form, name, which in itertools.product(given.formats, given.models, given.weights):
         model = MODELS[name]
@@ -241,10 +251,10 @@ def main() -> None:
             )
             case = {"model": name, "weight": which, "format": form, "tokens": tokens, "routing": routing}
             with assembled(operands.weights[0]) as copy:
-                compared = compare(operands, methods(operands, copy, given.providers, given.entries), given.repeats)
+                compared = compare(operands, methods(operands, copy, given.providers, given.entries), given.seconds)
                 rows.extend(case | row for row in compared)
             del operands, copy
-    rates.append(dense_rate(given.device, given.repeats))
+    rates.append(dense_rate(given.device, given.seconds))
     dense = [{"dense bf16 TFLOP/s, first": rates[0], "last": rates[1]}]
     report(given, {"dense product of the same run": dense, "grouped GEMMs": rows})
 
