@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vmm_dwdp.kernels.cute import MAX_EXPERTS
 from vmm_dwdp.kernels.formats import FP8, Format
 from vmm_dwdp.kernels.problem import Problem
 from vmm_dwdp.kernels.provider import Provider
 
 DTYPES = (torch.bfloat16, torch.float16, FP8)
-MAX_EXPERTS = 512  # as in cute/tiles.py, which cannot be imported without the DSL
 
 
 def _missing() -> str | None:

@@ -16,7 +16,7 @@ from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import OperandMajorMode, tcgen05
 from cutlass.memory import SmemAllocator, TmemAllocator
 
-from vmm_dwdp.kernels.cute import tiles
+from vmm_dwdp.kernels.cute import MAX_EXPERTS, tiles
 from vmm_dwdp.kernels.cute.grouped_gemm import (
     BLOCK,
     GROUP_THREADS,
@@ -47,7 +47,7 @@ class GroupedGemmSm100(GroupedGemm):
             barriers: cute.struct.MemRange[Int64, 2 * STAGES]
             sums_barriers: cute.struct.MemRange[Int64, 2 * SUMS]
             tensor_memory: Int32
-            ends: cute.struct.MemRange[Int32, tiles.MAX_EXPERTS + 1]
+            ends: cute.struct.MemRange[Int32, MAX_EXPERTS + 1]
             x: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(x_layout)], 1024]
             w: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(w_layout)], 1024]
 
@@ -71,7 +71,7 @@ class GroupedGemmSm100(GroupedGemm):
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         storage = SmemAllocator().allocate(self.storage)
-        ends = storage.ends.get_tensor(cute.make_layout(tiles.MAX_EXPERTS + 1))
+        ends = storage.ends.get_tensor(cute.make_layout(MAX_EXPERTS + 1))
         one = cute.make_layout((1, 1, 1, 1))
         agent = pipeline.CooperativeGroup(pipeline.Agent.Thread)
         ring = pipeline.PipelineTmaUmma.create(

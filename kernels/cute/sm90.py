@@ -16,7 +16,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
-from vmm_dwdp.kernels.cute import tiles
+from vmm_dwdp.kernels.cute import MAX_EXPERTS, tiles
 from vmm_dwdp.kernels.cute.grouped_gemm import (
     BLOCK,
     GROUP_THREADS,
@@ -47,7 +47,7 @@ class GroupedGemmSm90(GroupedGemm):
         @cute.struct
         class Storage:
             barriers: cute.struct.MemRange[Int64, 2 * STAGES]
-            ends: cute.struct.MemRange[Int32, tiles.MAX_EXPERTS + 1]
+            ends: cute.struct.MemRange[Int32, MAX_EXPERTS + 1]
             x: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(x_layout)], 1024]
             w: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(w_layout)], 1024]
             out: cute.struct.Align[cute.struct.MemRange[self.out_dtype, cute.cosize(out_layout)], 1024]
@@ -76,7 +76,7 @@ class GroupedGemmSm90(GroupedGemm):
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         group = cute.arch.make_warp_uniform(thread // GROUP_THREADS)
         storage = SmemAllocator().allocate(self.storage)
-        ends = storage.ends.get_tensor(cute.make_layout(tiles.MAX_EXPERTS + 1))
+        ends = storage.ends.get_tensor(cute.make_layout(MAX_EXPERTS + 1))
         ring = pipeline.PipelineTmaAsync.create(
             barrier_storage=storage.barriers.data_ptr(),
             num_stages=STAGES,

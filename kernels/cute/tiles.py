@@ -13,7 +13,6 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
-MAX_EXPERTS = 512
 BAND = 16
 
 
