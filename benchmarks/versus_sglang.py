@@ -1,0 +1,311 @@
+"""This library against the DWDP classes of SGLang (0.5.17 or later), imported from its installed wheel.
+
+Both move the same bytes of the same layers to the same GPU, in turns. In `iteration` and `cost` the peers' experts are
+host memory (far_owners.py), the very same pages for both, so that the link is PCIe; in `set-up` four processes share
+the GPU. SGLang streams the two expert weights and no scales, so both have these two here.
+
+iteration  milliseconds of a pass over all layers for several ratios of compute to copies: SGLang's, ours, and ours
+           divided by SGLang's
+cost       microseconds of the launching thread for what SGLang calls `wait_prefetch` and
+           `record_compute_and_prefetch_next`, and we `acquire` and `release`, in layers after which one is fetched; at
+           the device's pace
+memory     MiB that stage remote experts
+set-up     seconds from weights in torch's memory until layers can be prefetched, the slowest rank's; the median of the
+           ratios of pairs
+
+SGLang's package initialisers, which import a serving engine, are left out, and a function that logs is replaced.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import itertools
+import os
+import statistics
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from common import Row, parser, report
+from far_owners import SHAPES, FarOwners
+from prefetch import Passes, device_seconds, link
+
+from vmm_dwdp import DWDPConfig, DWDPRuntime, WeightSpec
+from vmm_dwdp.allocator.tensors import tensor_at
+from vmm_dwdp.testing import run_group
+
+GROUP_SIZE = 4
+RATIOS = [0.2, 0.5, 0.8, 1.0, 1.1, 1.5, 2.0, 4.0]
+PAIRS = 7  # of set-ups
+LAUNCHES = 20
+Weights = dict[str, WeightSpec]
+Local = dict[tuple[int, str], torch.Tensor]  # by layer and weight
+
+
+class SGLang:
+    """The modules of its DWDP."""
+
+    def __init__(self) -> None:
+        found = importlib.util.find_spec("sglang")
+        if found is None or not found.submodule_search_locations:
+            raise SystemExit("SGLang is not installed here")
+        root = Path(next(iter(found.submodule_search_locations)))
+        for package in ("", "srt", "srt.distributed", "srt.distributed.device_communicators", "srt.layers"):
+            self._bare(root, package)
+        self._bare(root, "srt.layers.moe")
+        self._bare(root, "srt.layers.moe.dwdp")
+        utils = types.ModuleType("sglang.srt.utils")
+        utils.log_info_on_rank0 = lambda logger, message: logger.info(message)  # type: ignore[attr-defined]
+        sys.modules["sglang.srt.utils"] = utils
+        self.layout, self.transport, self.buffer, self.manager = (
+            importlib.import_module(f"sglang.srt.layers.moe.dwdp.{name}")
+            for name in ("layout", "transport", "weight_buffer", "weight_manager")
+        )
+
+    @staticmethod
+    def _bare(root: Path, package: str) -> None:
+        """The package without what its ``__init__`` imports."""
+        module = types.ModuleType(".".join(filter(None, ("sglang", package))))
+        module.__path__ = [str(root.joinpath(*package.split(".")))]
+        sys.modules[module.__name__] = module
+
+    def start(self, local: Local, experts: int, rank: int, transport: Callable[[Any, Any, Any], Any]) -> Any:
+        """Its manager, from local weights in torch's memory on, as its own ``setup`` makes it (without a model)."""
+        layout = self.layout.DwdpExpertLayout(experts, GROUP_SIZE, rank)
+        layers, names = sorted({layer for layer, _ in local}), list(dict.fromkeys(name for _, name in local))
+        specs = self.layout.build_layer_weight_specs(local, experts)
+        made = transport(specs, local, layout)
+        buffer = self.buffer.WeightBuffer.create(
+            specs, made.handle_set, layout.local_expert_start, layout.local_expert_end, GROUP_SIZE, 0
+        )
+        return self.manager.DWDPWeightManager(
+            buffer, made.peer_views, layout.peer_ranges, layers, names, rank, GROUP_SIZE, made
+        )
+
+    def end(self, manager: Any) -> None:
+        """Its ``release``, and that of the local handles, which it leaves to the end of the process."""
+        handles = list(manager._transport.handle_set.handles.values())
+        manager.release()
+        for handle in handles:
+            importlib.import_module("sglang.srt.layers.moe.dwdp.vmm").release_handle(handle)
+
+
+def in_torch_memory(weights: Weights, layers: int, rank: int) -> Local:
+    """One rank's share of every weight."""
+    return {
+        (layer, name): torch.empty(spec.of(spec.num_experts // GROUP_SIZE), dtype=spec.dtype, device="cuda:0")
+        .view(torch.uint8)
+        .fill_(rank)
+        .view(spec.dtype)
+        for layer in range(layers)
+        for name, spec in weights.items()
+    }
+
+
+def beside(sglang: SGLang, rig: FarOwners, weights: Weights, layers: int) -> Any:
+    """SGLang's manager of rank 0, its peers' views over the host memory from which ``rig`` copies."""
+
+    def transport(specs: Any, local: Any, layout: Any) -> Any:
+        made = sglang.transport.DWDPTransport()
+        handles, sizes = sglang.transport._copy_local_weights_to_handles(sorted(local), local, specs, layout, 0)
+        made._handle_set = sglang.layout.MnnvlHandleSet(handles=handles, sizes=sizes)
+        for layer in rig.layers:
+            for name, spec in weights.items():
+                for peer in range(1, GROUP_SIZE):
+                    experts = layer.placement.experts(peer)
+                    run = layer.layouts[name].shard_bytes(peer)
+                    address = rig.assembly._source(layer, name, peer, run.start)
+                    view = tensor_at(address, spec.of(len(experts)), spec.dtype, rig.driver.device)
+                    made._peer_views[peer, layer.number, name] = view
+        return made
+
+    return sglang.start(in_torch_memory(weights, layers, 0), rig.layers[0].placement.num_experts, 0, transport)
+
+
+def iteration(shape: str, layers: int, passes: int, turns: int) -> list[Row]:
+    weights = _streamed(shape)
+    rig = FarOwners(torch.device("cuda"), DWDPConfig(group_size=GROUP_SIZE), weights, layers)
+    sglang = SGLang()
+    theirs = beside(sglang, rig, weights, layers)
+    ours = Passes(rig)
+
+    def their_pass(products: int) -> None:
+        theirs.prefetch_first_layers()
+        for layer in range(layers):
+            theirs.wait_prefetch(layer)
+            ours.products(products)
+            theirs.record_compute_and_prefetch_next(layer)
+
+    copy_s = rig.layers[0].plan.fetched_bytes / link(rig)["one large copy"] / 1e9
+    rows: list[Row] = []
+    for ratio in RATIOS:
+        products = max(1, round(ratio * copy_s / ours.product_s))
+        found: dict[str, list[float]] = {"compute": [], "sglang": [], "ours": []}
+        for _ in range(turns):
+            found["compute"].append(device_seconds(functools.partial(ours.compute, products), passes))
+            found["sglang"].append(device_seconds(functools.partial(their_pass, products), passes))
+            found["ours"].append(device_seconds(functools.partial(ours.run, products), passes))
+        middle = {name: statistics.median(values) for name, values in found.items()}
+        rows.append(
+            {
+                "compute / copies": middle["compute"] / copy_s / layers,
+                "compute ms": middle["compute"] * 1e3,
+                "copies ms": copy_s * layers * 1e3,
+                "sglang ms": middle["sglang"] * 1e3,
+                "ours ms": middle["ours"] * 1e3,
+                "ours / sglang": middle["ours"] / middle["sglang"],
+            }
+        )
+    sglang.end(theirs)
+    rig.close()
+    return rows
+
+
+def cost(shape: str, layers: int, passes: int) -> tuple[list[Row], list[Row]]:
+    weights = _streamed(shape)
+    rig = FarOwners(torch.device("cuda"), DWDPConfig(group_size=GROUP_SIZE), weights, layers)
+    free, _ = torch.cuda.mem_get_info()
+    sglang = SGLang()
+    theirs = beside(sglang, rig, weights, layers)
+    torch.cuda.synchronize()
+    their_bytes = free - torch.cuda.mem_get_info()[0]
+    stream = torch.cuda.current_stream().cuda_stream
+    x = torch.zeros(1024, device="cuda")
+
+    def measure(first: Callable[[], object], before: Callable[[int], object], after: Callable[[int], object]) -> float:
+        """Median microseconds of ``before`` and ``after`` together."""
+        found = []
+        reached = torch.cuda.Event()
+        for _ in range(passes):
+            first()
+            for layer in range(layers):
+                reached.synchronize()
+                for _ in range(LAUNCHES):
+                    x.add_(1)
+                start = time.perf_counter()
+                before(layer)
+                acquired = time.perf_counter()
+                for _ in range(LAUNCHES):
+                    x.add_(1)
+                launched = time.perf_counter()
+                after(layer)
+                released = time.perf_counter()
+                reached.record()
+                if layer + 2 < layers:
+                    found.append(acquired - start + released - launched)
+        torch.cuda.synchronize()
+        return statistics.median(found[len(found) // passes :]) * 1e6
+
+    their_us = measure(theirs.prefetch_first_layers, theirs.wait_prefetch, theirs.record_compute_and_prefetch_next)
+    our_us = measure(
+        lambda: None,
+        lambda layer: rig.staging.acquire(layer, stream, None),
+        lambda layer: rig.staging.release(layer, stream),
+    )
+    costs: list[Row] = [{"shape": shape, "sglang us": their_us, "ours us": our_us, "sglang / ours": their_us / our_us}]
+    resident = layers * sum(len(layout.resident_bytes(0)) for layout in rig.layers[0].layouts.values())
+    memory: list[Row] = [
+        {
+            "shape": shape,
+            "sglang MiB": (their_bytes - resident) / 2**20,
+            "ours MiB": rig.assembly.staged_nbytes / 2**20,
+        }
+    ]
+    sglang.end(theirs)
+    rig.close()
+    return costs, memory
+
+
+def set_up(shape: str, layers: int, directory: Path, rank: int) -> list[tuple[float, float]]:
+    """One rank's seconds for each pair of set-ups: SGLang's and ours. All ranks begin each of them together."""
+    torch.cuda.set_device(0)
+    weights = _streamed(shape)
+    sglang = SGLang()
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", f"file://{directory}/gloo", rank=rank, world_size=GROUP_SIZE)
+    turn = itertools.count()
+    group = types.SimpleNamespace(cpu_group=dist.group.WORLD, device_group=dist.group.WORLD)
+
+    def theirs(local: Local) -> Callable[[], object]:
+        made = sglang.start(
+            local,
+            next(iter(weights.values())).num_experts,
+            rank,
+            lambda specs, local, layout: sglang.transport.DWDPTransport.create(specs, local, group, layout, 0),
+        )
+        made.prefetch_first_layers()
+        return functools.partial(sglang.end, made)
+
+    def ours(local: Local) -> Callable[[], object]:
+        runtime = DWDPRuntime(DWDPConfig(group_size=GROUP_SIZE), rank, "cuda:0", directory / str(next(turn)))
+        for layer in range(layers):
+            runtime.add_layer(layer, weights)
+        for layer, name in list(local):
+            runtime.local_shard(layer, name).copy_(local.pop((layer, name)))
+        runtime.publish()
+        return runtime.close
+
+    def timed(start: Callable[[Local], Callable[[], object]]) -> float:
+        local = in_torch_memory(weights, layers, rank)
+        torch.cuda.synchronize()
+        dist.barrier()
+        begin = time.perf_counter()
+        end = start(local)
+        torch.cuda.synchronize()
+        took = time.perf_counter() - begin
+        dist.barrier()
+        end()
+        torch.cuda.empty_cache()
+        return took
+
+    timed(theirs)
+    timed(ours)
+    found = [(timed(theirs), timed(ours)) for _ in range(PAIRS)]
+    dist.destroy_process_group()
+    return found
+
+
+def set_up_rows(shape: str, layers: int) -> list[Row]:
+    with tempfile.TemporaryDirectory() as directory:
+        ranks = run_group(functools.partial(set_up, shape, layers, Path(directory)), GROUP_SIZE, "cuda")
+    slowest = [(max(pair[0] for pair in pairs), max(pair[1] for pair in pairs)) for pairs in zip(*ranks, strict=True)]
+    return [
+        {
+            "layers": layers,
+            "sglang s": statistics.median(theirs for theirs, _ in slowest),
+            "ours s": statistics.median(ours for _, ours in slowest),
+            "ours / sglang": statistics.median(ours / theirs for theirs, ours in slowest),
+        }
+    ]
+
+
+def _streamed(shape: str) -> Weights:
+    return {name: spec for name, spec in SHAPES[shape].items() if not name.endswith("_scale")}
+
+
+def main() -> None:
+    arguments_of = parser(__doc__)
+    arguments_of.add_argument("--shape", choices=SHAPES, default="qwen3-30b-bf16", help="of iteration and set-up")
+    arguments_of.add_argument("--cost-shape", choices=SHAPES, default="deepseek-r1-fp8", help="of cost and memory")
+    arguments_of.add_argument("--layers", type=int, default=6, help="layers of a pass (default: 6)")
+    arguments_of.add_argument("--passes", type=int, default=2, help="in a row that are timed together (default: 2)")
+    arguments_of.add_argument("--turns", type=int, default=2, help="repetitions, of which the median (default: 2)")
+    arguments = arguments_of.parse_args()
+    if arguments.device.type != "cuda":
+        arguments_of.error("SGLang's classes need a GPU")
+    rows = set_up_rows(arguments.shape, arguments.layers)
+    costs, memory = cost(arguments.cost_shape, layers=4, passes=4)
+    iterations = iteration(arguments.shape, arguments.layers, arguments.passes, arguments.turns)
+    report(arguments, {"iteration": iterations, "cost": costs, "memory": memory, "set-up": rows})
+
+
+if __name__ == "__main__":
+    main()
