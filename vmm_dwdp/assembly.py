@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -70,7 +71,8 @@ class Assembly(abc.ABC):
 
     @abc.abstractmethod
     def shard(self, layer: Layer, weight: str, owner: Owner) -> torch.Tensor:
-        """``[n, ...]``: the experts that ``owner`` holds, in the memory of this rank, which is taken if need be."""
+        """``[n, ...]``: the experts that ``owner`` holds, in its own memory: to be filled if that is this rank's, which
+        is taken if need be; to be read if it was attached."""
 
     def shares(self, owner: Owner) -> list[Share]:
         """The memory of all of ``owner``'s shards, in an order that all ranks know: this rank's own, or what another
@@ -118,6 +120,14 @@ class Assembly(abc.ABC):
             if isinstance(share, Descriptor):
                 self._resources.push(share)
         self._received[owner] = list(shares)
+
+    @abc.abstractmethod
+    def writing(self, layer: Layer, weight: str, owner: Owner) -> AbstractContextManager[torch.Tensor]:
+        """`shard` of an owner whose memory is this rank's, to be written once more while the context lasts."""
+
+    @abc.abstractmethod
+    def check_integrity(self) -> None:
+        """Raise `StateError` unless the ledger and the layouts agree on what is mapped."""
 
     @abc.abstractmethod
     def build(self) -> None:

@@ -39,6 +39,7 @@ class DWDPConfig:
         mode: how `acquire` gives a layer if it is not told. ``"staged"``: all remote experts are copied into a slot
             first. ``"in_place"``: kernels read the owners' own pages, so that only the experts that they touch cross
             the link. With ``"in_place"`` both can be asked for; with ``"staged"`` nothing is mapped for the other.
+        checksums: `publish` and `update` compute a checksum of every shard, for ``check_integrity(verify=True)``.
 
     Raises:
         ConfigError: a value cannot be.
@@ -52,6 +53,7 @@ class DWDPConfig:
     host_numa_node: int | None = None
     assembly: AssemblyKind = "vmm"
     mode: Mode = "staged"
+    checksums: bool = False
 
     def __post_init__(self) -> None:
         self._require_int("group_size", self.group_size, least=1)
@@ -66,6 +68,8 @@ class DWDPConfig:
         self._require_int("host_experts", self.host_experts, least=0)
         if self.host_numa_node is not None:
             self._require_int("host_numa_node", self.host_numa_node, least=0)
+        if not isinstance(self.checksums, bool):
+            raise ConfigError(f"checksums must be true or false, not {self.checksums!r}")
         self._require_one_of("assembly", self.assembly, get_args(AssemblyKind))
         if self.assembly == "tensor_list" and self.mode == "in_place":
             raise ConfigError("mode: in_place needs assembly: vmm, because it maps the owners' pages side by side")

@@ -35,7 +35,7 @@ _SHARE_NBYTES: Final = 1024  # generous for one token in an answer
 _RETRY_SECONDS: Final = 0.01
 _LOOK_SECONDS: Final = 0.25  # how often a rank that waits for others looks whether they are alive
 
-Ask = Literal["shares", "published", "alive"]
+Ask = Literal["shares", "checksums", "say", "unsay", "bind", "alive"]
 
 
 class Exchange:
@@ -44,6 +44,7 @@ class Exchange:
     Args:
         fingerprint: equal on two ranks exactly if their configs and layers are.
         shares: gives the shares of an owner whose memory this rank holds; descriptors in them become the exchange's.
+        checksums: gives what `collect_checksums` of an owner returns to others.
     """
 
     def __init__(
@@ -53,17 +54,21 @@ class Exchange:
         rank: int,
         fingerprint: str,
         shares: Callable[[Owner], list[Share]],
+        checksums: Callable[[Owner], list[int]],
     ) -> None:
         self._rendezvous = rendezvous
         self._ledger = ledger
         self._rank = rank
         self._fingerprint = fingerprint
         self._shares = shares
+        self._checksums = checksums
         self._listener: socket.socket | None = None
         self._clients: dict[_CountedThread, socket.socket] = {}
-        self._changed = threading.Condition()  # guards `_clients` and `_published`
+        self._changed = threading.Condition()  # guards `_clients` and the three fields of an agreement
         self._failure: DWDPError | None = None  # why another rank cannot publish with this one, nor this one with it
-        self._published: set[int] = set()
+        self._heard: dict[str, set[int]] = {}  # who has said what
+        self._waiting = False  # for others, to do together what nobody may do alone
+        self._bound = False  # another rank relies on this one's going on
         self._met: set[int] = set()  # ranks that have answered: if one is not there any more, it has left
 
     # -- asking ------------------------------------------------------------------------------------------------------
@@ -76,27 +81,61 @@ class Exchange:
             raise ExchangeError(f"rank {holder} sent {len(shares)} shares of {owner} instead of {count}")
         return shares
 
-    def agree_published(self, ranks: Collection[int], deadline: float) -> None:
-        """Say to ``ranks`` that this rank has all it needs, and wait until each of them has said so."""
+    def collect_checksums(self, owner: Owner, holder: int, deadline: float) -> list[int]:
+        """The checksums of the shards of ``owner``, as rank ``holder`` knows them."""
+        answer, _ = self._ask(holder, "checksums", deadline, owner=owner)
+        return [int(value) for value in answer["checksums"]]
+
+    def agree(self, what: str, ranks: Collection[int], deadline: float) -> None:
+        """Say ``what`` to ``ranks``, and wait until each of them has said it since the last time."""
         for rank in ranks:
-            self._ask(rank, "published", deadline)
-        while missing := self._missing(ranks):
+            self._ask(rank, "say", deadline, what=what)
+        while missing := self._missing(what, ranks):
             self._raise_failure()
             for rank in missing:
                 if not self.alive(rank):
-                    raise ExchangeError(f"rank {rank} left before it had finished publishing")
+                    raise ExchangeError(f"rank {rank} left while others waited for it ({what})")
             if time.monotonic() > deadline:
-                raise ExchangeError(f"rank {missing[0]} came, but did not finish publishing before the deadline")
+                raise ExchangeError(f"not ready before the deadline, though there: rank {', '.join(map(str, missing))} ({what})")
+        with self._changed:
+            del self._heard[what]
+
+    def agree_to_begin(self, what: str, ranks: Collection[int], deadline: float) -> None:
+        """`agree` by all ranks or by none: when it returns, every one of ``ranks`` is sure to go on.
+
+        Raises `ExchangeError` naming the rank that did not come; `bound` then tells whether others may have gone on.
+        """
+        with self._changed:
+            self._waiting, self._bound = True, False
+        try:
+            self.agree(what, ranks, deadline)
+            for rank in ranks:
+                self._ask(rank, "bind", deadline)
+        except BaseException:
+            with self._changed:
+                self._waiting = False
+                self._heard.pop(what, None)
+            for rank in ranks:
+                with contextlib.suppress(ExchangeError):
+                    self._ask(rank, "unsay", time.monotonic() + _LOOK_SECONDS, what=what, retry=False)
+            raise
+
+    @property
+    def bound(self) -> bool:
+        """Whether another rank was told, in the latest `agree_to_begin`, that this one goes on."""
+        with self._changed:
+            return self._bound
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
 
-    def _missing(self, ranks: Collection[int]) -> list[int]:
-        """Those who have not said yet that they have all they need, after waiting for a moment for them to do so."""
+    def _missing(self, what: str, ranks: Collection[int]) -> list[int]:
+        """Those who have not said ``what`` yet, after waiting for a moment for them to do so."""
         with self._changed:
-            self._changed.wait_for(lambda: self._published.issuperset(ranks), _LOOK_SECONDS)
-            return sorted(set(ranks) - self._published)
+            heard = self._heard.setdefault(what, set())
+            self._changed.wait_for(lambda: heard.issuperset(ranks), _LOOK_SECONDS)
+            return sorted(set(ranks) - heard)
 
     def alive(self, rank: int) -> bool:
         """Whether ``rank`` answers now."""
@@ -113,6 +152,7 @@ class Exchange:
         deadline: float,
         *,
         owner: Owner | None = None,
+        what: str = "",
         max_shares: int = 0,
         retry: bool = True,
     ) -> tuple[dict[str, Any], list[Descriptor]]:
@@ -123,6 +163,7 @@ class Exchange:
             "rank": self._rank,
             "ask": ask,
             "owner": owner,
+            "what": what,
         }
         with self._connect(rank, deadline, retry) as sock:
             try:
@@ -227,23 +268,39 @@ class Exchange:
             answer: dict[str, Any] = {"error": self._refusal(request)}
             if answer["error"] is not None:
                 self._failure = ExchangeError(f"rank {request.get('rank')} cannot be answered: {answer['error']}")
-            if answer["error"] is None and request["ask"] == "shares":
+            if answer["error"] is None:
                 try:
-                    shares = self._shares(request["owner"])
+                    match request["ask"]:
+                        case "shares":
+                            shares = self._shares(request["owner"])
+                            answer["tokens"] = [share.hex() for share in shares if isinstance(share, bytes)]
+                        case "checksums":
+                            answer["checksums"] = self._checksums(request["owner"])
+                        case "bind":
+                            self._bind()
                 except DWDPError as error:
                     answer["error"] = str(error)
                     self._failure = error
-                answer["tokens"] = [share.hex() for share in shares if isinstance(share, bytes)]
             fds = [share.fd for share in shares if isinstance(share, Descriptor)]
             send(client, json.dumps(answer).encode(), fds, deadline=time.monotonic() + REQUEST_SECONDS)
-            if answer["error"] is None and request["ask"] == "published":
-                with self._changed:
-                    self._published.add(request["rank"])
-                    self._changed.notify_all()
+            if answer["error"] is None and request["ask"] in ("say", "unsay"):
+                self._hear(request["rank"], request["what"], takes_back=request["ask"] == "unsay")
         except ExchangeError:
             return
         finally:
             close_shares(shares)
+
+    def _hear(self, rank: int, what: str, takes_back: bool) -> None:
+        with self._changed:
+            heard = self._heard.setdefault(what, set())
+            heard.discard(rank) if takes_back else heard.add(rank)
+            self._changed.notify_all()
+
+    def _bind(self) -> None:
+        with self._changed:
+            if not self._waiting:
+                raise ExchangeError(f"rank {self._rank} has given up waiting")
+            self._bound = True
 
     def _checked(self, payload: bytes) -> dict[str, Any] | None:
         """The request, if it is one and its sender knows the token; strangers are not answered."""
@@ -260,8 +317,8 @@ class Exchange:
             return f"it speaks version {PROTOCOL_VERSION} of the protocol, not {request.get('version')!r}"
         if request.get("fingerprint") != self._fingerprint:
             return "the configs or the layers of the two ranks differ"
-        if not isinstance(request.get("rank"), int):
-            return "the request does not say which rank asks"
+        if not isinstance(request.get("rank"), int) or not isinstance(request.get("what"), str):
+            return "the request does not say which rank asks, or what it says"
         if request.get("ask") not in get_args(Ask):
             return f"it does not know how to answer {request.get('ask')!r}"
         return None

@@ -154,6 +154,31 @@ class Prefetcher:
                 slot.reader = None
             self._fill(slot, index, stream)
 
+    def drain(self) -> None:
+        """Wait until every copy that was asked for is done. Raises `StateError` if a layer is acquired."""
+        for slot in self.slots:
+            if slot.reader is not None:
+                raise StateError(f"layer {self._fetches[slot.reader].number} was acquired, and was not released")
+        for slot in self.slots:
+            self._await_issue(slot)
+        for stream in self._streams:
+            self._driver.synchronize(stream.stream)
+
+    def refill(self, stream: int) -> None:
+        """After `drain`: what the slots hold is not true any more; fetch it again."""
+        for slot in self.slots:
+            slot.holds = None
+            slot.read = True
+        self.reset(stream)
+
+    def check_integrity(self) -> None:
+        """Raise `StateError` unless every slot holds a layer of its own, and its reader's if it has one."""
+        for number, slot in enumerate(self.slots):
+            if slot.holds is not None and slot.holds % len(self.slots) != number:
+                raise StateError(f"slot {number} holds layer {self._fetches[slot.holds].number}, which is not its own")
+            if slot.reader is not None and slot.reader != slot.holds:
+                raise StateError(f"slot {number} is read as layer {self._fetches[slot.reader].number}, which it is not")
+
     def settle(self) -> None:
         """See that the slots are as they are between passes, and that the driver has been given all copies; from now on
         it has been whenever a pass is over. Raises `StateError` if a pass is not.

@@ -20,6 +20,7 @@ from vmm_dwdp.allocator.handles import Ledger, ResourceStack, Stream
 from vmm_dwdp.allocator.numa import numa_nodes
 from vmm_dwdp.allocator.probe import refusal
 from vmm_dwdp.assembly import Assembly, Share, Weights
+from vmm_dwdp.checksum import checksum
 from vmm_dwdp.config import DWDPConfig, Mode
 from vmm_dwdp.errors import ConfigError, DWDPError, ExchangeError, StateError
 from vmm_dwdp.exchange import Exchange
@@ -96,6 +97,9 @@ class DWDPRuntime:
         self._staging: Staging | None = None
         self._published = False
         self._resources = ResourceStack()
+        self._edge_stream: Stream | None = None
+        self._checksums: dict[Owner, list[int]] = {}  # of every shard, in the order of layers and weights
+        self._half_updated: str | None = None  # why weights may be partly old and partly new
         self._closed = False
 
     @property
@@ -176,15 +180,17 @@ class DWDPRuntime:
                     for owner in self.held_owners:
                         self._assembly.shard(described, weight, owner)
             self._driver.synchronize()  # what the caller copied into the shards is there before anybody reads it
-            self._exchange = Exchange(self._rendezvous, self.ledger, self.rank, self._fingerprint(), self._shares)
+            self._exchange = self._make_exchange()
+            self._sum_own_shards()
             self._exchange.serve()
             for owner in self._other_owners():
                 holder = HOST_CREATOR if owner == HOST else owner
                 shares = self._exchange.collect(owner, holder, self._assembly.num_shares(owner), deadline)
                 self._assembly.attach(owner, shares)
+                self._learn_checksums(self._exchange, owner, holder, deadline)
             self._assembly.build()
             self._fill_edges()
-            self._exchange.agree_published(self._others, deadline)
+            self._exchange.agree("publish: this rank has all it needs", self._others, deadline)
             self._start()
 
     def rejoin(self, timeout: float = 60.0) -> None:
@@ -205,23 +211,30 @@ class DWDPRuntime:
         deadline = time.monotonic() + timeout
         with self._closed_on_failure():
             self._check_limits()
-            exchange = Exchange(self._rendezvous, self.ledger, self.rank, self._fingerprint(), self._shares)
+            exchange = self._make_exchange()
             if exchange.alive(self.rank):
                 raise StateError(f"rank {self.rank} is alive: only a rank that has died can rejoin")
-            for owner in self.held_owners:
-                self._assembly.adopt(owner, self._collect_from_anybody(exchange, owner, deadline))
-            for owner in self._other_owners():
-                self._assembly.attach(owner, self._collect_from_anybody(exchange, owner, deadline))
+            holder = self._any_living_rank(exchange)
+            for owner in (*self.held_owners, *self._other_owners()):
+                shares = exchange.collect(owner, holder, self._assembly.num_shares(owner), deadline)
+                take = self._assembly.adopt if owner in self.held_owners else self._assembly.attach
+                take(owner, shares)
+                self._learn_checksums(exchange, owner, holder, deadline)
             self._assembly.build()
             self._start()
             self._exchange = exchange
             exchange.serve()
 
-    def _collect_from_anybody(self, exchange: Exchange, owner: Owner, deadline: float) -> list[Share]:
-        """The shares of ``owner`` from any living rank: all of them keep what they were given."""
+    def _make_exchange(self) -> Exchange:
+        return Exchange(
+            self._rendezvous, self.ledger, self.rank, self._fingerprint(), self._shares, self._checksums.__getitem__
+        )
+
+    def _any_living_rank(self, exchange: Exchange) -> int:
+        """All ranks have the memory of all: they keep what they were given."""
         for rank in self._others:
             if exchange.alive(rank):
-                return exchange.collect(owner, rank, self._assembly.num_shares(owner), deadline)
+                return rank
         raise ExchangeError(f"no other rank is alive at {self._rendezvous.directory}: the group must be loaded again")
 
     @property
@@ -274,9 +287,114 @@ class DWDPRuntime:
         """Copy the neighbours' bytes that share a page with this rank's own; they stay there for good."""
         copies = [copy for described in self._layers for copy in self._assembly.copies(described, described.plan.edges)]
         if copies:
-            stream = self._resources.push(Stream(self._driver, self.ledger, "edges"))
-            self._driver.copy(self._driver.prepare(copies), stream.stream)
-            self._driver.synchronize(stream.stream)
+            if self._edge_stream is None:
+                self._edge_stream = self._resources.push(Stream(self._driver, self.ledger, "edges"))
+            self._driver.copy(self._driver.prepare(copies), self._edge_stream.stream)
+            self._driver.synchronize(self._edge_stream.stream)
+
+    # -- what only owners write --------------------------------------------------------------------------------------
+    def update(self, shards: Mapping[tuple[int, str, Owner], torch.Tensor], timeout: float = 60.0) -> None:
+        """Write new experts into memory that this rank holds, with all ranks together, between passes.
+
+        Every rank of the group calls it, each with what it has to change, which may be nothing. When it returns,
+        every rank's next `acquire` gives the new bytes; until then every rank reads the old ones.
+
+        Args:
+            shards: by (layer, weight, owner), as `local_shard` takes them: a tensor of the shape and dtype that it
+                returns. Where neighbours overlap, the owners of an expert must be given equal bytes.
+
+        Raises:
+            ConfigError: a key or a tensor does not fit; nothing was said to others.
+            ExchangeError: a rank, which is named, did not come in time. If it says that nothing was written, the group
+                is as it was. Otherwise a rank left midway, and no layer can be acquired until an `update` succeeds.
+            StateError: a layer is acquired.
+        """
+        self._require_running()
+        assert self._exchange is not None
+        for (layer, weight, owner), value in shards.items():
+            self._check_update(layer, weight, owner, value)
+        if self._read_in_place:
+            held = self._layers[min(self._read_in_place)].number
+            raise StateError(f"layer {held} was acquired, and was not released")
+        if self._staging is not None:
+            self._staging.drain()
+        self._driver.synchronize()
+        deadline = time.monotonic() + timeout
+        try:
+            self._exchange.agree_to_begin("update: this rank reads nothing", self._others, deadline)
+        except ExchangeError as error:
+            if self._exchange.bound:
+                self._half_updated = str(error)
+                raise
+            raise ExchangeError(f"nothing was written: {error}") from error
+        self._half_updated = "this rank failed while it wrote"
+        for (layer, weight, owner), value in shards.items():
+            with self._assembly.writing(self._described(layer), weight, owner) as shard:
+                shard.copy_(value)
+                self._driver.synchronize()
+        self._sum_own_shards()
+        try:
+            self._exchange.agree("update: this rank has written", self._others, deadline)
+            self._fill_edges()
+            for owner in self._other_owners():
+                self._learn_checksums(self._exchange, owner, HOST_CREATOR if owner == HOST else owner, deadline)
+            self._exchange.agree("update: the edges of this rank are filled", self._others, deadline)
+        except ExchangeError as error:
+            self._half_updated = str(error)
+            raise
+        if self._staging is not None:
+            self._staging.refill(self._driver.current_stream())
+        self._half_updated = None
+
+    def _check_update(self, layer: int, weight: str, owner: Owner, value: torch.Tensor) -> None:
+        described = self._described(layer)
+        if weight not in described.weights:
+            raise ConfigError(f"layer {layer} has no weight {weight!r}; it has {', '.join(described.weights)}")
+        if owner not in self.held_owners:
+            raise ConfigError(f"rank {self.rank} does not hold the shards of {owner!r}")
+        spec = described.weights[weight]
+        shape = spec.of(len(described.placement.experts(owner)))
+        if tuple(value.shape) != shape or value.dtype != spec.dtype:
+            found = f"{tuple(value.shape)} of {value.dtype}"
+            raise ConfigError(f"layer {layer}, {weight}: the shard of {owner} is {shape} of {spec.dtype}, not {found}")
+
+    def check_integrity(self, *, verify: bool = False) -> None:
+        """Check that what is mapped and what the slots hold is what the layouts say; meant for moments of idleness.
+
+        With ``verify``, also that the bytes of every shard, this rank's and the others', are what its owner published.
+        That reads them all, over the link where they are remote, and needs ``checksums: true`` in the config.
+
+        Raises:
+            StateError: something disagrees; the sentence says what.
+            ConfigError: ``verify`` without ``checksums``.
+        """
+        self._require_running()
+        self._assembly.check_integrity()
+        if self._staging is not None:
+            self._staging.check_integrity()
+        if not verify:
+            return
+        if not self.config.checksums:
+            raise ConfigError("check_integrity(verify=True) needs checksums: true in the config")
+        for owner, expected in self._checksums.items():
+            for (layer, weight), published in zip(self._weights_of_layers(), expected, strict=True):
+                if checksum(self._assembly.shard(layer, weight, owner)) != published:
+                    raise StateError(f"layer {layer.number}, {weight}: the bytes of {owner} are not those it published")
+
+    def _weights_of_layers(self) -> Iterator[tuple[Layer, str]]:
+        for described in self._layers:
+            for weight in described.weights:
+                yield described, weight
+
+    def _sum_own_shards(self) -> None:
+        if self.config.checksums:
+            for owner in self.held_owners:
+                shards = (self._assembly.shard(layer, weight, owner) for layer, weight in self._weights_of_layers())
+                self._checksums[owner] = [checksum(shard) for shard in shards]
+
+    def _learn_checksums(self, exchange: Exchange, owner: Owner, holder: int, deadline: float) -> None:
+        if self.config.checksums:
+            self._checksums[owner] = exchange.collect_checksums(owner, holder, deadline)
 
     # -- a pass ------------------------------------------------------------------------------------------------------
     @_between_compiled
@@ -312,6 +430,8 @@ class DWDPRuntime:
             DriverError: a copy could not be issued; the call may be repeated.
         """
         self._require_running()
+        if self._half_updated is not None:
+            raise StateError(f"weights are partly old and partly new: {self._half_updated}; update again, or close")
         index = self._number(layer)
         mode = mode or self.config.mode
         if mode not in self._weights:

@@ -86,6 +86,18 @@ class Staging:
         """Give up layers that were acquired on ``stream``, and make the slots as they are between passes."""
         self._prefetcher.reset(stream)
 
+    def drain(self) -> None:
+        """Wait until every copy that was asked for is done. Raises `StateError` if a layer is acquired."""
+        self._prefetcher.drain()
+
+    def refill(self, stream: int) -> None:
+        """After `drain`: fetch again what the slots hold."""
+        self._prefetcher.refill(stream)
+
+    def check_integrity(self) -> None:
+        """Raise `StateError` unless slots, layers and readers agree."""
+        self._prefetcher.check_integrity()
+
     def layer_stats(self) -> Mapping[int, LayerStats]:
         """By the model's own numbers. What a replay of a graph does is not seen."""
         prefetcher = self._prefetcher

@@ -7,12 +7,14 @@ For machines without virtual memory management. Memory is shared by legacy CUDA 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Ledger, PlainMemory
+from vmm_dwdp.allocator.tensors import tensor_at
 from vmm_dwdp.assembly import Assembly, Share, Weights
 from vmm_dwdp.config import Mode
 from vmm_dwdp.errors import ExchangeError, StateError
@@ -42,6 +44,9 @@ class TensorListAssembly(Assembly):
         spec, experts = layer.weights[weight], layer.placement.experts(owner)
         if not experts:
             return torch.empty(spec.of(0), dtype=spec.dtype, device=self._driver.device)
+        if owner != self.rank:
+            address = self._views[layer.number, weight, owner].address
+            return tensor_at(address, spec.of(len(experts)), spec.dtype, self._driver.device)
         if (layer.number, weight) not in self._own:
             nbytes = len(layer.layouts[weight].shard_bytes(owner))
             self._own[layer.number, weight] = self._take(nbytes, f"layer {layer.number}, {weight}")
@@ -78,6 +83,16 @@ class TensorListAssembly(Assembly):
 
     def _adopt(self, owner: Owner, shares: Sequence[Share]) -> None:
         raise StateError("assembly: tensor_list cannot rejoin: its memory is gone with the process that created it")
+
+    @contextmanager
+    def writing(self, layer: Layer, weight: str, owner: Owner) -> Iterator[torch.Tensor]:
+        yield self.shard(layer, weight, owner)
+
+    def check_integrity(self) -> None:
+        expected = len(self._own) + len(self._views) + len({id(memory) for memory in self._staging.values()})
+        counted = self._ledger.counts()["allocations"]
+        if counted != expected:
+            raise StateError(f"the ledger counts {counted} allocations, but the layouts have {expected}")
 
     def build(self) -> None:
         for slot, layers in enumerate(self._layers_of_slot()):

@@ -9,6 +9,7 @@ in-place range                 |==== rank 0 ====|== own pages ==|==== rank 2 ===
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 import torch
@@ -17,6 +18,7 @@ from vmm_dwdp.allocator.driver import DEVICE, Access, Driver, HandleType, Locati
 from vmm_dwdp.allocator.handles import Allocation, Ledger, Reservation
 from vmm_dwdp.assembly import Assembly, Share, Weights, close_shares
 from vmm_dwdp.config import Mode
+from vmm_dwdp.errors import StateError
 from vmm_dwdp.layer import Layer
 from vmm_dwdp.layout import RangeLayout
 from vmm_dwdp.placement import HOST, Owner, nearest_first
@@ -169,6 +171,41 @@ class VirtualAssembly(Assembly):
                 allocation = Allocation.import_(self._driver, self._ledger, share, self._handle_type, nbytes, label)
                 tiles.append(self._resources.push(allocation))
             yield layer, weight, tiles
+
+    @contextmanager
+    def writing(self, layer: Layer, weight: str, owner: Owner) -> Iterator[torch.Tensor]:
+        if owner == self.rank:
+            yield self.shard(layer, weight, owner)
+            return
+        view = self._views[layer.number, weight, owner]
+        span = range(view.memory.nbytes)
+        _allow(view, span, Access.READ_WRITE)
+        self._driver.allow_cpu(view.memory.address, view.memory.nbytes, self._host_location)
+        try:
+            yield self.shard(layer, weight, owner)
+        finally:
+            _allow(view, span, Access.READ)
+
+    def check_integrity(self) -> None:
+        slots = [self._blocks(layers) for layers in self._layers_of_slot()]
+        tiles = [tile for held in self._tiles.values() for tile in held]
+        in_place = 0 if self._in_place is None else len(list(self._weights_of_layers()))
+        expected = {
+            "mappings": self.num_mappings(),
+            "handles": len(tiles) + sum(len(blocks.sizes) for blocks in slots),
+            "reservations": len(self._own) + len(self._views) + in_place,
+        }
+        counts = self._ledger.counts()
+        for kind, number in expected.items():
+            if counts[kind] != number:
+                raise StateError(f"the ledger counts {counts[kind]} {kind}, but the layouts have {number}")
+        staged = sum(sum(blocks.sizes) for blocks in slots) * self.granularity
+        if staged != self.staged_nbytes:
+            raise StateError(f"the slots have {self.staged_nbytes} bytes, but the layouts need {staged}")
+        for (number, weight, owner), held in self._tiles.items():
+            layout = next(layer.layouts[weight] for layer in self._layers if layer.number == number)
+            if sum(tile.nbytes for tile in held) != len(layout.resident_bytes(owner)):
+                raise StateError(f"layer {number}, {weight}: the handles of {owner} do not make up its resident span")
 
     def build(self) -> None:
         for layer, weight in self._weights_of_layers():

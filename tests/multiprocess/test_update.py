@@ -1,0 +1,132 @@
+"""New weights written in place by all ranks together, between passes; nobody reads half of an update."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.groups import Model, check_pass, in_threads, published, random_model
+
+from vmm_dwdp import HOST, ConfigError, DWDPConfig, DWDPRuntime, ExchangeError, StateError
+
+CONFIG = DWDPConfig(group_size=3, host_experts=2, mode="in_place", checksums=True)
+SHAPES = {number: {"a": ((11, 1777), torch.bfloat16), "b": ((11, 300), torch.float32)} for number in range(5)}
+OLD, NEW = random_model(SHAPES, seed=1), random_model(SHAPES, seed=2)
+
+
+def shards(runtime: DWDPRuntime, model: Model) -> dict[tuple[int, str, int | str], torch.Tensor]:
+    """What this rank writes of ``model``."""
+    return {
+        (number, name, owner): weights[name][slice(experts.start, experts.stop)]
+        for number, weights in model.items()
+        for name in weights
+        for owner in runtime.held_owners
+        for experts in [runtime.local_experts(number, owner)]
+    }
+
+
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, replace(CONFIG, host_experts=0, num_local_experts=6), DWDPConfig(group_size=2, assembly="tensor_list")],
+    ids=["host", "overlap", "tensor-list"],
+)
+def test_every_rank_reads_the_new_bytes(config: DWDPConfig, tmp_path: Path) -> None:
+    with published(config, tmp_path, OLD) as runtimes:
+        for model in (NEW, OLD, NEW):
+            in_threads(lambda rank, model=model: updated(runtimes[rank], model), config.group_size)  # type: ignore[misc]
+            for runtime in runtimes:
+                for mode in ("staged", config.mode):
+                    check_pass(runtime, model, mode=mode)
+                runtime.check_integrity(verify=config.checksums)
+
+
+def updated(runtime: DWDPRuntime, model: Model) -> None:
+    runtime._driver.activate()
+    runtime.update(shards(runtime, model), timeout=20)  # type: ignore[arg-type]
+
+
+def test_a_missing_rank_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    with published(CONFIG, tmp_path, OLD) as runtimes:
+
+        def attempt(rank: int) -> str:
+            runtimes[rank]._driver.activate()
+            with pytest.raises(ExchangeError) as raised:
+                runtimes[rank].update(shards(runtimes[rank], NEW), timeout=0.3)  # type: ignore[arg-type]
+            return str(raised.value)
+
+        for told in in_threads(attempt, 2):  # the first to give up may be missed by the other as well
+            assert re.search(r"nothing was written: .*\brank (0, |1, )?2 ", told), told
+        for runtime in runtimes:
+            check_pass(runtime, OLD)
+            check_pass(runtime, OLD, mode="staged")
+        in_threads(lambda rank: updated(runtimes[rank], NEW), 3)
+        for runtime in runtimes:
+            check_pass(runtime, NEW)
+
+
+def test_a_rank_that_leaves_midway_bars_others_from_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, group_size=2)
+    with published(config, tmp_path, OLD) as runtimes:
+        leaver = runtimes[1]
+
+        def leave(*_: object) -> None:
+            assert leaver._exchange is not None
+            leaver._exchange.close()
+            raise RuntimeError("this rank dies while it writes")
+
+        monkeypatch.setattr(leaver, "_sum_own_shards", leave)
+
+        def attempt(rank: int) -> None:
+            with pytest.raises((ExchangeError, RuntimeError)):
+                updated(runtimes[rank], NEW)
+
+        in_threads(attempt, 2)
+        for runtime in runtimes:
+            with pytest.raises(StateError, match="weights are partly old and partly new"):
+                runtime.acquire(0)
+
+
+def test_what_does_not_fit_is_refused_before_others_hear_of_it(tmp_path: Path) -> None:
+    config = DWDPConfig(group_size=1, host_experts=4)
+    with published(config, tmp_path, OLD) as (runtime,):
+        good = OLD[0]["a"][:7]
+        for key, value, sentence in [
+            ((9, "a", 0), good, "there is no layer 9"),
+            ((0, "c", 0), good, "layer 0 has no weight 'c'"),
+            ((0, "a", 1), good, "does not hold the shards of 1"),
+            ((0, "a", 0), good[:3], r"the shard of 0 is \(7, 1777\)"),
+            ((0, "a", HOST), good.float(), r"the shard of host is \(4, 1777\) of torch.bfloat16, not .* torch.float32"),
+        ]:
+            with pytest.raises(ConfigError, match=sentence):
+                runtime.update({key: value})  # type: ignore[dict-item]
+        runtime.acquire(3)
+        with pytest.raises(StateError, match="layer 3 was acquired"):
+            runtime.update({})
+        runtime.release(3)
+
+
+def test_integrity_tells_of_a_byte_that_changed(tmp_path: Path) -> None:
+    config = DWDPConfig(group_size=1, host_experts=4, checksums=True)
+    with published(config, tmp_path, OLD) as (runtime,):
+        runtime.check_integrity(verify=True)
+        with runtime.layer(2) as weights:
+            assert isinstance(weights["b"], torch.Tensor)
+            weights["b"].view(torch.uint8)[3, 17] ^= 1  # an expert of this rank's own
+        del weights
+        with pytest.raises(StateError, match="layer 2, b: the bytes of 0 are not those it published"):
+            runtime.check_integrity(verify=True)
+
+
+def test_integrity_tells_of_a_mapping_too_many(tmp_path: Path) -> None:
+    config = DWDPConfig(group_size=1, host_experts=4)
+    with published(config, tmp_path, OLD) as (runtime,):
+        runtime.check_integrity()
+        token = runtime.ledger.add("mappings", "one that nobody knows")
+        with pytest.raises(StateError, match="mappings, but the layouts have"):
+            runtime.check_integrity()
+        runtime.ledger.remove(token)
+        with pytest.raises(ConfigError, match="needs checksums: true"):
+            runtime.check_integrity(verify=True)
