@@ -156,6 +156,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group-size", type=int, help="number of ranks (4)")
     parser.add_argument("--num-local-experts", type=int, help="experts each rank holds of every layer (just enough)")
     parser.add_argument("--prefetch-depth", type=int, help="layers whose experts are fetched ahead (2)")
+    parser.add_argument("--host-experts", type=int, help="experts of every layer that live in host memory (0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--prompt", action="append", help="may be repeated: one for each rank")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
@@ -301,7 +302,7 @@ def _generate(model: Any, text: _Text, prompt: str, new_tokens: int) -> Generate
 def config_from(arguments: argparse.Namespace) -> DWDPConfig:
     """The config file, or the default group of four, with the options that were given in place of its values."""
     config = DWDPConfig.from_yaml(arguments.config) if arguments.config else DWDPConfig(group_size=4)
-    names = ("group_size", "num_local_experts", "prefetch_depth")
+    names = ("group_size", "num_local_experts", "prefetch_depth", "host_experts")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     return dataclasses.replace(config, **given)
 

@@ -21,6 +21,7 @@ def run_demo(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, di
     [
         pytest.param(("--group-size", "3"), id="does not divide"),
         pytest.param(("--group-size", "2", "--num-local-experts", "10", "--prefetch-depth", "1"), id="overlap"),
+        pytest.param(("--group-size", "1", "--host-experts", "13"), id="one rank and host memory"),
     ],
 )
 def test_group_computes_what_the_whole_model_computes(
