@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
@@ -53,6 +55,17 @@ def _needs_package(module: str, package: str) -> str | None:
     if importlib.util.find_spec(module) is None:
         return f"needs the package {package}, which is not installed"
     return _needs_hopper()
+
+
+@functools.cache
+def _deep_gemm_missing() -> str | None:
+    missing = _needs_package("deep_gemm", "sgl-deep-gemm")
+    if missing is None:
+        try:
+            importlib.import_module("deep_gemm")
+        except Exception as error:  # built for another torch, for example: a loader's error of any kind
+            missing = f"has the package sgl-deep-gemm, which cannot be imported: {error}"
+    return missing
 
 
 def _on_gpu(problem: Problem) -> str | None:
@@ -177,7 +190,7 @@ PROVIDERS: tuple[Provider, ...] = (
     Provider(
         "deep-gemm",
         "sm_90: fp8 with 1x128/128x128 scales, N and K multiples of 128",
-        lambda: _needs_package("deep_gemm", "sgl-deep-gemm"),
+        _deep_gemm_missing,
         _deep_gemm_refuses,
         _run_deep_gemm,
     ),

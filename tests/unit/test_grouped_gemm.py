@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.kernels import Format, Scales, contiguous, grouped_gemm, providers, tensor_list_grouped_gemm
-from vmm_dwdp.kernels.problem import MAX_ENTRIES
+from vmm_dwdp.kernels.problem import MAX_ENTRIES, check
 from vmm_dwdp.kernels.testing import ROUTINGS, Operands, random_operands, relative_error
 
 # fp8 and FP4 operands give bf16 here, so what is left is the rounding of the result.
@@ -198,3 +200,30 @@ def test_providers_are_listed_and_a_broken_one_does_not_stop_the_listing(monkeyp
     assert not listed["grouped_gemm.torch"].usable
     assert listed["grouped_gemm.torch"].reason == "cannot tell: half installed"
     assert listed["tensor_list_grouped_gemm.torch"].usable
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_rows_are_spread_so_that_every_expert_starts_a_block(routing: str) -> None:
+    operands = random_operands(Format.FP8_BLOCK, num_rows=300, experts=[6], n=128, k=256, routing=routing)
+    spread = contiguous.spread_rows(check(*operands), 128)
+    used = int(operands.offsets[-1])
+    owners = torch.searchsorted(operands.offsets, torch.arange(used, dtype=torch.int32), right=True)
+    places = spread.places[:used]
+    assert operands.scales is not None
+    assert operands.scales.x is not None
+    assert torch.equal(spread.x.view(torch.uint8)[places], operands.x.view(torch.uint8)[:used])
+    assert torch.equal(spread.scale[places], operands.scales.x[:used])
+    assert torch.equal(spread.experts[places].long(), owners)
+    assert places.unique().numel() == used
+    blocks = spread.experts.view(-1, 128)
+    assert (blocks == blocks[:, :1]).all()
+    assert (blocks[-1] == -1).all()
+
+
+def test_a_package_that_cannot_be_imported_is_no_provider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deep_gemm.py").write_text("raise OSError('built for another torch')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "deep_gemm", raising=False)
+    monkeypatch.setattr(contiguous, "_needs_hopper", lambda: None)
+    missing = contiguous._deep_gemm_missing.__wrapped__()
+    assert missing == "has the package sgl-deep-gemm, which cannot be imported: built for another torch"
