@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -86,7 +87,8 @@ class DWDPRuntime:
         self.rank = rank
         self.ledger = Ledger()
         self._driver = driver or open_driver(torch.device(device))
-        self._driver.activate()
+        self._thread = threading.local()  # has an attribute in each thread in which the driver is current
+        self._enter_thread()
         self._assembly = _make_assembly(config, rank, self._driver, self.ledger)
         self._rendezvous = Rendezvous(rendezvous)
         self._layers: list[Layer] = []
@@ -511,6 +513,7 @@ class DWDPRuntime:
         undoing call fails, its error is raised, and the next `close` tries again.
         """
         self._closed = True
+        self._enter_thread()
         self._weights = {}
         if self._exchange is None:
             self._rendezvous.leave(None)
@@ -546,12 +549,20 @@ class DWDPRuntime:
             raise StateError(f"{call} after close")
         if self._published:
             raise StateError(f"{call} after publish")
+        self._enter_thread()
 
     def _require_running(self) -> None:
         if self._closed:
             raise StateError("the runtime is closed")
         if not self._published:
             raise StateError("the runtime is not published yet")
+        self._enter_thread()
+
+    def _enter_thread(self) -> None:
+        """Make the driver current in the calling thread; calls may come from one thread now and from another later."""
+        if not hasattr(self._thread, "entered"):
+            self._driver.activate()
+            self._thread.entered = True
 
     def _number(self, layer: int) -> int:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,6 +104,16 @@ def test_the_same_tensors_on_every_call(runtime: DWDPRuntime) -> None:
     with runtime.layer(0) as second:
         assert second["w"].data_ptr() == address
     del first, second
+
+
+def test_calls_may_come_from_another_thread(runtime: DWDPRuntime) -> None:
+    """One after another, as where a program generates text in a thread of its own."""
+    for _ in range(2):
+        with ThreadPoolExecutor(1) as other:
+            other.submit(check_pass, runtime, MODEL).result()
+    check_pass(runtime, MODEL)
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(runtime.close).result().open() == []
 
 
 def test_unknown_names(runtime: DWDPRuntime) -> None:
