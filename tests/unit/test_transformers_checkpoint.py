@@ -66,6 +66,14 @@ def test_names_of_the_model_itself(tmp_path: Path) -> None:
             assert torch.equal(source.read(4), model.get_parameter(parameter)[4])
 
 
+def test_a_stacked_tensor_with_too_few_experts_is_named(tmp_path: Path) -> None:
+    model = tiny_model("qwen3_moe", tie_word_embeddings=False)
+    model.config.save_pretrained(tmp_path)
+    save_file({**model.state_dict(), STACKED: torch.zeros(6, 48, 32)}, tmp_path / SINGLE_FILE)
+    with Checkpoint(tmp_path) as checkpoint, pytest.raises(ConfigError, match=r"7 experts.*\[6, 48, 32\]"):
+        sources_of(tmp_path, checkpoint)
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     tiny_model("qwen3_moe").save_pretrained(tmp_path)
@@ -91,7 +99,7 @@ def without(pattern: str) -> Callable[[dict[str, Tensor]], None]:
     [
         (without(re.escape(GATE.format(5))), [STACKED, GATE.format(5)]),
         (without(re.escape(GATE.format(0))), [STACKED, GATE.format(0)]),
-        (without(r"layers\.1\.mlp\.experts\.[1-6]\.gate_proj"), [STACKED, "has 1 tensors", GATE.format(0)]),
+        (without(r"layers\.1\.mlp\.experts\.[1-6]\.gate_proj"), [STACKED, "7 experts", GATE.format(0), "[24, 32]"]),
         (without(r"layers\.1\.mlp\.experts\..*gate_proj"), [f"expert 0 of {STACKED}", "[48, 32]", "[24, 32]"]),
         (without(r"layers\.1\.mlp\.experts\.\d"), ["no tensor", STACKED]),
         (

@@ -126,8 +126,8 @@ def _class_named_by(config: dict[str, Any], directory: Path) -> type[transformer
 def _read_config(directory: Path) -> dict[str, Any]:
     file = directory / "config.json"
     try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"cannot read {file}: {error}") from error
     if "quantization_config" in config:
         raise ConfigError(f"{directory} is quantised, which is not supported here")

@@ -134,9 +134,10 @@ class ExpertSource:
     def _check_every_expert(self) -> None:
         for names in self._group.names.values():
             if not self._is_stacked(names) and len(names) % self._spec.num_experts:
+                found = f"has {names[0]} {list(self._checkpoint.shape(names[0]))}"
                 raise ConfigError(
                     f"{self._parameter} has {self._spec.num_experts} experts, but {self._checkpoint.directory} "
-                    f"{_missing(names, self._spec.num_experts)}"
+                    f"{_missing(names, self._spec.num_experts) or found}"
                 )
         fitting: set[str] = set()  # the combinations of shapes that gave one expert's part
         for expert in range(self._spec.num_experts):
@@ -166,13 +167,12 @@ class ExpertSource:
         return None if shape == self._spec.of(1) else f"conversion gives {list(shape[1:])}"
 
 
-def _missing(names: list[str], num_experts: int) -> str:
-    """What a checkpoint lacks whose ``names``, one for each expert, should differ in the expert's number only."""
+def _missing(names: list[str], num_experts: int) -> str | None:
+    """Which tensor is missing among ``names``, one for each expert; told by the only number in which they differ."""
     split = [name.split(".") for name in names]
     columns = [column for column, parts in enumerate(zip(*split, strict=False)) if len(set(parts)) > 1]
-    if len(columns) == 1:
-        present = {parts[columns[0]] for parts in split}
-        for expert in range(num_experts):
-            if str(expert) not in present:
-                return f"has no {'.'.join([*split[0][: columns[0]], str(expert), *split[0][columns[0] + 1 :]])}"
-    return f"has {len(names)} tensors for them, {names[0]} the first"
+    if len(columns) != 1:
+        return None
+    present = {parts[columns[0]] for parts in split}
+    expert = next((str(expert) for expert in range(num_experts) if str(expert) not in present), None)
+    return expert and f"has no {'.'.join([*split[0][: columns[0]], expert, *split[0][columns[0] + 1 :]])}"
