@@ -48,15 +48,15 @@ def test_every_byte_in_every_process(config: DWDPConfig, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def _pass_after_a_death(config: DWDPConfig, rendezvous: Path, rank: int) -> None:
+def _pass_after_a_death(config: DWDPConfig, rendezvous: Path, dead: int, rank: int) -> None:
     torch.set_num_threads(1)
     model = _model()
     runtime = join(config, rank, rendezvous, model)
     check_pass(runtime, model)
-    if rank == 1:
+    if rank == dead:
         (rendezvous / "dead").write_text(str(os.getpid()))
         os.kill(os.getpid(), signal.SIGKILL)
-    while runtime.peers()[1]:
+    while runtime.peers()[dead]:
         pass
     for _ in range(3):
         check_pass(runtime, model)
@@ -64,17 +64,17 @@ def _pass_after_a_death(config: DWDPConfig, rendezvous: Path, rank: int) -> None
     (rendezvous / f"survived-{rank}").touch()
 
 
-def test_a_rank_that_dies_takes_no_other_rank_down(tmp_path: Path) -> None:
-    config = DWDPConfig(group_size=3)
-    survivors = {"survived-0", "survived-2"}
-    functions = partial(_ignoring_death, partial(_pass_after_a_death, config, tmp_path))
-    run_group(functions, 3)
-    assert survivors <= {path.name for path in tmp_path.iterdir()}
+@pytest.mark.parametrize(("host_experts", "dead"), [(0, 1), (4, 0)], ids=["a rank", "the one that made the host pool"])
+def test_a_rank_that_dies_takes_no_other_rank_down(host_experts: int, dead: int, tmp_path: Path) -> None:
+    config = DWDPConfig(group_size=3, host_experts=host_experts)
+    run_group(partial(_ignoring_death, partial(_pass_after_a_death, config, tmp_path, dead), dead), 3)
+    survived = {path.name for path in tmp_path.iterdir() if path.name.startswith("survived")}
+    assert survived == {f"survived-{rank}" for rank in range(3) if rank != dead}
 
 
-def _ignoring_death(function: partial[None], rank: int) -> None:
+def _ignoring_death(function: partial[None], dead: int, rank: int) -> None:
     """Run one rank in a process of its own, so that its death is not the death of what reports to `run_group`."""
-    child = os.fork() if rank == 1 else 0
+    child = os.fork() if rank == dead else 0
     if child:
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
         return

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from support.groups import PAGE, join, published, random_model
+from support.groups import PAGE, join, published, random_model, same_bytes
 
 from vmm_dwdp import DriverError, DWDPConfig
+from vmm_dwdp.allocator.driver import Copy
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.guard import PASSES, Guard
@@ -71,6 +73,42 @@ def test_few_short_copies_are_not_worth_waking_a_thread() -> None:
     assert not pays_to_wake_a_thread(2, 600 << 20)
     assert pays_to_wake_a_thread(12, 8 << 30)
     assert pays_to_wake_a_thread(4000, 8 << 30)
+
+
+class Failing(HostDriver):
+    """Refuses the copies whose turn it is."""
+
+    def __init__(self, refused: int) -> None:
+        super().__init__(PAGE)
+        self.calls_to_refusal = refused
+
+    def copy(self, prepared: Sequence[Copy], stream: int) -> None:
+        self.calls_to_refusal -= 1
+        if self.calls_to_refusal == 0:
+            raise DriverError("copy", "INJECTED", "test")
+        super().copy(prepared, stream)
+
+
+@pytest.mark.parametrize("slice_bytes", ["auto", 1024], ids=["streams, inline", "slices, in a thread"])
+@pytest.mark.parametrize("refused", [3, 4, 5, 6])
+def test_a_copy_that_cannot_be_issued_is_told_at_acquire_which_may_be_repeated(
+    tmp_path: Path, slice_bytes: int | str, refused: int
+) -> None:
+    config = DWDPConfig(group_size=1, host_experts=6, slice_bytes=slice_bytes)
+    runtime = join(config, 0, tmp_path / "rendezvous", MODEL, Failing(refused))
+    failures = []
+    for number in [*MODEL] * 3:
+        try:
+            weights = runtime.acquire(number)
+        except DriverError as error:
+            failures.append(error.code)
+            weights = runtime.acquire(number)
+        assert isinstance(weights["w"], torch.Tensor)
+        assert same_bytes(weights["w"], MODEL[number]["w"])
+        runtime.release(number)
+    assert failures == ["INJECTED"]
+    del weights
+    assert runtime.close().open() == []
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,93 @@
+"""What the CUDA driver is given for many copies, without a GPU: the calls that it gets are written down."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from vmm_dwdp import DriverError
+from vmm_dwdp.allocator.driver import Copy
+
+pytest.importorskip("cuda.bindings.driver")
+
+from cuda.bindings import driver as cuda
+
+from vmm_dwdp.allocator import cuda_driver
+from vmm_dwdp.allocator.cuda_batch import _CALL, BatchCall
+from vmm_dwdp.allocator.cuda_driver import CudaDriver
+
+COPIES = [Copy(dst=1000 + n, src=5000 + n, nbytes=16 * n) for n in range(1, 150)]
+CAPTURED, REFUSING = 77, 88  # streams
+
+
+class Recorder:
+    """Stands for the driver's functions."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[list[Copy], int, int]] = []  # copies, how many attributes, stream
+        self.singles: list[tuple[Copy, int]] = []
+        self._callback = _CALL(self._batch)
+        self.address = ctypes.cast(self._callback, ctypes.c_void_p).value or 0
+
+    def _batch(
+        self, dsts: int, srcs: int, sizes: int, count: int, attributes: int, first: int, number: int, stream: int
+    ) -> int:
+        columns = [(ctypes.c_uint64 * count).from_address(address) for address in (dsts, srcs, sizes)]
+        order = ctypes.c_int.from_address(attributes).value
+        assert order == cuda.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+        assert ctypes.c_size_t.from_address(first).value == 0
+        self.batches.append(([Copy(*row) for row in zip(*columns, strict=True)], number, stream))
+        return int(cuda.CUresult.CUDA_ERROR_INVALID_VALUE if stream == REFUSING else cuda.CUresult.CUDA_SUCCESS)
+
+    def single(self, dst: int, src: int, nbytes: int, stream: int) -> tuple[Any]:
+        self.singles.append((Copy(dst, src, nbytes), stream))
+        return (cuda.CUresult.CUDA_SUCCESS,)
+
+
+@pytest.fixture
+def calls() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def driver(calls: Recorder, monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaDriver]:
+    """As far as copies need one."""
+    made = object.__new__(CudaDriver)
+    made._batch_call = BatchCall(calls.address)
+    monkeypatch.setattr(made, "capture", lambda stream: int(stream == CAPTURED))
+    monkeypatch.setattr(cuda_driver.cuda, "cuMemcpyAsync", calls.single)
+    return made
+
+
+def test_all_copies_are_given_in_order_and_in_batches_that_hold_up_no_launch_for_long(
+    driver: CudaDriver, calls: Recorder
+) -> None:
+    prepared = driver.prepare(COPIES)
+    for _ in range(2):
+        calls.batches.clear()
+        driver.copy(prepared, 9)
+        assert [copy for batch, _, _ in calls.batches for copy in batch] == COPIES
+        assert {len(batch) for batch, _, _ in calls.batches[:-1]} == {64}
+        assert {(number, stream) for _, number, stream in calls.batches} == {(1, 9)}
+    assert calls.singles == []
+
+
+def test_a_captured_stream_gets_single_copies_and_never_a_batch(driver: CudaDriver, calls: Recorder) -> None:
+    driver.copy(driver.prepare(COPIES), CAPTURED)
+    assert calls.singles == [(copy, CAPTURED) for copy in COPIES]
+    assert calls.batches == []
+
+
+def test_a_driver_without_the_batch_call_gets_single_copies(driver: CudaDriver, calls: Recorder) -> None:
+    driver._batch_call = None
+    driver.copy(driver.prepare(COPIES), 9)
+    assert calls.singles == [(copy, 9) for copy in COPIES]
+
+
+def test_a_batch_that_is_refused_is_an_error(driver: CudaDriver, calls: Recorder) -> None:
+    with pytest.raises(DriverError, match=r"cuMemcpyBatchAsync failed with CUDA_ERROR_INVALID_VALUE .* 149 copies"):
+        driver.copy(driver.prepare(COPIES), REFUSING)
+    assert len(calls.batches) == 1
