@@ -1,4 +1,4 @@
-"""What the CUDA driver is given for many copies, without a GPU: the calls that it gets are written down."""
+"""What the CUDA driver is asked for in every pass, without a GPU: the calls that it gets are written down."""
 
 from __future__ import annotations
 
@@ -91,3 +91,76 @@ def test_a_batch_that_is_refused_is_an_error(driver: CudaDriver, calls: Recorder
     with pytest.raises(DriverError, match=r"cuMemcpyBatchAsync failed with CUDA_ERROR_INVALID_VALUE .* 149 copies"):
         driver.copy(driver.prepare(COPIES), REFUSING)
     assert len(calls.batches) == 1
+
+
+SUCCESS, NOT_READY = cuda.CUresult.CUDA_SUCCESS, cuda.CUresult.CUDA_ERROR_NOT_READY
+REFUSED = cuda.CUresult.CUDA_ERROR_INVALID_HANDLE
+
+
+@pytest.fixture
+def bare() -> CudaDriver:
+    """A driver that has taken nothing: enough for calls that only pass their arguments on."""
+    return object.__new__(CudaDriver)
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, call: str, *answers: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """Let the driver's ``call`` answer so, one answer after another; the arguments that it gets."""
+    remaining, given = iter(answers), []
+
+    def answering(*arguments: Any) -> tuple[Any, ...]:
+        given.append(arguments)
+        return next(remaining)
+
+    answering.__name__ = call
+    monkeypatch.setattr(cuda_driver.cuda, call, answering)
+    return given
+
+
+def test_events_are_recorded_and_waited_for_inside_a_graph_or_across_its_border(
+    bare: CudaDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = answer(monkeypatch, "cuEventRecordWithFlags", *[(SUCCESS,)] * 2, (REFUSED,))
+    waits = answer(monkeypatch, "cuStreamWaitEvent", *[(SUCCESS,)] * 2, (REFUSED,))
+    bare.record(11, 12)
+    bare.record(11, 12, external=True)
+    bare.wait(12, 11)
+    bare.wait(12, 11, external=True)
+    external = cuda.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL, cuda.CUevent_wait_flags.CU_EVENT_WAIT_EXTERNAL
+    assert records == [(11, 12, 0), (11, 12, external[0])]
+    assert waits == [(12, 11, 0), (12, 11, external[1])]
+    with pytest.raises(DriverError, match="INVALID_HANDLE while trying to record event 0xb on stream 0xc"):
+        bare.record(11, 12)
+    with pytest.raises(DriverError, match="INVALID_HANDLE while trying to let stream 0xc wait for event 0xb"):
+        bare.wait(12, 11)
+
+
+def test_an_event_is_complete_or_not_or_there_is_an_error(bare: CudaDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, "cuEventQuery", (SUCCESS,), (NOT_READY,), (REFUSED,))
+    assert bare.complete(11)
+    assert not bare.complete(11)
+    with pytest.raises(DriverError, match="look at event 0xb"):
+        bare.complete(11)
+
+
+def test_a_capture_has_its_number_and_the_default_stream_beside_one_is_refused(
+    bare: CudaDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = cuda.CUstreamCaptureStatus
+    implicit = cuda.CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT
+    answer(
+        monkeypatch,
+        "cuStreamIsCapturing",
+        (SUCCESS, status.CU_STREAM_CAPTURE_STATUS_NONE),
+        (SUCCESS, status.CU_STREAM_CAPTURE_STATUS_ACTIVE),
+        (implicit, None),
+    )
+    answer(
+        monkeypatch,
+        "cuStreamGetCaptureInfo",
+        (SUCCESS, status.CU_STREAM_CAPTURE_STATUS_ACTIVE, 42, None, None, None, 0),
+        (implicit, None, None, None, None, None, None),
+    )
+    assert bare.capture(9) == 0
+    assert bare.capture(9) == 42
+    with pytest.raises(DriverError, match="CAPTURE_IMPLICIT while trying to see which capture stream 0x0 is in"):
+        bare.capture(0)
