@@ -12,33 +12,33 @@ import dataclasses
 import functools
 import itertools
 import json
-import logging
+import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.handles import KINDS
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.console import group_progress, print_table, report_step, size, working
-from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.placement import ExpertPlacement
+from vmm_dwdp.demo_models import (
+    MODEL,
+    Generated,
+    Text,
+    continue_by_the_whole,
+    generate,
+    models_to_run,
+    quiet_transformers,
+)
 from vmm_dwdp.stats import Stats
 from vmm_dwdp.testing import run_group
-from vmm_dwdp.weight_spec import WeightSpec
 
-MODEL: Final = Path(__file__).parent / "models" / "bytes-moe"
 HOST_GRANULARITY: Final = 4 << 10  # the model is smaller than a page of 2 MiB per weight and layer
-LARGE_WEIGHT: Final = 64 << 20  # bytes per weight and layer from which a group's shares fill pages on any GPU
 NEW_TOKENS: Final = 96
 RANDOM_NEW_TOKENS: Final = 16  # of a model with random weights, whose text nobody reads
 STEPS: Final = ("starting", "loading", "generating", "done")
@@ -52,19 +52,6 @@ PROMPTS: Final = (
     "My dear sister,",
     "Enter three Witches",
 )
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What one prompt was continued with."""
-
-    prompt: str
-    text: str
-    logits: npt.NDArray[np.float32]  # [new tokens, vocabulary]: of every generated token, as `generate` saw them
-    seconds: float
-
-    def same(self, other: Generated) -> bool:
-        return self.text == other.text and self.logits.tobytes() == other.logits.tobytes()
 
 
 @dataclass(frozen=True)
@@ -166,11 +153,11 @@ def run(arguments: argparse.Namespace) -> int:
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    _quiet()
+    quiet_transformers()
     config = config_from(arguments)
     prompts = tuple(itertools.islice(itertools.cycle(arguments.prompt or PROMPTS), config.group_size))
     reports = []
-    with _models(arguments.model, config, device) as models:
+    with models_to_run(arguments.model, config, device) as models:
         for model in models:
             given = model == arguments.model
             new_tokens = NEW_TOKENS if given else RANDOM_NEW_TOKENS
@@ -182,8 +169,10 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(dataclasses.asdict(reports[-1])))
     staged = config.mode == "staged"  # read in place, nothing is fetched
     problems = [p for report in reports for p in report.problems(fetching=staged and report is reports[-1])]
-    if not arguments.json:
-        print("\n".join(problems) or "identical: the group computed what the whole model computes, bit by bit")
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if not problems and not arguments.json:
+        print("identical: the group computed what the whole model computes, bit by bit")
     return 1 if problems else 0
 
 
@@ -199,7 +188,7 @@ def compare(
         torch.set_num_threads(1)  # another number rounds sums differently; the ranks take this one over
     driver = open_driver(torch.device(device)).name
     with working("running the whole model", shown=shown):
-        expected = _reference(model, device, prompts, new_tokens)
+        expected = continue_by_the_whole(model, device, prompts, new_tokens)
     with tempfile.TemporaryDirectory(prefix="vmm-dwdp-") as folder:
         granularity = HOST_GRANULARITY if device == "cpu" else None
         job = Job(model, config, device, granularity, prompts, new_tokens, Path(folder))
@@ -222,7 +211,7 @@ def _run_rank(job: Job, rank: int) -> RankResult:
     """One process of the group: what it saw, what it generated, and what was left open after close."""
     from vmm_dwdp.integrations.transformers import from_pretrained
 
-    _quiet()
+    quiet_transformers()
     report_step(job.directory, rank, "loading")
     device = f"cuda:{torch.cuda.current_device()}" if job.device == "cuda" else "cpu"
     driver = open_driver(torch.device(device), job.granularity)
@@ -231,7 +220,7 @@ def _run_rank(job: Job, rank: int) -> RankResult:
     )
     try:
         report_step(job.directory, rank, "generating")
-        generated = _generate(model, _Text.of(job.model, model), job.prompts[rank], job.new_tokens)
+        generated = generate(model, Text.of(job.model, model), job.prompts[rank], job.new_tokens)
         stats = model.dwdp.stats()
         held = len(model.dwdp.local_experts(0))
     finally:
@@ -240,138 +229,12 @@ def _run_rank(job: Job, rank: int) -> RankResult:
     return RankResult(device, held, stats, generated, ledger.counts())
 
 
-def _reference(path: Path, device: str, prompts: tuple[str, ...], new_tokens: int) -> list[Generated]:
-    """What the whole model makes of each prompt."""
-    import transformers
-
-    from vmm_dwdp.integrations.transformers_experts import align_experts
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device).eval()
-    align_experts(model)
-    text = _Text.of(path, model)
-    return [_generate(model, text, prompt, new_tokens) for prompt in prompts]
-
-
-class _Text:
-    """Text to tokens and back: the model's own tokenizer, or bytes modulo the vocabulary where it has none."""
-
-    def __init__(self, vocabulary: int, tokenizer: Any | None) -> None:
-        self._vocabulary = vocabulary
-        self._tokenizer = tokenizer
-
-    @classmethod
-    def of(cls, path: Path, model: Any) -> _Text:
-        import transformers
-
-        has_tokenizer = any(path.glob("tokenizer*")) or (path / "vocab.json").exists()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path) if has_tokenizer else None
-        return cls(model.config.get_text_config().vocab_size, tokenizer)
-
-    def encode(self, text: str) -> list[int]:
-        if self._tokenizer is None:
-            return [byte % self._vocabulary for byte in text.encode()]
-        return list(self._tokenizer(text)["input_ids"])
-
-    def decode(self, tokens: list[int]) -> str:
-        if self._tokenizer is None:
-            return bytes(token % 256 for token in tokens).decode(errors="replace")
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
-
-
-def _generate(model: Any, text: _Text, prompt: str, new_tokens: int) -> Generated:
-    """Continue ``prompt`` by exactly ``new_tokens`` as the model's generation config says, from a fixed seed."""
-    tokens = text.encode(prompt)
-    if not tokens:
-        raise ConfigError("the prompt is empty")
-    inputs = torch.tensor([tokens], device=model.device)
-    torch.manual_seed(0)
-    start = time.monotonic()
-    output = model.generate(
-        inputs,
-        attention_mask=torch.ones_like(inputs),
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    made = output.sequences[0, len(tokens) :].tolist()  # waits for the device
-    seconds = time.monotonic() - start
-    return Generated(prompt, text.decode(made), torch.cat(output.logits).float().cpu().numpy(), seconds)
-
-
 def config_from(arguments: argparse.Namespace) -> DWDPConfig:
     """The config file, or the default group of four, with the options that were given in place of its values."""
     config = DWDPConfig.from_yaml(arguments.config) if arguments.config else DWDPConfig(group_size=4)
     names = ("group_size", "num_local_experts", "prefetch_depth", "host_experts")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     return dataclasses.replace(config, **given)
-
-
-@contextmanager
-def _models(model: Path, config: DWDPConfig, device: str) -> Iterator[tuple[Path, ...]]:
-    """The folders to run: on a GPU, beside a model with small experts, a random one with large ones."""
-    if _largest_weight(model, config) >= LARGE_WEIGHT or device == "cpu":
-        yield (model,)
-        return
-    with tempfile.TemporaryDirectory(prefix="vmm-dwdp-") as folder:
-        random = Path(folder) / "random weights"
-        _save_random_model(random, device)
-        yield (model, random)
-
-
-def _largest_weight(path: Path, config: DWDPConfig) -> int:
-    """Bytes of the largest expert weight of a layer. Reads no weights.
-
-    Raises `ConfigError` if the folder holds no model with experts, or if ``config`` cannot spread them.
-    """
-    import transformers
-
-    from vmm_dwdp.integrations.transformers_experts import find_experts
-
-    if not (path / "config.json").is_file():
-        raise ConfigError(f"{path} is not the folder of a Hugging Face model: it has no config.json")
-    model_config = transformers.AutoConfig.from_pretrained(path)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=model_config.dtype)
-    weights: list[WeightSpec] = [spec for experts in find_experts(model) for spec in experts.weights.values()]
-    for spec in weights:
-        ExpertPlacement(spec.num_experts, config)
-    return max(spec.num_experts * spec.expert_nbytes for spec in weights)
-
-
-def _save_random_model(folder: Path, device: str) -> None:
-    """A Qwen3-MoE of 4 layers whose smaller expert weight, ``down_proj``, takes `LARGE_WEIGHT` bytes a layer."""
-    import transformers
-
-    hidden, experts = 1024, 16
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=256,
-        hidden_size=hidden,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=64,
-        num_experts=experts,
-        num_experts_per_tok=4,
-        moe_intermediate_size=LARGE_WEIGHT // (experts * hidden * torch.bfloat16.itemsize),
-        norm_topk_prob=True,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = transformers.Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-
-
-def _quiet() -> None:
-    """Progress bars and advice would be printed by every rank."""
-    import transformers
-
-    logging.getLogger("vmm_dwdp").setLevel(logging.ERROR)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _print(report: Report, *, with_text: bool) -> None:

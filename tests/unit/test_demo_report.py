@@ -9,8 +9,9 @@ import pytest
 
 from vmm_dwdp import demo
 from vmm_dwdp.config import DWDPConfig
-from vmm_dwdp.demo import Generated, Report
 from vmm_dwdp.demo import RankReport as Rank
+from vmm_dwdp.demo import Report
+from vmm_dwdp.demo_models import Generated
 
 
 def test_options_go_before_the_config_file(tmp_path: Path) -> None:

@@ -1,0 +1,166 @@
+"""What the demo runs: which models, how a prompt becomes tokens, and how it is continued."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vmm_dwdp.config import DWDPConfig
+from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.placement import ExpertPlacement
+from vmm_dwdp.weight_spec import WeightSpec
+
+MODEL: Final = Path(__file__).parent / "models" / "bytes-moe"
+LARGE_WEIGHT: Final = 64 << 20  # bytes per weight and layer from which a group's shares fill pages on any GPU
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What one prompt was continued with."""
+
+    prompt: str
+    text: str
+    logits: npt.NDArray[np.float32]  # [new tokens, vocabulary]: of every generated token, as `generate` saw them
+    seconds: float
+
+    def same(self, other: Generated) -> bool:
+        return self.text == other.text and self.logits.tobytes() == other.logits.tobytes()
+
+
+def continue_by_the_whole(path: Path, device: str, prompts: tuple[str, ...], new_tokens: int) -> list[Generated]:
+    """What the whole model makes of each prompt."""
+    import transformers
+
+    from vmm_dwdp.integrations.transformers_experts import align_experts
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device).eval()
+    align_experts(model)
+    text = Text.of(path, model)
+    return [generate(model, text, prompt, new_tokens) for prompt in prompts]
+
+
+class Text:
+    """Text to tokens and back: the model's own tokenizer, or bytes modulo the vocabulary where it has none."""
+
+    def __init__(self, vocabulary: int, tokenizer: Any | None) -> None:
+        self._vocabulary = vocabulary
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def of(cls, path: Path, model: Any) -> Text:
+        import transformers
+
+        has_tokenizer = any(path.glob("tokenizer*")) or (path / "vocab.json").exists()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path) if has_tokenizer else None
+        return cls(model.config.get_text_config().vocab_size, tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        if self._tokenizer is None:
+            return [byte % self._vocabulary for byte in text.encode()]
+        return list(self._tokenizer(text)["input_ids"])
+
+    def decode(self, tokens: list[int]) -> str:
+        if self._tokenizer is None:
+            return bytes(token % 256 for token in tokens).decode(errors="replace")
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def generate(model: Any, text: Text, prompt: str, new_tokens: int) -> Generated:
+    """Continue ``prompt`` by exactly ``new_tokens`` as the model's generation config says, from a fixed seed."""
+    tokens = text.encode(prompt)
+    if not tokens:
+        raise ConfigError("the prompt is empty")
+    inputs = torch.tensor([tokens], device=model.device)
+    torch.manual_seed(0)
+    start = time.monotonic()
+    output = model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    made = output.sequences[0, len(tokens) :].tolist()  # waits for the device
+    seconds = time.monotonic() - start
+    return Generated(prompt, text.decode(made), torch.cat(output.logits).float().cpu().numpy(), seconds)
+
+
+@contextmanager
+def models_to_run(model: Path, config: DWDPConfig, device: str) -> Iterator[tuple[Path, ...]]:
+    """The folders to run: on a GPU, beside a model with small experts, a random one with large ones."""
+    if _largest_weight(model, config) >= LARGE_WEIGHT or device == "cpu":
+        yield (model,)
+        return
+    with TemporaryDirectory(prefix="vmm-dwdp-") as folder:
+        random = Path(folder) / "random weights"
+        _save_random_model(random, device)
+        yield (model, random)
+
+
+def _largest_weight(path: Path, config: DWDPConfig) -> int:
+    """Bytes of the largest expert weight of a layer. Reads no weights.
+
+    Raises `ConfigError` if the folder holds no model with experts, or if ``config`` cannot spread them.
+    """
+    import transformers
+
+    from vmm_dwdp.integrations.transformers_experts import find_experts
+
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"{path} is not the folder of a Hugging Face model: it has no config.json")
+    model_config = transformers.AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=model_config.dtype)
+    weights: list[WeightSpec] = [spec for experts in find_experts(model) for spec in experts.weights.values()]
+    for spec in weights:
+        ExpertPlacement(spec.num_experts, config)
+    return max(spec.num_experts * spec.expert_nbytes for spec in weights)
+
+
+def _save_random_model(folder: Path, device: str) -> None:
+    """A Qwen3-MoE of 4 layers whose smaller expert weight, ``down_proj``, takes `LARGE_WEIGHT` bytes a layer."""
+    import transformers
+
+    hidden, experts = 1024, 16
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=256,
+        hidden_size=hidden,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_experts=experts,
+        num_experts_per_tok=4,
+        moe_intermediate_size=LARGE_WEIGHT // (experts * hidden * torch.bfloat16.itemsize),
+        norm_topk_prob=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = transformers.Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+
+
+def quiet_transformers() -> None:
+    """Progress bars and advice would be printed by every rank. Raises `ConfigError` if transformers is missing."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError("the demo needs transformers: pip install 'vmm-dwdp[hf]'") from error
+
+    logging.getLogger("vmm_dwdp").setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
