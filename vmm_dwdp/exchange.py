@@ -96,8 +96,8 @@ class Exchange:
                 if not self.alive(rank):
                     raise ExchangeError(f"rank {rank} left while others waited for it ({what})")
             if time.monotonic() > deadline:
-                named = ", ".join(map(str, missing))
-                raise ExchangeError(f"not ready before the deadline, though there: rank {named} ({what})")
+                ranks_missing = ", ".join(map(str, missing))
+                raise ExchangeError(f"not ready before the deadline, though there: rank {ranks_missing} ({what})")
         with self._changed:
             del self._heard[what]
 

@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.driver import DEVICE, Driver, HandleType, Location
-from vmm_dwdp.allocator.handles import Ledger, ResourceStack, Stream
+from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.allocator.numa import numa_nodes
 from vmm_dwdp.allocator.probe import refusal
-from vmm_dwdp.assembly import Assembly, Share, Weights
-from vmm_dwdp.checksum import checksum
+from vmm_dwdp.assembly import Assembly, Weights
 from vmm_dwdp.config import DWDPConfig, Mode
-from vmm_dwdp.errors import ConfigError, DWDPError, ExchangeError, StateError
-from vmm_dwdp.exchange import Exchange
+from vmm_dwdp.errors import ConfigError, DWDPError, StateError
 from vmm_dwdp.layer import Layer, describe_layer
-from vmm_dwdp.limits import allow_descriptors
-from vmm_dwdp.placement import HOST, Owner
-from vmm_dwdp.rendezvous import Rendezvous
+from vmm_dwdp.membership import Membership, ShardKey
+from vmm_dwdp.placement import Owner
 from vmm_dwdp.staging import Staging
 from vmm_dwdp.stats import Stats
 from vmm_dwdp.tensor_list_assembly import TensorListAssembly
 from vmm_dwdp.virtual_assembly import VirtualAssembly
 from vmm_dwdp.weight_spec import WeightSpec
-
-HOST_CREATOR: Final = 0  # the rank that creates, fills and serves the pool of host memory
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
@@ -90,18 +82,15 @@ class DWDPRuntime:
         self._thread = threading.local()  # has an attribute in each thread in which the driver is current
         self._enter_thread()
         self._assembly = _make_assembly(config, rank, self._driver, self.ledger)
-        self._rendezvous = Rendezvous(rendezvous)
         self._layers: list[Layer] = []
+        self._membership = Membership(
+            config, rank, self._driver, self.ledger, rendezvous, self._assembly, self._layers
+        )
         self._index: dict[int, int] = {}
         self._weights: dict[Mode, list[Weights]] = {}
         self._read_in_place: set[int] = set()  # layers acquired so and not yet released
-        self._exchange: Exchange | None = None
         self._staging: Staging | None = None
         self._published = False
-        self._resources = ResourceStack()
-        self._edge_stream: Stream | None = None
-        self._checksums: dict[Owner, list[int]] = {}  # of every shard, in the order of layers and weights
-        self._half_updated: str | None = None  # why weights may be partly old and partly new
         self._closed = False
 
     @property
@@ -154,9 +143,8 @@ class DWDPRuntime:
 
     @property
     def held_owners(self) -> tuple[Owner, ...]:
-        """The owners whose memory this rank creates."""
-        hosts = self.config.host_experts > 0 and self.rank == HOST_CREATOR
-        return (self.rank, HOST) if hosts else (self.rank,)
+        """The owners whose memory this rank creates: itself, and on rank 0 the pool of host memory if there is one."""
+        return self._membership.held_owners
 
     def publish(self, timeout: float = 60.0) -> None:
         """Serve this rank's shards, map those of the others, and start prefetching.
@@ -174,25 +162,8 @@ class DWDPRuntime:
         self._require_setup("publish")
         if not self._layers:
             raise ConfigError("publish needs at least one layer")
-        deadline = time.monotonic() + timeout
         with self._closed_on_failure():
-            self._check_limits()
-            for described in self._layers:
-                for weight in described.weights:
-                    for owner in self.held_owners:
-                        self._assembly.shard(described, weight, owner)
-            self._driver.synchronize()  # what the caller copied into the shards is there before anybody reads it
-            self._exchange = self._make_exchange()
-            self._sum_own_shards()
-            self._exchange.serve()
-            for owner in self._other_owners():
-                holder = HOST_CREATOR if owner == HOST else owner
-                shares = self._exchange.collect(owner, holder, self._assembly.num_shares(owner), deadline)
-                self._assembly.attach(owner, shares)
-                self._learn_checksums(self._exchange, owner, holder, deadline)
-            self._assembly.build()
-            self._fill_edges()
-            self._exchange.agree("publish: this rank has all it needs", self._others, deadline)
+            self._membership.publish(time.monotonic() + timeout)
             self._start()
 
     def rejoin(self, timeout: float = 60.0) -> None:
@@ -210,38 +181,9 @@ class DWDPRuntime:
         self._require_setup("rejoin")
         if not self._layers:
             raise ConfigError("rejoin needs at least one layer")
-        deadline = time.monotonic() + timeout
         with self._closed_on_failure():
-            self._check_limits()
-            exchange = self._make_exchange()
-            if exchange.alive(self.rank):
-                raise StateError(f"rank {self.rank} is alive: only a rank that has died can rejoin")
-            holder = self._any_living_rank(exchange)
-            for owner in (*self.held_owners, *self._other_owners()):
-                shares = exchange.collect(owner, holder, self._assembly.num_shares(owner), deadline)
-                take = self._assembly.adopt if owner in self.held_owners else self._assembly.attach
-                take(owner, shares)
-                self._learn_checksums(exchange, owner, holder, deadline)
-            self._assembly.build()
+            self._membership.rejoin(time.monotonic() + timeout)
             self._start()
-            self._exchange = exchange
-            exchange.serve()
-
-    def _make_exchange(self) -> Exchange:
-        return Exchange(
-            self._rendezvous, self.ledger, self.rank, self._fingerprint(), self._shares, self._checksums.__getitem__
-        )
-
-    def _any_living_rank(self, exchange: Exchange) -> int:
-        """All ranks have the memory of all: they keep what they were given."""
-        for rank in self._others:
-            if exchange.alive(rank):
-                return rank
-        raise ExchangeError(f"no other rank is alive at {self._rendezvous.directory}: the group must be loaded again")
-
-    @property
-    def _others(self) -> list[int]:
-        return [rank for rank in range(self.config.group_size) if rank != self.rank]
 
     def _start(self) -> None:
         for mode in self._modes:
@@ -256,46 +198,8 @@ class DWDPRuntime:
         staged: tuple[Mode, ...] = ("staged",) if self.config.prefetch_depth else ()
         return (*staged, "in_place") if self.config.mode == "in_place" else staged
 
-    def _shares(self, owner: Owner) -> list[Share]:
-        """Runs in a thread of the exchange."""
-        self._driver.activate()
-        return self._assembly.shares(owner)
-
-    def _check_limits(self) -> None:
-        needed = self._assembly.num_mappings()
-        if needed > self._driver.max_mappings:
-            raise ConfigError(
-                f"{len(self._layers)} layers need {needed} mappings, but a process can have {self._driver.max_mappings}"
-            )
-        # One received descriptor for each share, and on the host driver another, which is the imported handle.
-        allow_descriptors(2 * sum(self._assembly.num_shares(owner) for owner in self._other_owners()))
-
-    def _fingerprint(self) -> str:
-        """A digest of everything in which all ranks must agree."""
-        layers = [
-            (described.number, [(name, spec.shape, str(spec.dtype)) for name, spec in described.weights.items()])
-            for described in self._layers
-        ]
-        agreed = json.dumps([dataclasses.asdict(self.config), self._assembly.granularity, self.device.type, layers])
-        return hashlib.sha256(agreed.encode()).hexdigest()
-
-    def _other_owners(self) -> list[Owner]:
-        """The owners whose memory others create, in an order that differs from rank to rank."""
-        group_size = self.config.group_size
-        owners: list[Owner] = [*((self.rank + turn) % group_size for turn in range(1, group_size)), HOST]
-        return [owner for owner in owners if owner not in self.held_owners and self._assembly.num_shares(owner)]
-
-    def _fill_edges(self) -> None:
-        """Copy the neighbours' bytes that share a page with this rank's own; they stay there for good."""
-        copies = [copy for described in self._layers for copy in self._assembly.copies(described, described.plan.edges)]
-        if copies:
-            if self._edge_stream is None:
-                self._edge_stream = self._resources.push(Stream(self._driver, self.ledger, "edges"))
-            self._driver.copy(self._driver.prepare(copies), self._edge_stream.stream)
-            self._driver.synchronize(self._edge_stream.stream)
-
     # -- what only owners write --------------------------------------------------------------------------------------
-    def update(self, shards: Mapping[tuple[int, str, Owner], torch.Tensor], timeout: float = 60.0) -> None:
+    def update(self, shards: Mapping[ShardKey, torch.Tensor], timeout: float = 60.0) -> None:
         """Write new experts into memory that this rank holds, with all ranks together, between passes.
 
         Every rank of the group calls it, each with what it has to change, which may be nothing. When it returns,
@@ -312,7 +216,6 @@ class DWDPRuntime:
             StateError: a layer is acquired.
         """
         self._require_running()
-        assert self._exchange is not None
         for (layer, weight, owner), value in shards.items():
             self._check_update(layer, weight, owner, value)
         if self._read_in_place:
@@ -321,32 +224,9 @@ class DWDPRuntime:
         if self._staging is not None:
             self._staging.drain()
         self._driver.synchronize()
-        deadline = time.monotonic() + timeout
-        try:
-            self._exchange.agree_to_begin("update: this rank reads nothing", self._others, deadline)
-        except ExchangeError as error:
-            if self._exchange.bound:
-                self._half_updated = str(error)
-                raise
-            raise ExchangeError(f"nothing was written: {error}") from error
-        self._half_updated = "this rank failed while it wrote"
-        for (layer, weight, owner), value in shards.items():
-            with self._assembly.writing(self._described(layer), weight, owner) as shard:
-                shard.copy_(value)
-                self._driver.synchronize()
-        self._sum_own_shards()
-        try:
-            self._exchange.agree("update: this rank has written", self._others, deadline)
-            self._fill_edges()
-            for owner in self._other_owners():
-                self._learn_checksums(self._exchange, owner, HOST_CREATOR if owner == HOST else owner, deadline)
-            self._exchange.agree("update: the edges of this rank are filled", self._others, deadline)
-        except ExchangeError as error:
-            self._half_updated = str(error)
-            raise
+        self._membership.update(shards, time.monotonic() + timeout)
         if self._staging is not None:
             self._staging.refill(self._driver.current_stream())
-        self._half_updated = None
 
     def _check_update(self, layer: int, weight: str, owner: Owner, value: torch.Tensor) -> None:
         described = self._described(layer)
@@ -374,29 +254,8 @@ class DWDPRuntime:
         self._assembly.check_integrity()
         if self._staging is not None:
             self._staging.check_integrity()
-        if not verify:
-            return
-        if not self.config.checksums:
-            raise ConfigError("check_integrity(verify=True) needs checksums: true in the config")
-        for owner, expected in self._checksums.items():
-            for (layer, weight), published in zip(self._weights_of_layers(), expected, strict=True):
-                if checksum(self._assembly.shard(layer, weight, owner)) != published:
-                    raise StateError(f"layer {layer.number}, {weight}: the bytes of {owner} are not those it published")
-
-    def _weights_of_layers(self) -> Iterator[tuple[Layer, str]]:
-        for described in self._layers:
-            for weight in described.weights:
-                yield described, weight
-
-    def _sum_own_shards(self) -> None:
-        if self.config.checksums:
-            for owner in self.held_owners:
-                shards = (self._assembly.shard(layer, weight, owner) for layer, weight in self._weights_of_layers())
-                self._checksums[owner] = [checksum(shard) for shard in shards]
-
-    def _learn_checksums(self, exchange: Exchange, owner: Owner, holder: int, deadline: float) -> None:
-        if self.config.checksums:
-            self._checksums[owner] = exchange.collect_checksums(owner, holder, deadline)
+        if verify:
+            self._membership.verify()
 
     # -- a pass ------------------------------------------------------------------------------------------------------
     @_between_compiled
@@ -432,8 +291,9 @@ class DWDPRuntime:
             DriverError: a copy could not be issued; the call may be repeated.
         """
         self._require_running()
-        if self._half_updated is not None:
-            raise StateError(f"weights are partly old and partly new: {self._half_updated}; update again, or close")
+        if self._membership.half_updated is not None:
+            why = self._membership.half_updated
+            raise StateError(f"weights are partly old and partly new: {why}; update again, or close")
         index = self._number(layer)
         mode = mode or self.config.mode
         if mode not in self._weights:
@@ -501,8 +361,7 @@ class DWDPRuntime:
     def peers(self) -> dict[int, bool]:
         """For every other rank, whether it answers now."""
         self._require_running()
-        assert self._exchange is not None
-        return {rank: self._exchange.alive(rank) for rank in self._others}
+        return self._membership.peers()
 
     # -- the end -----------------------------------------------------------------------------------------------------
     def close(self) -> Ledger:
@@ -515,14 +374,10 @@ class DWDPRuntime:
         self._closed = True
         self._enter_thread()
         self._weights = {}
-        if self._exchange is None:
-            self._rendezvous.leave(None)
-        else:
-            self._exchange.close()
         if self._staging is not None:
             self._staging.close()
         self._driver.synchronize()
-        self._resources.close()
+        self._membership.close()
         self._assembly.close()
         return self.ledger
 

@@ -73,11 +73,11 @@ def test_a_rank_that_leaves_midway_bars_others_from_reading(tmp_path: Path, monk
         leaver = runtimes[1]
 
         def leave(*_: object) -> None:
-            assert leaver._exchange is not None
-            leaver._exchange.close()
+            assert leaver._membership._exchange is not None
+            leaver._membership._exchange.close()
             raise RuntimeError("this rank dies while it writes")
 
-        monkeypatch.setattr(leaver, "_sum_own_shards", leave)
+        monkeypatch.setattr(leaver._membership, "_sum_held_shards", leave)
 
         def attempt(rank: int) -> None:
             with pytest.raises((ExchangeError, RuntimeError)):

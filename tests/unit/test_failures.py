@@ -59,7 +59,7 @@ def _lives(config: DWDPConfig, driver: Driver) -> Ledger:
             wait([first], timeout=0.005)
         if not first.done():
             try:
-                other = _life(config, 1, rendezvous, FaultyDriver(), 2)
+                other = _life(config, 1, rendezvous, FaultyDriver(), 10)
             except ExchangeError as error:  # it cannot go on without rank 0
                 other = error.ledger  # type: ignore[attr-defined]
             assert other.open() == []

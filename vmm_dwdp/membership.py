@@ -1,0 +1,218 @@
+"""One rank's part in its group: what it gives to the other ranks and what it takes from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+import torch
+import torch.distributed as dist
+
+from vmm_dwdp.allocator.driver import Driver
+from vmm_dwdp.allocator.handles import Ledger, ResourceStack, Stream
+from vmm_dwdp.assembly import Assembly, Share
+from vmm_dwdp.checksum import checksum
+from vmm_dwdp.config import DWDPConfig
+from vmm_dwdp.errors import ConfigError, ExchangeError, StateError
+from vmm_dwdp.exchange import Exchange
+from vmm_dwdp.layer import Layer
+from vmm_dwdp.limits import allow_descriptors
+from vmm_dwdp.placement import HOST, Owner
+from vmm_dwdp.rendezvous import Rendezvous
+
+HOST_CREATOR: Final = 0  # the rank that creates, fills and serves the pool of host memory
+
+ShardKey = tuple[int, str, Owner]  # layer number, weight, whose
+
+
+class Membership:
+    """Publishes a rank's shards, attaches the others', and changes weights together with them.
+
+    Args:
+        assembly: the rank's memory; owned by the caller.
+        layers: what was added so far, by the caller.
+
+    Attributes:
+        half_updated: why weights may be partly old and partly new; ``None`` if they are not.
+    """
+
+    def __init__(
+        self,
+        config: DWDPConfig,
+        rank: int,
+        driver: Driver,
+        ledger: Ledger,
+        rendezvous: str | os.PathLike[str] | dist.ProcessGroup,
+        assembly: Assembly,
+        layers: list[Layer],
+    ) -> None:
+        self.half_updated: str | None = None
+        self._config = config
+        self._rank = rank
+        self._driver = driver
+        self._ledger = ledger
+        self._rendezvous = Rendezvous(rendezvous)
+        self._assembly = assembly
+        self._layers = layers
+        self._others = [other for other in range(config.group_size) if other != rank]
+        self._exchange: Exchange | None = None
+        self._checksums: dict[Owner, list[int]] = {}  # of every shard, in the order of layers and weights
+        self._resources = ResourceStack()
+        self._edge_stream: Stream | None = None
+
+    @property
+    def held_owners(self) -> tuple[Owner, ...]:
+        """The owners whose memory this rank creates."""
+        hosts = self._config.host_experts > 0 and self._rank == HOST_CREATOR
+        return (self._rank, HOST) if hosts else (self._rank,)
+
+    def publish(self, deadline: float) -> None:
+        """Serve this rank's shards, attach the others', and build the assembly; every rank has done so on return."""
+        self._check_limits()
+        for layer, weight in self._weights():
+            for owner in self.held_owners:
+                self._assembly.shard(layer, weight, owner)
+        self._driver.synchronize()  # what the caller copied into the shards is there before anybody reads it
+        self._sum_held_shards()
+        self._exchange = exchange = self._make_exchange()
+        exchange.serve()
+        for owner in self._other_owners():
+            self._take(exchange, owner, HOST_CREATOR if owner == HOST else owner, deadline)
+        self._assembly.build()
+        self._fill_edges()
+        exchange.agree("publish: this rank has all it needs", self._others, deadline)
+
+    def rejoin(self, deadline: float) -> None:
+        """As `publish`, with the memory of a dead rank of the same number, which a living one hands over."""
+        self._check_limits()
+        exchange = self._make_exchange()
+        if exchange.alive(self._rank):
+            raise StateError(f"rank {self._rank} is alive: only a rank that has died can rejoin")
+        holder = next((rank for rank in self._others if exchange.alive(rank)), None)
+        if holder is None:
+            there = self._rendezvous.directory
+            raise ExchangeError(f"no other rank is alive at {there}: the group must be loaded again")
+        for owner in (*self.held_owners, *self._other_owners()):
+            self._take(exchange, owner, holder, deadline)
+        self._assembly.build()
+        self._exchange = exchange
+        exchange.serve()
+
+    def update(self, shards: Mapping[ShardKey, torch.Tensor], deadline: float) -> None:
+        """Write ``shards`` while no rank reads; this one does not. See `DWDPRuntime.update`."""
+        assert self._exchange is not None
+        try:
+            self._exchange.agree_to_begin("update: this rank reads nothing", self._others, deadline)
+        except ExchangeError as error:
+            if not self._exchange.bound:
+                raise ExchangeError(f"nothing was written: {error}") from error
+            self.half_updated = str(error)
+            raise
+        self.half_updated = "this rank failed while it wrote"
+        for (number, weight, owner), value in shards.items():
+            layer = next(layer for layer in self._layers if layer.number == number)
+            with self._assembly.writing(layer, weight, owner) as shard:
+                shard.copy_(value)
+                self._driver.synchronize()
+        self._sum_held_shards()
+        try:
+            self._exchange.agree("update: this rank has written", self._others, deadline)
+            self._fill_edges()
+            for owner in self._other_owners():
+                self._learn_checksums(self._exchange, owner, HOST_CREATOR if owner == HOST else owner, deadline)
+            self._exchange.agree("update: the edges of this rank are filled", self._others, deadline)
+        except ExchangeError as error:
+            self.half_updated = str(error)
+            raise
+        self.half_updated = None
+
+    def verify(self) -> None:
+        """Raise `StateError` unless every shard has the bytes that its owner published."""
+        if not self._config.checksums:
+            raise ConfigError("check_integrity(verify=True) needs checksums: true in the config")
+        for owner, published in self._checksums.items():
+            for (layer, weight), expected in zip(self._weights(), published, strict=True):
+                if checksum(self._assembly.shard(layer, weight, owner)) != expected:
+                    raise StateError(f"layer {layer.number}, {weight}: the bytes of {owner} are not those it published")
+
+    def peers(self) -> dict[int, bool]:
+        """For every other rank, whether it answers now."""
+        assert self._exchange is not None
+        return {rank: self._exchange.alive(rank) for rank in self._others}
+
+    def close(self) -> None:
+        """Stop answering others. The device is idle. A second call goes on where one stopped."""
+        if self._exchange is None:
+            self._rendezvous.leave(None)
+        else:
+            self._exchange.close()
+        self._resources.close()
+
+    def _weights(self) -> Iterator[tuple[Layer, str]]:
+        for layer in self._layers:
+            for weight in layer.weights:
+                yield layer, weight
+
+    def _other_owners(self) -> list[Owner]:
+        """The owners whose memory others create, in an order that differs from rank to rank."""
+        group_size = self._config.group_size
+        owners: list[Owner] = [*((self._rank + turn) % group_size for turn in range(1, group_size)), HOST]
+        return [owner for owner in owners if owner not in self.held_owners and self._assembly.num_shares(owner)]
+
+    def _check_limits(self) -> None:
+        needed = self._assembly.num_mappings()
+        if needed > self._driver.max_mappings:
+            raise ConfigError(
+                f"{len(self._layers)} layers need {needed} mappings, but a process can have {self._driver.max_mappings}"
+            )
+        # One received descriptor for each share, and on the host driver another, which is the imported handle.
+        allow_descriptors(2 * sum(self._assembly.num_shares(owner) for owner in self._other_owners()))
+
+    def _make_exchange(self) -> Exchange:
+        checksums = self._checksums.__getitem__
+        return Exchange(self._rendezvous, self._ledger, self._rank, self._fingerprint(), self._shares, checksums)
+
+    def _fingerprint(self) -> str:
+        """A digest of everything in which all ranks must agree."""
+        layers = [
+            (layer.number, [(name, spec.shape, str(spec.dtype)) for name, spec in layer.weights.items()])
+            for layer in self._layers
+        ]
+        config = dataclasses.asdict(self._config)
+        agreed = json.dumps([config, self._assembly.granularity, self._driver.device.type, layers])
+        return hashlib.sha256(agreed.encode()).hexdigest()
+
+    def _shares(self, owner: Owner) -> list[Share]:
+        """Runs in a thread of the exchange."""
+        self._driver.activate()
+        return self._assembly.shares(owner)
+
+    def _take(self, exchange: Exchange, owner: Owner, holder: int, deadline: float) -> None:
+        """Get the memory of ``owner`` from rank ``holder``: to read, or, if it was this rank's before, to hold."""
+        shares = exchange.collect(owner, holder, self._assembly.num_shares(owner), deadline)
+        take = self._assembly.adopt if owner in self.held_owners else self._assembly.attach
+        take(owner, shares)
+        self._learn_checksums(exchange, owner, holder, deadline)
+
+    def _fill_edges(self) -> None:
+        """Copy the neighbours' bytes that share a page with this rank's own; they stay there until an update."""
+        copies = [copy for layer in self._layers for copy in self._assembly.copies(layer, layer.plan.edges)]
+        if copies:
+            if self._edge_stream is None:
+                self._edge_stream = self._resources.push(Stream(self._driver, self._ledger, "edges"))
+            self._driver.copy(self._driver.prepare(copies), self._edge_stream.stream)
+            self._driver.synchronize(self._edge_stream.stream)
+
+    def _sum_held_shards(self) -> None:
+        if self._config.checksums:
+            for owner in self.held_owners:
+                shards = (self._assembly.shard(layer, weight, owner) for layer, weight in self._weights())
+                self._checksums[owner] = [checksum(shard) for shard in shards]
+
+    def _learn_checksums(self, exchange: Exchange, owner: Owner, holder: int, deadline: float) -> None:
+        if self._config.checksums:
+            self._checksums[owner] = exchange.collect_checksums(owner, holder, deadline)
