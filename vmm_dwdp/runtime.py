@@ -83,9 +83,7 @@ class DWDPRuntime:
         self._enter_thread()
         self._assembly = _make_assembly(config, rank, self._driver, self.ledger)
         self._layers: list[Layer] = []
-        self._membership = Membership(
-            config, rank, self._driver, self.ledger, rendezvous, self._assembly, self._layers
-        )
+        self._membership = Membership(config, rank, self._driver, self.ledger, rendezvous, self._assembly, self._layers)
         self._index: dict[int, int] = {}
         self._weights: dict[Mode, list[Weights]] = {}
         self._read_in_place: set[int] = set()  # layers acquired so and not yet released
