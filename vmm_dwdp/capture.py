@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Event, Ledger, ResourceStack, Stream
 from vmm_dwdp.errors import StateError
-from vmm_dwdp.prefetch import Fetch, Prefetcher, Slot
+from vmm_dwdp.prefetch import Fetch, Prefetcher
 
 
 @dataclass
@@ -34,12 +34,10 @@ class _CapturedSlot:
     """One slot as the capture in progress has it.
 
     Attributes:
-        outside: the slot itself, as it is now and when a replay begins.
         ready: by copy stream; recorded by a captured fetch, waited for by a captured acquire.
         consumed: recorded by a captured release, waited for by the captured fetch that follows.
     """
 
-    outside: Slot
     ready: list[Event]
     consumed: Event
     holds: int = 0  # the layer that it holds at this point of a replay
@@ -67,11 +65,10 @@ class CapturedPasses:
             self._streams = [push(Stream(driver, ledger, f"captured copies {i}")) for i in range(num_streams)]
             self._slots = [
                 _CapturedSlot(
-                    outside=slot,
                     ready=[push(Event(driver, ledger, f"slot {i} ready in a graph")) for _ in self._streams],
                     consumed=push(Event(driver, ledger, f"slot {i} consumed in a graph")),
                 )
-                for i, slot in enumerate(prefetcher.slots)
+                for i in range(len(prefetcher.slots))
             ]
         except BaseException:
             self.close()
@@ -94,7 +91,7 @@ class CapturedPasses:
             for ready in slot.ready[: len(self._fetches[index].streams)]:
                 self._driver.wait(stream, ready.event)
         else:
-            for ready in slot.outside.ready:
+            for ready in self._prefetcher.ready(index):
                 self._driver.wait(stream, ready.event, external=True)
         slot.reader = index
 
@@ -134,7 +131,7 @@ class CapturedPasses:
             if slot.fetched:
                 for ready in slot.ready[: len(self._fetches[first].streams)]:
                     self._driver.wait(stream, ready.event)
-                for ready in slot.outside.ready:
+                for ready in self._prefetcher.ready(first):
                     self._driver.record(ready.event, stream, external=True)
 
     def close(self) -> None:

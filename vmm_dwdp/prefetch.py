@@ -146,6 +146,10 @@ class Prefetcher:
         following = index + len(self.slots)
         return following if following < len(self._fetches) else index % len(self.slots)
 
+    def ready(self, index: int) -> list[Event]:
+        """The events that are recorded after the copies of layer ``index``."""
+        return self.slots[index % len(self.slots)].ready[: len(self._fetches[index].streams)]
+
     def reset(self, stream: int) -> None:
         """Give up layers that were acquired on ``stream``, and make the slots as they are between passes."""
         for index, slot in enumerate(self.slots):

@@ -138,8 +138,8 @@ class _NeverJoins(CapturedPasses):
     """Says that the first layers are in their slots without waiting for their copies."""
 
     def _join(self, stream: int) -> None:
-        for slot in self._slots:
-            for ready in slot.outside.ready:
+        for first in range(len(self._slots)):
+            for ready in self._prefetcher.ready(first):
                 self._driver.record(ready.event, stream, external=True)
 
 
