@@ -15,7 +15,7 @@ import torch
 from vmm_dwdp import DWDPConfig, WeightSpec
 from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.driver import DEVICE, HandleType, Location
-from vmm_dwdp.allocator.handles import Ledger, ResourceStack
+from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.assembly import Assembly, Share, Weights
 from vmm_dwdp.config import AssemblyKind
 from vmm_dwdp.layer import describe_layer
@@ -79,7 +79,7 @@ class _OneProcess:
 
 
 class FarOwners:
-    """``staging`` and ``weights`` of rank 0. Close it when done."""
+    """``staging`` and ``weights`` of rank 0, over random bytes. Close it when done."""
 
     def __init__(
         self, device: torch.device, config: DWDPConfig, weights: Mapping[str, WeightSpec], num_layers: int
@@ -87,14 +87,13 @@ class FarOwners:
         self.driver: Any = _OneProcess(open_driver(device), far=False)
         self.ledger = Ledger()
         self._far_driver: Any = _OneProcess(self.driver, far=True)
-        self._open: list[Assembly] = []
-        self._far = ResourceStack()
+        self.far: list[Assembly] = []
         near = self._assembly(self.driver, config, rank=0)
         self.layers = [describe_layer(n, weights, config, 0, near.granularity) for n in range(num_layers)]
         for layer in self.layers:
             near.add(layer)
             for weight in weights:
-                near.shard(layer, weight, 0)
+                near.shard(layer, weight, 0).view(torch.uint8).random_()
         for owner in range(1, config.group_size):
             near.attach(owner, self._shares(config, weights, owner, num_layers))
         near.build()
@@ -110,22 +109,22 @@ class FarOwners:
             "tensor_list": lambda: TensorListAssembly(driver, self.ledger, rank, config.prefetch_depth),
         }
         made: Assembly = kinds[config.assembly]()
-        self._open.append(made)
         return made
 
     def _shares(
         self, config: DWDPConfig, weights: Mapping[str, WeightSpec], owner: int, num_layers: int
     ) -> list[Share]:
         far = self._assembly(self._far_driver, config, owner)
+        self.far.append(far)
         layer = describe_layer(0, weights, config, owner, far.granularity)
         far.add(layer)
         for weight in weights:
-            far.shard(layer, weight, owner)
+            far.shard(layer, weight, owner).view(torch.uint8).random_()
         return [share for _ in range(num_layers) for share in far.shares(owner)]
 
     def close(self) -> None:
         self.weights.clear()
         self.staging.close()
-        for assembly in self._open:
+        for assembly in (self.assembly, *self.far):
             assembly.close()
         assert not any(self.ledger.counts().values()), self.ledger.open()
