@@ -1,0 +1,223 @@
+"""A stack of MoE layers with attention-sized compute between, by three parallelisms over the same weights and tokens.
+
+    dwdp   every rank runs its own tokens through all experts; remote experts are prefetched. No collective.
+    ep     experts are spread over ranks; tokens go to their experts and back: two all-to-alls a layer.
+    tp     every expert is cut along its intermediate size; all ranks run all tokens: an all-reduce a layer.
+
+Weights of expert ``e`` of layer ``l`` are drawn from a generator seeded by (l, e), so that every rank can make any of
+them, and the routing of every rank's tokens is seeded by the rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from vmm_dwdp import DWDPConfig, DWDPRuntime, WeightSpec
+from vmm_dwdp.allocator.driver import Driver
+from vmm_dwdp.config import Mode
+
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What is run. Sizes as in a model's config: ``hidden`` H, ``intermediate`` I, ``top_k`` experts a token.
+
+    Attributes:
+        attention_flops_per_token: of the dense product between two MoE layers, which stands for attention.
+    """
+
+    name: str
+    num_layers: int
+    num_experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    attention_flops_per_token: int
+
+    @property
+    def layer_nbytes(self) -> int:
+        return self.num_experts * 3 * self.hidden * self.intermediate * DTYPE.itemsize
+
+
+def weights(stack: Stack, layer: int, expert: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """``w13 [2 I, H]`` and ``w2 [H, I]`` of one expert."""
+    generator = torch.Generator(device).manual_seed(layer * stack.num_experts + expert)
+    w13 = torch.randn(2 * stack.intermediate, stack.hidden, dtype=DTYPE, device=device, generator=generator)
+    w2 = torch.randn(stack.hidden, stack.intermediate, dtype=DTYPE, device=device, generator=generator)
+    return w13 * stack.hidden**-0.5, w2 * stack.intermediate**-0.5
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Tokens of one rank, and where they go: ``x [T, H]``, ``order [T k]`` rows sorted by expert, ``counts [E]``."""
+
+    x: torch.Tensor
+    order: torch.Tensor
+    counts: torch.Tensor
+
+
+def route(stack: Stack, tokens: int, rank: int, device: torch.device) -> Routed:
+    """Random tokens, each to ``top_k`` different experts."""
+    generator = torch.Generator(device).manual_seed(1_000_003 + rank)
+    x = torch.randn(tokens, stack.hidden, dtype=DTYPE, device=device, generator=generator)
+    scores = torch.rand(tokens, stack.num_experts, device=device, generator=generator)
+    experts = scores.topk(stack.top_k).indices.flatten()
+    return Routed(x, experts.argsort(stable=True), experts.bincount(minlength=stack.num_experts))
+
+
+def run_experts(rows: torch.Tensor, counts: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+    """Rows sorted by expert through ``w2 (silu(gate) * up)``."""
+    ends = counts.cumsum(0).to(torch.int32)
+    gate, up = F.grouped_mm(rows, w13.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+    return F.grouped_mm(F.silu(gate) * up, w2.transpose(1, 2), offs=ends)
+
+
+def combine(stack: Stack, routed: Routed, rows: torch.Tensor) -> torch.Tensor:
+    """The mean of each token's experts."""
+    by_choice = torch.empty_like(rows)
+    by_choice[routed.order] = rows
+    return by_choice.view(-1, stack.top_k, stack.hidden).mean(1)
+
+
+Pass = Callable[[], torch.Tensor]
+
+
+def between(stack: Stack, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A dense product of the stated size; its result is added with weight zero, so that the layers stay comparable."""
+    width = max(16, stack.attention_flops_per_token // (2 * stack.hidden) // 16 * 16)
+    dense = torch.randn(stack.hidden, width, dtype=DTYPE, device=device)
+    return lambda x: x + 0 * (x @ dense)[:, :1]
+
+
+@contextmanager
+def dwdp(
+    stack: Stack,
+    config: DWDPConfig,
+    rank: int,
+    device: torch.device,
+    rendezvous: Path,
+    routed: Routed,
+    *,
+    mode: Mode = "staged",
+    driver: Driver | None = None,
+) -> Iterator[tuple[DWDPRuntime, Pass]]:
+    """This library."""
+    with DWDPRuntime(config, rank, device, rendezvous, driver=driver) as runtime:
+        shapes = {
+            "w13": (stack.num_experts, 2 * stack.intermediate, stack.hidden),
+            "w2": (stack.num_experts, stack.hidden, stack.intermediate),
+        }
+        for layer in range(stack.num_layers):
+            runtime.add_layer(layer, {name: WeightSpec(shape, DTYPE) for name, shape in shapes.items()})
+            for index, expert in enumerate(runtime.local_experts(layer)):
+                for name, value in zip(shapes, weights(stack, layer, expert, device), strict=True):
+                    runtime.local_shard(layer, name)[index].copy_(value)
+        runtime.publish(timeout=120)
+        attention = between(stack, device)
+
+        def run() -> torch.Tensor:
+            x = routed.x
+            for layer in range(stack.num_layers):
+                x = attention(x)
+                rows = x[routed.order // stack.top_k]
+                with runtime.layer(layer, mode=mode) as held:
+                    rows = run_experts(rows, routed.counts, held["w13"], held["w2"])  # type: ignore[arg-type]
+                x = combine(stack, routed, rows)
+            return x
+
+        yield runtime, run
+
+
+def expert_parallel(stack: Stack, rank: int, group_size: int, device: torch.device, routed: Routed) -> Pass:
+    """All-to-all there and back, in every layer, of as many rows as the routing sends. Experts divide evenly."""
+    per_rank = stack.num_experts // group_size
+    own = range(rank * per_rank, (rank + 1) * per_rank)
+    held = []
+    for layer in range(stack.num_layers):
+        w13, w2 = zip(*(weights(stack, layer, expert, device) for expert in own), strict=True)
+        held.append((torch.stack(w13), torch.stack(w2)))
+    attention = between(stack, device)
+    every = torch.empty(group_size * stack.num_experts, dtype=routed.counts.dtype, device=device)
+    dist.all_gather_into_tensor(every, routed.counts)
+    arriving = every.view(group_size, -1)[:, own.start : own.stop]  # from each rank, rows for each expert here
+    sends = routed.counts.view(group_size, per_rank).sum(1).tolist()
+    receives = arriving.sum(1).tolist()
+    # Rows arrive by sender and then by expert; the GEMM wants them by expert.
+    expert_of_row = torch.arange(per_rank, device=device).repeat(group_size).repeat_interleave(arriving.flatten())
+    by_expert = expert_of_row.argsort(stable=True)
+    counts = arriving.sum(0)
+
+    def run() -> torch.Tensor:
+        x = routed.x
+        for w13, w2 in held:
+            x = attention(x)
+            rows = x[routed.order // stack.top_k]
+            there = rows.new_empty(sum(receives), stack.hidden)
+            dist.all_to_all_single(there, rows, receives, sends)
+            done = torch.empty_like(there)
+            done[by_expert] = run_experts(there[by_expert], counts, w13, w2)
+            back = torch.empty_like(rows)
+            dist.all_to_all_single(back, done, sends, receives)
+            x = combine(stack, routed, back)
+        return x
+
+    return run
+
+
+def tensor_parallel(stack: Stack, rank: int, group_size: int, device: torch.device, every: list[Routed]) -> Pass:
+    """All tokens of all ranks on every rank, each with its part of every expert; one all-reduce a layer."""
+    part = stack.intermediate // group_size
+    own = slice(rank * part, (rank + 1) * part)
+    held = []
+    for layer in range(stack.num_layers):
+        w13s, w2s = [], []
+        for expert in range(stack.num_experts):
+            w13, w2 = weights(stack, layer, expert, device)
+            gate, up = w13.chunk(2)
+            w13s.append(torch.cat([gate[own], up[own]]))
+            w2s.append(w2[:, own].contiguous())
+        held.append((torch.stack(w13s), torch.stack(w2s)))
+    attention = between(stack, device)
+    x_all = torch.cat([routed.x for routed in every])
+    starts = torch.tensor([0, *(len(routed.x) * stack.top_k for routed in every)]).cumsum(0).tolist()
+    experts = torch.cat(
+        [
+            torch.empty_like(routed.order).scatter_(
+                0, routed.order, torch.arange(stack.num_experts, device=device).repeat_interleave(routed.counts)
+            )
+            for routed in every
+        ]
+    )
+    together = Routed(x_all, experts.argsort(stable=True), experts.bincount(minlength=stack.num_experts))
+    own_tokens = slice(starts[rank] // stack.top_k, starts[rank + 1] // stack.top_k)
+
+    def run() -> torch.Tensor:
+        x = together.x
+        for w13, w2 in held:
+            x = attention(x)
+            rows = run_experts(x[together.order // stack.top_k], together.counts, w13, w2)
+            x = combine(stack, together, rows)
+            dist.all_reduce(x)
+        return x[own_tokens]
+
+    return run
+
+
+def reference(stack: Stack, device: torch.device, routed: Routed) -> torch.Tensor:
+    """One pass of this rank's tokens with all experts in ordinary memory, a layer at a time."""
+    attention = between(stack, device)
+    x = routed.x
+    for layer in range(stack.num_layers):
+        every = [weights(stack, layer, expert, device) for expert in range(stack.num_experts)]
+        w13, w2 = (torch.stack(parts) for parts in zip(*every, strict=True))
+        x = attention(x)
+        x = combine(stack, routed, run_experts(x[routed.order // stack.top_k], routed.counts, w13, w2))
+    return x

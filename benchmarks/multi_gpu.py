@@ -1,0 +1,306 @@
+"""Several GPUs of one machine, in one command: links, prefetch, and DWDP beside expert and tensor parallelism.
+
+    python benchmarks/multi_gpu.py --gpus 4 --json
+
+    links      peer access, and the rate of one large copy between every pair
+    tests      the GPU tests, each rank on its own GPU
+    prefetch   copies alone, with 1 to N-1 owners: link efficiency with and without slices, one rank or all pulling, in
+               step or at random moments
+    stack      a stack of MoE layers by DWDP, by expert parallelism (all-to-all) and by tensor parallelism (all-reduce),
+               for equal and unequal numbers of tokens; every rank's DWDP result is compared, bit by bit, with a pass
+               whose experts all lie in its own memory
+    slowdown   a grouped GEMM alone and under copies, with the GPU's clock beside it
+    in place   kernels that read peers' pages, without prefetch
+
+On one GPU, or on the CPU (``--device cpu --tiny``), all of it runs with ranks that share the device: then it proves the
+script and the bytes, and its times say nothing about links.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from common import parser, report
+from moe_stack import (
+    DTYPE,
+    Pass,
+    Routed,
+    Stack,
+    dwdp,
+    expert_parallel,
+    reference,
+    route,
+    run_experts,
+    tensor_parallel,
+    weights,
+)
+
+from vmm_dwdp import DWDPConfig
+from vmm_dwdp.allocator import open_driver
+from vmm_dwdp.testing import run_group
+
+Row = dict[str, Any]
+
+# Attention as a dense product: about 4 H^2 multiplications a token for the projections, and scores over 4,096 tokens.
+STACKS = {
+    # Real: 256 experts of 7168 x 2048 in FP8 (11.3 GB a layer); in bfloat16 half the experts have the same bytes.
+    "deepseek-r1": Stack("deepseek-r1, FP8's bytes", 4, 128, 8, 7168, 2048, 8 * 7168**2 + 4 * 4096 * 7168),
+    "gpt-oss-120b": Stack("gpt-oss-120b", 6, 128, 4, 2880, 2880, 8 * 2880**2 + 4 * 4096 * 2880),
+    "tiny": Stack("tiny", 3, 16, 2, 64, 32, 1 << 16),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs."""
+
+    device_type: str
+    tiny: bool
+
+    def device(self, rank: int) -> torch.device:
+        if self.device_type == "cpu":
+            return torch.device("cpu")
+        return torch.device("cuda", rank % torch.cuda.device_count())
+
+    def driver(self, rank: int) -> Any:
+        return open_driver(self.device(rank), 4096 if self.device_type == "cpu" else None)
+
+    def wait(self) -> None:
+        if self.device_type == "cuda":
+            torch.cuda.synchronize()
+
+    def timed(self, run: Pass, passes: int) -> float:
+        """Median milliseconds of a pass, by the wall clock, the device idle before and after."""
+        run()
+        times = []
+        for _ in range(passes):
+            self.wait()
+            start = time.perf_counter()
+            run()
+            self.wait()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times) * 1e3
+
+
+def links(count: int) -> list[Row]:
+    """Each pair of GPUs, both ways."""
+    rows = []
+    for source in range(count):
+        for target in range(count):
+            if source == target:
+                continue
+            a = torch.empty(1 << 30, dtype=torch.uint8, device=f"cuda:{source}")
+            b = torch.empty_like(a, device=f"cuda:{target}")
+            elapsed = []
+            for _ in range(4):
+                torch.cuda.synchronize(target)
+                start = time.perf_counter()
+                b.copy_(a)
+                torch.cuda.synchronize(target)
+                elapsed.append(time.perf_counter() - start)
+            access = torch.cuda.can_device_access_peer(target, source)
+            rows.append({"from": source, "to": target, "access": access, "GB/s": a.numel() / min(elapsed) / 1e9})
+    return rows
+
+
+def gpu_tests() -> list[Row]:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not faults", "tests"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
+    return [{"command": " ".join(command[1:]), "exit status": found.returncode, "last line": _last_line(found.stdout)}]
+
+
+def _last_line(text: str) -> str:
+    return next(reversed(text.strip().splitlines()), "")
+
+
+def _join_collectives(rank: int, group_size: int, place: Place, folder: str) -> None:
+    dist.init_process_group(
+        "nccl" if place.device_type == "cuda" and torch.cuda.device_count() >= group_size else "gloo",
+        init_method=f"file://{folder}/collectives",
+        rank=rank,
+        world_size=group_size,
+    )
+
+
+def _prefetch_rank(place: Place, stack: Stack, group_size: int, folder: str, rank: int) -> list[Row]:
+    """Passes without compute: nothing but copies."""
+    _join_collectives(rank, group_size, place, folder)
+    device = place.device(rank)
+    rows: list[Row] = []
+    for slice_bytes in (2 << 20, "auto"):
+        config = DWDPConfig(group_size=group_size, slice_bytes=slice_bytes)  # type: ignore[arg-type]
+        routed = route(stack, 1, rank, device)
+        rendezvous = Path(folder, f"prefetch-{slice_bytes}")
+        with dwdp(stack, config, rank, device, rendezvous, routed, driver=place.driver(rank)) as (runtime, _):
+
+            def copies(runtime: Any = runtime) -> torch.Tensor:
+                for layer in range(stack.num_layers):
+                    runtime.acquire(layer)
+                    runtime.release(layer)
+                return torch.empty(0)
+
+            nbytes = stack.layer_nbytes * stack.num_layers * (group_size - 1) / group_size
+            for pulling in ("one rank", "all in step", "all at random moments"):
+                dist.barrier()
+                if pulling == "one rank" and rank:
+                    dist.barrier()
+                    continue
+                if pulling == "all at random moments":
+                    time.sleep(random.Random(rank).random() * 0.05)
+                milliseconds = place.timed(copies, passes=8)
+                dist.barrier()
+                rows.append(
+                    {
+                        "owners": group_size - 1,
+                        "plan": "slices of 2 MiB" if slice_bytes != "auto" else "auto",
+                        "pulling": pulling,
+                        "rank": rank,
+                        "GB/s": nbytes / milliseconds / 1e6,
+                    }
+                )
+    dist.destroy_process_group()
+    return rows
+
+
+def prefetch(place: Place, stack: Stack, count: int) -> list[Row]:
+    rows: list[Row] = []
+    for group_size in sorted({2, 3, count}):
+        if group_size <= count:
+            with tempfile.TemporaryDirectory() as folder:
+                found = run_group(
+                    partial(_prefetch_rank, place, stack, group_size, folder), group_size, place.device_type
+                )
+            rows += [row for rank_rows in found for row in rank_rows]
+    return rows
+
+
+def _stack_rank(place: Place, stack: Stack, group_size: int, tokens: list[int], folder: str, rank: int) -> Row:
+    """The three parallelisms, one after another, on this rank's tokens."""
+    _join_collectives(rank, group_size, place, folder)
+    device = place.device(rank)
+    every = [route(stack, count, other, device) for other, count in enumerate(tokens)]
+    routed: Routed = every[rank]
+    row: Row = {"rank": rank, "tokens": tokens[rank]}
+
+    def timed_together(run: Pass) -> float:
+        dist.barrier()
+        milliseconds = place.timed(run, passes=5)
+        dist.barrier()
+        return milliseconds
+
+    config = DWDPConfig(group_size=group_size, mode="in_place")
+    for mode in ("staged", "in_place"):
+        rendezvous = Path(folder, f"dwdp-{mode}")
+        with dwdp(stack, config, rank, device, rendezvous, routed, mode=mode, driver=place.driver(rank)) as (_, run):  # type: ignore[arg-type]
+            row[f"dwdp {mode} ms"] = timed_together(run)
+            result = run()
+        if mode == "staged":
+            expected = reference(stack, device, routed)
+            row["identical"] = torch.equal(result, expected)
+    run = expert_parallel(stack, rank, group_size, device, routed)
+    row["expert parallel ms"] = timed_together(run)
+    row["ep error"] = _error(run(), expected)
+    del run
+    run = tensor_parallel(stack, rank, group_size, device, every)
+    row["tensor parallel ms"] = timed_together(run)
+    row["tp error"] = _error(run(), expected)
+    dist.destroy_process_group()
+    return row
+
+
+def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def stacks(place: Place, stack: Stack, count: int, per_rank: list[int]) -> list[Row]:
+    rows: list[Row] = []
+    for tokens in per_rank:
+        # Half as many on the first rank and half as many more on the last: the same work in all.
+        unequal = [int(tokens * (0.5 + rank / max(1, count - 1))) for rank in range(count)]
+        for shares, spread in (([tokens] * count, "equal"), (unequal, "unequal")):
+            with tempfile.TemporaryDirectory() as folder:
+                found = run_group(partial(_stack_rank, place, stack, count, shares, folder), count, place.device_type)
+            rows += [{"stack": stack.name, "spread": spread, **row} for row in found]
+    return rows
+
+
+def _slowdown_rank(place: Place, stack: Stack, group_size: int, folder: str, rank: int) -> Row:
+    """A grouped GEMM on this rank's own memory, alone and while its runtime copies without end."""
+    _join_collectives(rank, group_size, place, folder)
+    device = place.device(rank)
+    routed = route(stack, 4096 if not place.tiny else 64, rank, device)
+    own = [weights(stack, 0, expert, device) for expert in range(min(stack.num_experts, 16))]
+    w13, w2 = (torch.stack(parts) for parts in zip(*own, strict=True))
+    counts = torch.full((len(own),), len(routed.order) // len(own), device=device)
+    rows = torch.randn(int(counts.sum()), stack.hidden, dtype=DTYPE, device=device)
+    config = DWDPConfig(group_size=group_size)
+    with dwdp(stack, config, rank, device, Path(folder, "slowdown"), routed, driver=place.driver(rank)) as (runtime, _):
+        compute: Callable[[], torch.Tensor] = lambda: run_experts(rows, counts, w13, w2)  # noqa: E731
+
+        def beside_copies() -> torch.Tensor:
+            for layer in range(stack.num_layers):
+                runtime.acquire(layer)
+                runtime.release(layer)
+            return compute()
+
+        place.wait()
+        alone, clock_alone = place.timed(compute, passes=20), _clock(device)
+        dist.barrier()
+        both, clock_both = place.timed(beside_copies, passes=20), _clock(device)
+        dist.barrier()
+    dist.destroy_process_group()
+    return {"rank": rank, "alone ms": alone, "with copies ms": both, "MHz alone": clock_alone, "MHz copies": clock_both}
+
+
+def _clock(device: torch.device) -> int:
+    return torch.cuda.clock_rate(device) if device.type == "cuda" else 0
+
+
+def slowdown(place: Place, stack: Stack, count: int) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        return run_group(partial(_slowdown_rank, place, stack, count, folder), count, place.device_type)
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--gpus", type=int, default=0, help="ranks (default: the GPUs of this machine)")
+    options.add_argument("--tiny", action="store_true", help="sizes that show only that everything runs")
+    options.add_argument("--only", nargs="*", choices=("links", "tests", "prefetch", "stack", "slowdown"), default=None)
+    given: argparse.Namespace = options.parse_args()
+    place = Place(given.device.type, given.tiny)
+    present = torch.cuda.device_count() if place.device_type == "cuda" else 0
+    count = given.gpus or max(2, present)
+    wanted = given.only or (["links", "tests"] if present > 1 else []) + ["prefetch", "stack", "slowdown"]
+    chosen = [STACKS["tiny"]] if given.tiny else [STACKS["deepseek-r1"], STACKS["gpt-oss-120b"]]
+    per_rank = [32] if given.tiny else [4096, 8192, 16384, 32768]
+    tables: dict[str, list[Row]] = {}
+    if "links" in wanted:
+        tables["links"] = links(present)
+    if "tests" in wanted:
+        tables["tests"] = gpu_tests()
+    if "prefetch" in wanted:
+        tables["prefetch"] = prefetch(place, replace(chosen[0], num_layers=min(4, chosen[0].num_layers)), count)
+    if "stack" in wanted:
+        tables["stack"] = [row for stack in chosen for row in stacks(place, stack, count, per_rank)]
+    if "slowdown" in wanted:
+        tables["slowdown"] = slowdown(place, chosen[0], count)
+    report(given, tables)
+    if any(not row["identical"] for row in tables.get("stack", ())):
+        raise SystemExit("a rank's result differs from the pass with all experts in its own memory")
+
+
+if __name__ == "__main__":
+    main()

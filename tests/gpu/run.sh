@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Everything here that only a GPU can show, one step after another, each under a limit of its own; a table last.
+#   tests/gpu/run.sh [FOLDER] [STEP ...]      logs and JSON go to FOLDER (default: gpu-results); all steps by default
+# Uses the python3 in front on PATH, which needs what the project needs and pytest; compute-sanitizer for memcheck.
+set -u
+cd "$(dirname "$0")/../.."
+out=$(realpath -m "${1:-gpu-results}")
+mkdir -p "$out"
+shift || true
+wanted=" $* "
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+memcheck="compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9"
+lines=()
+
+step() {  # step NAME SECONDS COMMAND
+  [[ $wanted == "  " || $wanted == *" $1 "* ]] || return 0
+  local start=$SECONDS
+  timeout -k 5 "$2" bash -c "$3" >"$out/$1.log" 2>&1
+  local status=$?
+  lines+=("$(printf '%-12s exit %-4s %4ss  %s' "$1" "$status" $((SECONDS - start)) "$(tail -n 1 "$out/$1.log" | cut -c1-100)")")
+}
+
+step doctor 40 "python3 -m vmm_dwdp.cli doctor --json >$out/doctor.json && echo ok"
+step demo 240 "python3 -m vmm_dwdp.cli demo --device cuda --json >$out/demo.json; s=\$?; python3 -c \"import json; d = json.load(open('$out/demo.json')); print('identical', d['identical'], 'leaked', d['leaked'], d['seconds'], 's')\"; exit \$s"
+step tests 240 "python3 -m pytest -q -p no:cacheprovider -m 'gpu and not faults' tests"
+step faults 90 "python3 -m pytest -q -p no:cacheprovider -m 'gpu and faults' tests"
+step memcheck 240 "$memcheck --target-processes application-only python3 -m pytest -q -p no:cacheprovider -m 'gpu and not faults' tests/unit tests/gpu"
+step memgroup 200 "$memcheck --target-processes all python3 -m pytest -q -p no:cacheprovider -m gpu tests/gpu/test_group_on_gpu.py -k 'alone or two'"
+step assembly 60 "python3 benchmarks/assembly.py --json >$out/assembly.json && echo ok"
+printf '%s\n' "${lines[@]}"
