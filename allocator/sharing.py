@@ -35,7 +35,11 @@ _CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 def peer_uid(sock: socket.socket) -> int:
     """The user who connected the other end, as the kernel knows it."""
-    _, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    try:
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    except OSError as error:
+        raise ExchangeError(f"the kernel does not tell who the peer is: {error.strerror}") from error
+    _, uid, _ = _CREDENTIALS.unpack(credentials)
     return int(uid)
 
 

@@ -91,6 +91,10 @@ class Assembly(abc.ABC):
             raise
         return shares
 
+    def keeps(self, owner: Owner) -> bool:
+        """Whether another rank has given it the memory of ``owner``, so that it can hand it on."""
+        return owner in self._received
+
     @abc.abstractmethod
     def _export(self, owner: Owner) -> list[Share]:
         """`shares` of memory that this rank created."""

@@ -11,10 +11,12 @@ beside it, or as hexadecimal bytes inside it, or with the sentence of a refusal.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hmac
 import json
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -24,7 +26,7 @@ from vmm_dwdp.allocator.handles import Descriptor, Ledger
 from vmm_dwdp.allocator.sharing import peer_uid, receive, send
 from vmm_dwdp.assembly import Share, close_shares
 from vmm_dwdp.errors import DWDPError, ExchangeError
-from vmm_dwdp.placement import Owner
+from vmm_dwdp.placement import HOST, Owner
 from vmm_dwdp.rendezvous import Rendezvous
 
 PROTOCOL_VERSION: Final = 1
@@ -32,6 +34,7 @@ MAX_REQUEST_NBYTES: Final = 4096
 REQUEST_SECONDS: Final = 5.0  # a client that takes longer to ask, or to take the answer, is dropped
 MAX_CLIENTS: Final = 64  # at one time; more wait in the kernel's queue
 _SHARE_NBYTES: Final = 1024  # generous for one token in an answer
+_VALUE_NBYTES: Final = 32  # for one checksum
 _RETRY_SECONDS: Final = 0.01
 _LOOK_SECONDS: Final = 0.25  # how often a rank that waits for others looks whether they are alive
 
@@ -43,6 +46,7 @@ class Exchange:
 
     Args:
         fingerprint: equal on two ranks exactly if their configs and layers are.
+        group_size: how many ranks there are, this one included.
         shares: gives the shares of an owner whose memory this rank holds; descriptors in them become the exchange's.
         checksums: gives what `collect_checksums` of an owner returns to others.
     """
@@ -52,6 +56,7 @@ class Exchange:
         rendezvous: Rendezvous,
         ledger: Ledger,
         rank: int,
+        group_size: int,
         fingerprint: str,
         shares: Callable[[Owner], list[Share]],
         checksums: Callable[[Owner], list[int]],
@@ -59,12 +64,14 @@ class Exchange:
         self._rendezvous = rendezvous
         self._ledger = ledger
         self._rank = rank
+        self._ranks = range(group_size)
         self._fingerprint = fingerprint
         self._shares = shares
         self._checksums = checksums
         self._listener: socket.socket | None = None
         self._clients: dict[_CountedThread, socket.socket] = {}
         self._changed = threading.Condition()  # guards `_clients` and the three fields of an agreement
+        self._complete = False  # whether the group is published
         self._failure: DWDPError | None = None  # why another rank cannot publish with this one, nor this one with it
         self._heard: dict[str, set[int]] = {}  # who has said what
         self._waiting = False  # for others, to do together what nobody may do alone
@@ -75,16 +82,25 @@ class Exchange:
     def collect(self, owner: Owner, holder: int, count: int, deadline: float) -> list[Share]:
         """The ``count`` shares of ``owner``, served by rank ``holder``; descriptors in them are the caller's."""
         answer, descriptors = self._ask(holder, "shares", deadline, owner=owner, max_shares=count)
-        shares: list[Share] = [*descriptors, *map(bytes.fromhex, answer.get("tokens", ()))]
-        if len(shares) != count:
+        try:
+            shares: list[Share] = [*descriptors, *map(bytes.fromhex, answer.get("tokens", ()))]
+            if len(shares) != count:
+                raise ExchangeError(f"rank {holder} sent {len(shares)} shares of {owner} instead of {count}")
+        except (TypeError, ValueError) as error:
             close_shares(descriptors)
-            raise ExchangeError(f"rank {holder} sent {len(shares)} shares of {owner} instead of {count}")
+            raise ExchangeError(f"rank {holder} sent tokens that are not hexadecimal: {error}") from error
+        except ExchangeError:
+            close_shares(descriptors)
+            raise
         return shares
 
-    def collect_checksums(self, owner: Owner, holder: int, deadline: float) -> list[int]:
-        """The checksums of the shards of ``owner``, as rank ``holder`` knows them."""
-        answer, _ = self._ask(holder, "checksums", deadline, owner=owner)
-        return [int(value) for value in answer["checksums"]]
+    def collect_checksums(self, owner: Owner, holder: int, count: int, deadline: float) -> list[int]:
+        """The ``count`` checksums of the shards of ``owner``, as rank ``holder`` knows them."""
+        answer, _ = self._ask(holder, "checksums", deadline, owner=owner, max_values=count)
+        checksums = answer.get("checksums")
+        if not isinstance(checksums, list) or len(checksums) != count or not all(type(sum) is int for sum in checksums):
+            raise ExchangeError(f"rank {holder} did not send {count} checksums of {owner}")
+        return checksums
 
     def agree(self, what: str, ranks: Collection[int], deadline: float) -> None:
         """Say ``what`` to ``ranks``, and wait until each of them has said it since the last time."""
@@ -127,6 +143,15 @@ class Exchange:
         with self._changed:
             return self._bound
 
+    def complete(self) -> None:
+        """The group is published: from now on, a request that cannot be answered concerns only whoever made it."""
+        self._complete = True
+        self._failure = None
+
+    def _fail(self, failure: DWDPError) -> None:
+        if not self._complete:
+            self._failure = failure
+
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
@@ -155,6 +180,7 @@ class Exchange:
         owner: Owner | None = None,
         what: str = "",
         max_shares: int = 0,
+        max_values: int = 0,
         retry: bool = True,
     ) -> tuple[dict[str, Any], list[Descriptor]]:
         request = {
@@ -169,7 +195,7 @@ class Exchange:
         with self._connect(rank, deadline, retry) as sock:
             try:
                 send(sock, json.dumps(request).encode(), deadline=deadline)
-                max_bytes = MAX_REQUEST_NBYTES + max_shares * _SHARE_NBYTES
+                max_bytes = MAX_REQUEST_NBYTES + max_shares * _SHARE_NBYTES + max_values * _VALUE_NBYTES
                 payload, descriptors = receive(
                     sock, max_bytes=max_bytes, max_fds=max_shares, deadline=deadline, ledger=self._ledger
                 )
@@ -180,7 +206,7 @@ class Exchange:
         try:
             answer = json.loads(payload)
             refusal = answer.get("error")
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             answer, refusal = {}, "its answer is not a JSON object"
         if refusal is not None:
             close_shares(descriptors)
@@ -191,9 +217,12 @@ class Exchange:
     def _connect(self, rank: int, deadline: float, retry: bool) -> Iterator[socket.socket]:
         """A connection to ``rank``, which may not have come yet."""
         path = self._rendezvous.socket_path(rank)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
+        with _unix_socket(f"connect to rank {rank}") as sock:
+            sock.setblocking(False)  # where too many wait to be answered, `connect` would wait beyond the deadline
             while True:
                 try:
+                    if not stat.S_ISSOCK(path.lstat().st_mode):
+                        raise ExchangeError(f"cannot connect to rank {rank}: {path} is not a socket")
                     sock.connect(str(path))
                     break
                 except (FileNotFoundError, ConnectionRefusedError) as error:  # not there yet, or a dead rank's socket
@@ -202,34 +231,52 @@ class Exchange:
                         raise ExchangeError(f"rank {rank} left: nobody listens at {path} any more") from error
                     if not retry or time.monotonic() > deadline:
                         raise ExchangeError(f"rank {rank} did not come: nobody listens at {path}") from error
-                    time.sleep(_RETRY_SECONDS)
+                except BlockingIOError as error:
+                    if not retry or time.monotonic() > deadline:
+                        raise ExchangeError(f"rank {rank} takes no connections at {path}") from error
                 except OSError as error:
-                    raise ExchangeError(f"cannot connect to rank {rank} at {path}: {error.strerror}") from error
+                    raise ExchangeError(f"cannot connect to rank {rank} at {path}: {_reason(error)}") from error
+                time.sleep(_RETRY_SECONDS)
+            if (uid := peer_uid(sock)) != os.getuid():
+                raise ExchangeError(f"cannot connect to rank {rank}: user {uid} listens at {path}")
             yield sock
 
     # -- answering ---------------------------------------------------------------------------------------------------
     def serve(self) -> None:
-        """Start answering others."""
+        """Start answering others. Raises `ExchangeError` if this rank cannot, and has left nothing behind then."""
         path = self._rendezvous.socket_path(self._rank)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        # Bound under another name and then renamed: whoever finds the socket can connect to it, and one that a dead
+        # process left behind is replaced.
+        bound = path.with_name(f".{path.name}-{os.getpid()}")
+        if self._taken():
+            raise ExchangeError(f"rank {self._rank} cannot listen at {path}: another process does")
+        listener = _unix_socket(f"listen as rank {self._rank}")
         try:
-            # Bound under another name and then renamed: whoever finds the socket can connect to it, and one that a dead
-            # process left behind is replaced.
-            bound = path.with_name(f".{path.name}-{os.getpid()}")
+            bound.unlink(missing_ok=True)  # of a process that died here, and had this one's number
             listener.bind(str(bound))
             listener.listen(MAX_CLIENTS)
             os.replace(bound, path)
-        except OSError as error:
+            self._start(self._accept, listener)
+        except (OSError, RuntimeError) as error:  # RuntimeError: no more threads
             listener.close()
-            raise ExchangeError(f"rank {self._rank} cannot listen at {path}: {error.strerror}") from error
+            for made in bound, path:
+                with contextlib.suppress(OSError):
+                    made.unlink(missing_ok=True)
+            raise ExchangeError(f"rank {self._rank} cannot listen at {path}: {_reason(error)}") from error
         self._listener = listener
-        self._start(self._accept, listener)
+
+    def _taken(self) -> bool:
+        try:
+            with self._connect(self._rank, time.monotonic(), retry=False):
+                return True
+        except ExchangeError:
+            return False
 
     def _start(self, run: Callable[[socket.socket], None], sock: socket.socket) -> None:
         thread = _CountedThread(self._ledger, lambda: self._run(thread, run, sock))
-        with self._changed:
+        with self._changed:  # so that `close`, which joins what it finds, finds no thread that does not run yet
+            thread.start()
             self._clients[thread] = sock
-        thread.start()
 
     def _run(self, thread: _CountedThread, run: Callable[[socket.socket], None], sock: socket.socket) -> None:
         try:
@@ -246,9 +293,15 @@ class Exchange:
                 self._changed.wait_for(lambda: len(self._clients) <= MAX_CLIENTS)
             try:
                 client, _ = listener.accept()
-            except OSError:
-                return  # `close` has shut it down
-            self._start(self._answer, client)
+            except OSError as error:
+                if error.errno == errno.EINVAL:
+                    return  # `close` has shut it down
+                time.sleep(_RETRY_SECONDS)  # the client is gone, or this process has no descriptor left for now
+                continue
+            try:
+                self._start(self._answer, client)
+            except RuntimeError:  # no more threads for now; the client is told by the end of the connection
+                client.close()
 
     def _answer(self, client: socket.socket) -> None:
         """One request. A client that is slow, foreign or mistaken costs its own connection and nothing else."""
@@ -268,7 +321,7 @@ class Exchange:
                 return
             answer: dict[str, Any] = {"error": self._refusal(request)}
             if answer["error"] is not None:
-                self._failure = ExchangeError(f"rank {request.get('rank')} cannot be answered: {answer['error']}")
+                self._fail(ExchangeError(f"rank {request.get('rank')} cannot be answered: {answer['error']}"))
             if answer["error"] is None:
                 try:
                     match request["ask"]:
@@ -281,7 +334,7 @@ class Exchange:
                             self._bind()
                 except DWDPError as error:
                     answer["error"] = str(error)
-                    self._failure = error
+                    self._fail(error)
             fds = [share.fd for share in shares if isinstance(share, Descriptor)]
             send(client, json.dumps(answer).encode(), fds, deadline=time.monotonic() + REQUEST_SECONDS)
             if answer["error"] is None and request["ask"] in ("say", "unsay"):
@@ -318,17 +371,19 @@ class Exchange:
             return f"it speaks version {PROTOCOL_VERSION} of the protocol, not {request.get('version')!r}"
         if request.get("fingerprint") != self._fingerprint:
             return "the configs or the layers of the two ranks differ"
-        if not isinstance(request.get("rank"), int) or not isinstance(request.get("what"), str):
-            return "the request does not say which rank asks, or what it says"
+        if request.get("rank") not in self._ranks:
+            return f"the group has {len(self._ranks)} ranks, and none of them is {request.get('rank')!r}"
         if request.get("ask") not in get_args(Ask):
             return f"it does not know how to answer {request.get('ask')!r}"
+        if not isinstance(request.get("what"), str):
+            return f"it does not say what it says, but {request.get('what')!r}"
+        if request["ask"] in ("shares", "checksums") and request.get("owner") not in (*self._ranks, HOST):
+            return f"there is no owner {request.get('owner')!r}"
         return None
 
     def close(self) -> None:
         """Stop answering; drop clients that are being answered. A second call does nothing."""
-        if self._listener is None:
-            return
-        self._rendezvous.leave(self._rank)
+        self._rendezvous.leave(None if self._listener is None else self._rank)
         while self._clients:
             with self._changed:
                 running = dict(self._clients)
@@ -338,6 +393,18 @@ class Exchange:
             for thread in running:
                 thread.join()
         self._listener = None
+
+
+def _unix_socket(purpose: str) -> socket.socket:
+    try:
+        return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    except OSError as error:
+        raise ExchangeError(f"no socket to {purpose}: {error.strerror}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in words; of an address that is too long for a socket, the kernel never hears."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 class _CountedThread(threading.Thread):

@@ -85,6 +85,7 @@ class Membership:
         self._assembly.build()
         self._fill_edges()
         exchange.agree("publish: this rank has all it needs", self._others, deadline)
+        exchange.complete()
 
     def rejoin(self, deadline: float) -> None:
         """As `publish`, with the memory of a dead rank of the same number, which a living one hands over."""
@@ -100,6 +101,7 @@ class Membership:
             self._take(exchange, owner, holder, deadline)
         self._assembly.build()
         self._exchange = exchange
+        exchange.complete()
         exchange.serve()
 
     def update(self, shards: Mapping[ShardKey, torch.Tensor], deadline: float) -> None:
@@ -173,8 +175,15 @@ class Membership:
         allow_descriptors(2 * sum(self._assembly.num_shares(owner) for owner in self._other_owners()))
 
     def _make_exchange(self) -> Exchange:
-        checksums = self._checksums.__getitem__
-        return Exchange(self._rendezvous, self._ledger, self._rank, self._fingerprint(), self._shares, checksums)
+        return Exchange(
+            self._rendezvous,
+            self._ledger,
+            self._rank,
+            self._config.group_size,
+            self._fingerprint(),
+            self._shares,
+            lambda owner: self._checksums.get(owner, []),
+        )
 
     def _fingerprint(self) -> str:
         """A digest of everything in which all ranks must agree."""
@@ -188,6 +197,8 @@ class Membership:
 
     def _shares(self, owner: Owner) -> list[Share]:
         """Runs in a thread of the exchange."""
+        if owner not in self.held_owners and not self._assembly.keeps(owner):
+            raise ExchangeError(f"rank {self._rank} does not hold the memory of {owner!r}")
         self._driver.activate()
         return self._assembly.shares(owner)
 
@@ -215,4 +226,5 @@ class Membership:
 
     def _learn_checksums(self, exchange: Exchange, owner: Owner, holder: int, deadline: float) -> None:
         if self._config.checksums:
-            self._checksums[owner] = exchange.collect_checksums(owner, holder, deadline)
+            count = sum(1 for _ in self._weights())
+            self._checksums[owner] = exchange.collect_checksums(owner, holder, count, deadline)

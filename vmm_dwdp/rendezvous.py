@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import stat
@@ -34,6 +35,7 @@ class Rendezvous:
         self._temporary = isinstance(where, dist.ProcessGroup)
         directory = agree_on_directory(where) if isinstance(where, dist.ProcessGroup) else where
         self.directory = Path(directory)
+        self._left = False
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = self.directory.lstat()
@@ -46,6 +48,8 @@ class Rendezvous:
                 raise ExchangeError(f"the rendezvous {directory} is open to other users ({mode}); it must be private")
             self.token = self._agree_on_token()
         except OSError as error:
+            with contextlib.suppress(ExchangeError):
+                self.leave(None)
             raise ExchangeError(f"the rendezvous {directory} cannot be used: {error.strerror}") from error
 
     def socket_path(self, rank: int) -> Path:
@@ -58,12 +62,12 @@ class Rendezvous:
         if not path.exists():
             descriptor, offered = tempfile.mkstemp(dir=self.directory, prefix=".token-")
             try:
-                os.write(descriptor, secrets.token_bytes(TOKEN_NBYTES))
+                with open(descriptor, "wb") as file:
+                    file.write(secrets.token_bytes(TOKEN_NBYTES))
                 os.link(offered, path)
             except FileExistsError:
                 pass  # another rank was first
             finally:
-                os.close(descriptor)
                 os.unlink(offered)
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -76,16 +80,24 @@ class Rendezvous:
 
     def leave(self, rank: int | None) -> None:
         """Remove the socket of ``rank``, unless this process never listened at one (``None``); the last to leave also
-        removes the token, and a directory made for the group."""
-        if rank is not None:
-            self.socket_path(rank).unlink(missing_ok=True)
+        removes the token, and a directory made for the group.
+
+        Raises `ExchangeError` if something cannot be removed; another call tries again, and does nothing after success.
+        """
+        if self._left:
+            return
         try:
-            if {entry.name for entry in os.scandir(self.directory)} <= {_TOKEN_FILE}:
+            if rank is not None:
+                self.socket_path(rank).unlink(missing_ok=True)
+            if set(os.listdir(self.directory)) <= {_TOKEN_FILE}:
                 (self.directory / _TOKEN_FILE).unlink(missing_ok=True)
                 if self._temporary:
                     self.directory.rmdir()
         except FileNotFoundError:
             pass  # another rank, leaving at the same moment, was faster
+        except OSError as error:
+            raise ExchangeError(f"cannot leave the rendezvous {self.directory}: {error.strerror}") from error
+        self._left = True
 
 
 def agree_on_directory(group: dist.ProcessGroup) -> Path:
