@@ -1,0 +1,409 @@
+"""Who is let in at a rank's door: nobody whom the directory, the kernel, the token or the format do not vouch for."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import ctypes
+import faulthandler
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.doors import CHECKSUMS, TOKEN, answer_to, exchange, knock, request, serving
+from support.groups import check_pass, published, random_model
+
+from vmm_dwdp import HOST, DWDPConfig, ExchangeError
+from vmm_dwdp.allocator.handles import Descriptor, Ledger
+from vmm_dwdp.allocator.sharing import MAGIC, receive
+from vmm_dwdp.exchange import MAX_REQUEST_NBYTES
+from vmm_dwdp.rendezvous import TOKEN_NBYTES, Rendezvous
+
+HEADER = struct.Struct("!4sII")
+pytestmark = pytest.mark.usefixtures("open_descriptors")
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Private, and not made yet."""
+    return tmp_path / "rendezvous"
+
+
+def soon() -> float:
+    return time.monotonic() + 60
+
+
+# -- the directory -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("mode", [0o701, 0o710, 0o704, 0o740, 0o702, 0o720, 0o777])
+def test_a_directory_that_others_may_enter(directory: Path, mode: int) -> None:
+    directory.mkdir()
+    directory.chmod(mode)
+    with pytest.raises(ExchangeError, match="open to other users"):
+        Rendezvous(directory)
+    assert list(directory.iterdir()) == []
+
+
+def test_a_directory_of_somebody_else(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory.mkdir(0o700)
+    somebody_else = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: somebody_else)
+    with pytest.raises(ExchangeError, match="belongs to user"):
+        Rendezvous(directory)
+    assert list(directory.iterdir()) == []
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_to_a_directory(directory: Path, tmp_path: Path, there: bool) -> None:
+    if there:
+        (tmp_path / "elsewhere").mkdir(0o700)
+    directory.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ExchangeError, match="not a directory" if there else "cannot be used: File exists"):
+        Rendezvous(directory)
+
+
+def test_a_file(directory: Path) -> None:
+    directory.touch(0o600)
+    with pytest.raises(ExchangeError, match="cannot be used: File exists"):
+        Rendezvous(directory)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_token_that_is_a_link(directory: Path, tmp_path: Path, there: bool) -> None:
+    directory.mkdir(0o700)
+    elsewhere = tmp_path / "elsewhere"
+    if there:
+        elsewhere.write_bytes(bytes(TOKEN_NBYTES))
+    (directory / "token").symlink_to(elsewhere)
+    with pytest.raises(ExchangeError, match="symbolic links"):
+        Rendezvous(directory)
+    assert elsewhere.exists() == there
+
+
+@pytest.mark.parametrize("nbytes", [0, TOKEN_NBYTES - 1, TOKEN_NBYTES + 1])
+def test_a_token_of_another_size(directory: Path, nbytes: int) -> None:
+    directory.mkdir(0o700)
+    (directory / "token").write_bytes(bytes(nbytes))
+    with pytest.raises(ExchangeError, match="not a token of 32 bytes"):
+        Rendezvous(directory)
+
+
+def test_the_token_is_private_equal_for_all_and_another_in_every_directory(tmp_path: Path) -> None:
+    first, second, other = Rendezvous(tmp_path / "a"), Rendezvous(tmp_path / "a"), Rendezvous(tmp_path / "b")
+    assert first.token == second.token != other.token
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "a" / "token").stat().st_mode & 0o777 == 0o600
+    assert [entry.name for entry in (tmp_path / "a").iterdir()] == ["token"]
+
+
+def test_a_second_leave_does_not_take_the_next_group_s_token(directory: Path) -> None:
+    before = Rendezvous(directory)
+    before.leave(None)
+    after = Rendezvous(directory)
+    before.leave(None)
+    assert Rendezvous(directory).token == after.token
+
+
+# -- sockets in it -----------------------------------------------------------------------------------------------------
+def test_a_link_to_a_socket_is_neither_followed_nor_kept(directory: Path, tmp_path: Path, ledger: Ledger) -> None:
+    with serving(tmp_path / "elsewhere", ledger) as elsewhere, serving(directory, ledger, 1) as door:
+        (directory / "rank-0").symlink_to(tmp_path / "elsewhere" / "rank-0")
+        with pytest.raises(ExchangeError, match="rank-0 is not a socket"):
+            door.collect(0, 0, 2, soon())
+        assert not door.alive(0)
+        with serving(directory, ledger, 0):
+            assert not (directory / "rank-0").is_symlink()
+            assert door.alive(0)
+        assert (tmp_path / "elsewhere" / "rank-0").is_socket()
+        assert not elsewhere.alive(1)
+
+
+@pytest.mark.parametrize("name", ["rank-0", f".rank-0-{os.getpid()}"])
+def test_a_socket_that_a_dead_process_left_is_replaced(directory: Path, ledger: Ledger, name: str) -> None:
+    directory.mkdir(0o700)
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(directory / name))
+    with serving(directory, ledger, 1) as door, serving(directory, ledger, 0):
+        assert door.alive(0)
+    assert list(directory.iterdir()) == []
+
+
+def test_a_living_rank_keeps_its_place(directory: Path, ledger: Ledger) -> None:
+    with serving(directory, ledger), serving(directory, ledger, 1) as door:
+        with pytest.raises(ExchangeError, match=r"rank 0 cannot listen at .*: another process does"):
+            exchange(Rendezvous(directory), ledger, 0).serve()
+        assert door.alive(0)
+
+
+def test_a_directory_whose_name_is_too_long_for_a_socket(tmp_path: Path, ledger: Ledger) -> None:
+    directory = tmp_path / ("long" * 40)
+    door = exchange(Rendezvous(directory), ledger, 0)
+    with pytest.raises(ExchangeError, match=r"cannot listen at .*: AF_UNIX path too long"):
+        door.serve()
+    assert [entry.name for entry in directory.iterdir()] == ["token"]
+    door.close()
+    assert list(directory.iterdir()) == []
+
+
+# -- who asks, and who answers -----------------------------------------------------------------------------------------
+def say(sock: socket.socket, data: bytes) -> None:
+    """And nothing more; the other end may have heard enough before the end of it."""
+    with contextlib.suppress(BrokenPipeError):
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+
+
+def ends_without_an_answer(sock: socket.socket) -> bool:
+    sock.settimeout(60)
+    try:
+        return sock.recv(1) == b""
+    except ConnectionResetError:  # there was more to read for the other end
+        return True
+
+
+def framed(payload: bytes, magic: bytes = MAGIC, fds: int = 0, nbytes: int | None = None) -> bytes:
+    return HEADER.pack(magic, fds, len(payload) if nbytes is None else nbytes) + payload
+
+
+def test_another_user_is_not_answered(directory: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(directory, ledger), monkeypatch.context() as patched:
+        patched.setattr("vmm_dwdp.exchange.peer_uid", lambda sock: os.getuid() + 1)
+        with knock(directory) as sock:
+            say(sock, framed(json.dumps(request(directory)).encode()))
+            assert ends_without_an_answer(sock)
+
+
+def test_another_user_is_not_asked(directory: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor told the token."""
+    door = exchange(Rendezvous(directory), ledger, 1)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(directory / "rank-0"))
+        listener.listen()
+        monkeypatch.setattr("vmm_dwdp.exchange.peer_uid", lambda sock: os.getuid() + 1)
+        with pytest.raises(ExchangeError, match=r"user \d+ listens at"):
+            door.collect(0, 0, 1, soon())
+        client, _ = listener.accept()
+        with client:
+            assert client.recv(1) == b""
+
+
+STRANGERS: dict[str, Callable[[Path], bytes]] = {
+    "nothing": lambda directory: b"",
+    "no header": lambda directory: MAGIC,
+    "another program": lambda directory: b"GET / HTTP/1.1\r\n\r\n",
+    "another format": lambda directory: framed(b"{}", magic=b"VMD2"),
+    "too long": lambda directory: framed(b" " * (MAX_REQUEST_NBYTES + 1)),
+    "gigabytes": lambda directory: framed(b"", nbytes=(1 << 32) - 1),
+    "cut short": lambda directory: framed(json.dumps(request(directory)).encode()[:-1], nbytes=200),
+    "descriptors announced": lambda directory: framed(json.dumps(request(directory)).encode(), fds=1),
+    "not JSON": lambda directory: framed(b"{"),
+    "not UTF-8": lambda directory: framed(b'{"token": "\xff"}'),
+    "not an object": lambda directory: framed(b"[1]"),
+    "nested": lambda directory: framed(b"[" * MAX_REQUEST_NBYTES),
+    "no token": lambda directory: framed(json.dumps(request(directory, token=...)).encode()),
+    "another token": lambda directory: framed(json.dumps(request(directory, token="00" * TOKEN_NBYTES)).encode()),
+    "half a token": lambda d: framed(json.dumps(request(d, token=request(d)["token"][:32])).encode()),
+    "not hexadecimal": lambda directory: framed(json.dumps(request(directory, token="token")).encode()),
+    "a number": lambda directory: framed(json.dumps(request(directory, token=7)).encode()),
+}
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_a_stranger_is_not_answered_and_costs_nobody_anything(directory: Path, ledger: Ledger, stranger: str) -> None:
+    with serving(directory, ledger):
+        with knock(directory) as sock:
+            say(sock, STRANGERS[stranger](directory))
+            assert ends_without_an_answer(sock)
+        assert answer_to(directory, json.dumps(request(directory)).encode(), ledger) == {"error": None}
+
+
+@pytest.mark.parametrize("announced", [0, 1])
+@pytest.mark.parametrize("place", ["header", "payload"])
+def test_descriptors_that_come_with_a_request_are_closed(
+    directory: Path, ledger: Ledger, announced: int, place: str
+) -> None:
+    with serving(directory, ledger):
+        payload = json.dumps(request(directory)).encode()
+        header = framed(b"", fds=announced, nbytes=len(payload))
+        ours, theirs = os.pipe()
+        with Descriptor(ledger, ours), knock(directory) as sock:
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [theirs] * 20))]
+            sock.sendmsg([header], rights if place == "header" else [])
+            with contextlib.suppress(BrokenPipeError):  # the header was enough for it
+                sock.sendmsg([payload], rights if place == "payload" else [])
+            os.close(theirs)
+            assert ends_without_an_answer(sock)
+            assert os.read(ours, 1) == b"", "somebody still holds the other end of the pipe"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"version": 2}, "it speaks version 1 of the protocol, not 2"),
+        ({"version": ...}, "not None"),
+        ({"fingerprint": "another"}, "the configs or the layers of the two ranks differ"),
+        ({"rank": 3}, "the group has 3 ranks, and none of them is 3"),
+        ({"rank": -1}, "none of them is -1"),
+        ({"rank": [0]}, r"none of them is \[0\]"),
+        ({"rank": ...}, "none of them is None"),
+        ({"ask": "everything"}, "does not know how to answer 'everything'"),
+        ({"ask": ["alive"]}, "does not know how to answer"),
+        ({"ask": ...}, "does not know how to answer None"),
+        ({"what": 5}, "it does not say what it says, but 5"),
+        ({"ask": "shares", "owner": 3}, "there is no owner 3"),
+        ({"ask": "shares", "owner": {}}, "there is no owner {}"),
+        ({"ask": "checksums", "owner": None}, "there is no owner None"),
+        ({"ask": "bind"}, "rank 0 has given up waiting"),
+    ],
+)
+def test_a_member_is_told_its_mistake(directory: Path, ledger: Ledger, changes: dict[str, Any], sentence: str) -> None:
+    """And once the group is published, a mistake is nobody else's affair."""
+    with serving(directory, ledger) as door, serving(directory, ledger, 1) as other:
+        door.complete()
+        answer = answer_to(directory, json.dumps(request(directory, **changes)).encode(), ledger)
+        with pytest.raises(AssertionError, match=sentence):
+            raise AssertionError(answer["error"])
+        answering = threading.Thread(target=other.agree, args=("again", [0], soon()))
+        answering.start()
+        door.agree("again", [1], soon())
+        answering.join()
+
+
+ANSWERS: dict[str, tuple[dict[str, Any] | bytes, str]] = {
+    "not JSON": (b"{", "not a JSON object"),
+    "a list": (b"[]", "not a JSON object"),
+    "nested": (b"[" * 4000, "not a JSON object"),
+    "tokens of a number": ({"error": None, "tokens": 5}, "tokens that are not hexadecimal"),
+    "tokens of numbers": ({"error": None, "tokens": [5]}, "tokens that are not hexadecimal"),
+    "tokens of words": ({"error": None, "tokens": ["word"]}, "tokens that are not hexadecimal"),
+    "too few": ({"error": None}, "sent 1 shares of 0 instead of 2"),
+    "too many": ({"error": None, "tokens": ["00", "00"]}, "sent 3 shares of 0 instead of 2"),
+    "an error": ({"error": "no time"}, "rank 0 refused: no time"),
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_an_answer_that_cannot_be_is_refused_and_its_descriptors_closed(
+    directory: Path, ledger: Ledger, answer: str
+) -> None:
+    said, sentence = ANSWERS[answer]
+    payload = said if isinstance(said, bytes) else json.dumps(said).encode()
+    door = exchange(Rendezvous(directory), ledger, 1)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(directory / "rank-0"))
+        listener.listen()
+
+        def reply() -> None:
+            client, _ = listener.accept()
+            with client:
+                receive(client, max_bytes=MAX_REQUEST_NBYTES, max_fds=0, deadline=soon(), ledger=ledger)
+                client.sendall(framed(b"", fds=1, nbytes=len(payload)))
+                client.sendmsg([b"."], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0]))])
+                client.sendall(payload)
+
+        replying = threading.Thread(target=reply)
+        replying.start()
+        with pytest.raises(ExchangeError, match=sentence):
+            door.collect(0, 0, 2, soon())
+        replying.join()
+    assert ledger.open() == []
+
+
+@pytest.mark.parametrize("sums", [None, 7, [1, 2], [1, 2, "3"], [1, 2, 3.0], {"0": 1, "1": 2, "2": 3}])
+def test_checksums_that_cannot_be(
+    directory: Path, ledger: Ledger, sums: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door = exchange(Rendezvous(directory), ledger, 1)
+    monkeypatch.setattr(door, "_ask", lambda *args, **kwargs: ({"checksums": sums}, []))
+    with pytest.raises(ExchangeError, match="did not send 3 checksums"):
+        door.collect_checksums(0, 0, 3, soon())
+
+
+def test_a_member_is_given_shares_and_checksums(directory: Path, ledger: Ledger) -> None:
+    with serving(directory, ledger), serving(directory, ledger, 1) as door:
+        descriptor, token = door.collect(HOST, 0, 2, soon())
+        assert isinstance(descriptor, Descriptor)
+        with descriptor:
+            assert os.readlink(f"/proc/self/fd/{descriptor.fd}").startswith("/memfd:of host")
+        assert token == TOKEN
+        assert door.collect_checksums(0, 0, 3, soon()) == CHECKSUMS
+
+
+# -- who takes their time ----------------------------------------------------------------------------------------------
+def test_a_group_publishes_and_passes_among_the_slow_and_the_silent(directory: Path) -> None:
+    """Answered one after another, they would take longer than the deadline of publish."""
+    model = random_model({number: {"w": ((6, 700), torch.float32)} for number in range(3)})
+    knocking = threading.Event()
+    knocked: list[socket.socket] = []
+    Rendezvous(directory)
+
+    def knock_and_say_nothing() -> None:
+        while not knocking.is_set():
+            for rank in 0, 1, 2:
+                if len(knocked) < 60 and (directory / f"rank-{rank}").exists():
+                    sock = socket.socket(socket.AF_UNIX)
+                    knocked.append(sock)
+                    if sock.connect_ex(str(directory / f"rank-{rank}")) == 0 and len(knocked) % 2:
+                        sock.send(framed(b"", nbytes=100))
+            knocking.wait(0.001)
+
+    crowd = threading.Thread(target=knock_and_say_nothing)
+    crowd.start()
+    try:
+        with published(DWDPConfig(group_size=3), directory, model) as runtimes:
+            for runtime in runtimes:
+                check_pass(runtime, model)
+                assert all(runtime.peers().values())
+        assert len(knocked) > 10
+    finally:
+        knocking.set()
+        crowd.join()
+        for sock in knocked:
+            sock.close()
+
+
+def test_a_rank_that_accepts_nobody_does_not_hold_up_others(directory: Path, ledger: Ledger) -> None:
+    """A stopped process: the kernel takes connections for it until its queue is full, and then makes callers wait."""
+    door = exchange(Rendezvous(directory), ledger, 1)
+    with socket.socket(socket.AF_UNIX) as stopped:
+        stopped.bind(str(directory / "rank-0"))
+        stopped.listen(0)
+        with knock(directory):
+            assert not door.alive(0)
+            with pytest.raises(ExchangeError, match="rank 0 takes no connections"):
+                door.collect(0, 0, 1, time.monotonic() + 0.1)
+
+
+# -- what is handed out ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("owner", [0, 1, HOST])
+def test_what_is_another_rank_s_cannot_be_written(tmp_path: Path, owner: Any) -> None:
+    """Not by a stray store of the process either: it ends by a signal. Owners 0 and HOST are those of rank 0 itself."""
+    model = random_model({0: {"w": ((9, 1500), torch.float32)}})
+    config = DWDPConfig(group_size=2, host_experts=3, mode="in_place")
+    with published(config, tmp_path, model) as runtimes:
+        for rank, runtime in enumerate(runtimes):
+            killer = 0 if owner == rank else signal.SIGSEGV
+            assert writing_kills(runtime._assembly.shard(runtime._layers[0], "w", owner)) == killer
+            assert writing_kills(runtime.acquire(0, mode="in_place")["w"]) == signal.SIGSEGV
+            runtime.release(0)
+
+
+def writing_kills(tensor: Any) -> int:
+    """The signal that ends a child process which writes the first byte of ``tensor``, or 0."""
+    child = os.fork()
+    if not child:
+        faulthandler.disable()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        ctypes.memset(tensor.data_ptr(), 0, 1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
