@@ -14,7 +14,7 @@ from vmm_dwdp.planning.roofline import Batch, all_to_all, layer_operations
 from vmm_dwdp.planning.simulator import Group, LayerWork, Phase, simulate
 from vmm_dwdp.planning.work import slowdown
 
-PERFECT = Efficiency(dense_gemm=1, grouped_gemm=1, attention=1, memory=1, link=1, host=1)
+PERFECT = Efficiency(dense_gemm=1, grouped_gemm=1, attention=1, memory=1, elementwise=1, link=1, host=1)
 GPU = GpuSpec(
     name="simple", memory_bytes=80e9, memory_bandwidth=1e12, peak_flops={"bf16": 1e15}, link_bandwidth=1e11,
     host_bandwidth=5e10, max_group=8, efficiency=PERFECT,

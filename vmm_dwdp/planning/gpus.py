@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.planning.presets import load_preset, read_mapping
 
@@ -19,22 +21,33 @@ class Efficiency:
     The defaults are assumptions for a GPU on which nobody has measured; ``vmm-dwdp bench --calibrate`` measures.
 
     Attributes:
-        dense_gemm, grouped_gemm, attention: of the arithmetic peak.
-        memory: of the memory's bandwidth.
+        dense_gemm, grouped_gemm, attention: of the arithmetic peak; ``grouped_gemm`` may be one number, or several by
+            tokens per expert, between which it is interpolated.
+        memory: of the memory's bandwidth. ``elementwise``: of it, by norms, activations and the moves of routing.
         link, host: of the links to other GPUs and to host memory, by the copy engine.
     """
 
     dense_gemm: float = 0.70
-    grouped_gemm: float = 0.50
+    grouped_gemm: float | Mapping[float, float] = 0.50
     attention: float = 0.60
     memory: float = 0.85
+    elementwise: float = 0.70
     link: float = 0.85
     host: float = 0.84
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            if not 0 < value <= 1:
-                raise ConfigError(f"efficiency.{name} must be more than 0 and at most 1, not {value}")
+            for share in value.values() if isinstance(value, Mapping) else (value,):
+                if not 0 < share <= 1:
+                    raise ConfigError(f"efficiency.{name} must be more than 0 and at most 1, not {share}")
+
+    def grouped_gemm_at(self, tokens_per_expert: float) -> float:
+        """`grouped_gemm` for experts with so many tokens each; over logarithms, and constant beyond the ends."""
+        if not isinstance(self.grouped_gemm, Mapping):
+            return self.grouped_gemm
+        known = sorted(self.grouped_gemm)
+        shares = [self.grouped_gemm[tokens] for tokens in known]
+        return float(np.interp(np.log(max(tokens_per_expert, 1e-9)), np.log(known), shares))
 
 
 @dataclass(frozen=True, kw_only=True)

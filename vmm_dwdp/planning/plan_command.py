@@ -143,7 +143,7 @@ def _print(estimate: Estimate, best: Estimate | None) -> None:
             (f"forward pass, expert parallel, imbalance {estimate.imbalance:g}", _ms(estimate.expert_parallel_seconds)),
         ],
     )
-    stated = ", ".join(f"{name} {value:g}" for name, value in vars(gpu.efficiency).items())
+    stated = ", ".join(f"{name} {value}" for name, value in vars(gpu.efficiency).items())
     print(f"Rates are these shares of the datasheet's peaks: {stated}.")
     print(f"Throughput is {estimate.speedup:.2f} times that of expert parallelism.", end=" ")
     if estimate.pays_from is None:

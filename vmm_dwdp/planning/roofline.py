@@ -72,11 +72,13 @@ class _Roofline:
         self._gpu = gpu
         self._batch = batch
         self._memory_rate = gpu.memory_bandwidth * gpu.efficiency.memory
+        self._elementwise_rate = gpu.memory_bandwidth * gpu.efficiency.elementwise
 
     def _products(self, name: str, kind: Kind, macs: float, nbytes: float, arithmetic: str) -> Operation:
+        routed = self._batch.tokens * self._model.top_k
         efficiency = {
             "dense_gemm": self._gpu.efficiency.dense_gemm,
-            "grouped_gemm": self._gpu.efficiency.grouped_gemm,
+            "grouped_gemm": self._gpu.efficiency.grouped_gemm_at(routed / self._model.num_experts),
             "attention": self._gpu.efficiency.attention,
         }
         rate = self._gpu.peak(arithmetic) * efficiency[kind]
@@ -85,7 +87,7 @@ class _Roofline:
     def norms(self) -> Operation:
         """Two norms, each with the residual sum before it: three reads, two writes."""
         nbytes = 10 * self._batch.tokens * self._model.hidden * ACTIVATION
-        return Operation("norms", "memory", nbytes / self._memory_rate)
+        return Operation("norms", "memory", nbytes / self._elementwise_rate)
 
     def projections(self) -> Operation:
         tokens, weights = self._batch.tokens, self._model.attention_format
@@ -117,7 +119,7 @@ class _Roofline:
         stored = model.expert_format.activation_bytes
         routed = model.hidden * (stored + ACTIVATION) + model.expert_intermediate * (2 * ACTIVATION + stored)
         nbytes = tokens * (model.top_k * routed + 2 * model.hidden * ACTIVATION)
-        return Operation("routing", "memory", nbytes / self._memory_rate)
+        return Operation("routing", "memory", nbytes / self._elementwise_rate)
 
     def experts(self, held: int) -> Operation:
         """The grouped products; of E experts, only those are read that at least one of n random choices hits."""
