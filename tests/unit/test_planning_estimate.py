@@ -56,11 +56,11 @@ def test_all_to_all_moves_each_token_to_its_experts_and_back() -> None:
 
 
 def test_memory_bound_operations_share_the_bandwidth_with_copies() -> None:
-    assert slowdown("memory", GPU, from_host=False, short_copies=False) == pytest.approx(1 / (1 - 0.2))
-    assert slowdown("memory", GPU, from_host=True, short_copies=False) == pytest.approx(1 / (1 - 0.05))
-    assert slowdown("attention", GPU, from_host=False, short_copies=False) == 1
+    assert slowdown("memory", GPU, from_host=False) == pytest.approx(1 / (1 - 0.2))
+    assert slowdown("memory", GPU, from_host=True) == pytest.approx(1 / (1 - 0.05))
+    assert slowdown("attention", GPU, from_host=False) == 1
     gb200 = load_gpu("gb200")
-    assert slowdown("attention", gb200, from_host=False, short_copies=True) == gb200.short_copy_slowdown["attention"]
+    assert slowdown("attention", gb200, from_host=False) == gb200.copy_slowdown["attention"]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

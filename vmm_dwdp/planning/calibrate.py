@@ -72,9 +72,9 @@ def calibrate(base: GpuSpec, model: ModelSpec, device: torch.device) -> GpuSpec:
     grouped = {tokens: _grouped_gemm(model, perfect, tokens, device) for tokens in TOKENS_PER_EXPERT}
     driver = open_driver(device)
     shares = {
-        "dense_gemm": ideal["projections"].seconds / seconds["projections"],
+        "dense_gemm": (ideal["projections"].seconds + ideal["output projection"].seconds) / seconds["projections"],
         "attention": ideal["attention"].seconds / seconds["attention"],
-        "elementwise": (ideal["norms"].seconds + ideal["routing"].seconds) / seconds["elementwise"],
+        "elementwise": sum(ideal[name].seconds for name in ("norms", "routing", "combine")) / seconds["elementwise"],
         "memory": moved / seconds["memory"] / base.memory_bandwidth,
         "host": COPIED / _copy_from_host(driver) / base.host_bandwidth,
     }

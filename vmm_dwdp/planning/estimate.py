@@ -19,7 +19,6 @@ from vmm_dwdp.planning.roofline import Batch, all_to_all, dense_layer_operations
 from vmm_dwdp.planning.simulator import LayerWork
 from vmm_dwdp.planning.work import average_operations, layer_work
 
-SHORT_COPY = 4 << 20  # bytes: below it `GpuSpec.short_copy_slowdown` applies
 SEARCHED_TOKENS = 1 << 20  # the longest forward pass for which `pays_from` looks
 
 
@@ -65,8 +64,7 @@ class Estimate:
     def work(self) -> LayerWork:
         """A mean MoE layer's compute, with what the copies cost it."""
         operations = average_operations(self.model, self.gpu, self.batch)
-        short = self.config.slice_bytes != "auto" and self.config.slice_bytes < SHORT_COPY
-        return layer_work(operations, self.gpu, from_host=self.config.host_experts > 0, short_copies=short)
+        return layer_work(operations, self.gpu, from_host=self.config.host_experts > 0)
 
     @cached_property
     def layer_seconds(self) -> float:

@@ -63,8 +63,7 @@ class GpuSpec:
         host_memory_bandwidth: bytes from host memory to all GPUs of the machine together.
         max_group: how many GPUs can read each other's memory.
         granularity: bytes per page of virtual memory.
-        long_copy_slowdown, short_copy_slowdown: how many times longer an operation of some kind takes while the copy
-            engine moves long pieces, or pieces of about a megabyte; without an entry, memory's bandwidth is shared.
+        copy_slowdown: how many times longer an operation of some kind takes while copies run, where it was measured.
     """
 
     name: str
@@ -77,8 +76,7 @@ class GpuSpec:
     peer_bandwidth: float | None = None
     host_memory_bandwidth: float = 614.4e9  # two sockets with eight channels of DDR5-4800
     granularity: int = 2 << 20
-    long_copy_slowdown: Mapping[str, float] = field(default_factory=dict)
-    short_copy_slowdown: Mapping[str, float] = field(default_factory=dict)
+    copy_slowdown: Mapping[str, float] = field(default_factory=dict)
     efficiency: Efficiency = field(default_factory=Efficiency)
 
     def peak(self, arithmetic: str) -> float:

@@ -23,7 +23,7 @@ class AttentionSpec:
     Attributes:
         heads: query heads.
         key_dim, value_dim: per head.
-        projections: ``(columns, rows)`` of each weight matrix.
+        projections: ``(columns, rows)`` of each weight matrix, that of the output last.
         cached_values: values that the KV cache keeps of one token.
     """
 

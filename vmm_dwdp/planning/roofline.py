@@ -89,15 +89,13 @@ class _Roofline:
         nbytes = 10 * self._batch.tokens * self._model.hidden * ACTIVATION
         return Operation("norms", "memory", nbytes / self._elementwise_rate)
 
-    def projections(self) -> Operation:
+    def projections(self, name: str, matrices: Sequence[tuple[int, int]]) -> Operation:
+        """The matrices of the attention before its core, or the one after it."""
         tokens, weights = self._batch.tokens, self._model.attention_format
-        operands = sum(
-            tokens * (columns * weights.activation_bytes + rows * ACTIVATION)
-            for columns, rows in self._model.attention.projections
-        )
-        macs = tokens * self._model.attention.parameters
-        nbytes = self._model.attention_bytes + operands
-        return self._products("projections", "dense_gemm", macs, nbytes, weights.arithmetic)
+        operands = sum(columns * weights.activation_bytes + rows * ACTIVATION for columns, rows in matrices)
+        stored = sum(weights.nbytes(rows, columns) for columns, rows in matrices)
+        macs = tokens * sum(columns * rows for columns, rows in matrices)
+        return self._products(name, "dense_gemm", macs, stored + tokens * operands, weights.arithmetic)
 
     def attention(self, window: int | None) -> Operation:
         """Queries, keys, values and outputs pass memory once."""
@@ -113,12 +111,17 @@ class _Roofline:
         nbytes = self._model.feed_forward_bytes(width, weights) + operands
         return self._products(name, "dense_gemm", tokens * 3 * hidden * width, nbytes, weights.arithmetic)
 
+    def combine(self) -> Operation:
+        """Add up the outputs of each token's experts."""
+        nbytes = self._batch.tokens * (self._model.top_k + 1) * self._model.hidden * ACTIVATION
+        return Operation("combine", "memory", nbytes / self._elementwise_rate)
+
     def routing(self) -> Operation:
-        """Gather the routed tokens, the activation between the two products, add up the experts' outputs."""
-        model, tokens = self._model, self._batch.tokens
+        """Gather the routed tokens, and the activation between the two products."""
+        model = self._model
         stored = model.expert_format.activation_bytes
-        routed = model.hidden * (stored + ACTIVATION) + model.expert_intermediate * (2 * ACTIVATION + stored)
-        nbytes = tokens * (model.top_k * routed + 2 * model.hidden * ACTIVATION)
+        routed = model.hidden * stored + model.expert_intermediate * (2 * ACTIVATION + stored)
+        nbytes = self._batch.tokens * (model.top_k * routed + model.hidden * ACTIVATION)
         return Operation("routing", "memory", nbytes / self._elementwise_rate)
 
     def experts(self, held: int) -> Operation:
@@ -135,7 +138,7 @@ class _Roofline:
 def layer_operations(
     model: ModelSpec, gpu: GpuSpec, batch: Batch, *, window: int | None = None, experts: int | None = None
 ) -> tuple[Operation, ...]:
-    """The operations of one MoE layer in the order of the forward pass.
+    """The operations from one MoE layer's experts, which are released then, to the next one's, in order.
 
     Args:
         window: how many tokens back the layer attends to.
@@ -145,9 +148,11 @@ def layer_operations(
     roofline = _Roofline(model, gpu, batch)
     shared = model.shared_intermediate
     return (
+        roofline.combine(),
         roofline.norms(),
-        roofline.projections(),
+        roofline.projections("projections", model.attention.projections[:-1]),
         roofline.attention(window),
+        roofline.projections("output projection", model.attention.projections[-1:]),
         *([roofline.feed_forward("shared experts", shared)] if shared else []),
         roofline.routing(),
         roofline.experts(experts or model.num_experts),
@@ -159,8 +164,9 @@ def dense_layer_operations(model: ModelSpec, gpu: GpuSpec, batch: Batch) -> tupl
     roofline = _Roofline(model, gpu, batch)
     return (
         roofline.norms(),
-        roofline.projections(),
+        roofline.projections("projections", model.attention.projections[:-1]),
         roofline.attention(None),
+        roofline.projections("output projection", model.attention.projections[-1:]),
         roofline.feed_forward("feed-forward", model.dense_intermediate),
     )
 

@@ -98,7 +98,7 @@ def _report(outcome: Outcome, work: list[list[LayerWork]], together: float) -> d
     compute = sum(item.seconds for row in work for item in row) * layers
     ended = outcome.pass_end[:, -1]
     spent = float(ended.sum())
-    pulls = sum(outcome.meetings.values())
+    meetings = outcome.meetings()
     return {
         "pass_ms": outcome.seconds_per_pass * 1e3,
         "slowest_rank_ms": float(ended.max()) / outcome.pass_end.shape[1] * 1e3,
@@ -106,7 +106,7 @@ def _report(outcome: Outcome, work: list[list[LayerWork]], together: float) -> d
         "exposed_wait_share": float(outcome.exposed.sum()) / spent,
         "slowed_by_copies_share": 1 - (compute + float(outcome.exposed.sum())) / spent,
         "copying_share": float(outcome.copying.sum()) / spent,
-        "pulls_that_met_others_share": 1 - outcome.meetings[0] / pulls if pulls else 0.0,
+        "pulls_that_met_others_share": 1 - meetings[0] / max(1, meetings.total()),
         "expert_parallel_pass_ms": together / outcome.pass_end.shape[1] * 1e3,
         "throughput_over_expert_parallel": float(np.mean(together / ended)),
     }

@@ -14,6 +14,7 @@ import heapq
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
 import numpy as np
@@ -84,13 +85,17 @@ class Outcome:
         pass_end: ``[ranks, passes]``: when each pass ended, from time 0.
         exposed: ``[ranks, layers]``: time that compute waited for a layer, over all passes.
         copying: ``[ranks]``: time during which the rank's copies ran.
-        meetings: by k, how many copies began while k others read from the same owner.
+        pulls: of each copy, when it began and how many others read from the same owner then; none for ``"fetches"``.
     """
 
     pass_end: NDArray[np.float64]
     exposed: NDArray[np.float64]
     copying: NDArray[np.float64]
-    meetings: Counter[int] = field(default_factory=Counter)
+    pulls: list[tuple[float, int]] = field(default_factory=list)
+
+    def meetings(self, begin: float = 0.0, end: float = inf) -> Counter[int]:
+        """By k, how many copies began between ``begin`` and ``end`` with k others at the same owner."""
+        return Counter(others for when, others in self.pulls if begin <= when < end)
 
     @property
     def seconds_per_pass(self) -> float:
@@ -145,11 +150,10 @@ class _Simulation:
         self._depth = min(config.prefetch_depth, group.num_layers)
         starts = group.start or [0.0] * size
         self._ranks = [_Rank(rank, _flows(group, rank), work[rank], self._depth, starts[rank]) for rank in range(size)]
-        self._in_flight = group.in_flight if group.resolution == "copies" else 1
+        self._exact = group.resolution == "copies"
+        self._in_flight = group.in_flight if self._exact else 1
         self._lanes = max(1, *(len(rank.streams) for rank in self._ranks)) * self._in_flight
-        self._links: Links = (
-            CopyLinks(size, self._lanes, group.rates) if group.resolution == "copies" else FetchLinks(size, group.rates)
-        )
+        self._links: Links = CopyLinks(size, self._lanes, group.rates) if self._exact else FetchLinks(size, group.rates)
         passes = max(len(passes) for passes in work)
         self._outcome = Outcome(np.full((size, passes), np.nan), np.zeros((size, self._layers)), np.zeros(size))
         self._phase_ends: list[tuple[float, int, int]] = []  # time, rank, version
@@ -245,7 +249,9 @@ class _Simulation:
             flow = copies[rank.begun[stream]]
             rank.begun[stream] += 1
             rank.under_way += 1
-            self._outcome.meetings[self._links.start(lane, flow, now)] += 1
+            others = self._links.start(lane, flow, now)
+            if self._exact:
+                self._outcome.pulls.append((now, others))
 
     def _end_copy(self, lane: int, now: float) -> None:
         rank = self._ranks[lane // self._lanes]

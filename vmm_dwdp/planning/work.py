@@ -21,30 +21,25 @@ def average_operations(model: ModelSpec, gpu: GpuSpec, batch: Batch, experts: in
     ]
 
 
-def slowdown(kind: Kind, gpu: GpuSpec, *, from_host: bool, short_copies: bool) -> float:
+def slowdown(kind: Kind, gpu: GpuSpec, *, from_host: bool) -> float:
     """How many times longer an operation takes while copies run.
 
     Operations limited by memory share its bandwidth with the copies: what a rank pulls is written once, and in a group
     in which everyone pulls it is read from as fast. Others suffer by what was measured, if it was.
     """
-    measured = (gpu.short_copy_slowdown if short_copies else gpu.long_copy_slowdown).get(kind)
-    if measured is not None:
-        return measured
-    if kind != "memory":
-        return 1.0
+    if kind in gpu.copy_slowdown or kind != "memory":
+        return gpu.copy_slowdown.get(kind, 1.0)
     traffic = gpu.host_rate if from_host else 2 * gpu.pull_rate
     return 1 / (1 - min(0.9, traffic / gpu.memory_bandwidth))
 
 
-def layer_work(
-    operations: Sequence[Operation], gpu: GpuSpec, *, from_host: bool = False, short_copies: bool = False
-) -> LayerWork:
+def layer_work(operations: Sequence[Operation], gpu: GpuSpec, *, from_host: bool = False) -> LayerWork:
     """Everything up to the experts, and the experts; neighbours that copies slow alike are one phase."""
     before: list[Phase] = []
     experts: list[Phase] = []
     for operation in operations:
         phases = experts if operation.kind == "grouped_gemm" else before
-        factor = slowdown(operation.kind, gpu, from_host=from_host, short_copies=short_copies)
+        factor = slowdown(operation.kind, gpu, from_host=from_host)
         if phases and phases[-1].slowdown == factor:
             phases[-1] = Phase(phases[-1].seconds + operation.seconds, factor)
         else:
