@@ -12,7 +12,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import statistics
+import sys
 import tempfile
+import time
 
 import torch
 from common import Row, parser, report
@@ -52,15 +54,14 @@ MODELS = {
 
 # model, experts in host memory, tokens, prefetch depth
 RUNS = [
-    ("128 experts of 2048 x 768", 64, 4096, 2),
-    ("128 experts of 2048 x 768", 16, 8192, 2),
-    ("128 experts of 2048 x 768", 16, 32768, 2),
-    ("128 experts of 2048 x 768", 16, 16384, 1),
-    ("64 experts of 2048 x 2048", 16, 8192, 2),
+    ("128 experts of 2048 x 768", 32, 4096, 2),
     ("64 experts of 2048 x 2048", 8, 16384, 3),
-    ("64 experts of 2048 x 2048", 8, 32768, 1),
     ("8 experts of 4096 x 8192", 1, 8192, 2),
-    ("8 experts of 4096 x 8192", 2, 16384, 2),
+    ("128 experts of 2048 x 768", 16, 32768, 2),
+    ("64 experts of 2048 x 2048", 8, 16384, 1),
+    ("128 experts of 2048 x 768", 16, 8192, 2),
+    ("8 experts of 4096 x 8192", 1, 16384, 2),
+    ("64 experts of 2048 x 2048", 16, 8192, 2),
 ]
 
 
@@ -106,12 +107,21 @@ def run(gpu: GpuSpec, name: str, host_experts: int, tokens: int, depth: int, dev
     return row, {"model": name, "depth": depth, "predicted": planned, "measured": taken, "ratio": planned / taken}
 
 
+def say(what: object) -> None:
+    """Progress, for who waits."""
+    print(f"{time.perf_counter():.1f} {what}", file=sys.stderr, flush=True)
+
+
 def main() -> None:
     arguments = parser(__doc__).parse_args()
     device = torch.device("cuda", 0)
     base = load_gpu(preset_of(torch.cuda.get_device_name(device)))
     gpu = calibrate(base, load_model("qwen3-30b-a3b"), device)
-    rows = [run(gpu, *wanted, device) for wanted in RUNS]
+    say(gpu.efficiency)
+    rows = []
+    for wanted in RUNS:
+        rows.append(run(gpu, *wanted, device))
+        say(rows[-1])
     report(
         arguments,
         {

@@ -7,6 +7,7 @@ is max-min fairness (Bertsekas and Gallager, "Data Networks", 6.5.2). Two resolu
   * `CopyLinks`: every copy is a flow from one owner.
   * `FetchLinks`: everything a rank copies for a layer is one flow from all owners, in proportion to their bytes: the
     limit of streams or short slices that keep all owners busy. The busiest owner sets the pace of all who read there.
+    A reader is taken to use all of its link meanwhile.
 """
 
 from __future__ import annotations
@@ -58,6 +59,9 @@ class Links(Protocol):
     def next_end(self) -> tuple[float, int]:
         """When the next flow ends if nothing else happens, and its lane; time ``inf`` if none is under way."""
 
+    def changes(self) -> dict[int, float]:
+        """Since the last call: by reader, the share of its link that its copies use now; after `next_end`."""
+
 
 class _Flows:
     """What the two resolutions have in common: bytes left and rates, brought up to date when something changes."""
@@ -67,6 +71,11 @@ class _Flows:
         self._rate = np.ones(lanes)  # bytes a second; anything but 0 without a flow
         self._until = 0.0
         self._next: tuple[float, int] | None = (inf, -1)
+        self._changes: dict[int, float] = {}
+
+    def changes(self) -> dict[int, float]:
+        changes, self._changes = self._changes, {}
+        return changes
 
     def _advance(self, now: float) -> None:
         """Before any change: what was moved at the rates so far."""
@@ -103,6 +112,7 @@ class CopyLinks(_Flows):
         )
         self._near = np.zeros(readers * lanes, dtype=np.intp)  # the links that each lane's flow goes over
         self._far = np.zeros(readers * lanes, dtype=np.intp)
+        self._used = np.zeros(readers)  # the share of its link that each reader's copies use
 
     def start(self, lane: int, flow: Flow, now: float) -> int:
         (owner,) = flow.shares
@@ -138,6 +148,11 @@ class CopyLinks(_Flows):
             capacity = np.maximum(capacity - least * used, 0.0)
             open_ &= ~settled
         self._rate[lanes] = rate
+        shares = rate / self._capacity[near]
+        used: NDArray[np.float64] = np.bincount(lanes // self._lanes, weights=shares, minlength=self._readers)
+        for reader in np.flatnonzero(np.abs(used - self._used) > 1e-9).tolist():
+            self._changes[reader] = float(used[reader])
+        self._used = used
 
 
 class FetchLinks(_Flows):
@@ -163,6 +178,7 @@ class FetchLinks(_Flows):
         self._advance(now)
         self._left[lane] = flow.nbytes
         self._demand += self._wants[lane]
+        self._changes[lane] = 1.0
         return 0
 
     def _rate_alone(self, shares: NDArray[np.float64]) -> float:
@@ -179,6 +195,7 @@ class FetchLinks(_Flows):
         self._advance(now)
         self._left[lane] = inf
         self._demand -= self._wants[lane]
+        self._changes[lane] = 0.0
 
     def _share(self) -> None:
         self._rate = self._alone

@@ -34,7 +34,8 @@ class Phase:
 
     Attributes:
         seconds: with no copy under way.
-        slowdown: how many times longer it takes while the rank's own copies run.
+        slowdown: how many times longer it takes while the rank's own copies use all of its link; by less where they
+            use less, so that what copies cost depends on their bytes and not on how long they take.
     """
 
     seconds: float
@@ -140,6 +141,7 @@ class _Rank:
         self.begun = [0] * len(streams)  # copies of the fetch under way, by stream
         self.under_way = 0
         self.copying_since: float | None = None
+        self.link_share = 0.0  # of its link, used by its copies now
 
 
 class _Simulation:
@@ -164,15 +166,19 @@ class _Simulation:
             # Ranks begin at different times, and the links must see them in order.
             heapq.heappush(self._phase_ends, (rank.computed_until, rank.index, 0))
         phase_ends, links = self._phase_ends, self._links
+        now = 0.0
         while True:
             copy_end, lane = links.next_end()
+            for index, share in links.changes().items():
+                self._disturb(self._ranks[index], share, now)
             if phase_ends and phase_ends[0][0] <= copy_end:
                 now, index, version = heapq.heappop(phase_ends)
                 rank = self._ranks[index]
                 if version == rank.compute_version:
                     self._end_phase(rank, now)
             elif lane >= 0:
-                self._end_copy(lane, copy_end)
+                now = copy_end
+                self._end_copy(lane, now)
             else:
                 return self._outcome
 
@@ -193,9 +199,8 @@ class _Simulation:
         self._schedule_phase(rank)
 
     def _schedule_phase(self, rank: _Rank) -> None:
-        slowdown = rank.phases[rank.phase].slowdown if rank.copying_since is not None else 1.0
         rank.compute_version += 1
-        end = rank.computed_until + rank.remaining * slowdown
+        end = rank.computed_until + rank.remaining * _slowdown(rank)
         heapq.heappush(self._phase_ends, (end, rank.index, rank.compute_version))
 
     def _end_phase(self, rank: _Rank, now: float) -> None:
@@ -235,7 +240,6 @@ class _Simulation:
             return
         if rank.copying_since is None:
             rank.copying_since = now
-            self._disturb(rank, now, before=False)
         rank.begun = [0] * len(rank.streams)
         first = rank.index * self._lanes
         for lane in range(first, first + len(rank.streams) * self._in_flight):
@@ -269,22 +273,25 @@ class _Simulation:
         elif rank.copying_since is not None:
             self._outcome.copying[rank.index] += now - rank.copying_since
             rank.copying_since = None
-            self._disturb(rank, now, before=True)
         if rank.waiting_since is not None and fetch == rank.pass_index * self._layers + rank.layer:
             self._outcome.exposed[rank.index, rank.layer] += now - rank.waiting_since
             rank.waiting_since = None
             self._begin_phase(rank, now)
 
-    def _disturb(self, rank: _Rank, now: float, *, before: bool) -> None:
-        """Copies began or ended: the phase under way goes on at another speed; ``before``: they ran until now."""
-        if rank.waiting_since is not None or not rank.phases or rank.phase == len(rank.phases):
+    def _disturb(self, rank: _Rank, share: float, now: float) -> None:
+        """Copies use another share of the link from now on: the phase under way goes on at another speed."""
+        computes = rank.waiting_since is None and rank.pass_index < len(rank.work) and bool(rank.phases)
+        if not computes or rank.phases[rank.phase].slowdown == 1.0:
+            rank.link_share = share
             return
-        slowdown = rank.phases[rank.phase].slowdown
-        if slowdown != 1.0:
-            passed = now - rank.computed_until
-            rank.remaining = max(0.0, rank.remaining - (passed / slowdown if before else passed))
-            rank.computed_until = now
-            self._schedule_phase(rank)
+        rank.remaining = max(0.0, rank.remaining - (now - rank.computed_until) / _slowdown(rank))
+        rank.computed_until = now
+        rank.link_share = share
+        self._schedule_phase(rank)
+
+
+def _slowdown(rank: _Rank) -> float:
+    return 1 + (rank.phases[rank.phase].slowdown - 1) * rank.link_share
 
 
 def _flows(group: Group, rank: int) -> list[list[Flow]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.planning.formats import WeightFormat
@@ -58,7 +59,10 @@ class TorchLayer:
         def heads(values: torch.Tensor) -> torch.Tensor:
             return values.view(requests, length, -1, self._attention.key_dim).transpose(1, 2)
 
-        out = F.scaled_dot_product_attention(heads(query), heads(key), heads(value), is_causal=True, enable_gqa=True)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # cuDNN's spends seconds on each new shape
+            out = F.scaled_dot_product_attention(
+                heads(query), heads(key), heads(value), is_causal=True, enable_gqa=True
+            )
         return out.transpose(1, 2).reshape(self._batch.tokens, -1)
 
     def output(self, attended: torch.Tensor) -> torch.Tensor:
