@@ -148,11 +148,11 @@ class CopyLinks(_Flows):
             capacity = np.maximum(capacity - least * used, 0.0)
             open_ &= ~settled
         self._rate[lanes] = rate
-        shares = rate / self._capacity[near]
-        used: NDArray[np.float64] = np.bincount(lanes // self._lanes, weights=shares, minlength=self._readers)
-        for reader in np.flatnonzero(np.abs(used - self._used) > 1e-9).tolist():
-            self._changes[reader] = float(used[reader])
-        self._used = used
+        of_link = np.zeros(self._readers)
+        np.add.at(of_link, lanes // self._lanes, rate / self._capacity[near])
+        for reader in np.flatnonzero(np.abs(of_link - self._used) > 1e-9).tolist():
+            self._changes[reader] = float(of_link[reader])
+        self._used = of_link
 
 
 class FetchLinks(_Flows):

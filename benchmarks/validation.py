@@ -1,0 +1,396 @@
+"""docs/validation.md: what the planner and the simulator say, beside what was published and what was measured.
+
+    python benchmarks/validation.py --write docs/validation.md
+
+Published figures are those of arXiv 2604.01621 (DeepSeek-R1 NVFP4 on GB200). Every constant that a prediction needs is
+named beside it; none is taken from the row that it predicts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from vmm_dwdp import DWDPConfig, WeightSpec
+from vmm_dwdp.planning.contention import meeting_shares, serial_efficiency
+from vmm_dwdp.planning.estimate import Estimate
+from vmm_dwdp.planning.gpus import Efficiency, load_gpu
+from vmm_dwdp.planning.links import Rates
+from vmm_dwdp.planning.models import load_model
+from vmm_dwdp.planning.roofline import Batch, Operation, all_to_all, layer_operations, total
+from vmm_dwdp.planning.simulator import Group, LayerWork, Phase, simulate
+from vmm_dwdp.planning.work import GEMM_SENSITIVITY, average_operations, layer_work, link_rates, slowdown
+
+ROOT = Path(__file__).parents[1]
+MODEL, GPU = load_model("deepseek-r1-nvfp4"), load_gpu("gb200")
+PERFECT = dataclasses.replace(
+    GPU,
+    efficiency=Efficiency(dense_gemm=1, grouped_gemm=1, attention=1, memory=1, elementwise=1, link=1, host=1),
+)
+IN_TURN = 1 << 40  # slice_bytes: whole segments, the owners one after another
+SLICE = 64 << 20  # bytes: short beside a fetch, and long enough to be followed one by one
+
+MEETINGS = {
+    3: (50.00, 50.00),
+    4: (44.44, 44.44, 11.11),
+    6: (40.96, 40.96, 15.36, 2.56, 0.16),
+    8: (39.66, 39.66, 16.52, 3.67, 0.46),
+}
+ROOFLINE = {1024: (0.19, 0.10), 8192: (0.62, 0.73), 16384: (1.52, 1.27), 32768: (4.77, 1.17)}
+ITERATION = {"attention": 269.67, "grouped_gemm": 342.40, "memory": 241.69, "dense_gemm": 177.50}
+EXPERT_PARALLEL, PREFETCHING, COPYING = 1319.85, 1131.58, 429.00
+SLICING = {1.05: "0.995 -> 1.081", 1.5: "", 2.0: "", 2.64: "1.140 -> 1.139"}  # by compute over prefetch
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    def text(value: object) -> str:
+        return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    lines = [columns, ["---"] * len(columns), *([text(value) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def contention(trials: int) -> str:
+    rows = []
+    for size, published in MEETINGS.items():
+        simulated = simulated_meetings(size, trials)
+        for k, share in enumerate(published):
+            formula = 100 * meeting_shares(size)[k]
+            rows.append((size, k, share, formula, simulated[k], simulated[k] - formula))
+            assert round(formula, 2) == share, (size, k, formula)
+    columns = ("ranks", "others met", "published %", "formula %", "simulated %", "difference, points")
+    return f"""## Pulls that meet others at one owner
+
+Formula: `meeting_shares` in [contention.py](../vmm_dwdp/planning/contention.py), with its derivation. Simulation: the
+runtime's own plans with whole segments, the owners in turn, on links that are never full, so that nothing brings ranks
+into step; {trials} random starts, and the pulls of the time in which all ranks run.
+
+{table(columns, rows)}"""
+
+
+def simulated_meetings(size: int, trials: int) -> dict[int, float]:
+    """Percent of pulls, by how many others were met."""
+    seconds = float(size - 1)  # a fetch: one from each other rank
+    config = DWDPConfig(group_size=size, slice_bytes=IN_TURN)
+    busy = LayerWork((Phase(1e-9),), (Phase(1e-9),))  # copies follow one another without a pause
+    chance = random.Random(size)
+    met: Counter[int] = Counter()
+    for _ in range(trials):
+        group = Group(
+            config=config,
+            weights={"w": WeightSpec((size, 1 << 20), torch.uint8)},
+            num_layers=1,
+            granularity=1,
+            rates=Rates(reader=float(1 << 20), owner=float(size << 20), host_reader=1.0, host=1.0),
+            start=[chance.uniform(0, seconds) for _ in range(size)],
+        )
+        met += simulate(group, [[busy] * 3] * size).meetings(seconds, 3 * seconds)
+    return {k: 100 * count / met.total() for k, count in met.items()} | {k: 0.0 for k in range(size) if k not in met}
+
+
+def roofline() -> str:
+    prefetch = Estimate(MODEL, PERFECT, DWDPConfig(group_size=4), Batch.of(1024)).prefetch_seconds
+    rows = []
+    for tokens, (ratio, speedup) in ROOFLINE.items():
+        whole = products(layer_operations(MODEL, PERFECT, Batch.of(tokens)))
+        share = products(layer_operations(MODEL, PERFECT, Batch.of(tokens), experts=MODEL.num_experts // 4))
+        exchanged = share + all_to_all(MODEL, PERFECT, tokens, 4)
+        ours = (whole / prefetch, exchanged / max(whole, prefetch))
+        rows.append((tokens, ratio, ours[0], percent(ours[0], ratio), speedup, ours[1], percent(ours[1], speedup)))
+    columns = ("tokens", "compute / prefetch", "ours", "off by", "T_DEP / T_DWDP", "ours", "off by")
+    return f"""## Compute over prefetch, and the time of a layer
+
+Four ranks, one request. Their roofline counts matrix products and attention, all at peak rates: so does ours here
+(datasheet: bf16 2.5, FP4 10 PFLOP/s, 8 TB/s, NVLink 900 GB/s; every efficiency 1; norms, activations and the moves of
+routing left out). Attention and its projections are bf16, as in the checkpoint; a token travels once to each expert on
+another rank, in NVFP4, and comes back in bf16. T_DWDP is the longer of compute and prefetch.
+
+{table(columns, rows)}"""
+
+
+def products(operations: Iterable[Operation]) -> float:
+    return total([operation for operation in operations if operation.kind != "memory"])
+
+
+def percent(ours: float, theirs: float) -> str:
+    return f"{100 * (ours / theirs - 1):+.1f} %"
+
+
+def scaled(operations: Sequence[Operation], factor: float) -> list[Operation]:
+    return [dataclasses.replace(operation, seconds=operation.seconds * factor) for operation in operations]
+
+
+def predicted_iteration() -> tuple[float, float]:
+    """Milliseconds of an iteration, and of it with copies under way: the mean of four random draws."""
+    operations = average_operations(MODEL, GPU, Batch.of(32768, 8192))
+    layers = len(MODEL.moe_layers)
+    ours = {kind: total([o for o in operations if o.kind == kind]) for kind in ITERATION}
+    as_published = [
+        dataclasses.replace(o, seconds=o.seconds / ours[o.kind] * ITERATION[o.kind] * 1e-3 / layers) for o in operations
+    ]
+    results = []
+    for seed in range(4):
+        chance = random.Random(seed)
+        factors = [[chance.uniform(0.8, 1.2) for _ in range(4)] for _ in range(4)]
+        mean = statistics.mean(factor for row in factors for factor in row)
+        group = Group(
+            config=DWDPConfig(group_size=4, slice_bytes=IN_TURN),
+            weights=MODEL.expert_weights,
+            num_layers=10,
+            granularity=GPU.granularity,
+            rates=link_rates(GPU),
+            resolution="copies",
+        )
+        outcome = simulate(group, [[layer_work(scaled(as_published, f / mean), GPU) for f in row] for row in factors])
+        part = layers / 10 / 4 * 1e3
+        results.append((outcome.pass_end[:, -1].mean() * part, outcome.copying.mean() * part))
+    predicted, copying = (statistics.mean(column) for column in zip(*results, strict=True))
+    return predicted, copying
+
+
+def iteration() -> str:
+    predicted, copying = predicted_iteration()
+    computed = sum(ITERATION.values())
+    rows = [
+        ("expert parallel, of which", EXPERT_PARALLEL, EXPERT_PARALLEL, "given"),
+        ("computing", computed, computed, "given"),
+        ("communication and synchronisation", EXPERT_PARALLEL - computed, EXPERT_PARALLEL - computed, "given"),
+        ("prefetching, without the merge copy", PREFETCHING, predicted, percent(predicted, PREFETCHING)),
+        ("saved", EXPERT_PARALLEL - PREFETCHING, EXPERT_PARALLEL - predicted, ""),
+        ("copies under way", COPYING, copying, percent(copying, COPYING)),
+    ]
+    kinds = {
+        kind: slowdown(kind, GPU, from_host=False) for kind in ("memory", "dense_gemm", "grouped_gemm", "attention")
+    }
+    return f"""## An iteration
+
+Given: the operations of the expert-parallel iteration (attention 269.67, grouped GEMM 342.40, other memory-bound
+241.69, dense GEMM 177.50). Predicted: the same operations with prefetching, simulated for four ranks whose passes
+differ at random by up to 20 %, whole segments in turn. Constants:
+
+- order in a layer, and the split of each kind of operation within it: `layer_operations`, in the roofline's shares;
+- link: 0.88 x 900 GB/s, nvbandwidth on GB200;
+- while copies use all of the link, memory-bound operations take {kinds["memory"]:.3f} times as long: the copies write
+  and are read, 2 x 792 GB/s of the 0.85 x 8 TB/s that can be reached;
+- GEMMs {kinds["dense_gemm"]:.3f}: {GEMM_SENSITIVITY:.2f} of the copies' share of the memory's bandwidth, as measured
+  on an H100;
+- attention {kinds["attention"]:.3f}: the paper's measurement of attention beside short copies, in another table;
+- where a copy meets others and gets less of the link, it disturbs by less, for longer.
+
+{table(("", "published", "ours", "off by"), rows)}"""
+
+
+def slicing() -> str:
+    rows = []
+    for ratio, published in SLICING.items():
+        tokens = tokens_for(ratio)
+        in_turn = throughput(tokens, IN_TURN, 1)
+        sliced, streams = (100 * (throughput(tokens, *how) / in_turn - 1) for how in ((SLICE, 4), ("auto", 1)))
+        rows.append((ratio, tokens, published, sign(sliced), f"{sliced:+.1f} %", f"{streams:+.1f} %"))
+    columns = ("compute / prefetch", "tokens", "published", "sign of ours", "slices", "a stream for each owner")
+    return f"""## Slices
+
+Throughput of four ranks whose passes differ at random by up to 20 %, against whole segments with the owners in turn on
+one stream: with slices of which four are under way, and with the runtime's default, a stream for each owner. A change
+under 0.5 % counts as none. Published: throughput over expert parallelism without and with slices, for compute that
+barely covers the copies and for compute that covers them well. The ratios are ours; the last is that of the iteration
+above, 1131.58 / 429.00.
+
+{table(columns, rows)}"""
+
+
+def tokens_for(ratio: float) -> int:
+    low, high = 256, 1 << 18
+    while high - low > 16:
+        middle = (low + high) // 2
+        estimate = Estimate(MODEL, GPU, DWDPConfig(group_size=4), Batch.of(middle, 8192))
+        low, high = (middle, high) if estimate.work.seconds < ratio * estimate.prefetch_seconds else (low, middle)
+    return high
+
+
+def throughput(tokens: int, slice_bytes: int | str, in_flight: int) -> float:
+    config = DWDPConfig(group_size=4, slice_bytes=slice_bytes)  # type: ignore[arg-type]
+    rates = []
+    for seed in range(2):
+        chance = random.Random(seed)
+        counts = [[round(tokens * chance.uniform(0.8, 1.2)) for _ in range(4)] for _ in range(4)]
+        work = [[Estimate(MODEL, GPU, config, Batch.of(n, 8192)).work for n in row] for row in counts]
+        group = Group(
+            config=config,
+            weights=MODEL.expert_weights,
+            num_layers=8,
+            granularity=GPU.granularity,
+            rates=link_rates(GPU),
+            in_flight=in_flight,
+        )
+        ends = simulate(group, work).pass_end[:, -1]
+        rates.append(sum(sum(row) / end for row, end in zip(counts, ends, strict=True)))
+    return statistics.mean(rates)
+
+
+def sign(effect: float) -> str:
+    return "none" if abs(effect) < 0.5 else "better" if effect > 0 else "worse"
+
+
+def small_batches() -> str:
+    rows = []
+    for model, gpu, size in (
+        ("deepseek-r1-fp8", "mi355x", 8), ("gpt-oss-120b", "mi355x", 8), ("gpt-oss-120b", "mi355x", 4),
+        ("deepseek-r1-nvfp4", "gb200", 4),
+    ):  # fmt: skip
+        config = DWDPConfig(group_size=size)
+        estimate = Estimate(load_model(model), load_gpu(gpu), config, Batch.of(4096))
+        rows.append((model, f"{size} x {estimate.gpu.name}", estimate.speedup, f"{estimate.pays_from or 'never'}"))
+    return f"""## Small batches
+
+Published: 0.32 to 0.39 times the throughput of expert parallelism at 4,096 tokens a rank, on another vendor's GPU.
+Ours, with the presets' efficiencies: a loss everywhere, larger where GPUs are connected one to one, and larger than
+published; model and group of the published figures are not known here.
+
+{table(("model", "group", "speedup at 4,096 tokens", "pays from, tokens"), rows)}"""
+
+
+def cannot_be_run_here() -> str:
+    plans = []
+    for size in (3, 4, 6, 8):
+        efficiencies = [full_links(size, *how) for how in ((IN_TURN, 1), (1 << 18, 1), (1 << 18, 4), ("auto", 1))]
+        plans.append((size, serial_efficiency(size), *efficiencies))
+    work = Estimate(MODEL, GPU, DWDPConfig(group_size=4), Batch.of(16384, 8192)).work
+    slow = slower(work, 1.5)
+    jitter = []
+    for size in (4, 8, 72):
+        group = nvl72(size)
+        alone = simulate(group, [[work] * 4] * size).pass_end[:, -1]
+        beside = simulate(group, [[slow] * 4] + [[work] * 4] * (size - 1)).pass_end[:, -1]
+        jitter.append((size, percent(beside[0], alone[0]), percent(beside[1:].max(), alone[1:].max())))
+    began = time.process_time()
+    chance = random.Random(0)
+    passes = [slower(work, chance.uniform(0.8, 1.2)) for _ in range(50)]
+    outcome = simulate(nvl72(72, 58), [chance.choices(passes, k=100) for _ in range(72)])
+    spent = time.process_time() - began
+    waited = outcome.exposed.sum() / outcome.pass_end[:, -1].sum()
+    columns = (
+        "ranks",
+        "formula",
+        "segments in turn",
+        "slices in turn",
+        "slices, 4 under way",
+        "a stream for each owner",
+    )
+    return f"""## What cannot be run here
+
+The share of the links' rate that copies reach when every rank copies all the time, from random starts: whole segments
+in turn, slices in turn, slices of which four are under way, and a stream for each owner, the runtime's default. The
+formula is that of independent meetings, `serial_efficiency`. Slices help only if several are under way at once:
+strictly in turn, they meet as often as segments do.
+
+{table(columns, plans)}
+One rank that computes 1.5 times slower than the others (16,384 tokens, requests of 8K): by how much its own passes
+take longer, and those of the others at most. Under expert parallelism every rank takes as long as the slowest.
+
+{table(("ranks", "the slow rank", "the others"), jitter)}
+An NVL72, 72 ranks x 58 layers x 100 passes that differ at random by up to 20 %: simulated in {spent:.0f} s of one core. {100 * waited:.2f} % of the time is exposed wait.
+"""
+
+
+def slower(work: LayerWork, factor: float) -> LayerWork:
+    def longer(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
+        return tuple(dataclasses.replace(phase, seconds=factor * phase.seconds) for phase in phases)
+
+    return LayerWork(longer(work.before), longer(work.experts))
+
+
+def nvl72(size: int, layers: int = 8) -> Group:
+    return Group(
+        config=DWDPConfig(group_size=size),
+        weights=MODEL.expert_weights,
+        num_layers=layers,
+        granularity=GPU.granularity,
+        rates=link_rates(GPU),
+        resolution="fetches",
+    )
+
+
+def full_links(size: int, slice_bytes: int | str, in_flight: int) -> float:
+    nbytes, experts = 1 << 20, 4 * size
+    rate = float(experts * nbytes * (size - 1) // size)  # a fetch takes a second alone
+    chance, busy = random.Random(size), LayerWork((Phase(1e-9),), (Phase(1e-9),))
+    reached = []
+    for _ in range(5):
+        group = Group(
+            config=DWDPConfig(group_size=size, slice_bytes=slice_bytes),  # type: ignore[arg-type]
+            weights={"w": WeightSpec((experts, nbytes), torch.uint8)},
+            num_layers=2,
+            granularity=1,
+            rates=Rates(reader=rate, owner=rate, host_reader=1.0, host=1.0),
+            in_flight=in_flight,
+            start=[chance.random() for _ in range(size)],
+        )
+        reached.append(2 / simulate(group, [[busy] * 6] * size).seconds_per_pass)
+    return statistics.mean(reached)
+
+
+def measured() -> str:
+    results = ROOT / "benchmarks/results/predicted-h100.json"
+    if not results.exists():
+        return """## Predicted against measured
+
+Not measured yet. `python benchmarks/predicted.py --json > benchmarks/results/predicted-h100.json` calibrates a GPU and
+runs eight combinations of shape, tokens, experts in host memory and prefetch depth over the runtime; this page then
+shows them.
+"""
+    found = json.loads(results.read_text())
+    about = found["machine"]
+    runs = [
+        (r["model"], r["in host memory"], r["tokens"], r["depth"], r["predicted ms"], r["measured ms"],
+         percent(r["predicted ms"], r["measured ms"]))
+        for r in found["pass"]
+    ]  # fmt: skip
+    memory = [
+        (r["model"], r["depth"], f"{r['predicted']:,}", f"{r['measured']:,}", percent(r["predicted"], r["measured"]))
+        for r in found["memory"]
+    ]
+    shares = ", ".join(f"{name} {share}" for name, share in found["efficiencies measured"][0].items())
+    columns = ("model", "experts in host memory", "tokens", "depth", "predicted ms", "measured ms", "off by")
+    return f"""## Predicted against measured
+
+{about["gpu"]}, driver {about["driver"]}, torch {about["torch"]}, {about["date"]}: `{about["command"]}`. The machine was
+calibrated first, with the shapes of Qwen3-30B-A3B ({shares}); no prediction was told anything of its run.
+
+{table(columns, runs)}
+Memory that the runtime takes of the GPU, in bytes: by the planner, and by what the driver says is gone.
+
+{table(("model", "depth", "predicted", "measured", "off by"), memory)}"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the page there instead of printing it")
+    parser.add_argument("--trials", type=int, default=1500, help="random starts for the meetings (default: 1500)")
+    arguments = parser.parse_args()
+    title = """# What the planner says, beside what was published and measured
+
+Made by `python benchmarks/validation.py --write docs/validation.md`. "Published" is arXiv 2604.01621.
+"""
+    sections = (
+        contention(arguments.trials), roofline(), iteration(), slicing(), small_batches(), cannot_be_run_here(),
+        measured(),
+    )  # fmt: skip
+    page = "\n".join((title, *filter(None, sections)))
+    if arguments.write:
+        arguments.write.write_text(page)
+    else:
+        print(page)
+
+
+if __name__ == "__main__":
+    main()
