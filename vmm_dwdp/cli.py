@@ -28,6 +28,7 @@ COMMANDS: Final = {
     "doctor": _Command("vmm_dwdp.doctor", "say what this machine can do, and why not"),
     "plan": _Command("vmm_dwdp.planning.plan_command", "say what a model needs on some GPUs, and whether it pays"),
     "simulate": _Command("vmm_dwdp.planning.simulate_command", "run a group of any size, event by event, on paper"),
+    "trace": _Command("vmm_dwdp.trace_command", "run layers in a group and write when everything happened"),
 }
 
 

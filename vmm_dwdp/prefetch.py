@@ -35,6 +35,7 @@ from vmm_dwdp.allocator.handles import Event, Ledger, ResourceStack, Stream
 from vmm_dwdp.errors import DriverError, StateError
 from vmm_dwdp.issue import Issuer, Ticket
 from vmm_dwdp.timing import PassTimer
+from vmm_dwdp.tracer import Tracer, What
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Prefetcher:
         counts: by layer.
         timer: times the waits of `acquire`.
         slots: as many as ``prefetch_depth``, or as there are layers.
+        tracer: is told what happens, while there is one.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Prefetcher:
     ) -> None:
         """Starts fetching the first ``prefetch_depth`` layers. Takes over ``issuer``."""
         self.counts = [LayerCounts() for _ in fetches]
+        self.tracer: Tracer | None = None
         self._driver = driver
         self._issuer = issuer
         self._fetches = fetches
@@ -121,11 +124,13 @@ class Prefetcher:
             raise StateError(f"layer {asked} needs the slot of layer {held}, which was not released")
         hit = slot.holds == index
         self.timer.arrive(index, stream)
+        self._mark("arrived", index, stream)
         if not hit:
             self._fetch(slot, index, stream)
         self._await_issue(slot)
         self._wait_ready(slot, stream)
         self.timer.resume(index, stream)
+        self._mark("resumed", index, stream)
         slot.reader = index
         slot.read = True
         counts = self.counts[index]
@@ -138,6 +143,7 @@ class Prefetcher:
         if slot.reader != index:
             raise StateError(f"layer {self._fetches[index].number} is released, but was not acquired")
         self._driver.record(slot.consumed.event, stream)
+        self._mark("released", index, stream)
         slot.reader = None
         self._fill(slot, self.following(index), stream)
 
@@ -210,15 +216,23 @@ class Prefetcher:
             self._driver.record(slot.consumed.event, stream)
         slot.holds = index
         slot.read = False
-        slot.ticket = self._issuer.submit(partial(self._issue, slot, self._fetches[index]))
+        slot.ticket = self._issuer.submit(partial(self._issue, slot, index))
         self.counts[index].fetched_bytes += self._fetches[index].nbytes
 
-    def _issue(self, slot: Slot, fetch: Fetch) -> None:
+    def _issue(self, slot: Slot, index: int) -> None:
         """Runs wherever the issuer runs jobs."""
-        for stream, copies, ready in zip(self._streams, fetch.streams, slot.ready, strict=False):
+        streams = self._fetches[index].streams
+        for lane, (stream, copies, ready) in enumerate(zip(self._streams, streams, slot.ready, strict=False)):
             self._driver.wait(stream.stream, slot.consumed.event)
+            self._mark("copies begin", index, stream.stream, lane)
             self._driver.copy(copies, stream.stream)
             self._driver.record(ready.event, stream.stream)
+            self._mark("copies end", index, stream.stream, lane)
+
+    def _mark(self, what: What, index: int, stream: int, lane: int = 0) -> None:
+        tracer = self.tracer  # which another thread may take away
+        if tracer is not None:
+            tracer.mark(what, self._fetches[index].number, lane, stream)
 
     def _wait_ready(self, slot: Slot, stream: int) -> None:
         """Events of copy streams that took no part are complete since an earlier fetch."""

@@ -26,6 +26,7 @@ from vmm_dwdp.placement import Owner
 from vmm_dwdp.staging import Staging
 from vmm_dwdp.stats import Stats
 from vmm_dwdp.tensor_list_assembly import TensorListAssembly
+from vmm_dwdp.trace import Trace
 from vmm_dwdp.virtual_assembly import VirtualAssembly
 from vmm_dwdp.weight_spec import WeightSpec
 
@@ -355,6 +356,24 @@ class DWDPRuntime:
             copy_path=None if staging is None else staging.copy_path,
             advice=None if staging is None else staging.guard.advice,
         )
+
+    @contextmanager
+    def trace(self) -> Iterator[Trace]:
+        """Record what this rank copies, reads and waits for while the body runs.
+
+        The trace is filled when the body ends, which waits for the device. Times are the device's own; they cost an
+        event record for each acquire, release and copy stream, so a trace may span many passes. On a GPU, each layer
+        is also an NVTX range from acquire to release. Replays of CUDA graphs are not seen.
+
+        Raises:
+            StateError: not published, nothing is staged, or a trace is being recorded already.
+        """
+        self._require_running()
+        if self._staging is None:
+            raise StateError("there is nothing to trace: with prefetch_depth 0 nothing is copied")
+        trace = Trace(self.rank, time.time())
+        with self._staging.traced(trace, self._stream(None)):
+            yield trace
 
     def peers(self) -> dict[int, bool]:
         """For every other rank, whether it answers now."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Ledger
@@ -16,6 +17,8 @@ from vmm_dwdp.layer import Layer
 from vmm_dwdp.plan import LayerPlan, plan_layer
 from vmm_dwdp.prefetch import Fetch, Prefetcher
 from vmm_dwdp.stats import CopyPath, LayerStats
+from vmm_dwdp.trace import Trace, spans_of
+from vmm_dwdp.tracer import Tracer
 
 
 class Staging:
@@ -34,6 +37,7 @@ class Staging:
         """Starts fetching the first ``prefetch_depth`` layers."""
         self.guard = Guard()
         self._driver = driver
+        self._ledger = ledger
         self._layers = layers
         plans = [layer.plan for layer in layers]
         # A graph launches each copy as a node, which takes longer than a batch: so it has no slices.
@@ -107,6 +111,23 @@ class Staging:
             layer.number: LayerStats(counts.hits, counts.misses, counts.fetched_bytes, waited_s)
             for layer, counts, waited_s in zip(self._layers, prefetcher.counts, prefetcher.timer.waited_s, strict=True)
         }
+
+    @contextmanager
+    def traced(self, trace: Trace, stream: int) -> Iterator[None]:
+        """Fill ``trace`` with what happens while the body runs; its time begins when ``stream`` comes to this point.
+
+        Raises `StateError` if another trace is being recorded.
+        """
+        prefetcher = self._prefetcher
+        if prefetcher.tracer is not None:
+            raise StateError("a trace is being recorded already")
+        with Tracer(self._driver, self._ledger, stream) as tracer:
+            prefetcher.tracer = tracer
+            try:
+                yield
+            finally:
+                prefetcher.tracer = None
+                trace.spans += spans_of(tracer.finish(), self._layers, len(prefetcher.slots))
 
     def close(self) -> None:
         """Stop issuing, wait until the device is idle, and free streams and events."""

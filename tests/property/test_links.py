@@ -109,13 +109,13 @@ def test_host_memory_is_one_source_for_all() -> None:
     group = Group(
         config=DWDPConfig(group_size=2, num_local_experts=0, host_experts=6),
         weights={"w": WeightSpec((6, 2), torch.uint8)},
-        num_layers=2,
+        num_layers=4,
         granularity=1,
         rates=Rates(reader=1.0, owner=1.0, host_reader=3.0, host=4.0),
     )
     work = LayerWork((Phase(1e-6),), (Phase(1e-6),))
 
-    assert simulate(group, [[work] * 5] * 2).seconds_per_pass == pytest.approx(2 * 12 / 2, rel=1e-4)
+    assert simulate(group, [[work] * 5] * 2).seconds_per_pass == pytest.approx(4 * 12 / 2, rel=1e-4)
 
 
 def test_work_must_be_for_every_rank() -> None:
@@ -128,3 +128,21 @@ def test_work_must_be_for_every_rank() -> None:
     )
     with pytest.raises(ConfigError, match="1 ranks"):
         simulate(group, [[LayerWork((), (Phase(1.0),))]])
+
+
+def test_a_layer_that_has_a_slot_to_itself_is_fetched_once() -> None:
+    """Three layers in two slots: the second one's bytes are never overwritten."""
+    group = Group(
+        config=DWDPConfig(group_size=2, prefetch_depth=2),
+        weights={"w": WeightSpec((2, 10), torch.uint8)},
+        num_layers=3,
+        granularity=1,
+        rates=Rates(reader=10.0, owner=10.0, host_reader=1.0, host=1.0),
+    )
+    work = LayerWork((Phase(5.0),), (Phase(5.0),))
+
+    outcome = simulate(group, [[work] * 4] * 2)
+
+    # Two ranks; three fetches for the first pass, two for each of the others.
+    assert outcome.copying.tolist() == [9.0, 9.0]
+    assert len(outcome.pulls) == 2 * 9

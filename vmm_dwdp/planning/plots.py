@@ -1,21 +1,11 @@
-"""Pictures of plans. matplotlib is needed only here, and only when asked for."""
+"""Pictures of plans."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.figures import new_figure
 from vmm_dwdp.planning.estimate import Estimate
-
-
-def new_figure(width: float, height: float) -> Any:
-    """A figure that needs no display; raises `ConfigError` without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("drawing needs matplotlib: pip install 'vmm-dwdp[plot]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def plot_estimate(estimate: Estimate, path: Path) -> None:

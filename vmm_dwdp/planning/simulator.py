@@ -228,7 +228,9 @@ class _Simulation:
         if following >= self._layers:
             following = self._layers + rank.layer % self._depth
         fetch = rank.pass_index * self._layers + following
-        if fetch < len(rank.work) * self._layers:
+        if following - self._layers == rank.layer:  # it is the only one
+            rank.holds[rank.layer] = fetch
+        elif fetch < len(rank.work) * self._layers:
             rank.queue.append(fetch)
             if len(rank.queue) == 1:
                 self._begin_fetch(rank, now)
