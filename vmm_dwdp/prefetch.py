@@ -124,13 +124,13 @@ class Prefetcher:
             raise StateError(f"layer {asked} needs the slot of layer {held}, which was not released")
         hit = slot.holds == index
         self.timer.arrive(index, stream)
-        self._mark("arrived", index, stream)
+        self._mark("arrived", self._fetches[index].number, stream)
         if not hit:
             self._fetch(slot, index, stream)
         self._await_issue(slot)
         self._wait_ready(slot, stream)
         self.timer.resume(index, stream)
-        self._mark("resumed", index, stream)
+        self._mark("resumed", self._fetches[index].number, stream)
         slot.reader = index
         slot.read = True
         counts = self.counts[index]
@@ -143,7 +143,7 @@ class Prefetcher:
         if slot.reader != index:
             raise StateError(f"layer {self._fetches[index].number} is released, but was not acquired")
         self._driver.record(slot.consumed.event, stream)
-        self._mark("released", index, stream)
+        self._mark("released", self._fetches[index].number, stream)
         slot.reader = None
         self._fill(slot, self.following(index), stream)
 
@@ -216,23 +216,22 @@ class Prefetcher:
             self._driver.record(slot.consumed.event, stream)
         slot.holds = index
         slot.read = False
-        slot.ticket = self._issuer.submit(partial(self._issue, slot, index))
+        slot.ticket = self._issuer.submit(partial(self._issue, slot, self._fetches[index]))
         self.counts[index].fetched_bytes += self._fetches[index].nbytes
 
-    def _issue(self, slot: Slot, index: int) -> None:
+    def _issue(self, slot: Slot, fetch: Fetch) -> None:
         """Runs wherever the issuer runs jobs."""
-        streams = self._fetches[index].streams
-        for lane, (stream, copies, ready) in enumerate(zip(self._streams, streams, slot.ready, strict=False)):
+        for lane, (stream, copies, ready) in enumerate(zip(self._streams, fetch.streams, slot.ready, strict=False)):
             self._driver.wait(stream.stream, slot.consumed.event)
-            self._mark("copies begin", index, stream.stream, lane)
+            self._mark("copies begin", fetch.number, stream.stream, lane)
             self._driver.copy(copies, stream.stream)
             self._driver.record(ready.event, stream.stream)
-            self._mark("copies end", index, stream.stream, lane)
+            self._mark("copies end", fetch.number, stream.stream, lane)
 
-    def _mark(self, what: What, index: int, stream: int, lane: int = 0) -> None:
+    def _mark(self, what: What, number: int, stream: int, lane: int = 0) -> None:
         tracer = self.tracer  # which another thread may take away
         if tracer is not None:
-            tracer.mark(what, self._fetches[index].number, lane, stream)
+            tracer.mark(what, number, lane, stream)
 
     def _wait_ready(self, slot: Slot, stream: int) -> None:
         """Events of copy streams that took no part are complete since an earlier fetch."""
