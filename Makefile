@@ -6,13 +6,14 @@ VENV := .venv
 INSTALLED := $(VENV)/installed
 TORCH := $(shell nvidia-smi -L >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 
-.PHONY: help demo doctor test clean
+.PHONY: help demo doctor test dist dist-test clean
 
 help:
-	@echo "make demo    run a model with its experts spread over four ranks, and compare it with the whole model"
-	@echo "make doctor  say what this machine can do, and why not"
-	@echo "make test    run all tests, ruff and mypy among them"
-	@echo "make clean   remove what these made"
+	@echo "make demo       run a model with its experts spread over four ranks, and compare it with the whole model"
+	@echo "make doctor     say what this machine can do, and why not"
+	@echo "make test       run all tests, ruff and mypy among them"
+	@echo "make dist-test  build wheel and sdist, and test them where the repository is not"
+	@echo "make clean      remove what these made"
 
 demo: $(INSTALLED)
 	$(VENV)/bin/vmm-dwdp demo $(ARGS)
@@ -23,8 +24,23 @@ doctor: $(INSTALLED)
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(ARGS)
 
+dist:
+	rm -rf $(VENV)-build dist
+	$(PYTHON) -m venv $(VENV)-build
+	$(VENV)-build/bin/pip install --quiet build
+	$(VENV)-build/bin/python -m build --outdir dist .
+
+dist-test: dist
+	rm -rf $(VENV)-dist
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/pip install --quiet $(TORCH)
+	$(VENV)-dist/bin/pip install --quiet pytest "$$(echo dist/*.whl)[hf]"
+	away=$$(mktemp -d) && cp tests/distribution/test_distribution.py $$away && repository=$$PWD && cd $$away && \
+	DIST=$$repository/dist $$repository/$(VENV)-dist/bin/python -m pytest -p no:cacheprovider test_distribution.py; \
+	status=$$?; rm -r $$away; exit $$status
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-build $(VENV)-dist build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(INSTALLED): pyproject.toml
 	@echo "Installing into $(VENV): a few minutes, once"

@@ -1,0 +1,118 @@
+"""What is built and installed, tested where the repository is not: ``make dist-test`` copies this file away and runs it.
+
+``DIST`` names the folder with the wheel and the sdist that were built; the wheel is installed in this environment.
+"""
+
+import importlib
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+if "DIST" not in os.environ:
+    pytest.skip("runs in an environment of its own: make dist-test", allow_module_level=True)
+
+DIST = Path(os.environ["DIST"])
+COMMAND = Path(sysconfig.get_path("scripts")) / "vmm-dwdp"
+SITE = Path(sysconfig.get_path("purelib"))
+NEEDED = {
+    "vmm_dwdp/py.typed",
+    "vmm_dwdp/allocator/driver.py",  # through a symbolic link of the repository, as is the next
+    "vmm_dwdp/kernels/cute/sm90.py",
+    "vmm_dwdp/models/bytes-moe/config.json",
+    "vmm_dwdp/models/bytes-moe/model.safetensors",
+    "vmm_dwdp/planning/presets/gpus/h100.yaml",
+    "vmm_dwdp/planning/presets/models/deepseek-r1-fp8.yaml",
+}
+PUBLIC = {
+    "vmm_dwdp": None,
+    "vmm_dwdp.kernels": None,
+    "vmm_dwdp.testing": ("RankFailed", "run_group"),
+    "vmm_dwdp.integrations.transformers": ("attach", "from_pretrained"),
+    "vmm_dwdp.integrations.sglang": ("register",),
+}  # the names that are promised; None: what __all__ says
+
+
+def wheel_files() -> set[str]:
+    (wheel,) = DIST.glob("*.whl")
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def sdist_files() -> set[str]:
+    (sdist,) = DIST.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        assert not [member.name for member in archive if member.issym()]
+        return {member.name.partition("/")[2] for member in archive if member.isfile()}
+
+
+def test_all_that_is_needed_is_in_both_archives() -> None:
+    assert wheel_files() >= NEEDED
+    assert sdist_files() >= NEEDED | {"README.md", "LICENSE", "pyproject.toml"}
+
+
+def test_both_archives_have_the_same_package() -> None:
+    package = {name for name in wheel_files() if name.startswith("vmm_dwdp/")}
+
+    assert {name for name in sdist_files() if name.startswith("vmm_dwdp/")} == package
+
+
+def test_one_name_is_installed_at_the_top() -> None:
+    top = {name.partition("/")[0] for name in wheel_files()}
+
+    assert {name for name in top if not name.endswith(".dist-info")} == {"vmm_dwdp"}
+    assert not (SITE / "kernels").exists()
+    assert not (SITE / "allocator").exists()
+
+
+@pytest.mark.parametrize(("module", "names"), PUBLIC.items(), ids=PUBLIC)
+def test_public_names(module: str, names: tuple[str, ...] | None) -> None:
+    imported = importlib.import_module(module)
+
+    assert Path(str(imported.__file__)).is_relative_to(SITE)
+    assert [name for name in names or imported.__all__ if not hasattr(imported, name)] == []
+
+
+def test_the_runtime_imports_without_any_extra() -> None:
+    absent = ("transformers", "accelerate", "sglang", "triton", "cutlass", "matplotlib", "prometheus_client")
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import vmm_dwdp, vmm_dwdp.cli, vmm_dwdp.testing"
+
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_doctor() -> None:
+    printed = subprocess.run([COMMAND, "doctor", "--json"], capture_output=True, text=True, check=True).stdout
+
+    assert json.loads(printed)["versions"]["vmm-dwdp"] == importlib.metadata.version("vmm-dwdp")
+
+
+def test_plan_finds_its_presets() -> None:
+    command = [COMMAND, "plan", "qwen3-30b-a3b", "--gpu", "h100", "--group-size", "4", "--tokens", "8192", "--json"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert json.loads(printed)
+
+
+def test_demo() -> None:
+    command = [COMMAND, "demo", "--group-size", "2", "--device", "cpu", "--json"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert json.loads(printed)["identical"] is True
+
+
+def test_the_first_script_of_the_readme(tmp_path: Path) -> None:
+    readme = importlib.metadata.metadata("vmm-dwdp").get_payload()
+    script = re.search(r"```python\n(.*?)```", str(readme), re.DOTALL)
+    assert script is not None
+    (tmp_path / "first.py").write_text(script[1])
+
+    printed = subprocess.run([sys.executable, "first.py"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    assert printed == "[[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]]\n"
