@@ -25,17 +25,18 @@ test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 dist:
-	rm -rf $(VENV)-build dist
-	$(PYTHON) -m venv $(VENV)-build
-	$(VENV)-build/bin/pip install --quiet build
-	$(VENV)-build/bin/python -m build --outdir dist .
+	@rm -rf $(VENV)-build dist
+	@$(PYTHON) -m venv $(VENV)-build
+	@$(VENV)-build/bin/pip install --quiet build
+	@$(VENV)-build/bin/python -m build --outdir dist . | tail -1
 
 dist-test: dist
-	rm -rf $(VENV)-dist
-	$(PYTHON) -m venv $(VENV)-dist
-	$(VENV)-dist/bin/pip install --quiet $(TORCH)
-	$(VENV)-dist/bin/pip install --quiet pytest "$$(echo dist/*.whl)[hf]"
-	away=$$(mktemp -d) && cp tests/distribution/test_distribution.py $$away && repository=$$PWD && cd $$away && \
+	@echo "Installing into $(VENV)-dist: a few minutes"
+	@rm -rf $(VENV)-dist
+	@$(PYTHON) -m venv $(VENV)-dist
+	@$(VENV)-dist/bin/pip install --quiet $(TORCH)
+	@$(VENV)-dist/bin/pip install --quiet pytest "$$(echo dist/*.whl)[hf]"
+	@away=$$(mktemp -d) && cp tests/distribution/test_distribution.py $$away && repository=$$PWD && cd $$away && \
 	DIST=$$repository/dist $$repository/$(VENV)-dist/bin/python -m pytest -p no:cacheprovider test_distribution.py; \
 	status=$$?; rm -r $$away; exit $$status
 

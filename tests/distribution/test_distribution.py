@@ -1,4 +1,4 @@
-"""What is built and installed, tested where the repository is not: ``make dist-test`` copies this file away and runs it.
+"""What is built and installed, tested where the repository is not: ``make dist-test`` copies this file and runs it.
 
 ``DIST`` names the folder with the wheel and the sdist that were built; the wheel is installed in this environment.
 """
@@ -113,6 +113,7 @@ def test_the_first_script_of_the_readme(tmp_path: Path) -> None:
     assert script is not None
     (tmp_path / "first.py").write_text(script[1])
 
-    printed = subprocess.run([sys.executable, "first.py"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "first.py"]
+    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
 
     assert printed == "[[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]]\n"

@@ -4,12 +4,13 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 NAMED_TESTS = sorted(set(re.findall(r"`(tests/\S+?\.py)::(\w+)`", (ROOT / "docs/invariants.md").read_text())))
 
 
@@ -23,6 +24,14 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize(("file", "test"), NAMED_TESTS, ids=[test for _, test in NAMED_TESTS])
 def test_named_tests_exist(file: str, test: str) -> None:
     assert f"def {test}(" in (ROOT / file).read_text()
+
+
+def test_the_changelog_begins_with_the_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    latest = re.search(r"^## (\S+?),", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+    assert latest is not None
+    assert latest[1] == version
 
 
 def test_every_invariant_names_a_test() -> None:
