@@ -9,7 +9,8 @@ cost      microseconds of the launching thread for `acquire` and `release` of a 
 launch    microseconds of a kernel launch, median and longest: with nothing else going on, while a layer is prefetched,
           and while the copies of that layer are given to the driver
 overlap   milliseconds of a pass over all layers, many passes in a row, for several ratios of compute to copies: with
-          compute alone, and with both; and the second divided by the longer of compute alone and copies at link speed
+          compute alone, and with both; by how much the second is longer, which is the wait that is exposed; and the
+          second divided by the longer of compute alone and copies at link speed
 graph     the same in a CUDA graph, milliseconds to instantiate it, and microseconds to launch it
 
 Compute is products of square bf16 matrices. Figures that are compared are taken in turns.
@@ -205,6 +206,7 @@ def overlap(rig: FarOwners, link_rate: float, passes: int, turns: int) -> list[R
                 "compute ms": compute_s * 1e3,
                 "copies ms": copies_s * 1e3,
                 "both ms": both_s * 1e3,
+                "exposed ms": (both_s - compute_s) * 1e3,
                 "both / longer": both_s / max(compute_s, copies_s),
             }
         )
