@@ -88,6 +88,8 @@ class Staging:
 
     def reset(self, stream: int) -> None:
         """Give up layers that were acquired on ``stream``, and make the slots as they are between passes."""
+        if self._capture(stream):
+            raise StateError("a capture into a graph leaves the slots as they are: end it, there is nothing to reset")
         self._prefetcher.reset(stream)
 
     def drain(self) -> None:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from support.explorer import COMPUTE, Op, Program, RecordingDriver, RecordingIssuer, explore, rotating, without_timing
+from support.groups import PAGE, check_pass, join, random_model
 
+from vmm_dwdp import DWDPConfig
 from vmm_dwdp.allocator.handles import Ledger
+from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.capture import CapturedPasses
 from vmm_dwdp.errors import StateError
 from vmm_dwdp.issue import InlineIssuer
@@ -207,6 +213,36 @@ def test_layers_are_captured_in_order_and_one_at_a_time_in_a_slot() -> None:
     rig.captured.acquire(number, 0, COMPUTE)
     with pytest.raises(StateError, match="layer 2 is captured, but layer 0 has its slot and was not released"):
         rig.captured.acquire(number, 2, COMPUTE)
+
+
+class Capturing(HostDriver):
+    """Says that the named streams are captured."""
+
+    def __init__(self) -> None:
+        super().__init__(PAGE)
+        self.captured: set[int] = set()
+
+    def capture(self, stream: int) -> int:
+        return 1 if stream in self.captured else 0
+
+
+def test_what_does_not_belong_into_a_capture_is_refused_and_the_runtime_goes_on(tmp_path: Path) -> None:
+    model = random_model({number: {"w": ((6, 1000), torch.float32)} for number in range(4)})
+    driver = Capturing()
+    runtime = join(DWDPConfig(group_size=1, host_experts=4), 0, tmp_path / "rendezvous", model, driver)
+    driver.captured = {driver.current_stream()}
+    with pytest.raises(StateError, match="end it, there is nothing to reset"):
+        runtime.reset()
+    beside = driver.create_stream()
+    with pytest.raises(StateError, match="takes no part in the capture of the current stream"):
+        runtime.acquire(0, stream=SimpleNamespace(cuda_stream=beside))  # type: ignore[arg-type]
+    with pytest.raises(StateError, match="layer 0 is released inside a graph capture, but was not acquired inside"):
+        runtime.release(0)
+    assert runtime.stats().misses == 0
+    driver.captured = set()
+    driver.destroy_stream(beside)
+    check_pass(runtime, model)
+    assert runtime.close().open() == []
 
 
 def test_layers_that_all_fit_into_slots_are_captured_without_a_copy() -> None:
