@@ -6,14 +6,15 @@ VENV := .venv
 INSTALLED := $(VENV)/installed
 TORCH := $(shell nvidia-smi -L >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 
-.PHONY: help demo doctor test dist dist-test clean
+.PHONY: help demo doctor test test-sglang dist dist-test clean
 
 help:
-	@echo "make demo       run a model with its experts spread over four ranks, and compare it with the whole model"
-	@echo "make doctor     say what this machine can do, and why not"
-	@echo "make test       run all tests, ruff and mypy among them"
-	@echo "make dist-test  build wheel and sdist, and test them where the repository is not"
-	@echo "make clean      remove what these made"
+	@echo "make demo         run a model with its experts spread over four ranks, and compare it with the whole model"
+	@echo "make doctor       say what this machine can do, and why not"
+	@echo "make test         run all tests, ruff and mypy among them"
+	@echo "make test-sglang  run the tests with every SGLang that is supported, in environments of their own"
+	@echo "make dist-test    build wheel and sdist, and test them where the repository is not"
+	@echo "make clean        remove what these made"
 
 demo: $(INSTALLED)
 	$(VENV)/bin/vmm-dwdp demo $(ARGS)
@@ -23,6 +24,9 @@ doctor: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-sglang: $(INSTALLED)
+	@tests/sglang/run $(ARGS)
 
 dist:
 	@rm -rf $(VENV)-build dist
@@ -41,7 +45,7 @@ dist-test: dist
 	status=$$?; rm -r $$away; exit $$status
 
 clean:
-	rm -rf $(VENV) $(VENV)-build $(VENV)-dist build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-build $(VENV)-dist $(VENV)-sglang-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(INSTALLED): pyproject.toml
 	@echo "Installing into $(VENV): a few minutes, once"

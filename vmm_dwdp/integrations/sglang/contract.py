@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import pkgutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,10 +66,10 @@ def version() -> str:
 def difference() -> str | None:
     """The first thing in which the installed SGLang differs from what this integration was written for."""
     for expected in _EXPECTED:
-        function = _resolve(expected.path)
-        if function is None:
-            return f"{expected.path} does not exist"
-        function = inspect.unwrap(function)
+        try:
+            function = inspect.unwrap(pkgutil.resolve_name(expected.path))
+        except (ImportError, AttributeError) as error:
+            return f"{expected.path} cannot be used ({error})"
         missing = set(expected.parameters) - set(inspect.signature(function).parameters)
         if missing:
             return f"{expected.path} has no parameter {min(missing)}"
@@ -86,13 +85,13 @@ def difference() -> str | None:
 
 def check_arguments() -> str | None:
     """The path of the function that checks the engine's arguments, if there is one."""
-    return next((path for path in _CHECK_ARGUMENTS if _resolve(path) is not None), None)
+    return next((path for path in _CHECK_ARGUMENTS if _exists(path)), None)
 
 
 def updates() -> list[str]:
     """The paths of the methods that write new weights into a running model."""
     paths = [f"{_WEIGHT_UPDATER}.{name}" for name in _UPDATES]
-    return [path for path in paths if _resolve(path) is not None]
+    return [path for path in paths if _exists(path)]
 
 
 def fused_moe(method: str) -> str:
@@ -100,12 +99,12 @@ def fused_moe(method: str) -> str:
     return f"{_FUSED_MOE}.{method}"
 
 
-def _resolve(path: str) -> Callable[..., Any] | None:
+def _exists(path: str) -> bool:
     try:
-        found = pkgutil.resolve_name(path)
+        pkgutil.resolve_name(path)
     except (ImportError, AttributeError):
-        return None
-    return found if callable(found) else None
+        return False
+    return True
 
 
 def _names_in(code: Any) -> set[str]:

@@ -78,9 +78,10 @@ def _register_refusal(difference: str) -> None:
         return original(*args, **kwargs)
 
     path = contract.check_arguments()
-    if path is None:
-        raise SystemExit(sentence)  # no Exception: SGLang would swallow it and start with its own DWDP
-    HookRegistry.register(path, refuse, HookType.AROUND)
+    if path is not None:
+        HookRegistry.register(path, refuse, HookType.AROUND)
+    elif settings.wanted(dwdp_size=1):
+        raise SystemExit(sentence)  # no Exception: SGLang would swallow it and start with the experts on the GPU
 
 
 def manager() -> ExpertManager | None:
