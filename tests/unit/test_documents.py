@@ -21,6 +21,13 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_files_exist(page: Path) -> None:
+    named = re.findall(r"`((?:tests|benchmarks|docs|vmm_dwdp)/[\w./-]+)", page.read_text())
+
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 @pytest.mark.parametrize(("file", "test"), NAMED_TESTS, ids=[test for _, test in NAMED_TESTS])
 def test_named_tests_exist(file: str, test: str) -> None:
     assert f"def {test}(" in (ROOT / file).read_text()
