@@ -24,6 +24,7 @@ class _CommandModule(Protocol):
 
 
 COMMANDS: Final = {
+    "bench": _Command("vmm_dwdp.bench_command", "run the benchmarks that suit this machine, or measure its rates"),
     "demo": _Command("vmm_dwdp.demo", "run a model with its experts spread over a group, and compare with the whole"),
     "doctor": _Command("vmm_dwdp.doctor", "say what this machine can do, and why not"),
     "plan": _Command("vmm_dwdp.planning.plan_command", "say what a model needs on some GPUs, and whether it pays"),

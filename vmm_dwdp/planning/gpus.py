@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.planning.presets import load_preset, read_mapping
@@ -108,6 +110,12 @@ def load_gpu(name: str) -> GpuSpec:
     """A preset's name or a YAML file with the fields of `GpuSpec`; raises `ConfigError` if it is neither."""
     values = read_mapping(name) if Path(name).is_file() else load_preset("gpus", name)
     return gpu_from_dict(values)
+
+
+def write_gpu(gpu: GpuSpec, path: str | PathLike[str], sources: Mapping[str, str]) -> None:
+    """Write what `load_gpu` reads, with the source of some of the numbers."""
+    values = {"sources": dict(sources), **dataclasses.asdict(gpu)}
+    Path(path).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
 def gpu_from_dict(values: Mapping[str, Any]) -> GpuSpec:
