@@ -25,7 +25,7 @@ from vmm_dwdp.planning.estimate import Estimate
 from vmm_dwdp.planning.gpus import GpuSpec, load_gpu
 from vmm_dwdp.planning.models import ModelSpec, load_model, model_from_config
 from vmm_dwdp.planning.roofline import Batch
-from vmm_dwdp.planning.torch_layer import TorchLayer
+from vmm_dwdp.planning.torch_layer import TorchLayer, fill
 
 PASSES = 5
 REQUEST = 4096  # tokens
@@ -76,9 +76,9 @@ def run(gpu: GpuSpec, name: str, host_experts: int, tokens: int, depth: int, dev
     with tempfile.TemporaryDirectory() as rendezvous, DWDPRuntime(config, 0, device, rendezvous) as runtime:
         for index in range(layers):
             runtime.add_layer(index, model.expert_weights)
-            for weight, spec in model.expert_weights.items():
+            for weight in model.expert_weights:
                 for owner in runtime.held_owners:
-                    runtime.local_shard(index, weight, owner).normal_(std=spec.shape[-1] ** -0.5)
+                    fill(runtime.local_shard(index, weight, owner), device)
         runtime.publish()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -92,6 +92,7 @@ def run(gpu: GpuSpec, name: str, host_experts: int, tokens: int, depth: int, dev
                     outputs = layer.experts(routed, weights)
                 hidden = layer.norm(layer.combine(outputs), attended)
             end.record()
+        del weights  # so that the runtime's ranges can go
         torch.cuda.synchronize()
         spans = [start.elapsed_time(end) for start, end in itertools.pairwise(ends)]
         waited = runtime.stats().exposed_wait_s / (PASSES + 1) * 1e3

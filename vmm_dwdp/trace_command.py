@@ -15,7 +15,7 @@ from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.planning.models import ModelSpec, model_from_config
 from vmm_dwdp.planning.roofline import Batch
-from vmm_dwdp.planning.torch_layer import TorchLayer
+from vmm_dwdp.planning.torch_layer import TorchLayer, fill
 from vmm_dwdp.runtime import DWDPRuntime
 from vmm_dwdp.testing import run_group
 from vmm_dwdp.trace import COMPUTE, WAITING, Trace, plot_traces, write_traces
@@ -83,9 +83,9 @@ def record(
     with DWDPRuntime(config, rank, at, rendezvous, driver=driver) as runtime:
         for number in range(model.num_layers):
             runtime.add_layer(number, model.expert_weights)
-            for weight, spec in model.expert_weights.items():
+            for weight in model.expert_weights:
                 for owner in runtime.held_owners:
-                    runtime.local_shard(number, weight, owner).normal_(std=spec.shape[-1] ** -0.5)
+                    fill(runtime.local_shard(number, weight, owner), at)
         runtime.publish()
         _forward(runtime, layer, model)
         with runtime.trace() as trace:

@@ -1,7 +1,7 @@
 """When things happened on the device: events between the operations of a pass, read once the device is past them.
 
-A mark is one event record; `benchmarks/tracing.py` measures what it costs. Events are used again as soon as they are read,
-so that a trace may stay on for as long as one likes.
+A mark is one event record; `benchmarks/tracing.py` measures what it costs. Events are used again as soon as they are
+read, so that a trace may stay on for as long as one likes.
 """
 
 from __future__ import annotations

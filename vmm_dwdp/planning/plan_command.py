@@ -132,7 +132,7 @@ def _print(estimate: Estimate, best: Estimate | None) -> None:
         ],
     )
     print_table(
-        f"Time, {estimate.batch.tokens} tokens a rank in {len(estimate.batch.lengths)} requests",
+        f"Time, {estimate.batch.tokens} tokens a rank, requests: {len(estimate.batch.lengths)}",
         ("what", "ms"),
         [
             (f"prefetch of a layer, {size(estimate.plan.fetched_bytes)}", _ms(estimate.prefetch_seconds)),
@@ -153,9 +153,10 @@ def _print(estimate: Estimate, best: Estimate | None) -> None:
     if best is None:
         print("No group leaves room for these tokens' KV cache.")
     else:
+        verdict = "Best for these tokens" if best.speedup >= 1 else "No group pays for these tokens; the closest"
         print(
-            f"Recommended for these tokens: a group of {best.config.group_size}, {best.config.num_local_experts} "
-            f"experts a rank, prefetch depth {best.config.prefetch_depth}: {best.speedup:.2f} times expert parallelism."
+            f"{verdict}: a group of {best.config.group_size}, {best.config.num_local_experts} experts a rank, "
+            f"prefetch depth {best.config.prefetch_depth}: {best.speedup:.2f} times expert parallelism."
         )
 
 

@@ -106,7 +106,7 @@ def _report(outcome: Outcome, work: list[list[LayerWork]], together: float) -> d
         "exposed_wait_share": float(outcome.exposed.sum()) / spent,
         "slowed_by_copies_share": 1 - (compute + float(outcome.exposed.sum())) / spent,
         "copying_share": float(outcome.copying.sum()) / spent,
-        "pulls_that_met_others_share": 1 - meetings[0] / max(1, meetings.total()),
+        "pulls_that_met_others_share": 1 - meetings[0] / meetings.total() if meetings else 0.0,
         "expert_parallel_pass_ms": together / outcome.pass_end.shape[1] * 1e3,
         "throughput_over_expert_parallel": float(np.mean(together / ended)),
     }

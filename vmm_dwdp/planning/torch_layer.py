@@ -14,6 +14,12 @@ from vmm_dwdp.planning.models import ModelSpec
 from vmm_dwdp.planning.roofline import Batch
 
 
+def fill(shard: torch.Tensor, device: torch.device) -> None:
+    """Random weights for a shard ``[n, ..., K]``, made on ``device``: for host memory, a CPU would take seconds."""
+    for expert in shard:
+        expert.copy_(torch.randn(expert.shape, dtype=shard.dtype, device=device).mul_(expert.shape[-1] ** -0.5))
+
+
 class TorchLayer:
     """Random weights in bf16, and a fixed routing that sends every expert as many tokens as whole numbers allow.
 
