@@ -19,8 +19,8 @@ from vmm_dwdp.allocator.host_driver import HostDriver
 
 CONFIG = DWDPConfig(group_size=2)
 MODEL = random_model({0: {"w": ((4, 1500), torch.float32)}})
-# Where a rank answers, or looks whether others live, a failure costs one connection; who asked says so if it matters. And to
-# make a directory that is there already need not succeed.
+# Where a rank answers, or looks whether others live, a failure costs one connection; who asked says so if it matters.
+# And a directory that is there already need not be made.
 ABSORBED = {"mkdir", "accept", "sendmsg", "recvmsg", "stat", "connect", "socket", "getsockopt"}
 MOST = 40  # of the uses: how many there are depends on how often ranks look for each other
 
