@@ -19,8 +19,9 @@ import time
 from pathlib import Path
 from typing import Final
 
-SECONDS_EACH: Final = 10
+SECONDS_EACH: Final = 60
 MEGABYTES: Final = 2048
+EVERY: Final = 50_000  # inputs after which the figures are printed
 WARM: Final = 1000  # inputs after which a process should not grow any more
 TESTS: Final = Path(__file__).parents[1]
 
@@ -46,15 +47,12 @@ def fuzz(name: str, runs: int) -> None:
         if done == WARM:
             gc.collect()
             before = targets.open_descriptors(), resident_kilobytes()
-        if done == runs:
+        if done == runs or done % EVERY == 0:
             gc.collect()
             descriptors, kilobytes = targets.open_descriptors() - before[0], resident_kilobytes() - before[1]
-            seconds = time.monotonic() - start
-            print(
-                f"{name}: {done} inputs in {seconds:.0f} s, nothing found; "
-                f"grown by {descriptors} descriptors and {kilobytes} kilobytes",
-                flush=True,
-            )
+            grown = f"grown by {descriptors} descriptors and {kilobytes} kilobytes since input {WARM}"
+            print(f"{name}: {done} inputs in {time.monotonic() - start:.0f} s, nothing found; {grown}", flush=True)
+        if done == runs:
             targets.forget()
             os._exit(0)
 

@@ -58,12 +58,8 @@ BUGS: Final = (
         "release does not record that the slot was read",
         "vmm_dwdp/prefetch.py",
         """        self._driver.record(slot.consumed.event, stream)
-        slot.reader = None
-        self._fill(slot, self.following(index), stream)
-""",
-        """        slot.reader = None
-        self._fill(slot, self.following(index), stream)
-""",
+        self._mark("released"""",
+        """        self._mark("released"""",
         _EVENTS,
     ),
     Bug(
