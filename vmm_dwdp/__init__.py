@@ -1,8 +1,10 @@
 """Distributed Weight Data Parallelism over CUDA virtual memory.
 
 Every rank of a group sees the expert weights of each MoE layer as ordinary tensors ``[E, ...]`` while it holds only its
-share of them. :class:`DWDPRuntime` is where to begin.
+share of them. `DWDPRuntime` is where to begin.
 """
+
+import logging
 
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError, DriverError, DWDPError, ExchangeError, StateError
@@ -25,3 +27,5 @@ __all__ = [
     "Stats",
     "WeightSpec",
 ]
+
+logging.getLogger("vmm_dwdp").addHandler(logging.NullHandler())  # silent unless the program that imports us asks

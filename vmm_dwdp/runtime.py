@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -29,6 +30,8 @@ from vmm_dwdp.tensor_list_assembly import TensorListAssembly
 from vmm_dwdp.trace import Trace
 from vmm_dwdp.virtual_assembly import VirtualAssembly
 from vmm_dwdp.weight_spec import WeightSpec
+
+_log = logging.getLogger("vmm_dwdp")
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
@@ -190,6 +193,8 @@ class DWDPRuntime:
         if self.config.prefetch_depth:
             self._staging = Staging(self._driver, self.ledger, self._assembly, self._layers, self.config)
         self._published = True
+        memory = tuple(nbytes >> 20 for nbytes in (self._assembly.resident_nbytes, self._assembly.staged_nbytes))
+        _log.info("rank %d: %d layers ready, %d MiB resident, %d MiB staged", self.rank, len(self._layers), *memory)
 
     @property
     def _modes(self) -> tuple[Mode, ...]:

@@ -59,19 +59,24 @@ def from_pretrained(
 
     Args:
         path: a directory with ``config.json`` and safetensors files, as ``save_pretrained`` writes them.
-        config, rank, device, rendezvous, driver: see :class:`~vmm_dwdp.runtime.DWDPRuntime`.
+        config: of the group; this and the next three, and ``driver``, as `DWDPRuntime` takes them.
+        rank: this process's place in the group.
+        device: where the model is run.
+        rendezvous: where the ranks of the group find each other.
         model_class: by default the class that ``config.json`` names first.
+        driver: an open driver of ``device`` to use instead of a new one.
         timeout: seconds to wait for the other ranks, which may take longer to read their experts.
         kwargs: for transformers' ``from_pretrained``: ``dtype``, ``attn_implementation`` and so on.
 
     Returns:
-        The model in evaluation mode. ``model.dwdp`` is the runtime, open; closing it is the caller's.
+        The model in evaluation mode. ``model.dwdp`` is the runtime, open; closing it is the caller's. When it raises,
+        nothing stays allocated.
 
     Raises:
         ConfigError: the checkpoint lacks a file or an expert, or has one of another shape; it is quantised; the model
             has no stacked experts; an argument cannot be.
-        ExchangeError, DriverError: see `DWDPRuntime.publish`.
-        When it raises, nothing stays allocated.
+        ExchangeError: see `DWDPRuntime.publish`.
+        DriverError: see `DWDPRuntime.publish`.
     """
     for argument in REFUSED_ARGUMENTS:
         if argument in kwargs:
@@ -90,7 +95,8 @@ def attach(model: transformers.PreTrainedModel, runtime: DWDPRuntime, *, timeout
     """Spread the experts of a model that is whole in ordinary memory, and give that memory back.
 
     Every rank calls it with an equal model. What is replicated stays where it is; a model on the CPU whose runtime is
-    on a GPU is moved afterwards, by ``model.to(device)``. While it runs, this rank's share exists twice.
+    on a GPU is moved afterwards, by ``model.to(device)``. While it runs, this rank's share exists twice. When it
+    raises, the model is as it was and the runtime is closed.
 
     Args:
         model: afterwards ``model.dwdp`` is the runtime.
@@ -99,8 +105,8 @@ def attach(model: transformers.PreTrainedModel, runtime: DWDPRuntime, *, timeout
 
     Raises:
         ConfigError: the model has no stacked experts, they are on the meta device, or the config cannot spread them.
-        ExchangeError, DriverError: see `DWDPRuntime.publish`.
-        When it raises, the model is as it was and the runtime is closed.
+        ExchangeError: see `DWDPRuntime.publish`.
+        DriverError: see `DWDPRuntime.publish`.
     """
 
     def read(parameter: str, expert: int) -> Tensor:
