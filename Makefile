@@ -6,16 +6,14 @@ VENV := .venv
 INSTALLED := $(VENV)/installed
 TORCH := $(shell nvidia-smi -L >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 
-.PHONY: help demo doctor test test-sglang soak fuzz mutants dist dist-test clean
+.PHONY: help demo doctor test test-sglang docs dist dist-test clean
 
 help:
 	@echo "make demo         run a model with its experts spread over four ranks, and compare it with the whole model"
 	@echo "make doctor       say what this machine can do, and why not"
 	@echo "make test         run all tests, ruff and mypy among them"
 	@echo "make test-sglang  run the tests with every SGLang that is supported, in environments of their own"
-	@echo "make soak         100,000 passes of a small group, whose ranks are killed and come back: nothing may grow"
-	@echo "make fuzz         a million inputs for each thing that is read of what others wrote"
-	@echo "make mutants      seed bugs one by one, and see that the tests find each"
+	@echo "make docs         build the pages and the reference into site/"
 	@echo "make dist-test    build wheel and sdist, and test them where the repository is not"
 	@echo "make clean        remove what these made"
 
@@ -31,34 +29,30 @@ test: $(INSTALLED)
 test-sglang: $(INSTALLED)
 	@tests/sglang/run $(ARGS)
 
-soak: $(INSTALLED)
-	$(VENV)/bin/python tests/soak.py $(ARGS)
-
-fuzz: $(INSTALLED)
-	@$(VENV)/bin/pip install --quiet atheris
-	$(VENV)/bin/python tests/fuzz $(ARGS)
-
-mutants: $(INSTALLED)
-	$(VENV)/bin/python tests/mutants $(ARGS)
+docs:
+	@$(PYTHON) -m venv $(VENV)-docs
+	@$(VENV)-docs/bin/pip install --quiet $$($(PYTHON) -c "import tomllib; \
+	print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	@NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict
 
 dist:
 	@rm -rf $(VENV)-build dist
 	@$(PYTHON) -m venv $(VENV)-build
 	@$(VENV)-build/bin/pip install --quiet build
-	@$(VENV)-build/bin/python -m build --outdir dist . | tail -1
+	@$(VENV)-build/bin/python -m build --quiet --outdir dist .
 
 dist-test: dist
 	@echo "Installing into $(VENV)-dist: a few minutes"
 	@rm -rf $(VENV)-dist
 	@$(PYTHON) -m venv $(VENV)-dist
 	@$(VENV)-dist/bin/pip install --quiet $(TORCH)
-	@$(VENV)-dist/bin/pip install --quiet pytest "$$(echo dist/*.whl)[hf]"
+	@$(VENV)-dist/bin/pip install --quiet pytest "$$(echo dist/*.whl)[hf,prometheus]"
 	@away=$$(mktemp -d) && cp tests/distribution/test_distribution.py $$away && repository=$$PWD && cd $$away && \
 	DIST=$$repository/dist $$repository/$(VENV)-dist/bin/python -m pytest -p no:cacheprovider test_distribution.py; \
 	status=$$?; rm -r $$away; exit $$status
 
 clean:
-	rm -rf $(VENV) $(VENV)-build $(VENV)-dist $(VENV)-sglang-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV)* build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(INSTALLED): pyproject.toml
 	@echo "Installing into $(VENV): a few minutes, once"

@@ -35,6 +35,8 @@ NEEDED = {
 PUBLIC = {
     "vmm_dwdp": None,
     "vmm_dwdp.kernels": None,
+    "vmm_dwdp.metrics": ("StatsCollector",),
+    "vmm_dwdp.trace": ("Span", "Trace", "plot_traces", "write_traces"),
     "vmm_dwdp.testing": ("RankFailed", "run_group"),
     "vmm_dwdp.integrations.transformers": ("attach", "from_pretrained"),
     "vmm_dwdp.integrations.sglang": ("register",),
