@@ -6,13 +6,16 @@ VENV := .venv
 INSTALLED := $(VENV)/installed
 TORCH := $(shell nvidia-smi -L >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 
-.PHONY: help demo doctor test test-sglang docs dist dist-test clean
+.PHONY: help demo doctor test test-sglang docs soak fuzz mutants dist dist-test clean
 
 help:
 	@echo "make demo         run a model with its experts spread over four ranks, and compare it with the whole model"
 	@echo "make doctor       say what this machine can do, and why not"
 	@echo "make test         run all tests, ruff and mypy among them"
 	@echo "make test-sglang  run the tests with every SGLang that is supported, in environments of their own"
+	@echo "make soak         100,000 passes of a small group, whose ranks are killed and come back: nothing may grow"
+	@echo "make fuzz         a million inputs for each thing that is read of what others wrote"
+	@echo "make mutants      seed bugs one by one, and see that the tests find each"
 	@echo "make docs         build the pages and the reference into site/"
 	@echo "make dist-test    build wheel and sdist, and test them where the repository is not"
 	@echo "make clean        remove what these made"
@@ -28,6 +31,16 @@ test: $(INSTALLED)
 
 test-sglang: $(INSTALLED)
 	@tests/sglang/run $(ARGS)
+
+soak: $(INSTALLED)
+	$(VENV)/bin/python tests/soak.py $(ARGS)
+
+fuzz: $(INSTALLED)
+	@$(VENV)/bin/pip install --quiet atheris
+	$(VENV)/bin/python tests/fuzz $(ARGS)
+
+mutants: $(INSTALLED)
+	$(VENV)/bin/python tests/mutants $(ARGS)
 
 docs:
 	@$(PYTHON) -m venv $(VENV)-docs

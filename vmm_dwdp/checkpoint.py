@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -54,13 +55,15 @@ class Checkpoint:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files: dict[Path, list[str]] = {}
             for name, file in weight_map.items():
+                if os.path.basename(file) != file:
+                    raise ValueError(f"{file!r} is not the name of a file beside it")
                 files.setdefault(self.directory / file, []).append(name)
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ConfigError(f"{index} is not an index of safetensors files: {error!r}") from error
         return dict(files)
 
     def _open(self, file: Path, names: Iterable[str] | None) -> None:
-        if not file.is_file():
+        if not os.path.isfile(file):  # false for a name that cannot be, too
             raise ConfigError(f"{INDEX_FILE} names {file.name}, but {self.directory} has no such file")
         try:
             opened = self._files.enter_context(safe_open(file, framework="pt"))
@@ -82,9 +85,17 @@ class Checkpoint:
         return tuple(self._slices[name].get_shape())
 
     def read(self, name: str, row: int | None = None) -> torch.Tensor:
-        """A tensor's bytes in a new tensor on the CPU; with ``row``, only that row: ``[1, ...]`` of ``[E, ...]``."""
-        whole = self._slices[name]
-        tensor: torch.Tensor = whole[:] if row is None else whole[row : row + 1]
+        """A tensor's bytes in a new tensor on the CPU; with ``row``, only that row: ``[1, ...]`` of ``[E, ...]``.
+
+        Raises `ConfigError` if there is no such row, or the tensor cannot be read.
+        """
+        whole, shape = self._slices[name], self.shape(name)
+        if row is not None and row not in range(shape[0] if shape else 0):
+            raise ConfigError(f"{name} in {self.directory} has the shape {list(shape)} and no row {row}")
+        try:
+            tensor: torch.Tensor = whole[...] if row is None else whole[row : row + 1]
+        except (RuntimeError, IndexError, SafetensorError) as error:
+            raise ConfigError(f"{name} in {self.directory} cannot be read: {error}") from error
         return tensor
 
     def close(self) -> None:

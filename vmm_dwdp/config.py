@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -16,6 +17,16 @@ AssemblyKind = Literal["vmm", "tensor_list"]
 Mode = Literal["staged", "in_place"]
 
 COPY_ALIGNMENT = 16  # bytes; the widest load of a kernel, and what keeps a copy engine at its full rate
+LARGEST = 2**63 - 1  # of any number in a config
+
+
+class _Loader(yaml.SafeLoader):
+    """Without aliases, by which a few lines can stand for gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("a config has no use for aliases")
+        return super().compose_node(parent, index)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +90,16 @@ class DWDPConfig:
     @staticmethod
     def _require_int(name: str, value: object, *, least: int) -> None:
         if not isinstance(value, int) or isinstance(value, bool):
-            raise ConfigError(f"{name} must be a whole number, not {value!r}")
+            raise ConfigError(f"{name} must be a whole number, not {reprlib.repr(value)}")
+        if abs(value) > LARGEST:
+            raise ConfigError(f"{name} must be at most {LARGEST}")
         if value < least:
             raise ConfigError(f"{name} must be at least {least}, not {value}")
 
     @staticmethod
     def _require_one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
         if value not in accepted:
-            raise ConfigError(f"{name} must be one of {', '.join(accepted)}, not {value!r}")
+            raise ConfigError(f"{name} must be one of {', '.join(accepted)}, not {reprlib.repr(value)}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DWDPConfig:
@@ -94,7 +107,8 @@ class DWDPConfig:
         fields = {field.name: field for field in dataclasses.fields(cls)}
         unknown = sorted(str(key) for key in values if key not in fields)
         if unknown:
-            raise ConfigError(f"unknown key {unknown[0]!r} in the config; known keys are {', '.join(fields)}")
+            known = ", ".join(fields)
+            raise ConfigError(f"unknown key {reprlib.repr(unknown[0])} in the config; known keys are {known}")
         if "group_size" not in values:
             raise ConfigError("the config states no group_size")
         return cls(**values)
@@ -103,8 +117,8 @@ class DWDPConfig:
     def from_yaml(cls, path: str | PathLike[str]) -> DWDPConfig:
         """Read a YAML mapping of this class's fields; raises `ConfigError` if it is not one or a value cannot be."""
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        except Exception as error:  # PyYAML lets through whatever int, float, datetime and deep nesting raise
             raise ConfigError(f"cannot read the config {path}: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"the config {path} must be a mapping of keys to values")

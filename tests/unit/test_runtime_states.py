@@ -79,6 +79,8 @@ def test_reading_in_place_leaves_the_slots_as_they_are(tmp_path: Path) -> None:
     runtime.acquire(0)
     with pytest.raises(StateError, match="layer 0 is acquired already"):
         runtime.acquire(0)
+    runtime.reset()
+    runtime.acquire(0)
     runtime.release(0)
     assert runtime.close().open() == []
 

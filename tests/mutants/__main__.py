@@ -1,0 +1,73 @@
+"""Put each bug of `bugs.py` into a copy of the tree, run the tests that must find it, and print the score.
+
+python tests/mutants                 all of them
+python tests/mutants slot edges      those whose names have one of the words
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Final
+
+from bugs import BUGS, Bug
+
+ROOT: Final = Path(__file__).parents[2]
+SECONDS: Final = 300  # a bug that makes the tests hang is found
+LEFT_OUT: Final = shutil.ignore_patterns(".git", ".venv*", ".*_cache", ".hypothesis", "__pycache__", "build", "dist")
+TESTS_FAILED: Final = 1  # pytest's exit status; a larger one means that the tests could not run
+
+
+def found(copy: Path, tests: tuple[str, ...]) -> bool:
+    """Whether the tests fail in ``copy``. Raises `RuntimeError` if they cannot run."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    try:
+        run = subprocess.run(
+            command, cwd=copy, env=environment, timeout=SECONDS, capture_output=True, text=True, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return True
+    if run.returncode > TESTS_FAILED:
+        raise RuntimeError(f"the tests could not run:\n{run.stdout}{run.stderr}")
+    return run.returncode != 0  # below zero if the bug made the process crash
+
+
+def found_with(bug: Bug, copy: Path) -> bool:
+    """`found`, with the bug in the copy meanwhile."""
+    file = copy / bug.file
+    sound = file.read_text(encoding="utf-8")
+    if sound.count(bug.old) != 1:
+        raise RuntimeError(f"{bug.name}: {bug.file} has {sound.count(bug.old)} places to put it, not one")
+    file.write_text(sound.replace(bug.old, bug.new), encoding="utf-8")
+    try:
+        return found(copy, bug.tests)
+    finally:
+        file.write_text(sound, encoding="utf-8")
+
+
+def main(words: list[str]) -> int:
+    """The number of bugs that were not found."""
+    bugs = [bug for bug in BUGS if not words or any(word in bug.name for word in words)]
+    missed = 0
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory) / "tree"
+        shutil.copytree(ROOT, copy, symlinks=True, ignore=LEFT_OUT)
+        if found(copy, tuple(dict.fromkeys(test for bug in bugs for test in bug.tests))):
+            raise RuntimeError("the tests fail without any bug")
+        for bug in bugs:
+            start = time.monotonic()
+            caught = found_with(bug, copy)
+            missed += not caught
+            print(f"{'found' if caught else 'MISSED':8}{time.monotonic() - start:6.1f} s  {bug.name}", flush=True)
+    print(f"{len(bugs) - missed} of {len(bugs)} bugs found")
+    return missed
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,290 @@
+"""Bugs of the kinds that this project can have, each with the narrowest tests that must find it."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+
+class Bug(NamedTuple):
+    """What to put in the place of ``old``, which occurs once in ``file``; ``tests`` as pytest takes them."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+_EVENTS = ("tests/unit/test_event_protocol.py",)
+_PLANS = ("tests/property/test_placement_and_layout.py",)
+_BYTES = ("tests/property/test_assembled_bytes.py",)
+_HANDLES = ("tests/unit/test_handles.py",)
+_DOOR = ("tests/unit/test_door.py",)
+_SHARING = ("tests/unit/test_sharing.py",)
+_UPDATE = ("tests/multiprocess/test_update.py",)
+_STATES = ("tests/unit/test_runtime_states.py",)
+_SOCKETS = ("tests/unit/test_socket_failures.py",)
+
+BUGS: Final = (
+    Bug(
+        "copies wait for the event of another slot",
+        "vmm_dwdp/prefetch.py",
+        "self._driver.wait(stream.stream, slot.consumed.event)",
+        "self._driver.wait(stream.stream, self.slots[0].consumed.event)",
+        _EVENTS,
+    ),
+    Bug(
+        "ready is recorded before the copies",
+        "vmm_dwdp/prefetch.py",
+        """            self._driver.copy(copies, stream.stream)
+            self._driver.record(ready.event, stream.stream)
+""",
+        """            self._driver.record(ready.event, stream.stream)
+            self._driver.copy(copies, stream.stream)
+""",
+        _EVENTS,
+    ),
+    Bug(
+        "acquire does not wait for the thread that issues copies",
+        "vmm_dwdp/prefetch.py",
+        """            self._fetch(slot, index, stream)
+        self._await_issue(slot)
+        self._wait_ready""",
+        """            self._fetch(slot, index, stream)
+        self._wait_ready""",
+        _EVENTS,
+    ),
+    Bug(
+        "release does not record that the slot was read",
+        "vmm_dwdp/prefetch.py",
+        """        self._driver.record(slot.consumed.event, stream)
+        self._mark("released"""",
+        """        self._mark("released"""",
+        _EVENTS,
+    ),
+    Bug(
+        "the end of a pass fetches the first layer into every slot",
+        "vmm_dwdp/prefetch.py",
+        "return following if following < len(self._fetches) else index % len(self.slots)",
+        "return following if following < len(self._fetches) else 0",
+        _EVENTS,
+    ),
+    Bug(
+        "a slot that nobody read is overwritten at once",
+        "vmm_dwdp/prefetch.py",
+        "        if not slot.read:\n",
+        "        if False:\n",
+        _EVENTS,
+    ),
+    Bug(
+        "an abandoned layer is still acquired after reset",
+        "vmm_dwdp/runtime.py",
+        "        self._read_in_place.clear()\n",
+        "",
+        _STATES,
+    ),
+    Bug(
+        "a copy is one page short",
+        "vmm_dwdp/assembly.py",
+        "                len(run),\n",
+        "                max(1, len(run) - 4096),\n",
+        _BYTES,
+    ),
+    Bug(
+        "a copy begins at the reader's place among the owner's pages",
+        "vmm_dwdp/virtual_assembly.py",
+        "        offset = byte - layer.layouts[weight].resident_bytes(owner).start\n        return self._views",
+        "        offset = byte - layer.layouts[weight].resident_bytes(self.rank).start\n        return self._views",
+        _BYTES,
+    ),
+    Bug(
+        "two owners are swapped",
+        "vmm_dwdp/placement.py",
+        "                    sources.append(Source(range(start, start + count), owner))\n",
+        "                    sources.append(Source(range(start, start + count), max(share, key=str)))\n",
+        _PLANS,
+    ),
+    Bug(
+        "a resident span is rounded inward",
+        "vmm_dwdp/layout.py",
+        "return range(first, -(-shard.stop // self.granularity) if shard else first)",
+        "return range(first, max(first, shard.stop // self.granularity))",
+        _PLANS,
+    ),
+    Bug(
+        "the last slice of a segment is forgotten",
+        "vmm_dwdp/plan.py",
+        "        for start in range(run.start, run.stop, slice_bytes):\n",
+        "        for start in range(run.start, max(run.start + 1, run.stop - slice_bytes), slice_bytes):\n",
+        _PLANS,
+    ),
+    Bug(
+        "the edges are not filled",
+        "vmm_dwdp/membership.py",
+        """        self._assembly.build()
+        self._fill_edges()
+""",
+        "        self._assembly.build()\n",
+        _BYTES,
+    ),
+    Bug(
+        "the edges keep old bytes in an update",
+        "vmm_dwdp/membership.py",
+        """            self._fill_edges()
+            for owner in""",
+        "            for owner in",
+        _UPDATE,
+    ),
+    Bug(
+        "slots keep old bytes in an update",
+        "vmm_dwdp/prefetch.py",
+        """            slot.holds = None
+            slot.read = True
+        self.reset(stream)
+""",
+        "            slot.read = True\n        self.reset(stream)\n",
+        _UPDATE,
+    ),
+    Bug(
+        "a checksum that differs is passed over",
+        "vmm_dwdp/membership.py",
+        "if checksum(self._assembly.shard(layer, weight, owner)) != expected:",
+        "if not checksum(self._assembly.shard(layer, weight, owner)):",
+        _UPDATE,
+    ),
+    Bug(
+        "the shards of a dead rank are handed over in another order",
+        "vmm_dwdp/assembly.py",
+        "        self._received[owner] = list(shares)\n",
+        "        self._received[owner] = list(reversed(shares))\n",
+        ("tests/multiprocess/test_death_and_return.py",),
+    ),
+    Bug(
+        "two configs that differ count as equal",
+        "vmm_dwdp/membership.py",
+        "config = dataclasses.asdict(self._config)",
+        "config = self._config.group_size",
+        ("tests/multiprocess/test_group.py::test_ranks_with_different_configs_are_refused",),
+    ),
+    Bug(
+        "the return code of mprotect is not looked at",
+        "allocator/host_pages.py",
+        "    if _libc.mprotect(address, nbytes, access) != 0:\n",
+        "    if _libc.mprotect(address, nbytes, access) > 0:\n",
+        ("tests/unit/test_host_driver.py",),
+    ),
+    Bug(
+        "resources are closed in the order in which they were made",
+        "allocator/handles.py",
+        "        for index in reversed(range(len(self._resources))):\n",
+        "        for index in range(len(self._resources)):\n",
+        _HANDLES,
+    ),
+    Bug(
+        "a resource that could not be closed is forgotten",
+        "allocator/handles.py",
+        """        self._undo()
+        self._ledger.remove(self._token)
+        self._token = None
+""",
+        """        token, self._token = self._token, None
+        self._ledger.remove(token)
+        self._undo()
+""",
+        _HANDLES,
+    ),
+    Bug(
+        "descriptors of half a message stay open",
+        "allocator/sharing.py",
+        """    except BaseException:
+        _close_all(descriptors)
+        raise
+""",
+        """    except BaseException:
+        raise
+""",
+        _SHARING,
+    ),
+    Bug(
+        "descriptors of a wrong answer stay open",
+        "vmm_dwdp/exchange.py",
+        """        except ExchangeError:
+            close_shares(descriptors)
+            raise
+""",
+        """        except ExchangeError:
+            raise
+""",
+        _DOOR,
+    ),
+    Bug(
+        "a message may be of any length",
+        "allocator/sharing.py",
+        "    if num_bytes > max_bytes:\n",
+        "    if num_bytes < 0:\n",
+        _SHARING,
+    ),
+    Bug(
+        "the group may enter the rendezvous directory",
+        "vmm_dwdp/rendezvous.py",
+        "if found.st_mode & 0o077:",
+        "if found.st_mode & 0o007:",
+        _DOOR,
+    ),
+    Bug(
+        "any token will do",
+        "vmm_dwdp/exchange.py",
+        "return request if hmac.compare_digest(token, self._rendezvous.token) else None",
+        "return request if token else None",
+        _DOOR,
+    ),
+    Bug(
+        "other users are answered",
+        "vmm_dwdp/exchange.py",
+        "            if peer_uid(client) != os.getuid():\n                return\n",
+        "",
+        _DOOR,
+    ),
+    Bug(
+        "peers may write",
+        "vmm_dwdp/virtual_assembly.py",
+        "view = self._view(layer.layouts[weight], owner, tiles, Access.READ, label)",
+        "view = self._view(layer.layouts[weight], owner, tiles, Access.READ_WRITE, label)",
+        _DOOR,
+    ),
+    Bug(
+        "one client after another is answered",
+        "vmm_dwdp/exchange.py",
+        "                self._start(self._answer, client)\n",
+        "                self._answer(client)\n                client.close()\n",
+        ("tests/unit/test_door.py::test_a_group_publishes_and_passes_among_the_slow_and_the_silent",),
+    ),
+    Bug(
+        "one accept that fails shuts the door",
+        "vmm_dwdp/exchange.py",
+        "                if error.errno == errno.EINVAL:\n",
+        "                if error.errno:\n",
+        _SOCKETS,
+    ),
+    Bug(
+        "a socket that could not be listened at stays in the directory",
+        "vmm_dwdp/exchange.py",
+        "                    made.unlink(missing_ok=True)\n",
+        "                    made.exists()\n",
+        _SOCKETS,
+    ),
+    Bug(
+        "the row after the one that was asked for is read",
+        "vmm_dwdp/checkpoint.py",
+        "whole[row : row + 1]",
+        "whole[row + 1 : row + 2]",
+        ("tests/unit/test_checkpoint.py",),
+    ),
+    Bug(
+        "pages are unmapped under a tensor",
+        "allocator/tensors.py",
+        "        return not self._storage.expired()  # type",
+        "        return False and not self._storage.expired()  # type",
+        _STATES,
+    ),
+)
