@@ -58,8 +58,8 @@ BUGS: Final = (
         "release does not record that the slot was read",
         "vmm_dwdp/prefetch.py",
         """        self._driver.record(slot.consumed.event, stream)
-        self._mark("released"""",
-        """        self._mark("released"""",
+        self._mark(""",
+        "        self._mark(",
         _EVENTS,
     ),
     Bug(
