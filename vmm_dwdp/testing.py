@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -65,7 +67,16 @@ def run_group(function: Callable[[int], T], group_size: int, device: str | torch
     return [returned[rank] for rank in range(group_size)]
 
 
+def _end_with_parent() -> None:
+    """A parent that is killed cannot end its ranks, so each of them watches it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
 def _run_rank(sender: Connection, function: Callable[[int], T], rank: int, device_type: str, threads: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     if device_type == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())

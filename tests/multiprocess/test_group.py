@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import select
 import signal
 from functools import partial
 from pathlib import Path
@@ -114,3 +116,28 @@ def test_run_group_raises_the_traceback_of_a_rank() -> None:
 def test_run_group_tells_of_a_rank_that_died() -> None:
     with pytest.raises(RankFailed, match="rank 1 died with exit code 7"):
         run_group(_die, 2)
+
+
+def _tell_and_wait(folder: Path, rank: int) -> None:
+    (folder / f"rank-{rank}").write_text(str(os.getpid()))
+    signal.pause()
+
+
+def _start_group(folder: Path) -> None:
+    run_group(partial(_tell_and_wait, folder), 2)
+
+
+def test_no_rank_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
+    parent = multiprocessing.get_context("spawn").Process(target=_start_group, args=(tmp_path,))
+    parent.start()
+    ranks = [tmp_path / "rank-0", tmp_path / "rank-1"]
+    while not all(path.exists() and path.read_text() for path in ranks):
+        assert parent.is_alive()
+    descriptors = [os.pidfd_open(int(path.read_text())) for path in ranks]
+    parent.kill()
+    parent.join()
+    for descriptor in descriptors:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)  # readable once the process has ended
+        assert poll.poll(60_000)
+        os.close(descriptor)
