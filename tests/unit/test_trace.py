@@ -127,3 +127,22 @@ def test_events_are_used_again(ledger: Ledger) -> None:
 
     assert [mark.layer for mark in marks] == list(range(4 * READ_AFTER))
     assert all(a.seconds <= b.seconds for a, b in itertools.pairwise(marks))
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_times(tmp_path: Path) -> None:
+    nbytes = 64 << 20
+    config = DWDPConfig(group_size=1, host_experts=1)
+    with DWDPRuntime(config, 0, "cuda:0", tmp_path / "group") as runtime:
+        for number in range(LAYERS):
+            runtime.add_layer(number, {"w": WeightSpec((2, nbytes), torch.uint8)})
+        runtime.publish()
+        with runtime.trace() as trace:
+            for _, number in itertools.product(range(3), range(LAYERS)):
+                with runtime.layer(number):
+                    torch.cuda._sleep(1_000_000)
+        copies = [span for span in trace.spans if span.nbytes]
+
+    assert {span.nbytes for span in copies} == {nbytes}
+    assert all(1e9 < span.nbytes / span.seconds < 1e12 for span in copies)
+    assert sum(span.seconds for span in trace.spans if span.track == COMPUTE and span.layer is not None) > 0
