@@ -26,6 +26,7 @@ from vmm_dwdp.planning.contention import meeting_shares, serial_efficiency
 from vmm_dwdp.planning.estimate import Estimate, steady_period
 from vmm_dwdp.planning.gpus import Efficiency, load_gpu
 from vmm_dwdp.planning.links import Rates
+from vmm_dwdp.planning.memory import expert_memory
 from vmm_dwdp.planning.models import load_model
 from vmm_dwdp.planning.roofline import Batch, Operation, all_to_all, layer_operations, total
 from vmm_dwdp.planning.simulator import Group, LayerWork, Phase, simulate
@@ -385,6 +386,31 @@ highest, compute alone ran hotter, and so slower, than compute that waits.
 {table(columns, rows)}"""
 
 
+def memory_on_an_h100() -> str:
+    """The runs of benchmarks/assembly.py, planned."""
+    found = json.loads((RESULTS / "assembly-h100.json").read_text())
+    ((_, runs),) = ((title, rows) for title, rows in found.items() if title.startswith("4 ranks"))
+    config = DWDPConfig(group_size=4)
+    weights = {name: WeightSpec((64, 2048, 2048), torch.bfloat16) for name in ("up", "down")}
+    planned = expert_memory(describe_layer(0, weights, config, 0, 2 << 20), 8, 0, config.prefetch_depth)
+    (taken,) = (run for run in runs if run["way"] == "vmm, torch")
+    rows = [
+        (what, f"{ours >> 20}", f"{theirs:.0f}", percent(float(ours >> 20), theirs))
+        for what, ours, theirs in (
+            ("resident", planned.resident, taken["resident MiB"]),
+            ("slots", planned.staged, taken["staged MiB"]),
+        )
+    ]
+    return f"""## Memory of a running group
+
+Four ranks on {found["machine"]["gpu"]}, eight layers with two weights of 64 experts, 2048 x 2048, in bf16
+([results](../benchmarks/results/assembly-h100.json)): MiB a rank, planned, and as the runtime counted what the driver
+gave. `tests/multiprocess/test_planned_memory.py` compares odd shapes, overlap and host memory, to the
+byte, without a GPU.
+
+{table(("what", "planned", "taken", "off by"), rows)}"""
+
+
 def measured() -> str:
     results = RESULTS / "predicted-h100.json"
     if not results.exists():
@@ -429,7 +455,7 @@ Made by `python benchmarks/validation.py --write docs/validation.md`. "Published
 """
     sections = (
         contention(arguments.trials), roofline(), iteration(), slicing(), small_batches(), cannot_be_run_here(),
-        hidden_on_an_h100(), measured(),
+        hidden_on_an_h100(), memory_on_an_h100(), measured(),
     )  # fmt: skip
     page = "\n".join((title, *filter(None, sections)))
     if arguments.write:

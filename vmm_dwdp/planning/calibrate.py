@@ -123,7 +123,7 @@ def _copy_from_host(driver: Driver) -> float:
     ledger = Ledger()
     with ResourceStack() as stack:
         addresses = []
-        for location in (Location(), Location(numa_node=0)):
+        for location in (Location(), Location(driver.numa_node)):
             memory = stack.push(Allocation.create(driver, ledger, COPIED, location))
             mapped = stack.push(Reservation(driver, ledger, COPIED))
             mapped.map(0, memory)
