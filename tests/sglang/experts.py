@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import torch
 
@@ -24,6 +27,10 @@ def quantisation(kind: str) -> Any:
         if kind == "fp8 block":
             return Fp8Config(is_checkpoint_fp8_serialized=True, weight_block_size=[128, 128])
         return Fp8Config(is_checkpoint_fp8_serialized=True, activation_scheme="static")
+    if kind == "mxfp4":
+        from sglang.srt.layers.quantization.mxfp4 import Mxfp4Config
+
+        return Mxfp4Config(is_checkpoint_mxfp4_serialized=True)
     if kind == "nvfp4":
         from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp4Config
 
@@ -55,18 +62,30 @@ def load(made: torch.nn.Module) -> None:
     """Offer every expert to every layer's weight loader, as SGLang does on each rank; then post-process."""
     for layer in made.layers:
         for name, parameter in list(layer.named_parameters()):
-            if hasattr(parameter, "weight_loader"):
-                for expert in range(layer.num_experts):
-                    for shard_id in ("w1", "w3") if name.startswith("w13") else ("w2",):
-                        loaded = checkpoint_tensor(layer, name, parameter, expert, shard_id)
-                        layer.weight_loader(parameter, loaded, f"experts.{name}", shard_id, expert)
+            if not hasattr(parameter, "weight_loader"):
+                continue
+            if layer.quant_config is not None and layer.quant_config.get_name() == "mxfp4":
+                _load_at_once(layer, name, parameter)
+                continue
+            for expert in range(layer.num_experts):
+                for shard_id in ("w1", "w3") if name.startswith("w13") else ("w2",):
+                    loaded = checkpoint_tensor(layer, name, parameter, expert, shard_id)
+                    layer.weight_loader(parameter, loaded, f"experts.{name}", shard_id, expert)
         layer.quant_method.process_weights_after_loading(layer)
 
 
+def _load_at_once(layer: Any, name: str, parameter: torch.Tensor) -> None:
+    """As the model gpt-oss loads: a rank's experts in one call, which the model has cut out of the checkpoint."""
+    first = layer.moe_ep_rank * layer.num_local_experts
+    ours = range(first, first + layer.num_local_experts)
+    loaded = torch.stack([checkpoint_tensor(layer, name, parameter, expert, "whole") for expert in ours])
+    layer.weight_loader(parameter, loaded, f"experts.{name}", None, None)
+
+
 def checkpoint_tensor(layer: Any, name: str, parameter: torch.Tensor, expert: int, shard_id: str) -> torch.Tensor:
-    """What a checkpoint has for one expert's ``gate`` (w1), ``up`` (w3) or ``down`` (w2)."""
+    """What a checkpoint has for one expert's ``gate`` (w1), ``up`` (w3) or ``down`` (w2), or the ``whole`` of it."""
     shape = list(parameter.shape[1:])
-    if shard_id != "w2" and shape:
+    if shard_id in ("w1", "w3") and shape:
         shape = shape[1:] if len(shape) == 1 else [shape[0] // 2, *shape[1:]]
     seed = hashlib.sha256(f"{layer.layer_id} {name} {expert} {shard_id}".encode()).digest()
     generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(seed[:6], "little"))
@@ -78,25 +97,40 @@ def checkpoint_tensor(layer: Any, name: str, parameter: torch.Tensor, expert: in
     return values.to(parameter.dtype).to(parameter.device)
 
 
+def tensors(layer: Any, names: list[str]) -> list[torch.Tensor]:
+    """The tensors that dotted names lead to."""
+    from vmm_dwdp.integrations.sglang.expert_tensor import find
+
+    found = [find(layer, name) for name in names]
+    assert all(tensor is not None for tensor in found)
+    return found
+
+
 def digests(layer: Any, names: list[str]) -> dict[str, str]:
-    """A digest of the bytes of each named tensor that the layer has."""
+    """A digest of each named tensor's shape, strides, dtype and bytes."""
     found = {}
-    for name in names:
-        tensor = getattr(layer, name, None)
-        if tensor is not None:
-            raw = tensor.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes()
-            found[name] = f"{tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(raw).hexdigest()}"
+    for name, tensor in zip(names, tensors(layer, names), strict=True):
+        raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes()
+        about = f"{tuple(tensor.shape)} {tensor.stride()} {tensor.dtype}"
+        found[name] = f"{about} {hashlib.sha256(raw).hexdigest()}"
     return found
 
 
 @contextmanager
 def without_a_gpu() -> Iterator[None]:
-    """Let NVFP4's layers be constructed here: their constructor asks for Blackwell, and scales are sent to the GPU."""
-    from sglang.srt.layers.quantization import modelopt_quant
+    """Let layers be constructed and post-processed here that SGLang makes on a GPU only.
+
+    NVFP4's constructor asks for Blackwell, and its scales are sent to the GPU. What FP8 with a scale per tensor and
+    MXFP4 do in kernels is done by PyTorch, or stands for it: any function of one expert's bytes would do.
+    """
+    from sglang.srt.layers.quantization import fp8, modelopt_quant, mxfp4
 
     with ExitStack() as patches:
         if not torch.cuda.is_available():
             patches.enter_context(patch.object(torch.Tensor, "cuda", lambda tensor, *_: tensor))
+        patches.enter_context(patch.object(fp8, "scaled_fp8_quant", _scaled_fp8_quant))
+        patches.enter_context(patch.object(mxfp4, "_swizzle_mxfp4", _swizzle))
+        patches.enter_context(patch.dict(sys.modules, _TRITON_KERNELS))
         if hasattr(modelopt_quant, "is_blackwell_supported"):  # 0.5.17
             patches.enter_context(patch.object(modelopt_quant, "is_blackwell_supported", lambda: True))
         else:
@@ -104,3 +138,33 @@ def without_a_gpu() -> Iterator[None]:
 
             patches.enter_context(override_platform(is_blackwell=True))
         yield
+
+
+def _scaled_fp8_quant(values: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return (values.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+@dataclass(init=False)
+class _Config:
+    """Stands for triton_kernels' ``PrecisionConfig`` and ``FlexCtx``, which hold what they are given."""
+
+    def __init__(self, **given: Any) -> None:
+        vars(self).update(given)
+
+
+_MATMUL = SimpleNamespace(PrecisionConfig=_Config, FlexCtx=_Config)
+_TRITON_KERNELS = {
+    "triton_kernels": Mock(),
+    "triton_kernels.matmul": _MATMUL,
+    "triton_kernels.matmul_ogs": _MATMUL,  # 0.5.17
+}
+
+
+def _swizzle(weight: torch.Tensor, scale: torch.Tensor, num_warps: int) -> tuple[Any, None, Any]:
+    """Stands for triton_kernels' layouts: tensors inside other objects, transposed, with other bytes."""
+
+    def wrapped(tensor: torch.Tensor) -> Any:
+        data = (tensor ^ 0x5A).transpose(-2, -1)
+        return SimpleNamespace(storage=SimpleNamespace(data=data), shape=list(data.shape), shape_max=list(data.shape))
+
+    return wrapped(weight), None, wrapped(scale)

@@ -13,7 +13,13 @@ from ports import free_port
 
 from vmm_dwdp.testing import run_group
 
-KINDS = {"bf16": "triton", "fp8 block": "triton", "nvfp4": "flashinfer_cutlass"}  # with which MoE runner
+KINDS = {  # with which MoE runner
+    "bf16": "triton",
+    "fp8 block": "triton",
+    "fp8 tensor": "triton",
+    "mxfp4": "triton_kernel",
+    "nvfp4": "flashinfer_cutlass",
+}
 PAGE_NBYTES = 4096  # small, so that block scales are spread too
 
 Digests = list[dict[str, str]]  # by layer and tensor
@@ -28,7 +34,7 @@ def load_all(rank: int, *, port: int) -> dict[str, Digests]:
         with experts.without_a_gpu():
             model = experts.model(kind)
             experts.load(model)
-        found[kind] = [experts.digests(layer, tensors_of(layer)) for layer in model.layers]
+        found[kind] = [experts.digests(layer, [*tensors_of(layer), *maxima_of(layer)]) for layer in model.layers]
     return found
 
 
@@ -52,7 +58,9 @@ def load_shard(rank: int, *, size: int, port: int) -> dict[str, dict[str, Any]]:
         seen["bound"] = [layer._dwdp_bound and layer.num_local_experts == layer.num_experts for layer in model.layers]
         engine_process.shut_down()
         seen["restored"] = [routing(layer) for layer in model.layers] == before
-        seen["left"] = [getattr(layer, name).numel() for layer in model.layers for name in tensors_of(layer)]
+        seen["left"] = [
+            tensor.numel() for layer in model.layers for tensor in experts.tensors(layer, tensors_of(layer))
+        ]
         seen["ledger"] = ours.runtime.ledger.open()
         found[kind] = seen
     return found
@@ -63,15 +71,22 @@ def one_pass(model: Any, ours: Any) -> Digests:
     seen = []
     for layer in model.layers:
         ours.wait_prefetch(layer.layer_id)
-        seen.append(experts.digests(layer, tensors_of(layer)))
+        seen.append(experts.digests(layer, [*tensors_of(layer), *maxima_of(layer)]))
         ours.record_compute_and_prefetch_next(layer.layer_id)
     return seen
 
 
 def tensors_of(layer: Any) -> list[str]:
+    from vmm_dwdp.integrations.sglang.expert_tensor import find
     from vmm_dwdp.integrations.sglang.schemes import scheme_of
 
-    return [name for name in scheme_of(layer).tensors if hasattr(layer, name)]
+    return [name for name in scheme_of(layer).tensors if find(layer, name) is not None]
+
+
+def maxima_of(layer: Any) -> list[str]:
+    from vmm_dwdp.integrations.sglang.schemes import scheme_of
+
+    return list(scheme_of(layer).maximum)
 
 
 def routing(layer: Any) -> dict[str, Any]:
@@ -81,9 +96,8 @@ def routing(layer: Any) -> dict[str, Any]:
 
 def outside_nbytes(layer: Any) -> int:
     """Bytes that a loaded layer keeps outside the host driver's memory, of tensors of at least a page on this rank."""
-    tensors = [getattr(layer, name) for name in tensors_of(layer)]
+    tensors = experts.tensors(layer, tensors_of(layer))
     large = [tensor for tensor in tensors if tensor.nbytes >= PAGE_NBYTES]
-    assert large
     lines = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:vmm_dwdp" in line]
     mapped = [range(*(int(address, 16) for address in line.split("-"))) for line in lines]
     return sum(tensor.nbytes for tensor in large if not any(tensor.data_ptr() in region for region in mapped))

@@ -146,18 +146,19 @@ class ExpertLayer:
         self.finished = True
 
     def _move(self, name: str, block: ExpertBlocks, tensor: torch.Tensor) -> None:
-        sole = self._sole_owner()
+        """Copy to every owner's shard; the module keeps no experts, as SGLang would move them back to where they came
+        from. What was loaded into the shard stays."""
         written = block.to_bytes(tensor)
+        loaded_in_place = False
         for owner in self._owners():
             shard = self._runtime.local_shard(self.number, name, owner)
-            if not shard.numel() or shard.data_ptr() == tensor.data_ptr():
-                continue
-            experts = self._runtime.local_experts(self.number, owner)
-            shard.copy_(written[experts.start - self._first : experts.stop - self._first])
-        if sole is None:
-            replace(self.module, name, block.from_bytes(written[:0].clone()))
-        else:
-            replace(self.module, name, block.from_bytes(self._runtime.local_shard(self.number, name, sole)))
+            if shard.numel() and shard.data_ptr() == tensor.data_ptr():
+                loaded_in_place = True
+            elif shard.numel():
+                experts = self._runtime.local_experts(self.number, owner)
+                shard.copy_(written[experts.start - self._first : experts.stop - self._first])
+        if not loaded_in_place:
+            replace(self.module, name, torch.empty_like(tensor[:0]))
 
     def _free_scratch(self) -> None:
         read = {id(getattr(self.module, name, None)) for name in self._scheme.tensors}
@@ -215,6 +216,8 @@ class ExpertLayer:
             assembled = weights[name]
             assert isinstance(assembled, torch.Tensor)
             replace(self.module, name, block.from_bytes(assembled))
+        for name in self._replicated:
+            replace(self.module, name, self._find(name).to(self._runtime.device))
         self._runtime.release(self.number)
         self.module.bind_full_expert_weights({})
 

@@ -15,7 +15,7 @@ def find(layer: torch.nn.Module, name: str) -> torch.Tensor | None:
     """The tensor that a dotted name leads to from ``layer``; ``None`` if there is none."""
     holder: Any = layer
     for part in name.split("."):
-        holder = getattr(holder, part, None)
+        holder = getattr(holder, _existing(holder, part), None)
     return holder.data if isinstance(holder, torch.Tensor) else None
 
 
@@ -23,19 +23,25 @@ def replace(layer: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
     """Put ``tensor`` where a dotted name leads to. A parameter stays the same object, with its loader's attributes."""
     *path, last = name.split(".")
     holder: Any = layer
-    described = []
+    passed = []
     for part in path:
-        holder = getattr(holder, part)
-        described.append(holder)
+        holder = getattr(holder, _existing(holder, part))
+        passed.append(holder)
     current = getattr(holder, last)
     if isinstance(current, torch.nn.Parameter):
         current.data = tensor
     else:
         setattr(holder, last, tensor)
-    for wrapper in described:  # a tensor of triton_kernels repeats its storage's number of experts
+    for wrapper in passed:  # a tensor of triton_kernels repeats its storage's number of experts
         for shape in (getattr(wrapper, "shape", None), getattr(wrapper, "shape_max", None)):
             if isinstance(shape, list):
                 shape[0] = tensor.shape[0]
+
+
+def _existing(holder: Any, part: str) -> str:
+    """Which of the names in ``part``, with bars between them, ``holder`` has."""
+    *others, last = part.split("|")
+    return next((name for name in others if getattr(holder, name, None) is not None), last)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Which tensors of a `FusedMoE` layer its kernels read, for every quantisation method and MoE runner that is supported.
 
 An explicit table: nothing is concluded from a tensor's shape, and what is not in the table is refused by its name. The
-names were read in SGLang's source; they are dotted where a tensor lives on the quantisation method.
+names were read in SGLang's source; they are dotted where a tensor lives on the quantisation method, and have a bar
+between what versions call differently, the latest first.
 """
 
 from __future__ import annotations
@@ -58,10 +59,10 @@ _MXFP4_MARLIN = Scheme(
 _MXFP4_TRITON = Scheme(
     (
         "quant_method.w13_weight_triton_tensor.storage.data",
-        "quant_method.w13_precision_config.weight_scale.storage.data",
+        "quant_method.w13_precision_config.b_mx_scale|weight_scale.storage.data",
         "w13_weight_bias",
         "quant_method.w2_weight_triton_tensor.storage.data",
-        "quant_method.w2_precision_config.weight_scale.storage.data",
+        "quant_method.w2_precision_config.b_mx_scale|weight_scale.storage.data",
         "w2_weight_bias",
     ),
     scratch=("w13_weight_scale", "w2_weight_scale"),
