@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vmm_dwdp.allocator import open_driver
+from vmm_dwdp.allocator import host_pages, open_driver
 from vmm_dwdp.allocator.driver import Access, Copy, HandleType, Location
 from vmm_dwdp.allocator.handles import Allocation, Descriptor, Event, Ledger, Reservation, ResourceStack, Stream
 from vmm_dwdp.allocator.host_driver import HostDriver
@@ -250,3 +250,12 @@ def test_unmapping_under_a_copy_ends_the_work_of_a_stream(
             call()
         assert refusal.value.code == "CUDA_ERROR_ILLEGAL_ADDRESS"
     assert target.value == b"", "a copy after the one that failed was run"
+
+
+@pytest.mark.parametrize("call", ["protect", "displace", "remove"])
+def test_what_the_kernel_refuses_is_an_error(call: str) -> None:
+    """No address that is not a multiple of a page can be protected, mapped or given up."""
+    arguments = {"protect": (1, host_pages.PAGE_BYTES, True)}.get(call, (1, host_pages.PAGE_BYTES))
+    with pytest.raises(DriverError) as refusal:
+        getattr(host_pages, call)(*arguments)
+    assert refusal.value.code == "EINVAL"
