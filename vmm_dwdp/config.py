@@ -15,6 +15,7 @@ from vmm_dwdp.errors import ConfigError
 
 AssemblyKind = Literal["vmm", "tensor_list"]
 Mode = Literal["staged", "in_place"]
+ModeSetting = Literal[Mode, "auto"]
 
 COPY_ALIGNMENT = 16  # bytes; the widest load of a kernel, and what keeps a copy engine at its full rate
 LARGEST = 2**63 - 1  # of any number in a config
@@ -49,7 +50,8 @@ class DWDPConfig:
             ``"tensor_list"``: a list of tensors per weight, on machines without it.
         mode: how `acquire` gives a layer if it is not told. ``"staged"``: all remote experts are copied into a slot
             first. ``"in_place"``: kernels read the owners' own pages, so that only the experts that they touch cross
-            the link. With ``"in_place"`` both can be asked for; with ``"staged"`` nothing is mapped for the other.
+            the link. ``"auto"``: for each pass what is faster for its number of tokens. With these two, either mode
+            can be asked for; with ``"staged"`` nothing is mapped for the other.
         checksums: `publish` and `update` compute a checksum of every shard, for ``check_integrity(verify=True)``.
 
     Raises:
@@ -63,14 +65,14 @@ class DWDPConfig:
     host_experts: int = 0
     host_numa_node: int | None = None
     assembly: AssemblyKind = "vmm"
-    mode: Mode = "staged"
+    mode: ModeSetting = "staged"
     checksums: bool = False
 
     def __post_init__(self) -> None:
         self._require_int("group_size", self.group_size, least=1)
         if self.num_local_experts is not None:
             self._require_int("num_local_experts", self.num_local_experts, least=0)
-        self._require_one_of("mode", self.mode, get_args(Mode))
+        self._require_one_of("mode", self.mode, get_args(ModeSetting))
         self._require_int("prefetch_depth", self.prefetch_depth, least=0 if self.mode == "in_place" else 1)
         if self.slice_bytes != "auto":
             self._require_int("slice_bytes", self.slice_bytes, least=COPY_ALIGNMENT)
@@ -82,10 +84,15 @@ class DWDPConfig:
         if not isinstance(self.checksums, bool):
             raise ConfigError(f"checksums must be true or false, not {self.checksums!r}")
         self._require_one_of("assembly", self.assembly, get_args(AssemblyKind))
-        if self.assembly == "tensor_list" and self.mode == "in_place":
-            raise ConfigError("mode: in_place needs assembly: vmm, because it maps the owners' pages side by side")
+        if self.assembly == "tensor_list" and self.reads_in_place:
+            raise ConfigError(f"mode: {self.mode} needs assembly: vmm, because it maps the owners' pages side by side")
         if self.assembly == "tensor_list" and self.host_experts:
             raise ConfigError("host_experts needs assembly: vmm, because host memory is mapped page by page")
+
+    @property
+    def reads_in_place(self) -> bool:
+        """Whether layers can be acquired in place."""
+        return self.mode != "staged"
 
     @staticmethod
     def _require_int(name: str, value: object, *, least: int) -> None:

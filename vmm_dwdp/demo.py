@@ -18,13 +18,13 @@ import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 import torch
 
 from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.handles import KINDS
-from vmm_dwdp.config import DWDPConfig
+from vmm_dwdp.config import DWDPConfig, ModeSetting
 from vmm_dwdp.console import group_progress, print_table, report_step, size, working
 from vmm_dwdp.demo_models import (
     MODEL,
@@ -35,6 +35,7 @@ from vmm_dwdp.demo_models import (
     models_to_run,
     quiet_transformers,
 )
+from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.stats import Stats
 from vmm_dwdp.testing import run_group
 
@@ -87,6 +88,7 @@ class RankResult:
             fetched_bytes=self.stats.fetched_bytes,
             hits=self.stats.hits,
             misses=self.stats.misses,
+            in_place=self.stats.in_place,
             exposed_wait_s=round(self.stats.exposed_wait_s, 6),
             tokens_per_s=round(len(self.generated.logits) / self.generated.seconds, 1),
             identical=self.generated.same(expected),
@@ -107,6 +109,7 @@ class RankReport:
     fetched_bytes: int
     hits: int
     misses: int
+    in_place: int  # how often a layer was read in place
     exposed_wait_s: float
     tokens_per_s: float
     identical: bool  # to what the whole model makes of the same prompt
@@ -128,10 +131,10 @@ class Report:
     seconds: float
 
     def problems(self, *, fetching: bool) -> list[str]:
-        """What is not as it has to be, a sentence each; with ``fetching`` every rank must have fetched something."""
+        """What is not as it has to be, a sentence each; with ``fetching`` every rank must have read others' experts."""
         found = [f"{self.model}: rank {r.rank} differs from the whole model" for r in self.ranks if not r.identical]
         if fetching:
-            idle = [r.rank for r in self.ranks if r.fetched_bytes == 0]
+            idle = [r.rank for r in self.ranks if r.fetched_bytes == 0 and r.in_place == 0]
             found += [f"{self.model}: rank {rank} fetched nothing, so nothing was proved" for rank in idle]
         found += [f"{self.model}: {count} {kind} left after close" for kind, count in self.leaked.items() if count]
         return found
@@ -144,6 +147,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-local-experts", type=int, help="experts each rank holds of every layer (just enough)")
     parser.add_argument("--prefetch-depth", type=int, help="layers whose experts are fetched ahead (2)")
     parser.add_argument("--host-experts", type=int, help="experts of every layer that live in host memory (0)")
+    parser.add_argument("--mode", choices=get_args(ModeSetting), help="how experts of other owners are read (staged)")
+    parser.add_argument("--generate", type=int, metavar="N", help=f"tokens to generate ({NEW_TOKENS})")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--prompt", action="append", help="may be repeated: one for each rank")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
@@ -154,21 +159,22 @@ def run(arguments: argparse.Namespace) -> int:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     quiet_transformers()
+    if arguments.generate is not None and arguments.generate < 1:
+        raise ConfigError(f"--generate must be at least 1, not {arguments.generate}")
     config = config_from(arguments)
     prompts = tuple(itertools.islice(itertools.cycle(arguments.prompt or PROMPTS), config.group_size))
     reports = []
     with models_to_run(arguments.model, config, device) as models:
         for model in models:
             given = model == arguments.model
-            new_tokens = NEW_TOKENS if given else RANDOM_NEW_TOKENS
+            new_tokens = arguments.generate or (NEW_TOKENS if given else RANDOM_NEW_TOKENS)
             report = compare(model, config, device, prompts, new_tokens, shown=not arguments.json)
             reports.append(report)
             if not arguments.json:
                 _print(report, with_text=given)
     if arguments.json:
         print(json.dumps(dataclasses.asdict(reports[-1])))
-    staged = config.mode == "staged"  # read in place, nothing is fetched
-    problems = [p for report in reports for p in report.problems(fetching=staged and report is reports[-1])]
+    problems = [p for report in reports for p in report.problems(fetching=report is reports[-1])]
     for problem in problems:
         print(problem, file=sys.stderr)
     if not problems and not arguments.json:
@@ -232,14 +238,15 @@ def _run_rank(job: Job, rank: int) -> RankResult:
 def config_from(arguments: argparse.Namespace) -> DWDPConfig:
     """The config file, or the default group of four, with the options that were given in place of its values."""
     config = DWDPConfig.from_yaml(arguments.config) if arguments.config else DWDPConfig(group_size=4)
-    names = ("group_size", "num_local_experts", "prefetch_depth", "host_experts")
+    names = ("group_size", "num_local_experts", "prefetch_depth", "host_experts", "mode")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     return dataclasses.replace(config, **given)
 
 
 def _print(report: Report, *, with_text: bool) -> None:
     title = f"{report.model}: {report.group_size} ranks on {report.device} ({report.driver} driver)"
-    columns = ("rank", "on", "experts", "resident", "staged", "fetched", "hits", "misses", "waited", "tokens/s", "same")
+    sizes, counts = ("experts", "resident", "staged", "fetched"), ("hits", "misses", "in place")
+    columns = ("rank", "on", *sizes, *counts, "waited", "tokens/s", "same")
     rows = [
         (
             str(r.rank),
@@ -250,6 +257,7 @@ def _print(report: Report, *, with_text: bool) -> None:
             size(r.fetched_bytes),
             str(r.hits),
             str(r.misses),
+            str(r.in_place),
             f"{r.exposed_wait_s * 1e3:.1f} ms",
             f"{r.tokens_per_s:.1f}",
             "yes" if r.identical else "NO",

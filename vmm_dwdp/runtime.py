@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Self, TypeVar
 
 import torch
@@ -19,13 +20,14 @@ from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.allocator.numa import numa_nodes
 from vmm_dwdp.allocator.probe import refusal
 from vmm_dwdp.assembly import Assembly, Weights
-from vmm_dwdp.config import DWDPConfig, Mode
+from vmm_dwdp.config import DWDPConfig, Mode, ModeSetting
 from vmm_dwdp.errors import ConfigError, DWDPError, StateError
 from vmm_dwdp.layer import Layer, describe_layer
 from vmm_dwdp.membership import Membership, ShardKey
+from vmm_dwdp.mode_choice import ModeChooser
 from vmm_dwdp.placement import Owner
 from vmm_dwdp.staging import Staging
-from vmm_dwdp.stats import Stats
+from vmm_dwdp.stats import LayerStats, Stats
 from vmm_dwdp.tensor_list_assembly import TensorListAssembly
 from vmm_dwdp.trace import Trace
 from vmm_dwdp.virtual_assembly import VirtualAssembly
@@ -91,6 +93,8 @@ class DWDPRuntime:
         self._index: dict[int, int] = {}
         self._weights: dict[Mode, list[Weights]] = {}
         self._read_in_place: set[int] = set()  # layers acquired so and not yet released
+        self._in_place_counts: list[int] = []  # by layer, how often it was acquired so
+        self._chooser: ModeChooser | None = None  # where either mode can be had
         self._staging: Staging | None = None
         self._published = False
         self._closed = False
@@ -192,6 +196,10 @@ class DWDPRuntime:
             self._weights[mode] = [self._assembly.weights(described, mode) for described in self._layers]
         if self.config.prefetch_depth:
             self._staging = Staging(self._driver, self.ledger, self._assembly, self._layers, self.config)
+        if len(self._modes) > 1:
+            most = max(described.placement.num_experts for described in self._layers)
+            self._chooser = ModeChooser(self._driver, self.ledger, most, len(self._layers))
+        self._in_place_counts = [0] * len(self._layers)
         self._published = True
         memory = tuple(nbytes >> 20 for nbytes in (self._assembly.resident_nbytes, self._assembly.staged_nbytes))
         _log.info("rank %d: %d layers ready, %d MiB resident, %d MiB staged", self.rank, len(self._layers), *memory)
@@ -200,7 +208,7 @@ class DWDPRuntime:
     def _modes(self) -> tuple[Mode, ...]:
         """The modes in which `acquire` can give a layer."""
         staged: tuple[Mode, ...] = ("staged",) if self.config.prefetch_depth else ()
-        return (*staged, "in_place") if self.config.mode == "in_place" else staged
+        return (*staged, "in_place") if self.config.reads_in_place else staged
 
     # -- what only owners write --------------------------------------------------------------------------------------
     def update(self, shards: Mapping[ShardKey, torch.Tensor], timeout: float = 60.0) -> None:
@@ -267,8 +275,9 @@ class DWDPRuntime:
         self,
         layer: int,
         *,
-        mode: Mode | None = None,
+        mode: ModeSetting | None = None,
         tokens: int | None = None,
+        top_k: int | None = None,
         stream: torch.cuda.Stream | None = None,
     ) -> Weights:
         """The weights of ``layer``, with all experts, for the work given next to ``stream`` (default: the current one).
@@ -276,8 +285,10 @@ class DWDPRuntime:
         Args:
             mode: ``"staged"``: ``stream`` waits until the remote experts are in the layer's slot. ``"in_place"``: the
                 remote experts are read where they are; there is nothing to wait for, and the slots stay as they are, so
-                that passes of both modes may alternate. Default: the config's.
-            tokens: how many tokens the layer is given; for `Stats.advice`.
+                that passes of both modes may alternate. ``"auto"``: what is faster for ``tokens``; the first layer
+                decides for its pass, and in a graph for all its replays. Default: the config's.
+            tokens: how many tokens the layer is given; for mode auto, and for `Stats.advice`.
+            top_k: how many experts each of them uses: what mode auto goes by before it has timed passes.
 
         Returns:
             By weight, the tensor ``[E, ...]``: for each mode the same tensors, at the same addresses, on every call.
@@ -289,7 +300,7 @@ class DWDPRuntime:
         layer to `release` of the last; replays and other passes may then alternate.
 
         Raises:
-            ConfigError: no such layer, or the config does not provide for ``mode``.
+            ConfigError: no such layer, the config does not provide for ``mode``, or mode auto is not told ``tokens``.
             StateError: the layer, or another that uses its slot, was acquired and not released; or not published; or a
                 capture does not begin between passes.
             DriverError: a copy could not be issued; the call may be repeated.
@@ -300,12 +311,16 @@ class DWDPRuntime:
             raise StateError(f"weights are partly old and partly new: {why}; update again, or close")
         index = self._number(layer)
         mode = mode or self.config.mode
-        if mode not in self._weights:
+        if self._chooser is None if mode == "auto" else mode not in self._weights:
             raise ConfigError(f"the config does not provide for mode {mode}, only for {', '.join(self._modes)}")
         if index in self._read_in_place:
             raise StateError(f"layer {layer} is acquired already, and was not released")
+        if mode == "auto":
+            assert self._chooser is not None
+            mode = self._chooser.acquire(index, tokens, top_k, self._stream(stream))
         if mode == "in_place":
             self._read_in_place.add(index)
+            self._in_place_counts[index] += 1
         elif self._staging is not None:
             self._staging.acquire(index, self._stream(stream), tokens)
         return self._weights[mode][index]
@@ -319,13 +334,21 @@ class DWDPRuntime:
             self._read_in_place.remove(index)
         elif self._staging is not None:
             self._staging.release(index, self._stream(stream))
+        if self._chooser is not None:
+            self._chooser.release(index, self._stream(stream))
 
     @contextmanager
     def layer(
-        self, layer: int, *, mode: Mode | None = None, stream: torch.cuda.Stream | None = None
+        self,
+        layer: int,
+        *,
+        mode: ModeSetting | None = None,
+        tokens: int | None = None,
+        top_k: int | None = None,
+        stream: torch.cuda.Stream | None = None,
     ) -> Iterator[Weights]:
         """`acquire` on entering, `release` on leaving, by an exception as well."""
-        weights = self.acquire(layer, mode=mode, stream=stream)
+        weights = self.acquire(layer, mode=mode, tokens=tokens, top_k=top_k, stream=stream)
         try:
             yield weights
         finally:
@@ -354,12 +377,17 @@ class DWDPRuntime:
     def stats(self) -> Stats:
         """Bytes, hits, misses and waits since publish. Does not wait for the device."""
         staging = self._staging
+        staged = [LayerStats() for _ in self._layers] if staging is None else staging.layer_stats()
         return Stats(
             resident_bytes=self._assembly.resident_nbytes,
             staged_bytes=self._assembly.staged_nbytes,
-            layers={} if staging is None else staging.layer_stats(),
+            layers={
+                described.number: replace(layer, in_place=in_place)
+                for described, layer, in_place in zip(self._layers, staged, self._in_place_counts, strict=False)
+            },
             copy_path=None if staging is None else staging.copy_path,
             advice=None if staging is None else staging.guard.advice,
+            mode_choice=None if self._chooser is None else self._chooser.choice(),
         )
 
     @contextmanager
@@ -399,6 +427,8 @@ class DWDPRuntime:
         if self._staging is not None:
             self._staging.close()
         self._driver.synchronize()
+        if self._chooser is not None:
+            self._chooser.close()
         self._membership.close()
         self._assembly.close()
         return self.ledger
@@ -456,8 +486,8 @@ def _make_assembly(config: DWDPConfig, rank: int, driver: Driver, ledger: Ledger
         return TensorListAssembly(driver, ledger, rank, config.prefetch_depth)
     host_location = _host_location(config, driver) if config.host_experts else DEVICE
     handle_type = _choose_handle_type(driver, host_location) if config.group_size > 1 else None
-    in_place = config.mode == "in_place"
-    return VirtualAssembly(driver, ledger, rank, config.prefetch_depth, handle_type, host_location, in_place)
+    depth, in_place = config.prefetch_depth, config.reads_in_place
+    return VirtualAssembly(driver, ledger, rank, depth, handle_type, host_location, in_place)
 
 
 def _host_location(config: DWDPConfig, driver: Driver) -> Location:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from vmm_dwdp.allocator.driver import Driver
@@ -104,15 +104,15 @@ class Staging:
         """Raise `StateError` unless slots, layers and readers agree."""
         self._prefetcher.check_integrity()
 
-    def layer_stats(self) -> Mapping[int, LayerStats]:
-        """By the model's own numbers. What a replay of a graph does is not seen."""
+    def layer_stats(self) -> list[LayerStats]:
+        """In the order of a pass. What a replay of a graph does is not seen."""
         prefetcher = self._prefetcher
         if not self._driver.capture(self._driver.current_stream()):  # which a look at an event would break
             prefetcher.timer.read()
-        return {
-            layer.number: LayerStats(counts.hits, counts.misses, counts.fetched_bytes, waited_s)
-            for layer, counts, waited_s in zip(self._layers, prefetcher.counts, prefetcher.timer.waited_s, strict=True)
-        }
+        return [
+            LayerStats(counts.hits, counts.misses, counts.fetched_bytes, waited_s)
+            for counts, waited_s in zip(prefetcher.counts, prefetcher.timer.waited_s, strict=True)
+        ]
 
     @contextmanager
     def traced(self, trace: Trace, stream: int) -> Iterator[None]:

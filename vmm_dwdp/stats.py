@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from vmm_dwdp.mode_choice import ModeChoice
+
 
 @dataclass(frozen=True)
 class LayerStats:
@@ -18,12 +20,14 @@ class LayerStats:
         exposed_wait_s: seconds for which the compute stream stood still because the layer was not there yet. The device
             measures it; the waits of a pass count once the next pass begins, or once `DWDPRuntime.stats` sees them
             over. A pass that is launched before the one before it is over is not measured.
+        in_place: how often the layer was acquired to be read in place.
     """
 
-    hits: int
-    misses: int
-    fetched_bytes: int
-    exposed_wait_s: float
+    hits: int = 0
+    misses: int = 0
+    fetched_bytes: int = 0
+    exposed_wait_s: float = 0.0
+    in_place: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Stats:
         layers: by layer number, in the order of a pass. Passes that a graph replays are not counted.
         copy_path: ``None`` if nothing is staged.
         advice: what to know if passes are held up by their copies, with numbers; ``None`` if they are not.
+        mode_choice: what mode auto goes by; ``None`` if no pass was left to it.
     """
 
     resident_bytes: int
@@ -65,6 +70,7 @@ class Stats:
     layers: Mapping[int, LayerStats]
     copy_path: CopyPath | None
     advice: str | None
+    mode_choice: ModeChoice | None
 
     @property
     def hits(self) -> int:
@@ -81,3 +87,7 @@ class Stats:
     @property
     def exposed_wait_s(self) -> float:
         return sum(layer.exposed_wait_s for layer in self.layers.values())
+
+    @property
+    def in_place(self) -> int:
+        return sum(layer.in_place for layer in self.layers.values())

@@ -1,7 +1,8 @@
-"""How long the compute stream stood still for each layer, as the device's own clock has it.
+"""How long things took on the device, by its own clock: the waits of a pass, or a stretch of work.
 
-Two events a layer stand around the waits of an acquire. They are read when the next pass begins, all at once, if the
-device is past them by then; a launching thread that is further ahead than that leaves the pass that it begins untimed.
+To time the waits, two events a layer stand around those of an acquire. They are read when the next pass begins, all at
+once, if the device is past them by then; a launching thread that is further ahead than that leaves the pass that it
+begins untimed.
 """
 
 from __future__ import annotations
@@ -73,6 +74,47 @@ class PassTimer(Owned):
             self.latest = PassTimes(total, sum(waits[:-1]))
         self._order.clear()
         return True
+
+    def close(self) -> None:
+        self._resources.close()
+
+
+class Span(Owned):
+    """Times a stretch of work on a stream, again and again; one at a time.
+
+    Attributes:
+        pending: whether a stretch was timed and not read yet.
+    """
+
+    def __init__(self, driver: Driver, ledger: Ledger, label: str) -> None:
+        self.pending = False
+        self._driver = driver
+        self._started = False
+        self._resources = ResourceStack()
+        try:
+            self._start = self._resources.push(Event(driver, ledger, f"{label} starts", timed=True))
+            self._stop = self._resources.push(Event(driver, ledger, f"{label} stops", timed=True))
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self, stream: int) -> None:
+        """The stretch begins with the work that ``stream`` is given next; one that was begun before is given up."""
+        self._driver.record(self._start.event, stream)
+        self._started = True
+
+    def stop(self, stream: int) -> None:
+        """It ends with the work that ``stream`` was given so far; does nothing if none was begun."""
+        if self._started:
+            self._driver.record(self._stop.event, stream)
+            self._started, self.pending = False, True
+
+    def read(self) -> float | None:
+        """Its seconds, once; None if there is nothing to read, or the device is not past it yet."""
+        if not self.pending or not self._driver.complete(self._stop.event):
+            return None
+        self.pending = False
+        return self._driver.elapsed(self._start.event, self._stop.event)
 
     def close(self) -> None:
         self._resources.close()

@@ -7,6 +7,7 @@ import pytest
 
 from vmm_dwdp import cli
 from vmm_dwdp.allocator.handles import KINDS
+from vmm_dwdp.demo_models import MODEL
 
 pytest.importorskip("transformers")
 
@@ -37,6 +38,18 @@ def test_group_computes_what_the_whole_model_computes(
     assert report["leaked"] == dict.fromkeys(KINDS, 0)
 
 
+def test_prefill_is_staged_and_decode_in_place(capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = "She had been walking for some time when"  # more tokens than any that mode auto tries in place at first
+    options = ("--group-size", "2", "--mode", "auto", "--generate", "5", "--prompt", prompt)
+    status, report = run_demo(capsys, *options)
+
+    assert status == 0
+    layers = json.loads((MODEL / "config.json").read_text())["num_hidden_layers"]
+    for rank in report["ranks"]:
+        assert rank["identical"]
+        assert (rank["hits"], rank["misses"], rank["in_place"]) == (layers, 0, 4 * layers)
+
+
 def test_group_of_one_fetches_nothing_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
     status, report = run_demo(capsys, "--group-size", "1")
 
@@ -52,6 +65,7 @@ def test_group_of_one_fetches_nothing_and_fails(capsys: pytest.CaptureFixture[st
         (("--num-local-experts", "2"), "num_local_experts must be at least 4"),
         (("--model", "nowhere"), "nowhere is not the folder of a Hugging Face model"),
         (("--prompt", ""), "the prompt is empty"),
+        (("--generate", "0"), "--generate must be at least 1"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(

@@ -53,6 +53,7 @@ RANK = Rank(
     fetched_bytes=1,
     hits=1,
     misses=0,
+    in_place=0,
     exposed_wait_s=0.0,
     tokens_per_s=1.0,
     identical=True,
@@ -91,6 +92,7 @@ def test_rank_that_fetched_nothing_proves_nothing() -> None:
     assert len(problems(RANK, idle)) == 1
     assert "rank 1 fetched nothing" in problems(RANK, idle)[0]
     assert problems(RANK, idle, fetching=False) == []
+    assert problems(RANK, dataclasses.replace(idle, in_place=1)) == []
 
 
 def test_what_is_left_open_is_named() -> None:

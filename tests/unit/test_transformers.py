@@ -101,6 +101,19 @@ def test_weights_may_be_read_in_place(tmp_path: Path) -> None:
         assert runtime.stats().fetched_bytes == 0
 
 
+def test_a_forward_pass_of_few_tokens_reads_in_place_where_the_mode_is_auto(tmp_path: Path) -> None:
+    whole, model = tiny_model("qwen3_moe"), tiny_model("qwen3_moe")
+    config = DWDPConfig(group_size=1, host_experts=5, mode="auto")
+    with DWDPRuntime(config, 0, "cpu", tmp_path / "rendezvous", driver=HostDriver(PAGE)) as runtime:
+        attach(model, runtime)
+        many, one = torch.arange(64)[None], torch.zeros((1, 1), dtype=torch.long)
+        with torch.no_grad():
+            assert torch.equal(model(many).logits, whole(many).logits)
+            assert runtime.stats().in_place == 0
+            assert torch.equal(model(one).logits, whole(one).logits)
+        assert runtime.stats().in_place == len(runtime.stats().layers)
+
+
 def test_experts_implementations_of_transformers_are_left_to_it(runtime: DWDPRuntime) -> None:
     whole, model = tiny_model("qwen3_moe"), tiny_model("qwen3_moe")
     attach(model, runtime)

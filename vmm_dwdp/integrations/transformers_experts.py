@@ -108,7 +108,8 @@ class SpreadExperts:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled model runs this as it is
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), self._runtime.layer(self._layer) as weights:
+        tokens, top_k = _routing(args, kwargs)
+        with torch.no_grad(), self._runtime.layer(self._layer, tokens=tokens, top_k=top_k) as weights:
             merged = {name: torch.cat(list(tensors)) for name, tensors in weights.items()} if self._merge else weights
             self._module._parameters.update(merged)
             try:
@@ -151,6 +152,17 @@ class SpreadExperts:
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Copying or pickling the module comes here, by way of its forward method."""
         raise StateError(f"{self._path} cannot be copied or pickled: its experts are spread over the group")
+
+
+def _routing(args: Any, kwargs: Any) -> tuple[int, int | None]:
+    """How many tokens an experts module is given, and how many experts each of them uses, if that is among its inputs.
+
+    transformers' experts take hidden states ``[T, H]`` first, and most take the chosen experts ``[T, k]`` beside them.
+    """
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tokens = tensors[0].shape[:-1].numel()
+    chosen = [tensor for tensor in tensors if not tensor.is_floating_point()]
+    return tokens, chosen[0].shape[-1] if chosen else None
 
 
 class _NoBackward(torch.autograd.Function):

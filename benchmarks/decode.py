@@ -1,0 +1,263 @@
+"""Few tokens a pass, experts in host memory: staged, read in place, chosen by itself, and with all experts on the GPU.
+
+A pass is a number of MoE layers of a model's shapes, a grouped GEMM, the gate and another grouped GEMM each, without
+the rest of the model. Every pass has another routing, and every token chooses its experts without repetition: all
+alike, or expert i of a random order in proportion to 1 / i (zipf). Milliseconds are medians of whole passes. On the CPU
+the same runs on the host driver, which says nothing about a link.
+
+kernel       of the pass that reads in place: torch's grouped GEMM, or ours over lists of tensors, in Triton
+active       part of the experts that a pass uses
+gpu          ms, all experts in the GPU's own memory
+staged       ms, all experts copied into slots
+in place     ms, experts read where they are
+graph        ms, the same, replayed from a CUDA graph
+auto         ms, each pass in the mode that the runtime chooses, after the passes that it takes to find out
+of link      bytes of the experts used in place, a second, divided by the rate of copies from host memory
+speed-up     staged / in place
+of ideal     that, divided by the number of experts / experts used
+auto behind  auto / the faster of staged and in place, less 1
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from common import Row, parser, report
+from torch import Tensor
+
+from vmm_dwdp import HOST, DWDPConfig, DWDPRuntime, WeightSpec
+from vmm_dwdp.config import ModeSetting
+from vmm_dwdp.kernels import Scales, grouped_gemm, tensor_list_grouped_gemm
+
+WARM_UP = 20  # passes in which mode auto finds out which mode is faster
+
+Gemm = Callable[[Tensor, Tensor, Tensor, "Scales | None"], Tensor]
+Weights = dict[str, Tensor]
+
+
+class Shape(NamedTuple):
+    """MoE layers of a model; ``depth`` slots for ``layers`` layers."""
+
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    dtype: torch.dtype
+    layers: int
+    depth: int
+
+
+SHAPES = {
+    "Qwen3-30B-A3B": Shape(128, 8, 2048, 768, torch.bfloat16, layers=6, depth=2),
+    "gpt-oss-120b": Shape(128, 4, 2880, 2880, torch.bfloat16, layers=3, depth=2),
+    "DeepSeek-R1": Shape(256, 8, 7168, 2048, torch.float8_e4m3fn, layers=2, depth=1),
+    "tiny": Shape(16, 2, 128, 64, torch.bfloat16, layers=3, depth=2),
+}
+
+
+def torch_gemm(x: Tensor, weight: Tensor, offsets: Tensor, scales: Scales | None) -> Tensor:
+    return grouped_gemm(x, weight, offsets, scales=scales)
+
+
+def our_gemm(x: Tensor, weight: Tensor, offsets: Tensor, scales: Scales | None) -> Tensor:
+    return tensor_list_grouped_gemm(x, [weight], offsets, scales=scales, provider="triton" if x.is_cuda else "auto")
+
+
+KERNELS: dict[str, Gemm] = {"torch": torch_gemm, "triton": our_gemm}
+
+
+def specs(shape: Shape) -> dict[str, WeightSpec]:
+    sizes = {"w13": (2 * shape.intermediate, shape.hidden), "w2": (shape.hidden, shape.intermediate)}
+    found = {name: WeightSpec((shape.experts, *size), shape.dtype) for name, size in sizes.items()}
+    if shape.dtype.itemsize == 1:
+        found |= {f"{name}_scale": WeightSpec((shape.experts, n), torch.float32) for name, (n, _) in sizes.items()}
+    return found
+
+
+@contextmanager
+def published(shape: Shape, device: torch.device, mode: ModeSetting) -> Iterator[DWDPRuntime]:
+    """A runtime of one rank with all experts in host memory, filled with random numbers."""
+    config = DWDPConfig(group_size=1, host_experts=shape.experts, prefetch_depth=shape.depth, mode=mode)
+    block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul(shape.hidden**-0.5)
+    with tempfile.TemporaryDirectory() as directory, DWDPRuntime(config, 0, device, Path(directory) / "g") as runtime:
+        for layer in range(shape.layers):
+            runtime.add_layer(layer, specs(shape))
+        for layer in range(shape.layers):
+            for name in specs(shape):
+                shard = runtime.local_shard(layer, name, HOST).view(-1)
+                values = block.abs() if name.endswith("scale") else block
+                for part in shard.split(block.numel()):
+                    part.copy_(values[: part.numel()])
+        del shard, part
+        runtime.publish()
+        yield runtime
+
+
+class Routing:
+    """Which experts each layer's rows go to, in one pass after another.
+
+    Attributes:
+        ends: int32 ``[passes, layers, experts]`` on the device: where each expert's rows end.
+        active: part of the experts that get a row, the mean.
+    """
+
+    def __init__(self, shape: Shape, batch: int, kind: str, passes: int, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(batch)
+        popular = torch.ones(shape.layers, shape.experts)
+        if kind == "zipf":
+            order = torch.rand(popular.shape, generator=generator).argsort(1)
+            popular = 1 / (order + 1)
+        chances = popular.repeat_interleave(batch, 0).repeat(passes, 1)
+        chosen = torch.multinomial(chances, shape.top_k, generator=generator)
+        counts = torch.zeros(passes * shape.layers, shape.experts, dtype=torch.long)
+        rows = chosen.view(passes * shape.layers, -1)
+        counts.scatter_add_(1, rows, torch.ones_like(rows))
+        self.active = (counts > 0).float().mean().item()
+        self.ends = counts.cumsum(1).int().view(passes, shape.layers, -1).to(device)
+
+
+class Passes:
+    """Passes of one batch size over a runtime's layers, or over copies of them on the GPU."""
+
+    def __init__(self, shape: Shape, runtime: DWDPRuntime, batch: int) -> None:
+        self.shape, self.runtime, self.batch = shape, runtime, batch
+        rows = batch * shape.top_k
+        self.x = torch.randn(rows, shape.hidden, device=runtime.device).to(shape.dtype)
+        self.row_scale = torch.ones(rows, device=runtime.device)
+        self.ends = torch.zeros(shape.layers, shape.experts, dtype=torch.int32, device=runtime.device)
+
+    def layer(self, weights: Weights, ends: Tensor, gemm: Gemm) -> Tensor:
+        def linear(x: Tensor, name: str) -> Tensor:
+            scale = weights.get(f"{name}_scale")
+            scales = None if scale is None else Scales(scale, self.row_scale)
+            return gemm(x.to(self.shape.dtype), weights[name], ends, scales)
+
+        gate, up = linear(self.x, "w13").chunk(2, dim=1)
+        return linear((F.silu(gate) * up).contiguous(), "w2")
+
+    def spread(self, gemm: Gemm, mode: ModeSetting) -> Tensor:
+        """One pass; what the last layer gives."""
+        for number in range(self.shape.layers):
+            with self.runtime.layer(number, mode=mode, tokens=self.batch, top_k=self.shape.top_k) as weights:
+                out = self.layer(weights, self.ends[number], gemm)
+        return out
+
+    def whole(self, copies: dict[int, Weights], gemm: Gemm) -> Tensor:
+        """The same pass over copies of the weights."""
+        for number, weights in copies.items():
+            out = self.layer(weights, self.ends[number], gemm)
+        return out
+
+    def time(self, run: Callable[[], object], routing: Routing) -> float:
+        """Seconds of one pass, the median; the first one does not count."""
+        seconds = []
+        for ends in routing.ends:
+            self.ends.copy_(ends)
+            seconds.append(elapsed(run, self.x.device))
+        return statistics.median(seconds[1:])
+
+
+def elapsed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds that ``run`` takes on ``device``."""
+    if device.type == "cpu":
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
+def captured(run: Callable[[], object]) -> Callable[[], object]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def copy_rate(weight: Tensor) -> float:
+    """Bytes a second of a copy from ``weight``, in host memory, by the copy engine."""
+    to = torch.empty_like(weight)
+    return weight.nbytes / min(elapsed(lambda: to.copy_(weight), weight.device) for _ in range(3))
+
+
+def measure(
+    shape: Shape, runtime: DWDPRuntime, kind: str, batches: list[int], passes: int, kernels: list[str]
+) -> Iterator[Row]:
+    """The rows of one kind of routing."""
+    whole = {}
+    for number in range(shape.layers):
+        with runtime.layer(number, mode="in_place") as weights:
+            whole[number] = {name: weight.clone() for name, weight in weights.items()}
+            link = copy_rate(weights["w13"])
+    del weights
+    expert_bytes = sum(weight.nbytes for weights in whole.values() for weight in weights.values())
+    for batch in batches:
+        routing = Routing(shape, batch, kind, passes + 1, runtime.device)
+        run = Passes(shape, runtime, batch)
+        run.ends.copy_(routing.ends[0])
+        staged = run.time(partial(run.spread, torch_gemm, "staged"), routing)
+        for _ in range(WARM_UP):
+            run.spread(torch_gemm, "auto")
+        auto = run.time(partial(run.spread, torch_gemm, "auto"), routing)
+        for kernel in kernels:
+            on_gpu = partial(run.whole, whole, KERNELS[kernel])
+            in_place = partial(run.spread, KERNELS[kernel], "in_place")
+            if not torch.equal(in_place(), on_gpu()):
+                raise SystemExit(f"{kernel}: read in place, weights give other bits than on the GPU")
+            gpu, seconds = run.time(on_gpu, routing), run.time(in_place, routing)
+            replayed = run.time(captured(in_place), routing) if run.x.is_cuda else None
+            used = routing.active * expert_bytes
+            yield {
+                "routing": kind,
+                "batch": batch,
+                "kernel": kernel,
+                "active": routing.active,
+                "gpu": gpu * 1e3,
+                "staged": staged * 1e3,
+                "in place": seconds * 1e3,
+                "graph": replayed and replayed * 1e3,
+                "of link": used / min(seconds, replayed or seconds) / link,
+                "speed-up": staged / seconds,
+                "of ideal": staged / seconds * routing.active,
+                "auto": auto * 1e3 if kernel == "torch" else None,
+                "auto behind": auto / min(staged, seconds) - 1 if kernel == "torch" else None,
+            }
+
+
+def main() -> None:
+    arguments_of = parser(__doc__)
+    add = arguments_of.add_argument
+    add("--model", choices=SHAPES, action="append", help="may be repeated (default: all but tiny)")
+    add("--batch", type=int, action="append", help="tokens a pass; may be repeated (default: 1, 2, 4 ... 256)")
+    add("--routing", choices=("uniform", "zipf"), action="append", help="may be repeated (default: both)")
+    add("--kernel", choices=KERNELS, action="append", help="may be repeated (default: both)")
+    add("--passes", type=int, default=5, help="passes that are timed (default: 5)")
+    arguments = arguments_of.parse_args()
+    tables: dict[str, list[Row]] = {}
+    for name in arguments.model or [name for name in SHAPES if name != "tiny"]:
+        shape = SHAPES[name]
+        rows: list[Row] = []
+        with published(shape, arguments.device, "auto") as runtime:
+            for kind in arguments.routing or ["uniform", "zipf"]:
+                batches = arguments.batch or [2**power for power in range(9)]
+                rows += measure(shape, runtime, kind, batches, arguments.passes, arguments.kernel or list(KERNELS))
+        about = f"{name}: {shape.layers} layers of {shape.experts} experts, {shape.dtype}, {shape.depth} slots"
+        tables[about] = rows
+    report(arguments, tables)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Whether a pass is staged or reads in place: by the number of its tokens, and by what passes took so far.
+
+[Note: The crossover]
+A staged pass copies all remote experts, beside the compute; in place, those cross the link that tokens are routed to.
+So few tokens are faster in place, many are faster staged, and there is one crossover between them. Numbers of tokens
+are told apart by buckets, eight to a doubling. Two borders enclose the crossover: below the lower one passes are in
+place, from the upper one on they are staged, and a bucket between them is tried in both modes. What is measured there
+moves the borders, so few buckets are ever tried. Now and then the slower mode of such a bucket is tried again, because
+the routing may have changed.
+
+    tokens     1              lower             crossover            upper
+               |-- in place --|-- tried: in place --|-- tried: staged --|-- staged --->
+
+The device's clock times a pass, from the acquire of its first layer to the release of its last. It counts only if the
+pass before it was of the same mode: after one of the other, the first layers are in their slots already, or the link is
+still busy with them.
+
+Before anything was measured, the crossover is supposed to be where the experts that are expected to be used, at the
+rate of reading in place, take as long as all experts take at the rate of copies. ``T`` tokens that choose ``k`` of
+``E`` experts evenly are expected to use ``E * (1 - (1 - k / E)**T)`` of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, get_args
+
+from vmm_dwdp.allocator.driver import Driver
+from vmm_dwdp.allocator.handles import Ledger, Owned
+from vmm_dwdp.config import Mode
+from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.timing import Span
+
+DOUBLING: Final = 8  # buckets
+SAMPLES: Final = 3  # passes that make a measurement: the fastest of the latest ones
+TRIAL: Final = 16  # passes of a bucket, after which it is not tried further for now: none was timed
+RETRY: Final = 256  # passes of a bucket, after which its slower mode is tried again
+FORGET: Final = 16 * RETRY  # passes of other buckets, after which what is known of a bucket is not used any more
+SUPPOSED_TOP_K: Final = 8  # where the caller does not tell
+SUPPOSED_RATE: Final = 0.8  # of the rate of copies: at what kernels were seen to read in place over PCIe
+SUPPOSED_WITHIN: Final = 2 * DOUBLING  # buckets from the supposed crossover to the first borders
+
+
+def crossover(num_experts: int, top_k: int, in_place_rate: float) -> float:
+    """Tokens a pass from which staging is expected to be faster; see [Note: The crossover].
+
+    Args:
+        top_k: experts that each token uses.
+        in_place_rate: at which kernels read over the link, as a part of the rate of copies.
+    """
+    unused = max(1 - top_k / num_experts, 1e-9)  # the part of the experts that one token leaves alone
+    return math.log(max(1 - in_place_rate, 1e-9)) / math.log(unused)
+
+
+@dataclass(frozen=True)
+class ModeChoice:
+    """Where the crossover between the modes is, as far as is known.
+
+    Attributes:
+        in_place_below: passes of fewer tokens read in place.
+        staged_from: passes of so many tokens and more are staged; between the two, the mode that was faster is chosen.
+        seconds: what passes between the two took, by the least number of tokens of their bucket, and by mode.
+    """
+
+    in_place_below: int
+    staged_from: int
+    seconds: Mapping[int, Mapping[Mode, float]]
+
+
+class _Bucket:
+    """Passes of about the same number of tokens."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[Mode, deque[float]] = {mode: deque(maxlen=SAMPLES) for mode in get_args(Mode)}
+        self.passes = 0  # since a trial began
+        self.latest = 0  # of all passes, the number of the latest that was timed
+
+    @property
+    def untried(self) -> list[Mode]:
+        return [mode for mode, seconds in self.seconds.items() if len(seconds) < SAMPLES]
+
+    @property
+    def by_speed(self) -> list[Mode]:
+        """The faster mode first, once both are tried."""
+        return sorted(self.seconds, key=lambda mode: min(self.seconds[mode]))
+
+
+class ModeChooser(Owned):
+    """Chooses the mode of one pass after another. Nothing here waits for the device.
+
+    Layers are numbered by their place in a pass. The first one begins it, and its mode is that of the others.
+    """
+
+    def __init__(self, driver: Driver, ledger: Ledger, num_experts: int, num_layers: int) -> None:
+        """``num_experts``: of the layer that has most."""
+        self._driver = driver
+        self._num_experts = num_experts
+        self._last_layer = num_layers - 1
+        self._crossover: float | None = None  # the supposed one, as a bucket; known when the first pass tells its top_k
+        self._borders = 0.0, 0.0
+        self._buckets: dict[int, _Bucket] = {}
+        self._passes = 0
+        self._mode: Mode = "staged"  # of the pass in progress, or the latest
+        self._timed: tuple[int, Mode] = 0, "staged"  # bucket and mode of the pass that `_span` times
+        self._span = Span(driver, ledger, "pass")
+
+    def acquire(self, index: int, tokens: int | None, top_k: int | None, stream: int) -> Mode:
+        """The mode of layer ``index``. While ``stream`` is captured, it is the one supposed or known to be faster.
+
+        Raises `ConfigError` if a pass begins and ``tokens`` is not told.
+        """
+        if index > 0:
+            return self._mode
+        if tokens is None:
+            raise ConfigError("mode auto goes by the number of tokens: tell it when the first layer is acquired")
+        bucket = math.floor(DOUBLING * math.log2(max(tokens, 1)))
+        if self._crossover is None:
+            tokens_there = crossover(self._num_experts, top_k or SUPPOSED_TOP_K, SUPPOSED_RATE)
+            self._crossover = DOUBLING * math.log2(tokens_there)
+            self._borders = _borders(self._crossover, [], [])
+        self._passes += 1
+        before = self._mode
+        if self._driver.capture(stream):
+            self._mode = self._best(bucket)
+            return self._mode
+        self._read()
+        self._mode = self._next(bucket)
+        if self._mode == before and self._is_tried(bucket) and not self._span.pending:
+            self._span.start(stream)
+            self._timed = bucket, self._mode
+        return self._mode
+
+    def release(self, index: int, stream: int) -> None:
+        """Layer ``index`` of the pass has been read by the work given to ``stream``."""
+        if index == self._last_layer:
+            self._span.stop(stream)
+
+    def choice(self) -> ModeChoice | None:
+        """What is known so far; None before the first pass."""
+        if self._crossover is None:
+            return None
+        lower, upper = map(_least_tokens, self._borders)
+        seconds = {
+            _least_tokens(number): {mode: min(samples) for mode, samples in bucket.seconds.items() if samples}
+            for number, bucket in sorted(self._buckets.items())
+        }
+        return ModeChoice(lower, upper, seconds)
+
+    def _is_tried(self, bucket: int) -> bool:
+        return self._borders[0] <= bucket < self._borders[1]
+
+    def _supposed(self, bucket: int) -> Mode:
+        return "in_place" if bucket < sum(self._borders) / 2 else "staged"
+
+    def _best(self, bucket: int) -> Mode:
+        tried = self._buckets.get(bucket)
+        if tried is None or tried.untried or not self._is_tried(bucket):
+            return self._supposed(bucket)
+        return tried.by_speed[0]
+
+    def _next(self, bucket: int) -> Mode:
+        """The best mode, or one that is to be tried."""
+        if not self._is_tried(bucket):
+            return self._supposed(bucket)
+        tried = self._buckets.setdefault(bucket, _Bucket())
+        tried.passes += 1
+        if tried.passes > RETRY:
+            tried.passes = 1
+            if not tried.untried:
+                tried.seconds[tried.by_speed[1]].clear()
+        supposed = self._supposed(bucket)
+        if not tried.untried:
+            return tried.by_speed[0]
+        if tried.passes > TRIAL or supposed in tried.untried:
+            return supposed
+        return tried.untried[0]
+
+    def _read(self) -> None:
+        """Take over what was measured, if the device is past it."""
+        seconds = self._span.read()
+        if seconds is None:
+            return
+        number, mode = self._timed
+        bucket = self._buckets[number]
+        bucket.seconds[mode].append(seconds)
+        bucket.latest = self._passes
+        won: dict[Mode, list[int]] = {"in_place": [], "staged": []}
+        for number, bucket in self._buckets.items():
+            if not bucket.untried and self._passes - bucket.latest <= FORGET:
+                won[bucket.by_speed[0]].append(number)
+        assert self._crossover is not None
+        self._borders = _borders(self._crossover, won["in_place"], won["staged"])
+
+    def close(self) -> None:
+        self._span.close()
+
+
+def _borders(crossover: float, in_place: Sequence[int], staged: Sequence[int]) -> tuple[float, float]:
+    """The borders around ``crossover``, as the buckets in which either mode was faster move them."""
+    lower, upper = crossover - SUPPOSED_WITHIN, crossover + SUPPOSED_WITHIN
+    if in_place:
+        lower = max(in_place)
+        upper = max(upper, lower + DOUBLING)
+    if staged:
+        upper = min(staged) + 1
+        lower = min(lower, min(staged) - (0 if in_place else DOUBLING))
+    return lower, max(upper, *(number + 1.0 for number in in_place)) if in_place else upper
+
+
+def _least_tokens(bucket: float) -> int:
+    return math.ceil(2 ** (bucket / DOUBLING))
