@@ -1,0 +1,208 @@
+"""Every piece of code and every command in the documents is run, or where it takes a machine of its own, looked up."""
+
+import contextlib
+import functools
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from vmm_dwdp import DWDPConfig, cli
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/README.md"])
+TESTED_ELSEWHERE = {"model-runners.md": "tests/unit/test_model_runners.py"}
+
+MODEL = """
+import os
+from pathlib import Path
+import torch, transformers, vmm_dwdp
+path, rank = Path(vmm_dwdp.__file__).parent / "models/bytes-moe", int(os.environ["RANK"])
+text = "My dear sister,"
+def tokenizer(text, return_tensors):
+    ids = torch.tensor([list(text.encode())])
+    return transformers.BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+"""
+RUNTIME = """
+import torch
+from vmm_dwdp import DWDPConfig, DWDPRuntime, WeightSpec
+runtime = DWDPRuntime(DWDPConfig(group_size=1, host_experts=2), 0, "cpu", "group")
+runtime.add_layer(0, {"w": WeightSpec((4, 8, 8), torch.float32)})
+for owner in runtime.held_owners:
+    runtime.local_shard(0, "w", owner).zero_()
+runtime.publish()
+with runtime.layer(0):
+    pass
+"""
+OPERANDS = """
+import torch
+x, weight, offsets = torch.randn(6, 16), torch.randn(3, 8, 16), torch.tensor([1, 4, 6], dtype=torch.int32)
+weights = [weight[:1], weight[1:]]
+"""
+
+
+class Around(NamedTuple):
+    """What a piece of code needs to be a program, and what the program prints; as it stands it is one already."""
+
+    before: str = ""
+    after: str = ""
+    instead: tuple[
+        tuple[str, str], ...
+    ] = ()  # parts that need other hardware or a fixed port, and what stands for them
+    ranks: int = 1
+    printed: tuple[str, ...] = ()
+
+
+AROUND = {
+    ("README.md", 0): Around(printed=("[[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]]",)),
+    ("README.md", 1): Around(ranks=2, printed=("rank 0 has range(0, 32), used all: [256, 512]",)),
+    ("README.md", 2): Around(
+        before=MODEL,
+        after="with model.dwdp: print(model(**tokenizer(text, 'pt')).logits.shape)",
+        instead=(('device=f"cuda:{rank}"', 'device="cpu"'), ("group_size=4", "group_size=2")),
+        ranks=2,
+        printed=("torch.Size([1, 15, 256])",),
+    ),
+    ("first-steps.md", 0): Around(printed=("My dear sister,", "HAMLET")),
+    ("kernels.md", 0): Around(
+        before=OPERANDS,
+        after="torch.testing.assert_close(out[0], weight[0] @ x[0]); print(len(providers()) > 5, Scales.__name__)",
+        printed=("True Scales",),
+    ),
+    ("observing.md", 1): Around(RUNTIME, "runtime.close()", printed=("1 hits, 0 misses, waited",)),
+    ("observing.md", 2): Around(
+        RUNTIME,
+        "runtime.close(); print(float(REGISTRY.get_sample_value('vmm_dwdp_hits_total', {'rank': '0', 'layer': '0'})))",
+        instead=(("9400 + runtime.rank", "0"),),
+        printed=("1.0",),
+    ),
+    ("planning.md", 0): Around(
+        RUNTIME,
+        "runtime.close(); from pathlib import Path; print(Path('trace.json').exists(), Path('trace.png').exists())",
+        instead=(("    ...", "    with runtime.layer(0): pass"),),
+        printed=("True True",),
+    ),
+    ("transformers.md", 0): Around(
+        before=MODEL,
+        after="print(tokens.shape[0])",
+        instead=(("cuda:0", "cpu"), ("group_size=4", "group_size=2"), ("**tokenizer", "max_new_tokens=2, **tokenizer")),
+        ranks=2,
+        printed=("1",),
+    ),
+}  # by page, and number of the piece among the page's Python
+
+
+def blocks(language: str) -> Iterator[tuple[Path, int, str]]:
+    for page in PAGES:
+        found = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+        yield from ((page, number, block) for number, block in enumerate(found))
+
+
+@pytest.mark.parametrize(
+    ("page", "number", "code"), [pytest.param(*block, id=f"{block[0].stem}-{block[1]}") for block in blocks("python")]
+)
+def test_python(page: Path, number: int, code: str, tmp_path: Path) -> None:
+    if page.name in TESTED_ELSEWHERE:
+        assert page.name in (ROOT / TESTED_ELSEWHERE[page.name]).read_text()
+        return
+    if "transformers" in code:
+        pytest.importorskip("transformers")
+    if "prometheus" in code:
+        pytest.importorskip("prometheus_client")
+    if ".plot(" in code:
+        pytest.importorskip("matplotlib")
+    around = AROUND.get((page.name, number), Around())
+    for shown, run in around.instead:
+        assert shown in code
+        code = code.replace(shown, run)
+    (tmp_path / "program.py").write_text(f"{around.before}\n{code}\n{around.after}\n")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "program.py"],
+            cwd=tmp_path,
+            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(around.ranks), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(around.ranks)
+    ]
+    printed = [rank.communicate(timeout=240)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * around.ranks, printed
+    assert [text for text in around.printed if text not in printed[0]] == []
+
+
+@pytest.mark.parametrize("text", [text for _, _, text in blocks("yaml")])
+def test_yaml_is_a_config(text: str) -> None:
+    DWDPConfig.from_dict(yaml.safe_load(text))
+
+
+SHOWN = sorted({line for _, _, block in blocks("sh") for line in block.splitlines()})
+MENTIONED = sorted(
+    {
+        command
+        for page in PAGES
+        for command in re.findall(r"`((?:vmm-dwdp|make|python|pip|torchrun) [^`]+)`", page.read_text())
+    }
+)
+
+
+@pytest.mark.parametrize("line", SHOWN)
+def test_shown_command(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(line, comments=True)
+    look_up(words)
+    if words[0] == "vmm-dwdp":
+        monkeypatch.chdir(tmp_path)
+        assert cli.main(words[1:]) == 0
+
+
+@pytest.mark.parametrize("command", MENTIONED)
+def test_mentioned_command(command: str) -> None:
+    look_up(shlex.split(command))
+
+
+def look_up(words: list[str]) -> None:
+    """That the command exists with these options."""
+    while "=" in words[0]:  # of the environment
+        assert words[0].partition("=")[0] in (ROOT / "docs/public-api.md").read_text()
+        words = words[1:]
+    options = [word for word in words if re.fullmatch(r"--[a-z-]+", word)]
+    match words:
+        case ["vmm-dwdp", name, *_]:
+            known = help_of(name)
+        case ["make", target, *_]:
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            return
+        case ["pip", "install", what]:
+            extras = re.findall(r"[\w-]+", "".join(re.findall(r"\[(.*)\]", what)))
+            assert set(extras) <= set(
+                tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            )
+            return
+        case ["python", ("first.py" | "-m"), *_] | ["torchrun", *_]:
+            return  # a file that the page has the reader make, and programs of others
+        case ["python", script, *_]:
+            known = "".join((ROOT / "benchmarks" / name).read_text() for name in (Path(script).name, "common.py"))
+        case ["tests/gpu/run.sh", _, *steps]:
+            known = (ROOT / words[0]).read_text()
+            assert os.access(ROOT / words[0], os.X_OK)
+            assert all(f"\nstep {step} " in known for step in steps)
+        case _:
+            pytest.fail(f"nothing here says how to test {shlex.join(words)}")
+    assert [option for option in options if option not in known] == []
+
+
+@functools.cache
+def help_of(name: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as shown, pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    return shown.getvalue()
