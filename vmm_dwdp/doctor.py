@@ -20,6 +20,10 @@ from vmm_dwdp.allocator.probe import supported_handle_types
 from vmm_dwdp.console import print_table, size
 from vmm_dwdp.errors import DWDPError
 from vmm_dwdp.kernels import providers
+from vmm_dwdp.link_rates import LinkRates, measure_link
+from vmm_dwdp.mode_choice import crossover
+from vmm_dwdp.planning.models import load_model
+from vmm_dwdp.planning.presets import preset_names
 
 _PACKAGES: Final = ("vmm-dwdp", "torch", "cuda-bindings", "transformers", "flashinfer-python", "nvidia-cutlass-dsl")
 
@@ -59,6 +63,14 @@ class Kernel(Finding):
 
 
 @dataclass
+class HostMemory:
+    """Experts in host memory: the rates at which a device gets them, and what follows for mode auto."""
+
+    rates: LinkRates
+    staged_from: dict[str, float]  # by model: tokens a pass from which staging is expected to be faster
+
+
+@dataclass
 class Report:
     """All that is found; `asdict` of it is what ``--json`` prints."""
 
@@ -67,14 +79,20 @@ class Report:
     descriptor_limit: int  # open files a process may have; each imported handle takes one
     mapping_limit: int | None  # mappings a process may have on the host; None where the kernel does not say
     kernels: dict[str, Kernel]  # by function and provider, in the order in which provider="auto" tries them
+    host_memory: dict[str, HostMemory]  # by device; empty unless asked for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure how fast experts in host memory are copied and read in place, and where mode auto will change",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    report = examine()
+    report = examine(calibrate=arguments.calibrate)
     if arguments.json:
         print(json.dumps(asdict(report), indent=2))
     else:
@@ -82,8 +100,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def examine() -> Report:
-    """Try everything; nothing stays allocated, and nothing raises because the machine lacks something."""
+def examine(*, calibrate: bool) -> Report:
+    """Try everything; nothing stays allocated, and nothing raises because the machine lacks something.
+
+    With ``calibrate``, also measure host memory: on every GPU, or where there is none on the CPU.
+    """
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     devices = {str(device): _examine_device(device) for device in (torch.device("cpu"), *gpus)}
     if not gpus:
@@ -98,7 +119,16 @@ def examine() -> Report:
             provider.name: Kernel(None, provider.reason) if provider.usable else Kernel(provider.reason)
             for provider in providers()
         },
+        host_memory={str(device): _measure(device) for device in gpus or [torch.device("cpu")] if calibrate},
     )
+
+
+def _measure(device: torch.device) -> HostMemory:
+    rates = measure_link(device)
+    models = {name: load_model(name) for name in preset_names("models")}
+    share = rates.in_place / rates.copies
+    staged_from = {name: crossover(model.num_experts, model.top_k, share) for name, model in models.items()}
+    return HostMemory(rates, staged_from)
 
 
 def _examine_device(device: torch.device) -> Device:
@@ -182,6 +212,13 @@ def _print(report: Report) -> None:
     ]
     if peers:
         print_table("Peer access", ("device", "reads", "possible"), peers)
+    for name, host in report.host_memory.items():
+        rates = f"copied at {host.rates.copies / 1e9:.1f} GB/s, read in place at {host.rates.in_place / 1e9:.1f} GB/s"
+        print_table(
+            f"Experts in host memory, {name}: {rates}",
+            ("model", "expected to be faster staged"),
+            [(model, f"from {tokens:.0f} tokens a pass") for model, tokens in host.staged_from.items()],
+        )
     print_table(
         "Limits of a process",
         ("limit", "value"),

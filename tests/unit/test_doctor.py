@@ -34,6 +34,22 @@ def test_missing_gpu_is_a_finding(report: dict) -> None:
     assert report["devices"]["cuda"]["memory"] == {}
 
 
+def test_nothing_is_measured_unless_asked_for(report: dict) -> None:
+    assert report["host_memory"] == {}
+
+
+@pytest.mark.usefixtures("open_descriptors")
+def test_calibrating_measures_host_memory_and_says_what_follows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--calibrate", "--json"]) == 0
+    for host in json.loads(capsys.readouterr().out)["host_memory"].values():
+        rates, staged_from = host["rates"], host["staged_from"]["qwen3-30b-a3b"]
+        assert rates["copies"] > 0
+        assert rates["in_place"] > 0
+        experts, top_k = 128, 8
+        used = experts * (1 - (1 - top_k / experts) ** staged_from)  # in the time of a copy of all
+        assert used == pytest.approx(min(1, rates["in_place"] / rates["copies"]) * experts)
+
+
 def test_limits_are_this_process_s(report: dict) -> None:
     assert report["descriptor_limit"] == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     assert 0 < report["devices"]["cpu"]["free_bytes"] <= report["devices"]["cpu"]["total_bytes"]
