@@ -15,11 +15,10 @@ import torch
 import torch.distributed as dist
 
 from vmm_dwdp.allocator import open_driver
-from vmm_dwdp.allocator.driver import DEVICE, Driver, HandleType, Location
+from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Ledger
-from vmm_dwdp.allocator.numa import numa_nodes
-from vmm_dwdp.allocator.probe import refusal
-from vmm_dwdp.assembly import Assembly, Weights
+from vmm_dwdp.assembly import Weights
+from vmm_dwdp.assembly_choice import make_assembly
 from vmm_dwdp.config import DWDPConfig, Mode, ModeSetting
 from vmm_dwdp.errors import ConfigError, DWDPError, StateError
 from vmm_dwdp.layer import Layer, describe_layer
@@ -28,9 +27,7 @@ from vmm_dwdp.mode_choice import ModeChooser
 from vmm_dwdp.placement import Owner
 from vmm_dwdp.staging import Staging
 from vmm_dwdp.stats import LayerStats, Stats
-from vmm_dwdp.tensor_list_assembly import TensorListAssembly
 from vmm_dwdp.trace import Trace
-from vmm_dwdp.virtual_assembly import VirtualAssembly
 from vmm_dwdp.weight_spec import WeightSpec
 
 _log = logging.getLogger("vmm_dwdp")
@@ -87,7 +84,7 @@ class DWDPRuntime:
         self._driver = driver or open_driver(torch.device(device))
         self._thread = threading.local()  # has an attribute in each thread in which the driver is current
         self._enter_thread()
-        self._assembly = _make_assembly(config, rank, self._driver, self.ledger)
+        self._assembly = make_assembly(config, rank, self._driver, self.ledger)
         self._layers: list[Layer] = []
         self._membership = Membership(config, rank, self._driver, self.ledger, rendezvous, self._assembly, self._layers)
         self._index: dict[int, int] = {}
@@ -479,32 +476,3 @@ class DWDPRuntime:
 
     def _described(self, layer: int) -> Layer:
         return self._layers[self._number(layer)]
-
-
-def _make_assembly(config: DWDPConfig, rank: int, driver: Driver, ledger: Ledger) -> Assembly:
-    if config.assembly == "tensor_list":
-        return TensorListAssembly(driver, ledger, rank, config.prefetch_depth)
-    host_location = _host_location(config, driver) if config.host_experts else DEVICE
-    handle_type = _choose_handle_type(driver, host_location) if config.group_size > 1 else None
-    depth, in_place = config.prefetch_depth, config.reads_in_place
-    return VirtualAssembly(driver, ledger, rank, depth, handle_type, host_location, in_place)
-
-
-def _host_location(config: DWDPConfig, driver: Driver) -> Location:
-    node = driver.numa_node if config.host_numa_node is None else config.host_numa_node
-    if node not in numa_nodes():
-        there = ", ".join(map(str, numa_nodes()))
-        raise ConfigError(f"host_numa_node is {node}, but this machine has no such NUMA node; it has {there}")
-    return Location(node)
-
-
-def _choose_handle_type(driver: Driver, host_location: Location) -> HandleType:
-    """The first handle type that can be created and exported here; descriptors before fabric handles."""
-    reasons = {}
-    for handle_type in HandleType:
-        found = [refusal(driver, location, handle_type) for location in {DEVICE, host_location}]
-        if not any(found):
-            return handle_type
-        reasons[handle_type] = next(filter(None, found))
-    told = "; ".join(f"{handle_type.value}: {reason}" for handle_type, reason in reasons.items())
-    raise ConfigError(f"no kind of handle can share memory between processes here ({told}); use assembly: tensor_list")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
+from typing import get_args
 
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from support.groups import Shapes, check_pass, published, random_model
 
 from vmm_dwdp import DWDPConfig
-from vmm_dwdp.config import Mode
+from vmm_dwdp.config import Mode, ModeSetting
 
 DTYPES = [
     torch.float4_e2m1fn_x2,
@@ -33,7 +34,7 @@ def groups(draw: st.DrawFn) -> tuple[DWDPConfig, Shapes]:
     on_ranks = num_experts - host_experts
     least = -(-on_ranks // group_size)
     most = on_ranks if group_size <= 6 else min(on_ranks, least + 1)  # all ranks share this process's descriptors
-    mode = draw(st.sampled_from(["staged", "in_place"])) if assembly == "vmm" else "staged"
+    mode = draw(st.sampled_from(get_args(ModeSetting))) if assembly == "vmm" else "staged"
     config = DWDPConfig(
         group_size=group_size,
         num_local_experts=draw(st.one_of(st.none(), st.integers(least, most))),
@@ -63,10 +64,12 @@ def test_every_byte_on_every_rank_in_passes_in_and_out_of_order(group: tuple[DWD
     shuffled = random.Random(seed)
     with tempfile.TemporaryDirectory() as rendezvous, published(config, rendezvous, model) as runtimes:
         for runtime in runtimes:
-            modes: list[Mode] = ["staged"] * bool(config.prefetch_depth) + ["in_place"] * (config.mode == "in_place")
+            modes: list[Mode] = ["staged"] * bool(config.prefetch_depth) + ["in_place"] * config.reads_in_place
             for mode in modes * 2:
                 check_pass(runtime, model, mode=mode)
-            check_pass(runtime, model, shuffled.choices(list(model), k=2 * len(model)))
+            for tokens in shuffled.choices([1, 20, 400], k=4 if config.mode == "auto" else 0):
+                check_pass(runtime, model, tokens=tokens)
+            check_pass(runtime, model, shuffled.choices(list(model), k=2 * len(model)), tokens=1)
             runtime.reset()
             for mode in modes:
                 check_pass(runtime, model, mode=mode)

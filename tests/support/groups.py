@@ -72,11 +72,15 @@ def join(
 
 
 def check_pass(
-    runtime: DWDPRuntime, model: Model, order: Sequence[int] | None = None, mode: Mode | None = None
+    runtime: DWDPRuntime,
+    model: Model,
+    order: Sequence[int] | None = None,
+    mode: Mode | None = None,
+    tokens: int | None = None,
 ) -> None:
     """One pass in which every byte of every weight is compared with the unsharded model."""
     for number in order or list(model):
-        with runtime.layer(number, mode=mode) as weights:
+        with runtime.layer(number, mode=mode, tokens=tokens) as weights:
             assert weights.keys() == model[number].keys()
             for name, reference in model[number].items():
                 found = weights[name]

@@ -1,0 +1,47 @@
+"""The assembly that a config asks for, with memory of a place and a kind that this machine has."""
+
+from __future__ import annotations
+
+from vmm_dwdp.allocator.driver import DEVICE, Driver, HandleType, Location
+from vmm_dwdp.allocator.handles import Ledger
+from vmm_dwdp.allocator.numa import numa_nodes
+from vmm_dwdp.allocator.probe import refusal
+from vmm_dwdp.assembly import Assembly
+from vmm_dwdp.config import DWDPConfig
+from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.tensor_list_assembly import TensorListAssembly
+from vmm_dwdp.virtual_assembly import VirtualAssembly
+
+
+def make_assembly(config: DWDPConfig, rank: int, driver: Driver, ledger: Ledger) -> Assembly:
+    """The memory of rank ``rank``, of which nothing is taken yet; the caller closes it.
+
+    Raises:
+        ConfigError: the machine lacks what the config asks for; the sentence says what.
+    """
+    if config.assembly == "tensor_list":
+        return TensorListAssembly(driver, ledger, rank, config.prefetch_depth)
+    host_location = _host_location(config, driver) if config.host_experts else DEVICE
+    handle_type = _choose_handle_type(driver, host_location) if config.group_size > 1 else None
+    depth, in_place = config.prefetch_depth, config.reads_in_place
+    return VirtualAssembly(driver, ledger, rank, depth, handle_type, host_location, in_place)
+
+
+def _host_location(config: DWDPConfig, driver: Driver) -> Location:
+    node = driver.numa_node if config.host_numa_node is None else config.host_numa_node
+    if node not in numa_nodes():
+        there = ", ".join(map(str, numa_nodes()))
+        raise ConfigError(f"host_numa_node is {node}, but this machine has no such NUMA node; it has {there}")
+    return Location(node)
+
+
+def _choose_handle_type(driver: Driver, host_location: Location) -> HandleType:
+    """The first handle type that can be created and exported here; descriptors before fabric handles."""
+    reasons = {}
+    for handle_type in HandleType:
+        found = [refusal(driver, location, handle_type) for location in {DEVICE, host_location}]
+        if not any(found):
+            return handle_type
+        reasons[handle_type] = next(filter(None, found))
+    told = "; ".join(f"{handle_type.value}: {reason}" for handle_type, reason in reasons.items())
+    raise ConfigError(f"no kind of handle can share memory between processes here ({told}); use assembly: tensor_list")
