@@ -36,6 +36,7 @@ class Staging:
     ) -> None:
         """Starts fetching the first ``prefetch_depth`` layers."""
         self.guard = Guard()
+        self._advises = config.mode != "auto"  # which tries staged passes even where they do not pay
         self._driver = driver
         self._ledger = ledger
         self._layers = layers
@@ -69,7 +70,8 @@ class Staging:
             self._captured.acquire(capture, index, stream)
         else:
             self._prefetcher.acquire(index, stream)
-            self.guard.observe(self._prefetcher.timer.latest, tokens)
+            if self._advises:
+                self.guard.observe(self._prefetcher.timer.latest, tokens)
 
     def release(self, index: int, stream: int) -> None:
         """Layer ``index`` has been read by the work given to ``stream``."""

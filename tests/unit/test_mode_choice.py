@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from support.groups import check_pass, join, random_model
 from vmm_dwdp import ConfigError, DWDPConfig
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.config import Mode
+from vmm_dwdp.guard import Guard
 from vmm_dwdp.mode_choice import RETRY, SAMPLES, TRIAL, ModeChooser, crossover
 
 EXPERTS, TOP_K, LAYERS = 128, 8, 3
@@ -221,6 +223,14 @@ def test_a_runtime_chooses_for_whole_passes(tmp_path: Path) -> None:
     assert 1 < choice.in_place_below < choice.staged_from <= 1000
     check_pass(runtime, MODEL, mode="staged")
     assert runtime.close().open() == []
+
+
+def test_trials_are_no_reason_for_advice(tmp_path: Path) -> None:
+    runtime = join(DWDPConfig(group_size=1, host_experts=12, mode="auto"), 0, tmp_path / "rendezvous", MODEL)
+    with mock.patch.object(Guard, "observe", side_effect=AssertionError):
+        check_pass(runtime, MODEL, tokens=1000)
+    assert runtime.stats().hits == len(MODEL)
+    runtime.close()
 
 
 def test_auto_that_the_config_does_not_provide_for(tmp_path: Path) -> None:
