@@ -1,6 +1,7 @@
 """A small group for a long time: passes in any order, copies that stall, ranks that are killed and come back.
 
     python tests/soak.py --passes 100000 --kills 20
+    python tests/soak.py --device cuda                  all ranks on one GPU
 
 Every byte of every pass is compared with the whole model. Rank 0 lives throughout, and what it has grown by since the
 first tenth of the passes is printed; so is what the latest of the other processes have grown by.
@@ -81,8 +82,10 @@ class Report:
     left: list[str]  # in ledgers and the rendezvous directory at the end
 
 
-def _model() -> Model:
-    return random_model({number: {"w": ((12, 333), torch.bfloat16)} for number in range(5)})
+def _model(device: str) -> Model:
+    """Experts that share pages with their neighbours: of 4 KiB, or of the 2 MiB of a GPU."""
+    size = 333 if device == "cpu" else 333 * 512
+    return random_model({number: {"w": ((12, size), torch.bfloat16)} for number in range(5)})
 
 
 def _usage(runtime: DWDPRuntime) -> Usage:
@@ -106,9 +109,10 @@ def _random_pass(runtime: DWDPRuntime, model: Model, chance: random.Random) -> N
         check_pass(runtime, model, order, mode)
 
 
-def _enter(rank: int, rendezvous: Path, chance: random.Random, rejoins: bool) -> DWDPRuntime:
-    model = _model()
-    runtime = DWDPRuntime(CONFIG, rank, "cpu", rendezvous, driver=StallingDriver(chance))
+def _enter(rank: int, rendezvous: Path, device: str, chance: random.Random, rejoins: bool) -> DWDPRuntime:
+    model = _model(device)
+    driver = StallingDriver(chance) if device == "cpu" else None
+    runtime = DWDPRuntime(CONFIG, rank, device, rendezvous, driver=driver)
     add_layers(runtime, model)
     if rejoins:
         runtime.rejoin()
@@ -118,12 +122,14 @@ def _enter(rank: int, rendezvous: Path, chance: random.Random, rejoins: bool) ->
     return runtime
 
 
-def _run_rank(rank: int, rendezvous: Path, seed: int, rejoins: bool, passes: Any, parent: Connection) -> None:
+def _run_rank(
+    rank: int, rendezvous: Path, device: str, seed: int, rejoins: bool, passes: Any, parent: Connection
+) -> None:
     """Passes until the parent says something, or kills this process."""
     torch.set_num_threads(1)
     chance = random.Random(seed)
-    model = _model()
-    runtime = _enter(rank, rendezvous, chance, rejoins)
+    model = _model(device)
+    runtime = _enter(rank, rendezvous, device, chance, rejoins)
     parent.send("here")
     before = None
     done = 0
@@ -137,19 +143,19 @@ def _run_rank(rank: int, rendezvous: Path, seed: int, rejoins: bool, passes: Any
     parent.send((grown, runtime.close().open()))
 
 
-def soak(passes: int, kills: int, seed: int = 0) -> Report:
+def soak(passes: int, kills: int, seed: int = 0, device: str = "cpu") -> Report:
     """At least ``passes`` passes of a group, and ``kills`` deaths spread evenly over them."""
     torch.set_num_threads(1)
     chance = random.Random(seed)
     start = time.monotonic()
-    model = _model()
+    model = _model(device)
     counts = processes.RawArray("L", GROUP_SIZE)
     others: dict[int, tuple[BaseProcess, Connection]] = {}
     with tempfile.TemporaryDirectory() as directory:
 
         def enter(rank: int, rejoins: bool) -> None:
             ours, theirs = processes.Pipe()
-            arguments = (rank, Path(directory), chance.randrange(1 << 30), rejoins, counts, theirs)
+            arguments = (rank, Path(directory), device, chance.randrange(1 << 30), rejoins, counts, theirs)
             process = processes.Process(target=_run_rank, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -157,7 +163,7 @@ def soak(passes: int, kills: int, seed: int = 0) -> Report:
 
         for rank in range(1, GROUP_SIZE):
             enter(rank, rejoins=False)
-        runtime = _enter(0, Path(directory), chance, rejoins=False)
+        runtime = _enter(0, Path(directory), device, chance, rejoins=False)
         for _, connection in others.values():
             assert connection.recv() == "here"
         before: Usage | None = None
@@ -204,6 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passes", type=int, default=100_000)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     report = soak(**vars(parser.parse_args()))
     print(f"{report.passes} passes of {GROUP_SIZE} ranks in {report.seconds:.0f} s, every byte compared")

@@ -21,7 +21,8 @@ from typing import Final
 
 SECONDS_EACH: Final = 60
 MEGABYTES: Final = 2048
-EVERY: Final = 50_000  # inputs after which the figures are printed
+LONGEST: Final = 512  # bytes of an input
+EVERY: Final = 10_000  # inputs after which the figures are printed
 WARM: Final = 1000  # inputs after which a process should not grow any more
 TESTS: Final = Path(__file__).parents[1]
 
@@ -57,7 +58,7 @@ def fuzz(name: str, runs: int) -> None:
             os._exit(0)
 
     with tempfile.TemporaryDirectory() as discovered:
-        options = [f"-timeout={SECONDS_EACH}", f"-rss_limit_mb={MEGABYTES}", "-max_len=4096", "-verbosity=0"]
+        options = [f"-timeout={SECONDS_EACH}", f"-rss_limit_mb={MEGABYTES}", f"-max_len={LONGEST}", "-verbosity=0"]
         atheris.Setup([sys.argv[0], *options, discovered, str(targets.CORPUS / name)], one)
         atheris.Fuzz()
 

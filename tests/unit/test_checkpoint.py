@@ -41,6 +41,15 @@ def test_reads_tensors_and_rows(tmp_path: Path, write: Callable[[Path], None]) -
         assert checkpoint.read("b", 1).dtype == torch.int16
 
 
+def test_a_tensor_without_dimensions_and_rows_that_are_not_there(tmp_path: Path) -> None:
+    save_file({"scale": torch.tensor(2.5), "b": TENSORS["b"]}, tmp_path / SINGLE_FILE)
+    with Checkpoint(tmp_path) as checkpoint:
+        assert torch.equal(checkpoint.read("scale"), torch.tensor(2.5))
+        for name, row in ("scale", 0), ("b", 2), ("b", -1):
+            with pytest.raises(ConfigError, match=f"{name} in .* no row {row}"):
+                checkpoint.read(name, row)
+
+
 def cut(directory: Path) -> None:
     file = directory / "b.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
@@ -56,6 +65,8 @@ def index_of(weight_map: object) -> Callable[[Path], None]:
         (lambda directory: (directory / INDEX_FILE).unlink(), "neither"),
         (lambda directory: (directory / INDEX_FILE).write_text("{"), INDEX_FILE),
         (index_of({"weights": {}}), "weight_map"),
+        (index_of({"weight_map": {"a": "../a.safetensors"}}), "not the name of a file beside it"),
+        (index_of({"weight_map": {"a": "a" * 300}}), "has no such file"),
         (index_of({"weight_map": {"a": "a.safetensors", "c": "b.safetensors"}}), "b.safetensors holds c"),
         (lambda directory: (directory / "a.safetensors").unlink(), "a.safetensors"),
         (cut, "b.safetensors"),

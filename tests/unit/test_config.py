@@ -15,6 +15,7 @@ from vmm_dwdp import ConfigError, DWDPConfig, ExpertPlacement, WeightSpec
     ("values", "sentence"),
     [
         ({"group_size": 0}, "group_size must be at least 1, not 0"),
+        ({"group_size": -(1 << 20_000)}, "group_size must be at most 9223372036854775807"),
         ({"group_size": 2.0}, "group_size must be a whole number, not 2.0"),
         ({"group_size": True}, "group_size must be a whole number, not True"),
         ({"group_size": 2, "prefetch_depth": 0}, "prefetch_depth must be at least 1, not 0"),
@@ -38,11 +39,19 @@ def test_bad_values_are_named(values: dict[str, Any], sentence: str) -> None:
         DWDPConfig.from_dict(values)
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "group_size: {", "just words", ""])
+@pytest.mark.parametrize("text", ["[1, 2]", "group_size: {", "just words", "", "group_size: !!bool x", "[" * 400])
 def test_yaml_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "dwdp.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"dwdp\.yaml"):
+        DWDPConfig.from_yaml(path)
+
+
+def test_aliases_are_refused(tmp_path: Path) -> None:
+    """Nine times nine times nine ...: a few lines could stand for gigabytes."""
+    path = tmp_path / "dwdp.yaml"
+    path.write_text("prefetch_depth: &depth 2\ngroup_size: *depth\n")
+    with pytest.raises(ConfigError, match="no use for aliases"):
         DWDPConfig.from_yaml(path)
 
 
