@@ -264,7 +264,7 @@ BUGS: Final = (
         "vmm_dwdp/exchange.py",
         "                if error.errno == errno.EINVAL:\n",
         "                if error.errno:\n",
-        _SOCKETS,
+        _DOOR,
     ),
     Bug(
         "a socket that could not be listened at stays in the directory",

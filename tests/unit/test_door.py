@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from support.doors import CHECKSUMS, TOKEN, answer_to, exchange, knock, request, serving
+from support.failing_calls import FailingCalls
 from support.groups import check_pass, published, random_model
 
 from vmm_dwdp import HOST, DWDPConfig, ExchangeError
@@ -369,6 +370,16 @@ def test_a_group_publishes_and_passes_among_the_slow_and_the_silent(directory: P
         crowd.join()
         for sock in knocked:
             sock.close()
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_connection_that_cannot_be_accepted_does_not_shut_the_door(directory: Path, ledger: Ledger, at: int) -> None:
+    """A process that is out of descriptors for a moment; who knocked is answered afterwards."""
+    failing = FailingCalls("accept", at)
+    with failing.installed(), serving(directory, ledger):
+        for _ in range(3):
+            assert answer_to(directory, json.dumps(request(directory)).encode(), ledger) == {"error": None}
+    assert failing.failed
 
 
 def test_a_rank_that_accepts_nobody_does_not_hold_up_others(directory: Path, ledger: Ledger) -> None:
