@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
+import yaml
 from common import Row, parser, report
 
 from vmm_dwdp import DWDPConfig
@@ -80,9 +81,14 @@ def gsm8k(model: Any, task: Task) -> float:
 
     assert task.gsm8k is not None
     files = {split: str((task.gsm8k / f"{split}.jsonl").resolve()) for split in ("train", "test")}
-    questions = {"task": "gsm8k", "dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+    task_of_lm_eval = Path(lm_eval.__file__).parent / "tasks/gsm8k/gsm8k.yaml"
+    questions = {"include": str(task_of_lm_eval), "task": "gsm8k", "dataset_path": "json", "dataset_name": None}
     tokenizer = transformers.AutoTokenizer.from_pretrained(task.model)
-    evaluated = lm_eval.simple_evaluate(HFLM(model, tokenizer=tokenizer), tasks=[questions], limit=task.limit)
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as stated:
+        yaml.safe_dump(questions | {"dataset_kwargs": {"data_files": files}}, stated)
+        stated.flush()
+        lm = HFLM(model, tokenizer=tokenizer, batch_size=1)
+        evaluated = lm_eval.simple_evaluate(lm, tasks=[stated.name], limit=task.limit)
     return float(evaluated["results"]["gsm8k"]["exact_match,flexible-extract"])
 
 
