@@ -73,6 +73,11 @@ AROUND = {
         printed=("torch.Size([1, 15, 256])",),
     ),
     ("first-steps.md", 0): Around(printed=("My dear sister,", "HAMLET")),
+    ("decode.md", 0): Around(
+        f"{RUNTIME}\nlayer, x = 0, torch.zeros(3, 8)",
+        "print(list(weights['w'].shape), config.mode); runtime.release(0); runtime.close()",
+        printed=("[4, 8, 8] in_place",),
+    ),
     ("kernels.md", 0): Around(
         before=OPERANDS,
         after="torch.testing.assert_close(out[0], weight[0] @ x[0]); print(len(providers()) > 5, Scales.__name__)",
