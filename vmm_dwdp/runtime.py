@@ -135,9 +135,7 @@ class DWDPRuntime:
             StateError: after `publish`.
         """
         self._require_setup("local_shard")
-        described = self._described(layer)
-        if weight not in described.weights:
-            raise ConfigError(f"layer {layer} has no weight {weight!r}; it has {', '.join(described.weights)}")
+        described = self._with_weight(layer, weight)
         owner = self.rank if owner is None else owner
         if owner not in self.held_owners:
             raise ConfigError(f"rank {self.rank} does not hold the shards of {owner!r}")
@@ -238,9 +236,7 @@ class DWDPRuntime:
             self._staging.refill(self._driver.current_stream())
 
     def _check_update(self, layer: int, weight: str, owner: Owner, value: torch.Tensor) -> None:
-        described = self._described(layer)
-        if weight not in described.weights:
-            raise ConfigError(f"layer {layer} has no weight {weight!r}; it has {', '.join(described.weights)}")
+        described = self._with_weight(layer, weight)
         if owner not in self.held_owners:
             raise ConfigError(f"rank {self.rank} does not hold the shards of {owner!r}")
         spec = described.weights[weight]
@@ -362,9 +358,7 @@ class DWDPRuntime:
         """The same bytes as `acquire` returns, as at most three contiguous tensors ``[E_i, ...]`` in expert order: the
         experts before this rank's own, its own, and those after. Valid between `acquire` and `release`."""
         self._require_running()
-        described = self._described(layer)
-        if weight not in described.weights:
-            raise ConfigError(f"layer {layer} has no weight {weight!r}; it has {', '.join(described.weights)}")
+        described = self._with_weight(layer, weight)
         return self._assembly.tensor_list(described, weight)
 
     def _stream(self, stream: torch.cuda.Stream | None) -> int:
@@ -476,3 +470,9 @@ class DWDPRuntime:
 
     def _described(self, layer: int) -> Layer:
         return self._layers[self._number(layer)]
+
+    def _with_weight(self, layer: int, weight: str) -> Layer:
+        described = self._described(layer)
+        if weight not in described.weights:
+            raise ConfigError(f"layer {layer} has no weight {weight!r}; it has {', '.join(described.weights)}")
+        return described
