@@ -87,6 +87,7 @@ def test_experts_in_host_memory(kind: str, one_process: list[Outputs]) -> None:
         assert all(map(np.array_equal, found[kind], ordinary[kind]))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; elsewhere test_engine.py has two ranks")
 def test_experts_spread_over_two_ranks(one_process: list[Outputs]) -> None:
     ranks = run_group(partial(forward, size=2, port=free_port(), configs=[None]), 2, engine_process.DEVICE)
     for [found] in ranks:

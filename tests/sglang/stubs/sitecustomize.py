@@ -8,7 +8,7 @@ import importlib.machinery
 import sys
 import types
 
-MISSING = ("torchvision", "torchao", "xgrammar", "IPython", "gguf", "zstandard", "watchfiles")
+MISSING = ("torchvision", "torchao", "xgrammar", "IPython", "gguf", "zstandard", "watchfiles", "vllm._custom_ops")
 
 
 class _Absent(type):
@@ -45,7 +45,8 @@ class _StubModule(types.ModuleType):
 
 class _StubFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, fullname, path=None, target=None):
-        if fullname.partition(".")[0] in MISSING:
+        inside = any(f"{fullname}.".startswith(f"{name}.") for name in MISSING)
+        if inside or any(name.startswith(f"{fullname}.") for name in MISSING):
             return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
         return None
 
