@@ -9,12 +9,15 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import engine_process
 import experts
 import torch
 from ports import free_port
 
+from vmm_dwdp import DWDPRuntime, ExchangeError
+from vmm_dwdp.integrations.sglang import hooks
 from vmm_dwdp.testing import run_group
 
 
@@ -114,6 +117,14 @@ def run_rank(rank: int, *, port: int, config: str) -> dict[str, Any]:
     seen["updates"] = updates()
     engine_process.shut_down()
 
+    model = experts.model("bf16")
+    experts.load(model)
+    manager = hooks.manager()
+    assert manager is not None
+    with patch.object(DWDPRuntime, "publish", side_effect=ExchangeError("rank 1 did not come")):
+        seen["setup"] = sentence(partial(engine_process.init_dwdp, model))
+    seen["left after it"] = [manager.runtime.ledger.open(), model.layers[0].w13_weight.numel()]
+
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
     small = partial(FusedMoE, hidden_size=512, intermediate_size=512, top_k=2)
@@ -181,6 +192,8 @@ def test_one_rank(tmp_path: Path) -> None:
         "manager": "vmm_dwdp.integrations.sglang.manager.ExpertManager",
         "paths": {"forward": True, "deferred finalise": True, "core": True, "method": True},
         "loader": f"ConfigError: {no_updates}",
+        "setup": "ExchangeError: rank 1 did not come",
+        "left after it": [[], 0],
         "updates": {(False, no_updates)},
         "counts": "ConfigError: DWDP needs as many experts in every MoE layer: layer 0 has 8, layer 1 has 16",
         "number": "ConfigError: two MoE layers have the number 0; DWDP needs a number of its own for each",
