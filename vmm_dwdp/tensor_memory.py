@@ -24,7 +24,8 @@ class TensorMemory(Generic[M]):
     def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor whose first byte is at ``offset``; it owns nothing."""
         tensor = tensor_at(self.memory.address + offset, shape, dtype, self._device)
-        self._watches.append(StorageWatch(tensor))
+        # Only those still held matter; `update` and `check_integrity` make new tensors for as long as a runtime lives.
+        self._watches = [*filter(StorageWatch.alive, self._watches), StorageWatch(tensor)]
         return tensor
 
     def in_use(self) -> bool:

@@ -120,6 +120,22 @@ def test_integrity_tells_of_a_byte_that_changed(tmp_path: Path) -> None:
             runtime.check_integrity(verify=True)
 
 
+def test_updates_and_checks_leave_nothing_to_watch_behind(tmp_path: Path) -> None:
+    config = DWDPConfig(group_size=1, host_experts=4, checksums=True)
+    with published(config, tmp_path, OLD) as (runtime,):
+
+        def watches() -> int:
+            return sum(len(memory._watches) for memory in runtime._assembly._ranges)
+
+        updated(runtime, NEW)
+        runtime.check_integrity(verify=True)
+        before = watches()
+        for model in (OLD, NEW) * 3:
+            updated(runtime, model)
+            runtime.check_integrity(verify=True)
+        assert watches() == before
+
+
 def test_integrity_tells_of_a_mapping_too_many(tmp_path: Path) -> None:
     config = DWDPConfig(group_size=1, host_experts=4)
     with published(config, tmp_path, OLD) as (runtime,):
