@@ -12,8 +12,8 @@ the routing may have changed.
                |-- in place --|-- tried: in place --|-- tried: staged --|-- staged --->
 
 The device's clock times a pass, from the acquire of its first layer to the release of its last. It counts only if the
-pass before it was of the same mode: after one of the other, the first layers are in their slots already, or the link is
-still busy with them.
+pass before it was of the same mode, chosen or asked for: after one of the other, the first layers are in their slots
+already, or the link is still busy with them. A pass whose first layer is refused was none.
 
 Before anything was measured, the crossover is supposed to be where the experts that are expected to be used, at the
 rate of reading in place, take as long as all experts take at the rate of copies. ``T`` tokens that choose ``k`` of
@@ -30,7 +30,7 @@ from typing import Final, get_args
 
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Ledger, Owned
-from vmm_dwdp.config import Mode
+from vmm_dwdp.config import Mode, ModeSetting
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.timing import Span
 
@@ -104,16 +104,22 @@ class ModeChooser(Owned):
         self._buckets: dict[int, _Bucket] = {}
         self._passes = 0
         self._mode: Mode = "staged"  # of the pass in progress, or the latest
-        self._timed: tuple[int, Mode] = 0, "staged"  # bucket and mode of the pass that `_span` times
+        self._chosen: int | None = None  # the bucket of the pass that may begin, if it is to be timed
+        self._bucket: int | None = None  # of the pass in progress, if it is timed
+        self._timed: tuple[int, Mode] = 0, "staged"  # bucket and mode of the pass that was timed and not read yet
         self._span = Span(driver, ledger, "pass")
 
-    def acquire(self, index: int, tokens: int | None, top_k: int | None, stream: int) -> Mode:
-        """The mode of layer ``index``. While ``stream`` is captured, it is the one supposed or known to be faster.
+    def choose(self, index: int, asked: ModeSetting, tokens: int | None, top_k: int | None, stream: int) -> Mode:
+        """The mode of layer ``index``, which may still be refused. Where it was not ``asked`` for, and ``stream`` is
+        captured, it is the one supposed or known to be faster.
 
-        Raises `ConfigError` if a pass begins and ``tokens`` is not told.
+        Raises `ConfigError` if a pass of mode auto is to begin and ``tokens`` is not told.
         """
         if index > 0:
-            return self._mode
+            return self._mode if asked == "auto" else asked
+        self._chosen = self._bucket = None
+        if asked != "auto":
+            return asked
         if tokens is None:
             raise ConfigError("mode auto goes by the number of tokens: tell it when the first layer is acquired")
         bucket = math.floor(DOUBLING * math.log2(max(tokens, 1)))
@@ -121,22 +127,26 @@ class ModeChooser(Owned):
             tokens_there = crossover(self._num_experts, top_k or SUPPOSED_TOP_K, SUPPOSED_RATE)
             self._crossover = DOUBLING * math.log2(tokens_there)
             self._borders = _borders(self._crossover, [], [])
-        self._passes += 1
-        before = self._mode
         if self._driver.capture(stream):
-            self._mode = self._best(bucket)
-            return self._mode
+            return self._best(bucket)
         self._read()
-        self._mode = self._next(bucket)
-        if self._mode == before and self._is_tried(bucket) and not self._span.pending:
+        mode = self._next(bucket)
+        if mode == self._mode and self._is_tried(bucket) and not self._span.pending:
             self._span.start(stream)
-            self._timed = bucket, self._mode
-        return self._mode
+            self._chosen = bucket
+        return mode
+
+    def acquired(self, index: int, mode: Mode) -> None:
+        """Layer ``index`` was not refused."""
+        if index == 0:
+            self._passes += 1
+            self._mode, self._bucket = mode, self._chosen
 
     def release(self, index: int, stream: int) -> None:
         """Layer ``index`` of the pass has been read by the work given to ``stream``."""
-        if index == self._last_layer:
+        if index == self._last_layer and self._bucket is not None:
             self._span.stop(stream)
+            self._timed, self._bucket = (self._bucket, self._mode), None
 
     def choice(self) -> ModeChoice | None:
         """What is known so far; None before the first pass."""

@@ -308,14 +308,16 @@ class DWDPRuntime:
             raise ConfigError(f"the config does not provide for mode {mode}, only for {', '.join(self._modes)}")
         if index in self._read_in_place:
             raise StateError(f"layer {layer} is acquired already, and was not released")
-        if mode == "auto":
-            assert self._chooser is not None
-            mode = self._chooser.acquire(index, tokens, top_k, self._stream(stream))
+        if self._chooser is not None:
+            mode = self._chooser.choose(index, mode, tokens, top_k, self._stream(stream))
+        assert mode != "auto"
         if mode == "in_place":
             self._read_in_place.add(index)
             self._in_place_counts[index] += 1
         elif self._staging is not None:
             self._staging.acquire(index, self._stream(stream), tokens)
+        if self._chooser is not None:
+            self._chooser.acquired(index, mode)
         return self._weights[mode][index]
 
     @_between_compiled

@@ -80,7 +80,7 @@ class PassTimer(Owned):
 
 
 class Span(Owned):
-    """Times a stretch of work on a stream, again and again; one at a time.
+    """Times a stretch of work on a stream, again and again; one at a time, from the latest `start` to `stop`.
 
     Attributes:
         pending: whether a stretch was timed and not read yet.
@@ -89,7 +89,6 @@ class Span(Owned):
     def __init__(self, driver: Driver, ledger: Ledger, label: str) -> None:
         self.pending = False
         self._driver = driver
-        self._started = False
         self._resources = ResourceStack()
         try:
             self._start = self._resources.push(Event(driver, ledger, f"{label} starts", timed=True))
@@ -99,15 +98,13 @@ class Span(Owned):
             raise
 
     def start(self, stream: int) -> None:
-        """The stretch begins with the work that ``stream`` is given next; one that was begun before is given up."""
+        """The stretch begins with the work that ``stream`` is given next."""
         self._driver.record(self._start.event, stream)
-        self._started = True
 
     def stop(self, stream: int) -> None:
-        """It ends with the work that ``stream`` was given so far; does nothing if none was begun."""
-        if self._started:
-            self._driver.record(self._stop.event, stream)
-            self._started, self.pending = False, True
+        """It ends with the work that ``stream`` was given so far."""
+        self._driver.record(self._stop.event, stream)
+        self.pending = True
 
     def read(self) -> float | None:
         """Its seconds, once; None if there is nothing to read, or the device is not past it yet."""

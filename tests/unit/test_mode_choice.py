@@ -13,7 +13,7 @@ from support.groups import check_pass, join, random_model
 
 from vmm_dwdp import ConfigError, DWDPConfig
 from vmm_dwdp.allocator.handles import Ledger
-from vmm_dwdp.config import Mode
+from vmm_dwdp.config import Mode, ModeSetting
 from vmm_dwdp.guard import Guard
 from vmm_dwdp.mode_choice import RETRY, SAMPLES, TRIAL, ModeChooser, crossover
 
@@ -66,11 +66,18 @@ def chooser(clock: Clock) -> Iterator[ModeChooser]:
     assert ledger.open() == []
 
 
+def begin(chooser: ModeChooser, tokens: int, asked: ModeSetting = "auto") -> Mode:
+    mode = chooser.choose(0, asked, tokens, TOP_K, 0)
+    chooser.acquired(0, mode)
+    return mode
+
+
 def run_pass(chooser: ModeChooser, clock: Clock, tokens: int, takes: PassTime) -> Mode:
-    mode = chooser.acquire(0, tokens, TOP_K, 0)
+    mode = begin(chooser, tokens)
     for layer in range(LAYERS):
         if layer > 0:
-            assert chooser.acquire(layer, None, None, 0) == mode
+            assert chooser.choose(layer, "auto", None, None, 0) == mode
+            chooser.acquired(layer, mode)
         clock.now += takes(tokens, mode) / LAYERS
         chooser.release(layer, 0)
     return mode
@@ -179,12 +186,29 @@ def test_a_device_that_is_behind_is_not_waited_for(chooser: ModeChooser, clock: 
 
 def test_a_pass_that_ended_early_is_not_timed(chooser: ModeChooser, clock: Clock) -> None:
     for _ in range(20):
-        chooser.acquire(0, 20, TOP_K, 0)
+        begin(chooser, 20)
         clock.now += 1000
         run_pass(chooser, clock, 20, device(0.8))
     choice = chooser.choice()
     assert choice is not None
     assert all(seconds < 1000 for modes in choice.seconds.values() for seconds in modes.values())
+
+
+@pytest.mark.parametrize("asked", ["auto", "staged", "in_place"])
+def test_a_pass_that_was_refused_is_neither_timed_nor_the_pass_before(
+    chooser: ModeChooser, clock: Clock, asked: ModeSetting
+) -> None:
+    for _ in range(20):
+        chooser.choose(0, asked, 20, TOP_K, 0)
+        clock.now += 1000
+        begin(chooser, 20, asked="in_place")  # so passes in place count, and staged ones do not
+        chooser.release(LAYERS - 1, 0)
+        run_pass(chooser, clock, 20, device(0.8))
+    choice = chooser.choice()
+    assert choice is not None
+    (seconds,) = choice.seconds.values()
+    assert list(seconds) == ["in_place"]
+    assert seconds["in_place"] < 1000
 
 
 def test_a_capture_takes_what_is_known_and_times_nothing(chooser: ModeChooser, clock: Clock) -> None:
