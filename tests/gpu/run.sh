@@ -24,7 +24,11 @@ step doctor 40 "python3 -m vmm_dwdp.cli doctor --json >$out/doctor.json && echo 
 step demo 240 "python3 -m vmm_dwdp.cli demo --device cuda --json >$out/demo.json; s=\$?; python3 -c \"import json; d = json.load(open('$out/demo.json')); print('identical', d['identical'], 'leaked', d['leaked'], d['seconds'], 's')\"; exit \$s"
 step tests 240 "python3 -m pytest -q -p no:cacheprovider -m 'gpu and not faults' tests"
 step faults 90 "python3 -m pytest -q -p no:cacheprovider -m 'gpu and faults' tests"
-step memcheck 240 "$memcheck --target-processes application-only python3 -m pytest -q -p no:cacheprovider -m 'gpu and not faults' tests/unit tests/gpu"
-step memgroup 200 "$memcheck --target-processes all python3 -m pytest -q -p no:cacheprovider -m gpu tests/gpu/test_group_on_gpu.py -k 'alone or two'"
+# Sanitizers that run at the same time need ports of their own to attach by, so these steps name theirs.
+grouped="--ignore tests/gpu/test_group_on_gpu.py --ignore tests/gpu/test_transformers_on_gpu.py --ignore tests/gpu/test_demo_on_gpu.py"
+step memcheck 240 "$memcheck --base-port 50100 --target-processes application-only python3 -m pytest -q -p no:cacheprovider -m 'gpu and not faults' tests/unit tests/multiprocess/test_memory_between_processes.py tests/gpu $grouped --ignore tests/gpu/test_grouped_gemm_on_gpu.py"
+step memgroup 240 "$memcheck --base-port 50300 --target-processes all python3 -m pytest -q -p no:cacheprovider -m gpu tests/gpu/test_group_on_gpu.py"
+step memmodels 300 "$memcheck --base-port 50500 --target-processes all python3 -m pytest -q -p no:cacheprovider -m gpu tests/gpu/test_transformers_on_gpu.py"
+step memdemo 400 "$memcheck --base-port 50700 --target-processes all python3 -m vmm_dwdp.cli demo --device cuda --json"
 step assembly 60 "python3 benchmarks/assembly.py --json >$out/assembly.json && echo ok"
 printf '%s\n' "${lines[@]}"
