@@ -54,6 +54,12 @@ def medians(measure: Callable[[], Mapping[str, float]], repeats: int) -> dict[st
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
 
+def seen(row: Row) -> Row:
+    """``row``, which is also printed to stderr, for whoever waits for the rest or cannot."""
+    print(json.dumps(row), file=sys.stderr, flush=True)
+    return row
+
+
 def report(arguments: argparse.Namespace, tables: Mapping[str, Sequence[Row]]) -> None:
     """Print the machine, and tables whose rows all have the same columns, as text or as one JSON object."""
     about = machine(arguments.device)

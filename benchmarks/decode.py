@@ -31,14 +31,15 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import Row, parser, report
+from common import Row, parser, report, seen
 from torch import Tensor
 
 from vmm_dwdp import HOST, DWDPConfig, DWDPRuntime, WeightSpec
 from vmm_dwdp.config import ModeSetting
 from vmm_dwdp.kernels import Scales, grouped_gemm, tensor_list_grouped_gemm
 
-WARM_UP = 20  # passes in which mode auto finds out which mode is faster
+WARM_UP = 12  # passes in which mode auto finds out which mode is faster, near the crossover
+ENOUGH = 1.5  # seconds of passes, after which no more are timed than two
 
 Gemm = Callable[[Tensor, Tensor, Tensor, "Scales | None"], Tensor]
 Weights = dict[str, Tensor]
@@ -87,14 +88,15 @@ def specs(shape: Shape) -> dict[str, WeightSpec]:
 def published(shape: Shape, device: torch.device, mode: ModeSetting) -> Iterator[DWDPRuntime]:
     """A runtime of one rank with all experts in host memory, filled with random numbers."""
     config = DWDPConfig(group_size=1, host_experts=shape.experts, prefetch_depth=shape.depth, mode=mode)
-    block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul(shape.hidden**-0.5)
+    generator = torch.Generator(device).manual_seed(0)
+    block = torch.randn(1 << 22, generator=generator, device=device).mul(shape.hidden**-0.5)
     with tempfile.TemporaryDirectory() as directory, DWDPRuntime(config, 0, device, Path(directory) / "g") as runtime:
         for layer in range(shape.layers):
             runtime.add_layer(layer, specs(shape))
         for layer in range(shape.layers):
             for name in specs(shape):
                 shard = runtime.local_shard(layer, name, HOST).view(-1)
-                values = block.abs() if name.endswith("scale") else block
+                values = (block.abs() if name.endswith("scale") else block).to(shard.dtype)
                 for part in shard.split(block.numel()):
                     part.copy_(values[: part.numel()])
         del shard, part
@@ -159,11 +161,21 @@ class Passes:
 
     def time(self, run: Callable[[], object], routing: Routing) -> float:
         """Seconds of one pass, the median; the first one does not count."""
-        seconds = []
+        seconds: list[float] = []
         for ends in routing.ends:
+            if len(seconds) > 2 and sum(seconds) > ENOUGH:
+                break
             self.ends.copy_(ends)
             seconds.append(elapsed(run, self.x.device))
         return statistics.median(seconds[1:])
+
+    def settle(self, run: Callable[[], object]) -> None:
+        """Passes in mode auto, ``run``, until it has tried what it wants to try."""
+        for _ in range(WARM_UP):
+            elapsed(run, self.x.device)
+            choice = self.runtime.stats().mode_choice
+            if choice is None or not choice.in_place_below <= self.batch < choice.staged_from:
+                break
 
 
 def elapsed(run: Callable[[], object], device: torch.device) -> float:
@@ -208,10 +220,10 @@ def measure(
         routing = Routing(shape, batch, kind, passes + 1, runtime.device)
         run = Passes(shape, runtime, batch)
         run.ends.copy_(routing.ends[0])
+        chosen = partial(run.spread, torch_gemm, "auto")
+        run.settle(chosen)
+        auto = run.time(chosen, routing)
         staged = run.time(partial(run.spread, torch_gemm, "staged"), routing)
-        for _ in range(WARM_UP):
-            run.spread(torch_gemm, "auto")
-        auto = run.time(partial(run.spread, torch_gemm, "auto"), routing)
         for kernel in kernels:
             on_gpu = partial(run.whole, whole, KERNELS[kernel])
             in_place = partial(run.spread, KERNELS[kernel], "in_place")
@@ -220,7 +232,7 @@ def measure(
             gpu, seconds = run.time(on_gpu, routing), run.time(in_place, routing)
             replayed = run.time(captured(in_place), routing) if run.x.is_cuda else None
             used = routing.active * expert_bytes
-            yield {
+            row = {
                 "routing": kind,
                 "batch": batch,
                 "kernel": kernel,
@@ -235,6 +247,7 @@ def measure(
                 "auto": auto * 1e3 if kernel == "torch" else None,
                 "auto behind": auto / min(staged, seconds) - 1 if kernel == "torch" else None,
             }
+            yield seen(row)
 
 
 def main() -> None:

@@ -5,15 +5,17 @@ the link of every figure is PCIe, from host memory to one GPU: a real copy engin
 
 link      GB/s of one large copy, of one layer's copies as they are planned, and the second divided by the first
 cost      microseconds of the launching thread for `acquire` and `release` of a layer, the medians, and the longest; for
-          all that it does for a layer with 40 kernels; and for these kernels without a runtime
+          all that it does for a layer with 40 kernels; and for these kernels without a runtime. Until the device has
+          come to the layer before, the thread launches kernels on another stream, as one at work does
 launch    microseconds of a kernel launch, median and longest: with nothing else going on, while a layer is prefetched,
           and while the copies of that layer are given to the driver
-overlap   milliseconds of a pass over all layers, many passes in a row, for several ratios of compute to copies: with
-          compute alone, and with both; by how much the second is longer, which is the wait that is exposed; and the
-          second divided by the longer of compute alone and copies at link speed
-graph     the same in a CUDA graph, milliseconds to instantiate it, and microseconds to launch it
+overlap   milliseconds of a pass over all layers, several passes in a row, for several ratios of compute to copies: of
+          compute alone, of copies alone, and of both; by how much both are longer than compute, which is the wait that
+          is exposed; and both divided by the longer of the two alone, the median of turns and the largest
+graph     the same in a CUDA graph, beside eager passes; by how much a replay is longer than an eager pass and one
+          layer's copies; milliseconds to instantiate it, and microseconds to launch it
 
-Compute is products of square bf16 matrices. Figures that are compared are taken in turns.
+Compute is products of square bf16 matrices. Figures that are compared are taken in turns, of which the medians count.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from common import Row, parser, report
+from common import Row, parser, report, seen
 from far_owners import SHAPES, FarOwners
 
 from vmm_dwdp import DWDPConfig
@@ -34,6 +37,7 @@ from vmm_dwdp.allocator.handles import Stream
 RATIOS = [0.2, 0.5, 0.8, 1.1, 1.5, 2.0, 5.0]  # of compute to copies
 PLANS = {"slices of 2 MiB": 2 << 20, "auto": "auto"}
 LAUNCHES = 20  # kernels before `acquire`, and after it, where launching them is what is looked at
+PACE = 30e-6  # seconds from one launch to the next of a thread that is at work
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -73,12 +77,21 @@ def cost(rig: FarOwners, passes: int) -> dict[str, float]:
     """Microseconds of the launching thread for a layer, which is launched when the device has come to it."""
     x = torch.zeros(1024, device="cuda")
     stream = torch.cuda.current_stream().cuda_stream
-    copy_s = seconds(lambda: rig.staging.acquire(0, stream, None) or rig.staging.release(0, stream))
+    other = torch.cuda.Stream()
     reached = torch.cuda.Event()
+
+    def work() -> None:
+        with torch.cuda.stream(other):
+            x.add_(0)
+        until = time.perf_counter() + PACE
+        while time.perf_counter() < until:
+            pass
 
     def layer(index: int | None) -> tuple[float, float, float]:
         """Seconds of acquire, of release, and of all; ``None``: of the kernels alone."""
-        reached.synchronize()
+        work()
+        while not reached.query():
+            work()
         begin = time.perf_counter()
         for _ in range(LAUNCHES):
             x.add_(1)
@@ -97,10 +110,8 @@ def cost(rig: FarOwners, passes: int) -> dict[str, float]:
 
     rig.staging.reset(stream)
     found = [layer(index) for _ in range(passes) for index in range(len(rig.layers))][len(rig.layers) :]
-    alone = []
-    for _ in found:
-        time.sleep(copy_s)  # as long as the thread waits for the device above
-        alone.append(layer(None)[2])
+    torch.cuda.synchronize()
+    alone = [layer(None)[2] for _ in found]
     return {
         "acquire us": statistics.median(acquire for acquire, _, _ in found) * 1e6,
         "release us": statistics.median(release for _, release, _ in found) * 1e6,
@@ -186,48 +197,59 @@ def device_seconds(work: Callable[[], object], passes: int) -> float:
     return first.elapsed_time(last) * 1e-3 / passes
 
 
-def overlap(rig: FarOwners, link_rate: float, passes: int, turns: int) -> list[Row]:
-    """A row for each of `RATIOS`."""
+def overlap(rig: FarOwners, link_rate: float, ratios: list[float], passes: int, turns: int) -> list[Row]:
+    """A row for each of ``ratios``."""
     made = Passes(rig)
     copy_s = rig.layers[0].plan.fetched_bytes / link_rate / 1e9
     rows = []
-    for ratio in RATIOS:
+    for ratio in ratios:
         products = max(1, round(ratio * copy_s / made.product_s))
-        found = {"compute": [], "both": []}
+        found = []
         for _ in range(turns):
-            found["compute"].append(device_seconds(lambda n=products: made.compute(n), passes))
-            found["both"].append(device_seconds(lambda n=products: made.run(n), passes))
-        compute_s, both_s = (statistics.median(found[name]) for name in ("compute", "both"))
-        copies_s = copy_s * len(rig.layers)
-        rows.append(
-            {
-                "wanted": ratio,
-                "compute / copies": compute_s / copies_s,
-                "compute ms": compute_s * 1e3,
-                "copies ms": copies_s * 1e3,
-                "both ms": both_s * 1e3,
-                "exposed ms": (both_s - compute_s) * 1e3,
-                "both / longer": both_s / max(compute_s, copies_s),
-            }
-        )
+            compute_s = device_seconds(partial(made.compute, products), passes)
+            both_s = device_seconds(partial(made.run, products), passes)
+            copies_s = device_seconds(partial(made.run, 0), passes)
+            found.append(
+                {
+                    "compute / copies": compute_s / copies_s,
+                    "compute ms": compute_s * 1e3,
+                    "copies ms": copies_s * 1e3,
+                    "both ms": both_s * 1e3,
+                    "exposed ms": (both_s - compute_s) * 1e3,
+                    "both / longer": both_s / max(compute_s, copies_s),
+                }
+            )
+        middle = {name: statistics.median(turn[name] for turn in found) for name in found[0]}
+        rows.append(seen({"wanted": ratio, **middle, "largest": max(turn["both / longer"] for turn in found)}))
     return rows
 
 
-def graph(rig: FarOwners, link_rate: float, passes: int) -> list[Row]:
+def graph(rig: FarOwners, link_rate: float, passes: int, turns: int) -> list[Row]:
     """Captured passes with less and more compute than copies, beside eager ones."""
     made = Passes(rig)
     copy_s = rig.layers[0].plan.fetched_bytes / link_rate / 1e9
     rows = []
     for ratio in (0.5, 1.5):
         products = max(1, round(ratio * copy_s / made.product_s))
-        eager_s = device_seconds(lambda n=products: made.run(n), passes)
         captured = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.graph(captured):
             made.run(products)
         start = time.perf_counter()
         captured.instantiate()
         instantiated = time.perf_counter()
-        replay_s = device_seconds(captured.replay, passes)
+        found = []
+        for _ in range(turns):
+            eager_s = device_seconds(partial(made.run, products), passes)
+            replay_s = device_seconds(captured.replay, passes)
+            layer_s = device_seconds(partial(made.run, 0), passes) / len(rig.layers)
+            found.append(
+                {
+                    "eager ms": eager_s * 1e3,
+                    "replay ms": replay_s * 1e3,
+                    "one layer's copies ms": layer_s * 1e3,
+                    "over both ms": (replay_s - eager_s - layer_s) * 1e3,
+                }
+            )
         launches = []
         for _ in range(5):
             torch.cuda.synchronize()
@@ -235,17 +257,12 @@ def graph(rig: FarOwners, link_rate: float, passes: int) -> list[Row]:
             captured.replay()
             launches.append(time.perf_counter() - before)
         torch.cuda.synchronize()
-        rows.append(
-            {
-                "wanted": ratio,
-                "products a layer": products,
-                "eager ms": eager_s * 1e3,
-                "replay ms": replay_s * 1e3,
-                "one layer's copies ms": copy_s * 1e3,
-                "instantiate ms": (instantiated - start) * 1e3,
-                "launch us": statistics.median(launches) * 1e6,
-            }
-        )
+        middle = {name: statistics.median(turn[name] for turn in found) for name in found[0]}
+        of_graph = {
+            "instantiate ms": (instantiated - start) * 1e3,
+            "launch us": statistics.median(launches) * 1e6,
+        }
+        rows.append(seen({"wanted": ratio, "products a layer": products, **middle, **of_graph}))
     return rows
 
 
@@ -259,18 +276,20 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[Row]]:
 
     for plan in PLANS:
         rig = rank_0(arguments.cost_shape, plan, arguments.cost_layers)
-        tables["link"].append(about(rig, arguments.cost_shape, plan) | link(rig))
-        tables["cost"].append(about(rig, arguments.cost_shape, plan) | cost(rig, passes=4))
-        tables["launch"].append(about(rig, arguments.cost_shape, plan) | launch(rig, rounds=6))
+        tables["link"].append(seen(about(rig, arguments.cost_shape, plan) | link(rig)))
+        tables["cost"].append(seen(about(rig, arguments.cost_shape, plan) | cost(rig, passes=4)))
+        tables["launch"].append(seen(about(rig, arguments.cost_shape, plan) | launch(rig, rounds=6)))
         rig.close()
     for plan in PLANS:
         rig = rank_0(arguments.shape, plan, arguments.layers)
         rates = link(rig)
-        tables["link"].append(about(rig, arguments.shape, plan) | rates)
-        tables["cost"].append(about(rig, arguments.shape, plan) | cost(rig, passes=4))
-        tables[f"overlap, {plan}"] = overlap(rig, rates["one large copy"], arguments.passes, arguments.turns)
+        tables["link"].append(seen(about(rig, arguments.shape, plan) | rates))
+        tables["cost"].append(seen(about(rig, arguments.shape, plan) | cost(rig, passes=4)))
+        timed = rig, rates["one large copy"]
+        repeats = arguments.passes, arguments.turns
+        tables[f"overlap, {plan}"] = overlap(*timed, arguments.ratio or RATIOS, *repeats)
         if plan == "auto":
-            tables["graph"] = graph(rig, rates["one large copy"], arguments.passes)
+            tables["graph"] = graph(*timed, *repeats)
         rig.close()
     return tables
 
@@ -292,6 +311,7 @@ def main() -> None:
         "--cost-shape", choices=SHAPES, default="deepseek-r1-fp8", help="of link, cost and launch"
     )
     arguments_of.add_argument("--cost-layers", type=int, default=4, help="of link, cost and launch (default: 4)")
+    arguments_of.add_argument("--ratio", type=float, action="append", help="of overlap; may be repeated")
     arguments_of.add_argument("--passes", type=int, default=3, help="in a row that are timed together (default: 3)")
     arguments_of.add_argument("--turns", type=int, default=3, help="repetitions, of which the median (default: 3)")
     arguments = arguments_of.parse_args()
