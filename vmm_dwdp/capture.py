@@ -24,22 +24,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vmm_dwdp.allocator.driver import Driver
-from vmm_dwdp.allocator.handles import Event, Ledger, ResourceStack, Stream
+from vmm_dwdp.allocator.handles import Ledger, ResourceStack
 from vmm_dwdp.errors import StateError
-from vmm_dwdp.prefetch import Fetch, Prefetcher
+from vmm_dwdp.prefetch import Fetch, Prefetcher, SlotEvents, open_streams_and_slots
 
 
 @dataclass
-class _CapturedSlot:
-    """One slot as the capture in progress has it.
+class _CapturedSlot(SlotEvents):
+    """One slot as the capture in progress has it; its events are edges of the graph."""
 
-    Attributes:
-        ready: by copy stream; recorded by a captured fetch, waited for by a captured acquire.
-        consumed: recorded by a captured release, waited for by the captured fetch that follows.
-    """
-
-    ready: list[Event]
-    consumed: Event
     holds: int = 0  # the layer that it holds at this point of a replay
     fetched: bool = False  # whether a captured copy put it there
     reader: int | None = None  # the layer that was acquired in this capture and not yet released
@@ -60,16 +53,9 @@ class CapturedPasses:
         self._capture = 0  # the one in progress, or the latest
         self._resources = ResourceStack()
         try:
-            push = self._resources.push
-            num_streams = max(len(fetch.streams) for fetch in fetches)
-            self._streams = [push(Stream(driver, ledger, f"captured copies {i}")) for i in range(num_streams)]
-            self._slots = [
-                _CapturedSlot(
-                    ready=[push(Event(driver, ledger, f"slot {i} ready in a graph")) for _ in self._streams],
-                    consumed=push(Event(driver, ledger, f"slot {i} consumed in a graph")),
-                )
-                for i in range(len(prefetcher.slots))
-            ]
+            self._streams, self._slots = open_streams_and_slots(
+                _CapturedSlot, len(prefetcher.slots), driver, ledger, fetches, self._resources
+            )
         except BaseException:
             self.close()
             raise

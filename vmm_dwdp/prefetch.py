@@ -28,7 +28,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Event, Ledger, ResourceStack, Stream
@@ -63,15 +63,37 @@ class LayerCounts:
 
 
 @dataclass
-class Slot:
-    """The memory that some layers share, at this point of the launching thread's program."""
+class SlotEvents:
+    """The events of one slot; see [Note: The event protocol]."""
 
     ready: list[Event]  # by copy stream
     consumed: Event
+
+
+@dataclass
+class Slot(SlotEvents):
+    """The memory that some layers share, at this point of the launching thread's program."""
+
     holds: int | None = None  # the layer that it holds or is being filled with
     reader: int | None = None  # the layer that was acquired and not yet released
     read: bool = True  # whether what it holds was acquired since it was fetched
     ticket: Ticket | None = None  # the latest fetch into it
+
+
+S = TypeVar("S", bound=SlotEvents)
+
+
+def open_streams_and_slots(
+    slot: type[S], num_slots: int, driver: Driver, ledger: Ledger, fetches: Sequence[Fetch], owner: ResourceStack
+) -> tuple[list[Stream], list[S]]:
+    """As many copy streams as some fetch needs, and slots with their events; ``owner`` closes them."""
+    streams = [owner.push(Stream(driver, ledger, f"copies {i}")) for i in range(max(len(f.streams) for f in fetches))]
+
+    def event(label: str) -> Event:
+        return owner.push(Event(driver, ledger, label))
+
+    slots = [slot([event(f"slot {i} ready") for _ in streams], event(f"slot {i} consumed")) for i in range(num_slots)]
+    return streams, slots
 
 
 class Prefetcher:
@@ -98,17 +120,10 @@ class Prefetcher:
         self._prompt = False  # whether the copies of the first layers are given to the driver before a pass ends
         self._resources = ResourceStack()
         try:
-            push = self._resources.push
-            num_streams = max(len(fetch.streams) for fetch in fetches)
-            self._streams = [push(Stream(driver, ledger, f"copies {i}")) for i in range(num_streams)]
-            self.slots = [
-                Slot(
-                    ready=[push(Event(driver, ledger, f"slot {i} ready")) for _ in self._streams],
-                    consumed=push(Event(driver, ledger, f"slot {i} consumed")),
-                )
-                for i in range(min(prefetch_depth, len(fetches)))
-            ]
-            self.timer = push(PassTimer(driver, ledger, len(fetches)))
+            self._streams, self.slots = open_streams_and_slots(
+                Slot, min(prefetch_depth, len(fetches)), driver, ledger, fetches, self._resources
+            )
+            self.timer = self._resources.push(PassTimer(driver, ledger, len(fetches)))
             self.reset(driver.current_stream())
         except BaseException:
             self.close()
