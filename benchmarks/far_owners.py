@@ -84,11 +84,10 @@ class FarOwners:
     def __init__(
         self, device: torch.device, config: DWDPConfig, weights: Mapping[str, WeightSpec], num_layers: int
     ) -> None:
-        self.driver: Any = _OneProcess(open_driver(device), far=False)
+        self.driver = open_driver(device)
         self.ledger = Ledger()
-        self._far_driver: Any = _OneProcess(self.driver, far=True)
         self.far: list[Assembly] = []
-        near = self._assembly(self.driver, config, rank=0)
+        near = self._assembly(_OneProcess(self.driver, far=False), config, rank=0)
         self.layers = [describe_layer(n, weights, config, 0, near.granularity) for n in range(num_layers)]
         for layer in self.layers:
             near.add(layer)
@@ -114,7 +113,7 @@ class FarOwners:
     def _shares(
         self, config: DWDPConfig, weights: Mapping[str, WeightSpec], owner: int, num_layers: int
     ) -> list[Share]:
-        far = self._assembly(self._far_driver, config, owner)
+        far = self._assembly(_OneProcess(self.driver, far=True), config, owner)
         self.far.append(far)
         layer = describe_layer(0, weights, config, owner, far.granularity)
         far.add(layer)
