@@ -1,41 +1,55 @@
 """SGLang's own offline engine with its experts in host memory, beside the same engine without this library.
 
-Writes a Qwen3-MoE checkpoint with random weights (or takes ``--load-format dummy``), starts one engine per variant, one
-after the other, and compares the tokens that each generates for the same prompts: prefill and decode, greedy.
-Needs sglang and a GPU. The plugin is found by SGLang through the installed package's entry point.
+Writes a Qwen3-MoE checkpoint with random weights (or takes ``--load-format dummy``) and starts one engine per variant.
+They start side by side, in processes of their own; once all are ready, one after the other answers the same prompts,
+greedily. Needs sglang and a GPU. The plugin is found by SGLang through the installed package's entry point.
 
 Variants: ``gpu`` all experts in GPU memory, without this library; ``offload`` SGLang's own CPU offloading; ``host`` all
 experts in host memory, copied ahead; ``half`` half of them; ``in_place`` all in host memory, read in place. With
 ``-graph`` at the end, decode runs in CUDA graphs.
+
+prefill      tokens per second, all prompts in one batch, for each length of a prompt: the median of three, or of fewer
+             if they are slow
+decode       milliseconds a step, of one token for every prompt of the first length
+same tokens  as the first variant that, like this one, decodes in graphs or does not: there SGLang splits its attention
+             otherwise, so sums are rounded otherwise
+digest       of all tokens, to compare with another run
+GPU GiB      in use on the whole GPU, by all engines
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import multiprocessing
 import os
+import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser, report
+from common import Row, parser, report
+
+Tokens = list[list[int]]
+PREFILLS, PREFILL_SECONDS = 3, 2.0  # at most
 
 
 def main() -> None:
     arguments = _arguments()
-    folder = Path(tempfile.mkdtemp(prefix="qwen3-moe-", dir="/dev/shm"))
-    _write_model(folder, arguments)
-    rows, tokens = [], {}
-    for variant in arguments.variants:
-        row, tokens[variant] = _run(folder, variant, arguments)
-        row["same tokens"] = tokens[variant] == tokens[arguments.variants[0]]
-        print(row, flush=True)
-        rows.append(row)
-    report(arguments, {"variants": rows})
+    with tempfile.TemporaryDirectory(prefix="qwen3-moe-") as directory:
+        folder = Path(directory)
+        _write_model(folder, arguments)
+        rows = _measure_all(folder, arguments)
+    if rows:
+        report(arguments, {"variants": rows})
+    if len(rows) < len(arguments.variants):
+        sys.exit("some engines failed; what they said is above")
 
 
 def _arguments() -> argparse.Namespace:
@@ -46,7 +60,7 @@ def _arguments() -> argparse.Namespace:
     result.add_argument("--intermediate", type=int, default=768, help="of one expert")
     result.add_argument("--load-format", choices=["safetensors", "dummy"], default="safetensors")
     result.add_argument("--prompts", type=int, default=4)
-    result.add_argument("--prompt-tokens", type=int, default=512)
+    result.add_argument("--prompt-tokens", type=int, nargs="+", default=[512])
     result.add_argument("--new-tokens", type=int, default=16)
     result.add_argument("--variants", nargs="+", default=["gpu", "host", "half", "offload"])
     return result.parse_args()
@@ -81,16 +95,19 @@ def _write_model(folder: Path, arguments: argparse.Namespace) -> None:
         from safetensors.torch import save_file
 
         torch.manual_seed(0)
-        for number, tensors in enumerate(_checkpoint(config)):
+        for number, tensors in enumerate(_checkpoint(config, arguments.device)):
             save_file(tensors, folder / f"model-{number:05d}.safetensors")
 
 
-def _checkpoint(config: dict[str, Any]) -> Iterator[dict[str, torch.Tensor]]:
+def _checkpoint(config: dict[str, Any], device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
     """Random weights at a scale at which every layer matters, a file per layer."""
     hidden, heads, kv_heads, dim = config["hidden_size"], 16, 4, 128
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(rows, columns, device="cuda") / columns**0.5).to(torch.bfloat16).cpu()
+        return matrices(1, rows, columns)[0]
+
+    def matrices(count: int, rows: int, columns: int) -> torch.Tensor:
+        return (torch.randn(count, rows, columns, device=device) / columns**0.5).to(torch.bfloat16).cpu()
 
     def ones(size: int) -> torch.Tensor:
         return torch.ones(size, dtype=torch.bfloat16)
@@ -113,79 +130,131 @@ def _checkpoint(config: dict[str, Any]) -> Iterator[dict[str, torch.Tensor]]:
             f"{prefix}.self_attn.k_norm.weight": ones(dim),
             f"{prefix}.mlp.gate.weight": matrix(config["num_experts"], hidden),
         }
-        for expert in range(config["num_experts"]):
-            inner = config["moe_intermediate_size"]
-            for name, shape in {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}.items():
-                tensors[f"{prefix}.mlp.experts.{expert}.{name}_proj.weight"] = matrix(*shape)
+        inner = config["moe_intermediate_size"]
+        for name, shape in {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}.items():
+            for expert, weight in enumerate(matrices(config["num_experts"], *shape)):
+                tensors[f"{prefix}.mlp.experts.{expert}.{name}_proj.weight"] = weight
         yield tensors
 
 
-def _run(folder: Path, variant: str, arguments: argparse.Namespace) -> tuple[dict[str, object], list[list[int]]]:
+def _measure_all(folder: Path, arguments: argparse.Namespace) -> list[Row]:
+    """A row for every variant whose engine did not fail."""
+    context = multiprocessing.get_context("spawn")
+    engines: dict[str, tuple[Connection, Any]] = {}
+    for variant in arguments.variants:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_engine, args=(theirs, folder, variant, arguments), name=variant)
+        process.start()
+        theirs.close()  # so that the end of an engine that dies is seen
+        engines[variant] = ours, process
+    rows: list[Row] = []
+    first: dict[bool, Tokens] = {}  # tokens, by whether decode runs in graphs
+    ready = {variant: _answer(pipe, variant) for variant, (pipe, _) in engines.items()}
+    for variant, started in ready.items():
+        pipe, _ = engines[variant]
+        if started is None:
+            continue
+        pipe.send("measure")
+        answer = _answer(pipe, variant)
+        if answer is None:
+            continue
+        figures, tokens = answer
+        same = tokens == first.setdefault(variant.endswith("-graph"), tokens)
+        digest = hashlib.sha256(str(tokens).encode()).hexdigest()[:12]
+        rows.append({"variant": variant, "start s": started, **figures, "same tokens": same, "digest": digest})
+        print(rows[-1], file=sys.stderr, flush=True)
+    for pipe, process in engines.values():
+        pipe.close()  # at which the engine is shut down
+        process.join()
+    return rows
+
+
+def _answer(pipe: Connection, variant: str) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError:
+        print(f"the engine of {variant} died", file=sys.stderr, flush=True)
+        return None
+
+
+def _engine(pipe: Connection, folder: Path, variant: str, arguments: argparse.Namespace) -> None:
+    """The process of one engine: sends the seconds that it took to start, and on request its figures and tokens."""
     kind, _, graph = variant.partition("-")
-    with _environment(folder, kind, arguments.experts):
-        from sglang import Engine
+    _set_environment(folder, variant, kind, arguments.experts)
+    from sglang import Engine
 
-        started = time.perf_counter()
-        engine = Engine(
-            model_path=str(folder),
-            load_format="auto" if arguments.load_format == "safetensors" else "dummy",
-            skip_tokenizer_init=True,
-            attention_backend="triton",
-            sampling_backend="pytorch",
-            moe_runner_backend="triton",
-            grammar_backend="none",
-            disable_radix_cache=True,
-            mem_fraction_static=0.3 if kind == "gpu" else 0.5,
-            max_running_requests=arguments.prompts,
-            cuda_graph_max_bs_decode=arguments.prompts,
-            disable_cuda_graph=not graph,
-            chunked_prefill_size=16384,
-            cpu_offload_gb=200 if kind == "offload" else 0,
-            random_seed=0,
-        )
-        try:
-            ready = time.perf_counter()
-            prompts = _prompts(arguments)
-            one = {"temperature": 0, "max_new_tokens": 1, "ignore_eos": True}
-            many = {**one, "max_new_tokens": arguments.new_tokens}
-            engine.generate(input_ids=prompts, sampling_params=many)
-            begin = time.perf_counter()
-            engine.generate(input_ids=prompts, sampling_params=one)
-            prefilled = time.perf_counter()
-            answers = engine.generate(input_ids=prompts, sampling_params=many)
-            end = time.perf_counter()
-        finally:
-            engine.shutdown()
-    prefill = prefilled - begin
-    decode = (end - prefilled - prefill) / max(1, arguments.new_tokens - 1)
-    row = {
-        "variant": variant,
-        "start s": round(ready - started, 1),
-        "prefill tokens/s": round(arguments.prompts * arguments.prompt_tokens / prefill),
-        "decode ms/step": round(decode * 1e3, 2),
-    }
-    return row, [answer["output_ids"] for answer in answers]
+    all_tokens = arguments.prompts * max(arguments.prompt_tokens)
+    started = time.perf_counter()
+    engine = Engine(
+        model_path=str(folder),
+        load_format="auto" if arguments.load_format == "safetensors" else "dummy",
+        device=arguments.device.type,
+        skip_tokenizer_init=True,
+        attention_backend="triton" if arguments.device.type == "cuda" else "torch_native",
+        sampling_backend="pytorch",
+        moe_runner_backend="triton",
+        grammar_backend="none",
+        disable_radix_cache=True,
+        mem_fraction_static=0.7,
+        max_running_requests=arguments.prompts,
+        max_total_tokens=all_tokens + arguments.prompts * (arguments.new_tokens + 64),
+        max_prefill_tokens=all_tokens,
+        chunked_prefill_size=all_tokens,
+        cuda_graph_bs_decode=[arguments.prompts],
+        disable_prefill_cuda_graph=True,
+        disable_decode_cuda_graph=not graph,
+        cpu_offload_gb=200 if kind == "offload" else 0,
+        random_seed=0,
+    )
+    try:
+        pipe.send(round(time.perf_counter() - started, 1))
+        pipe.recv()
+        pipe.send(_measure(engine, arguments))
+        pipe.recv()
+    except EOFError:
+        pass  # the benchmark is done
+    finally:
+        engine.shutdown()
 
 
-def _prompts(arguments: argparse.Namespace) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    shape = (arguments.prompts, arguments.prompt_tokens)
-    prompts: list[list[int]] = torch.randint(0, 32000, shape, generator=generator).tolist()
-    return prompts
-
-
-@contextmanager
-def _environment(folder: Path, kind: str, num_experts: int) -> Iterator[None]:
-    """The environment of an engine's processes."""
+def _set_environment(folder: Path, variant: str, kind: str, num_experts: int) -> None:
     os.environ.pop("VMM_DWDP_CONFIG", None)
     host_experts = {"host": num_experts, "half": num_experts // 2, "in_place": num_experts}.get(kind)
     if host_experts is not None:
-        config = folder / f"{kind}.yaml"
+        config = folder / f"{variant}.yaml"
         mode = "in_place" if kind == "in_place" else "staged"
         config.write_text(f"group_size: 1\nhost_experts: {host_experts}\nmode: {mode}\n")
         os.environ["VMM_DWDP_CONFIG"] = str(config)
-    yield
-    os.environ.pop("VMM_DWDP_CONFIG", None)
+
+
+def _measure(engine: Any, arguments: argparse.Namespace) -> tuple[dict[str, float], Tokens]:
+    def answer(length: int, new_tokens: int) -> tuple[float, Tokens]:
+        """Seconds, and what follows the prompts of that length."""
+        shape = (arguments.prompts, length)
+        prompts = torch.randint(0, 32000, shape, generator=torch.Generator().manual_seed(1)).tolist()
+        parameters = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+        begin = time.perf_counter()
+        answers = engine.generate(input_ids=prompts, sampling_params=parameters)
+        return time.perf_counter() - begin, [each["output_ids"] for each in answers]
+
+    figures: dict[str, float] = {}
+    tokens: Tokens = []
+    for length in arguments.prompt_tokens:
+        new_tokens = arguments.new_tokens if length == arguments.prompt_tokens[0] else 1
+        answer(length, new_tokens)  # compiles kernels
+        prefills: list[float] = []
+        while len(prefills) < PREFILLS and sum(prefills) < PREFILL_SECONDS:
+            prefills.append(answer(length, 1)[0])
+        prefill = statistics.median(prefills)
+        figures[f"prefill of {length}: tokens/s"] = round(arguments.prompts * length / prefill)
+        whole, found = answer(length, new_tokens)
+        tokens += found
+        if new_tokens > 1:
+            figures["decode ms/step"] = round((whole - prefill) / (new_tokens - 1) * 1e3, 2)
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        figures["GPU GiB"] = round((total - free) / 2**30, 1)
+    return figures, tokens
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ host memory (far_owners.py), the very same pages for both, so that the link is P
 the GPU. SGLang streams the two expert weights and no scales, so both have these two here.
 
 iteration  milliseconds of a pass over all layers for several ratios of compute to copies: SGLang's, ours, and ours
-           divided by SGLang's
+           divided by SGLang's, the median of the ratios of pairs
 cost       microseconds of the launching thread for what SGLang calls `wait_prefetch` and
            `record_compute_and_prefetch_next`, and we `acquire` and `release`, in layers after which one is fetched; at
            the device's pace
@@ -13,7 +13,9 @@ memory     MiB that stage remote experts
 set-up     seconds from weights in torch's memory until layers can be prefetched, the slowest rank's; the median of the
            ratios of pairs
 
-SGLang's package initialisers, which import a serving engine, are left out, and a function that logs is replaced.
+SGLang's package initialisers, which import a serving engine, are left out, and a function that logs is replaced. So is
+its choice of handle types, as versions of cuda-bindings refuse the number by which it asks for two at once: handles are
+descriptors, which it falls back to on any machine without a fabric.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from common import Row, parser, report
+from cuda.bindings import driver
 from far_owners import SHAPES, FarOwners
 from prefetch import Passes, device_seconds, link
 
@@ -44,7 +47,7 @@ from vmm_dwdp.testing import run_group
 
 GROUP_SIZE = 4
 RATIOS = [0.2, 0.5, 0.8, 1.0, 1.1, 1.5, 2.0, 4.0]
-PAIRS = 7  # of set-ups
+PAIRS = 7  # of set-ups, and of passes for every ratio
 LAUNCHES = 20
 Weights = dict[str, WeightSpec]
 Local = dict[tuple[int, str], torch.Tensor]  # by layer and weight
@@ -69,6 +72,9 @@ class SGLang:
             importlib.import_module(f"sglang.srt.layers.moe.dwdp.{name}")
             for name in ("layout", "transport", "weight_buffer", "weight_manager")
         )
+        self._vmm = importlib.import_module("sglang.srt.layers.moe.dwdp.vmm")
+        descriptors = int(driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR)
+        self._vmm.shareable_handle_types = lambda device: descriptors
 
     @staticmethod
     def _bare(root: Path, package: str) -> None:
@@ -95,7 +101,7 @@ class SGLang:
         handles = list(manager._transport.handle_set.handles.values())
         manager.release()
         for handle in handles:
-            importlib.import_module("sglang.srt.layers.moe.dwdp.vmm").release_handle(handle)
+            self._vmm.release_handle(handle)
 
 
 def in_torch_memory(weights: Weights, layers: int, rank: int) -> Local:
@@ -130,12 +136,12 @@ def beside(sglang: SGLang, rig: FarOwners, weights: Weights, layers: int) -> Any
     return sglang.start(in_torch_memory(weights, layers, 0), rig.layers[0].placement.num_experts, 0, transport)
 
 
-def iteration(shape: str, layers: int, passes: int, turns: int) -> list[Row]:
+def iteration(sglang: SGLang, shape: str, layers: int, passes: int) -> list[Row]:
     weights = _streamed(shape)
     rig = FarOwners(torch.device("cuda"), DWDPConfig(group_size=GROUP_SIZE), weights, layers)
-    sglang = SGLang()
     theirs = beside(sglang, rig, weights, layers)
     ours = Passes(rig)
+    _check_bytes(theirs, rig)
 
     def their_pass(products: int) -> None:
         theirs.prefetch_first_layers()
@@ -148,20 +154,22 @@ def iteration(shape: str, layers: int, passes: int, turns: int) -> list[Row]:
     rows: list[Row] = []
     for ratio in RATIOS:
         products = max(1, round(ratio * copy_s / ours.product_s))
-        found: dict[str, list[float]] = {"compute": [], "sglang": [], "ours": []}
-        for _ in range(turns):
-            found["compute"].append(device_seconds(functools.partial(ours.compute, products), passes))
-            found["sglang"].append(device_seconds(functools.partial(their_pass, products), passes))
-            found["ours"].append(device_seconds(functools.partial(ours.run, products), passes))
-        middle = {name: statistics.median(values) for name, values in found.items()}
+        compute = device_seconds(functools.partial(ours.compute, products), passes)
+        pairs = [
+            (
+                device_seconds(functools.partial(their_pass, products), passes),
+                device_seconds(functools.partial(ours.run, products), passes),
+            )
+            for _ in range(PAIRS)
+        ]
         rows.append(
             {
-                "compute / copies": middle["compute"] / copy_s / layers,
-                "compute ms": middle["compute"] * 1e3,
+                "compute / copies": compute / copy_s / layers,
+                "compute ms": compute * 1e3,
                 "copies ms": copy_s * layers * 1e3,
-                "sglang ms": middle["sglang"] * 1e3,
-                "ours ms": middle["ours"] * 1e3,
-                "ours / sglang": middle["ours"] / middle["sglang"],
+                "sglang ms": statistics.median(theirs_s for theirs_s, _ in pairs) * 1e3,
+                "ours ms": statistics.median(ours_s for _, ours_s in pairs) * 1e3,
+                "ours / sglang": statistics.median(ours_s / theirs_s for theirs_s, ours_s in pairs),
             }
         )
     sglang.end(theirs)
@@ -169,11 +177,24 @@ def iteration(shape: str, layers: int, passes: int, turns: int) -> list[Row]:
     return rows
 
 
-def cost(shape: str, layers: int, passes: int) -> tuple[list[Row], list[Row]]:
+def _check_bytes(theirs: Any, rig: FarOwners) -> None:
+    """Both fetch the same bytes: rank 0 has the first experts, and those of the others lie behind."""
+    stream = torch.cuda.current_stream().cuda_stream
+    theirs.prefetch_first_layers()
+    theirs.wait_prefetch(0)
+    rig.staging.acquire(0, stream, None)
+    for name, ours in rig.weights[0].items():
+        fetched = slice(len(rig.layers[0].placement.experts(0)), None)
+        same = theirs.weight_buffer.get_full_tensor(0, name)[fetched].view(torch.uint8)
+        if not torch.equal(same, ours[fetched].view(torch.uint8)):
+            raise SystemExit(f"SGLang's {name} is not ours")
+    rig.staging.release(0, stream)
+
+
+def cost(sglang: SGLang, shape: str, layers: int, passes: int) -> tuple[list[Row], list[Row]]:
     weights = _streamed(shape)
     rig = FarOwners(torch.device("cuda"), DWDPConfig(group_size=GROUP_SIZE), weights, layers)
     free, _ = torch.cuda.mem_get_info()
-    sglang = SGLang()
     theirs = beside(sglang, rig, weights, layers)
     torch.cuda.synchronize()
     their_bytes = free - torch.cuda.mem_get_info()[0]
@@ -296,14 +317,14 @@ def main() -> None:
     arguments_of.add_argument("--shape", choices=SHAPES, default="qwen3-30b-bf16", help="of iteration and set-up")
     arguments_of.add_argument("--cost-shape", choices=SHAPES, default="deepseek-r1-fp8", help="of cost and memory")
     arguments_of.add_argument("--layers", type=int, default=6, help="layers of a pass (default: 6)")
-    arguments_of.add_argument("--passes", type=int, default=2, help="in a row that are timed together (default: 2)")
-    arguments_of.add_argument("--turns", type=int, default=2, help="repetitions, of which the median (default: 2)")
+    arguments_of.add_argument("--passes", type=int, default=1, help="in a row that are timed together (default: 1)")
     arguments = arguments_of.parse_args()
     if arguments.device.type != "cuda":
         arguments_of.error("SGLang's classes need a GPU")
     rows = set_up_rows(arguments.shape, arguments.layers)
-    costs, memory = cost(arguments.cost_shape, layers=4, passes=4)
-    iterations = iteration(arguments.shape, arguments.layers, arguments.passes, arguments.turns)
+    sglang = SGLang()
+    costs, memory = cost(sglang, arguments.cost_shape, layers=4, passes=4)
+    iterations = iteration(sglang, arguments.shape, arguments.layers, arguments.passes)
     report(arguments, {"iteration": iterations, "cost": costs, "memory": memory, "set-up": rows})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,8 @@ def start(rank: int, size: int, port: int) -> None:
     load_plugins()
     from sglang.srt.distributed import parallel_state
 
+    os.environ["SGLANG_NCCL_SO_PATH"] = "none"  # NCCL refuses ranks that share a GPU
+    parallel_state.set_custom_all_reduce(False)
     use_runner("triton", rank, size)
     parallel_state.init_distributed_environment(
         world_size=size,
