@@ -9,6 +9,12 @@
     seven of an e4m3 scale its low exponent bits and mantissa: both are then right but for the bias, a power of two.
     A product of the two has six significant bits, so bf16 holds it exactly; an e8m0 scale is a power of two anyway.
     The fp32 scale of an expert is applied to the finished sums.
+
+[Note: Two widths]
+    Where experts have few rows, time goes into reading weights, over a link perhaps, and every tile of rows reads them
+    again. So a program takes up to ``FEW`` rows of an expert: in a batch of as many tokens no weight is read twice,
+    however skewed its routing. Most experts have fewer rows, and to multiply them in a tile of that width would take
+    longer than to read them: if they fit, a program takes a tile of ``NARROW`` rows, about as many as the mean.
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ from vmm_dwdp.kernels.problem import Problem
 
 BAND = 8  # tiles along the tokens that share columns of weights in L2
 TILE_N = 128
+FEW = 64  # rows
 ELEMENTS = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
@@ -79,6 +86,63 @@ def _decode_fp4(packed, scale, NV: tl.constexpr, TILE_N: tl.constexpr, TILE_K: t
 
 
 @triton.jit
+def _multiply(
+    x,
+    weight,
+    scales,
+    expert_scale,
+    x_scale,
+    out,
+    start,
+    end,
+    column,
+    n_size,
+    k_size,
+    FORM: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """Write rows ``[start, min(start + TILE_M, end))`` of a tile; an expert's weight and scales by their addresses."""
+    rows = start + tl.arange(0, TILE_M)
+    row_mask = rows < end
+    columns = column * TILE_N + tl.arange(0, TILE_N)
+    safe_columns = tl.minimum(columns, n_size - 1).to(tl.int64)
+    x_rows = x + rows.to(tl.int64)[:, None] * k_size
+    PACKED: tl.constexpr = FORM == "nvfp4" or FORM == "mxfp4"
+    STORED_K: tl.constexpr = TILE_K // 2 if PACKED else TILE_K
+    BLOCK: tl.constexpr = 16 if FORM == "nvfp4" else 32
+    stored_k = k_size // 2 if PACKED else k_size
+    weight_rows = weight + safe_columns[:, None] * stored_k
+    blocks_k = tl.cdiv(k_size, 128)
+    acc = tl.zeros((TILE_N, TILE_M), tl.float32)
+    for k in range(0, k_size, TILE_K):
+        ks = k + tl.arange(0, TILE_K)
+        stored = (k // 2 if PACKED else k) + tl.arange(0, STORED_K)
+        x_tile = tl.load(x_rows + ks[None, :], row_mask[:, None] & (ks < k_size)[None, :], 0.0)
+        w_tile = tl.load(weight_rows + stored[None, :], (stored < stored_k)[None, :], 0 if PACKED else 0.0)
+        if PACKED:
+            blocks = k // BLOCK + tl.arange(0, TILE_K // BLOCK)
+            scale_rows = scales.to(tl.pointer_type(tl.uint8)) + safe_columns[:, None] * (k_size // BLOCK)
+            scale = tl.load(scale_rows + blocks[None, :], (blocks < k_size // BLOCK)[None, :], 0)
+            w_tile = _decode_fp4(w_tile, scale, FORM == "nvfp4", TILE_N, TILE_K).to(x.dtype.element_ty)
+        if FORM == "fp8 1x128/128x128":
+            scale_pointer = scales.to(tl.pointer_type(tl.float32))
+            w_factor = tl.load(scale_pointer + (column * TILE_N // 128) * blocks_k + k // 128)
+            x_factor = tl.load(x_scale + rows.to(tl.int64) * blocks_k + k // 128, row_mask, 0.0)
+            acc += tl.dot(w_tile, x_tile.T) * (w_factor * x_factor)[None, :]
+        else:
+            acc = tl.dot(w_tile, x_tile.T, acc, input_precision="ieee")
+    if FORM == "nvfp4":
+        acc *= expert_scale
+    if FORM == "fp8 row-wise":
+        w_factors = tl.load(scales.to(tl.pointer_type(tl.float32)) + safe_columns)
+        acc *= w_factors[:, None] * tl.load(x_scale + rows, row_mask, 0.0)[None, :]
+    to = out + rows.to(tl.int64)[:, None] * n_size + columns[None, :]
+    tl.store(to, acc.T.to(out.dtype.element_ty), row_mask[:, None] & (columns < n_size)[None, :])
+
+
+@triton.jit
 def _kernel(
     x,
     weights,
@@ -98,55 +162,61 @@ def _kernel(
     WEIGHT: tl.constexpr,
     NUM: tl.constexpr,
     E: tl.constexpr,
-    TILE_M: tl.constexpr,
+    NARROW: tl.constexpr,
+    WIDE: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     BAND: tl.constexpr,
 ):
     tiles_n = tl.cdiv(n_size, TILE_N)
-    expert, start, end, column = _find_tile(offsets, tl.program_id(0), num_experts, num_rows, tiles_n, TILE_M, BAND, E)
+    expert, start, end, column = _find_tile(offsets, tl.program_id(0), num_experts, num_rows, tiles_n, WIDE, BAND, E)
     if expert >= num_experts:
         return
-    rows = start + tl.arange(0, TILE_M)
-    row_mask = rows < end
-    columns = column * TILE_N + tl.arange(0, TILE_N)
-    safe_columns = tl.minimum(columns, n_size - 1).to(tl.int64)
-    x_rows = x + rows.to(tl.int64)[:, None] * k_size
     weight = _entry_address(weights, weight_strides, firsts, expert, NUM).to(tl.pointer_type(WEIGHT))
-    PACKED: tl.constexpr = FORM == "nvfp4" or FORM == "mxfp4"
-    STORED_K: tl.constexpr = TILE_K // 2 if PACKED else TILE_K
-    BLOCK: tl.constexpr = 16 if FORM == "nvfp4" else 32
-    stored_k = k_size // 2 if PACKED else k_size
-    weight_rows = tl.multiple_of(weight, 16) + safe_columns[:, None] * stored_k
-    scale_address = tl.zeros((), tl.int64)
+    weight = tl.multiple_of(weight, 16)  # here: it is lost where it is said of a function's argument
+    scales = tl.zeros((), tl.int64)
     if FORM != "plain":
-        scale_address = _entry_address(weight_scales, scale_strides, firsts, expert, NUM)
-    blocks_k = tl.cdiv(k_size, 128)
-    acc = tl.zeros((TILE_N, TILE_M), tl.float32)
-    for k in range(0, k_size, TILE_K):
-        ks = k + tl.arange(0, TILE_K)
-        stored = (k // 2 if PACKED else k) + tl.arange(0, STORED_K)
-        x_tile = tl.load(x_rows + ks[None, :], row_mask[:, None] & (ks < k_size)[None, :], 0.0)
-        w_tile = tl.load(weight_rows + stored[None, :], (stored < stored_k)[None, :], 0 if PACKED else 0.0)
-        if PACKED:
-            blocks = k // BLOCK + tl.arange(0, TILE_K // BLOCK)
-            scale_rows = scale_address.to(tl.pointer_type(tl.uint8)) + safe_columns[:, None] * (k_size // BLOCK)
-            scale = tl.load(scale_rows + blocks[None, :], (blocks < k_size // BLOCK)[None, :], 0)
-            w_tile = _decode_fp4(w_tile, scale, FORM == "nvfp4", TILE_N, TILE_K).to(x.dtype.element_ty)
-        if FORM == "fp8 1x128/128x128":
-            scale_pointer = scale_address.to(tl.pointer_type(tl.float32))
-            w_factor = tl.load(scale_pointer + (column * TILE_N // 128) * blocks_k + k // 128)
-            x_factor = tl.load(x_scale + rows.to(tl.int64) * blocks_k + k // 128, row_mask, 0.0)
-            acc += tl.dot(w_tile, x_tile.T) * (w_factor * x_factor)[None, :]
-        else:
-            acc = tl.dot(w_tile, x_tile.T, acc, input_precision="ieee")
+        scales = _entry_address(weight_scales, scale_strides, firsts, expert, NUM)
+    expert_scale = tl.full((), 1.0, tl.float32)
     if FORM == "nvfp4":
-        acc *= tl.load(_entry_address(global_scales, (4,) * NUM, firsts, expert, NUM).to(tl.pointer_type(tl.float32)))
-    if FORM == "fp8 row-wise":
-        w_factors = tl.load(scale_address.to(tl.pointer_type(tl.float32)) + safe_columns)
-        acc *= w_factors[:, None] * tl.load(x_scale + rows, row_mask, 0.0)[None, :]
-    to = out + rows.to(tl.int64)[:, None] * n_size + columns[None, :]
-    tl.store(to, acc.T.to(out.dtype.element_ty), row_mask[:, None] & (columns < n_size)[None, :])
+        address = _entry_address(global_scales, (4,) * NUM, firsts, expert, NUM)
+        expert_scale = tl.load(address.to(tl.pointer_type(tl.float32)))
+    if NARROW < WIDE and end - start <= NARROW:
+        _multiply(
+            x,
+            weight,
+            scales,
+            expert_scale,
+            x_scale,
+            out,
+            start,
+            end,
+            column,
+            n_size,
+            k_size,
+            FORM,
+            NARROW,
+            TILE_N,
+            TILE_K,
+        )
+    else:
+        _multiply(
+            x,
+            weight,
+            scales,
+            expert_scale,
+            x_scale,
+            out,
+            start,
+            end,
+            column,
+            n_size,
+            k_size,
+            FORM,
+            WIDE,
+            TILE_N,
+            TILE_K,
+        )
 
 
 def _addresses(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -165,9 +235,11 @@ def run(problem: Problem) -> Tensor:
     for weight in weights:
         firsts.append(total)
         total += weight.shape[0]
-    tile_m = min(128, max(16, triton.next_power_of_2(num_rows // num_experts)))
+    narrow = min(128, max(16, triton.next_power_of_2(num_rows // num_experts)))
+    wide = max(narrow, min(FEW, triton.next_power_of_2(num_rows)))
+    alone = narrow == wide
     tile_k = {1: 128, 2: 64, 4: 32}[x.element_size()]
-    grid = (triton.cdiv(num_rows, tile_m) + min(num_experts, num_rows), triton.cdiv(problem.n, TILE_N))
+    grid = (triton.cdiv(num_rows, wide) + min(num_experts, num_rows), triton.cdiv(problem.n, TILE_N))
     _kernel[(grid[0] * grid[1],)](
         x,
         *_addresses(weights),
@@ -185,11 +257,13 @@ def run(problem: Problem) -> Tensor:
         WEIGHT=ELEMENTS[weights[0].dtype],
         NUM=len(weights),
         E=triton.next_power_of_2(num_experts),
-        TILE_M=tile_m,
+        NARROW=narrow,
+        WIDE=wide,
         TILE_N=TILE_N,
         TILE_K=tile_k,
         BAND=BAND,
-        num_warps=8 if tile_m == 128 else 4,
+        num_warps=4 if alone and wide < 128 else 8,
         num_stages=3,
+        maxnreg=None if alone else 128,  # for two programs at once on a multiprocessor
     )
     return out

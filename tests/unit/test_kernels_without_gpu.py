@@ -33,6 +33,23 @@ for form, routing in itertools.product(Format, ROUTINGS):
     print(json.dumps([form.value, routing, error]))
 """
 
+READS = """
+import json, torch
+from vmm_dwdp.kernels import Format
+from vmm_dwdp.kernels.problem import check
+from vmm_dwdp.kernels.testing import random_operands
+from vmm_dwdp.kernels.triton import grouped_gemm
+
+def multiply(x, weight, scales, expert_scale, x_scale, out, start, end, column, *sizes):
+    print(json.dumps([int(number.handle.data.item()) for number in (weight, start, end, column)]))
+
+grouped_gemm._multiply = multiply
+operands = random_operands(Format.PLAIN, num_rows=256, experts=[30, 2], n=136, k=32, dtype=torch.float16)
+counts = torch.tensor([64, 17, 1, 0, 63, 16, 33, *[2] * 24, 14])
+operands.offsets.copy_(counts.cumsum(0))
+grouped_gemm.run(check(*operands))
+"""
+
 COMPILE = """
 import json, sys, torch
 from triton.backends.compiler import GPUTarget
@@ -60,8 +77,9 @@ kernel, grouped_gemm._kernel = grouped_gemm._kernel, Compile()
 driver.set_active(Driver())
 fp8 = (Format.FP8_BLOCK, Format.FP8_ROWWISE) if capability >= 89 else ()
 for form in (Format.PLAIN, Format.NVFP4, Format.MXFP4, *fp8):
-    grouped_gemm.run(check(*random_operands(form, num_rows=1000, experts=[3, 1, 2], n=136, k=160)))
-    print(json.dumps(form.value))
+    for num_rows in (60, 1000):
+        grouped_gemm.run(check(*random_operands(form, num_rows=num_rows, experts=[3, 1, 2], n=136, k=160)))
+        print(json.dumps([form.value, num_rows]))
 """
 
 
@@ -93,10 +111,17 @@ def test_triton_kernel_interpreted(form: Format, routing: str, interpreted: Mapp
     assert interpreted[form.value, routing] < tolerance
 
 
+def test_triton_kernel_reads_weights_of_few_rows_once() -> None:
+    tiles = python(READS, TRITON_INTERPRET="1")
+    assert {end - start for _, start, end, _ in tiles} == {64, 17, 1, 63, 16, 33, 2, 14}
+    assert len(tiles) == 31 * 2  # experts with rows, tiles along N
+    assert len({(weight, column) for weight, _, _, column in tiles}) == len(tiles)
+
+
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_triton_kernel_compiles(capability: int) -> None:
     compiled = python(COMPILE, str(capability))
-    assert len(compiled) == (5 if capability >= 89 else 3)
+    assert len(compiled) == 2 * (5 if capability >= 89 else 3)
 
 
 @pytest.mark.parametrize("num_entries", [1, MAX_ENTRIES])
