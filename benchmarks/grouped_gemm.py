@@ -9,19 +9,24 @@ merge 4 + provider        four tensors copied into one, then the provider: what 
 
 All are timed one after another in every repetition; times are medians, and a ratio is the median of the ratios within
 one repetition: how many times as fast the method is as the one it is compared with. The error is relative to fp64
-products over 64 rows; `same bits` compares a whole result with that of the method compared with.
+products over 64 rows; `same bits` compares a whole result with that of the method compared with. Cases are measured in
+the order of `--tokens`, and each row goes to stderr as soon as it is known.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import json
+import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from common import parser, report
+from common import Row, parser, report
 
 from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.driver import Access
@@ -220,6 +225,21 @@ def dense_rate(device: torch.device, seconds: float) -> float:
     return 2 * DENSE**3 / statistics.median(time["dense"] for time in times) / 1e9
 
 
+def ratios(rows: Sequence[Row]) -> list[Row]:
+    """A row for each format and method that is compared with another: its ratios over all cases."""
+    found: dict[tuple[object, ...], list[float]] = {}
+    for row in rows:
+        ratio = row["ratio"]
+        if isinstance(ratio, float):
+            found.setdefault((row["format"], row["method"], row["compared with"]), []).append(ratio)
+    columns = ("format", "method", "compared with")
+    return [
+        dict(zip(columns, key, strict=True))
+        | {"cases": len(all_), "least": min(all_), "median": statistics.median(all_), "most": max(all_)}
+        for key, all_ in found.items()
+    ]
+
+
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
@@ -231,32 +251,43 @@ def main() -> None:
     arguments.add_argument("--providers", nargs="*", choices=names, default=names, help="of those that are usable")
     arguments.add_argument("--entries", nargs="+", type=int, default=[1, 2, 4, 8])
     arguments.add_argument("--seconds", type=float, default=1.0, help="of timing for each case (default: 1)")
+    arguments.add_argument(
+        "--limit", type=float, default=math.inf, help="seconds after which no case begins (no limit)"
+    )
     given = arguments.parse_args()
     if given.device.type != "cuda":
         arguments.error("the kernels compared here need a GPU: --device cuda")
+    begin = time.monotonic()
     rates = [dense_rate(given.device, given.seconds)]
     rows: list[dict[str, object]] = []
-    for form, name, which in itertools.product(given.formats, given.models, given.weights):
+    cases = itertools.product(given.tokens, given.formats, given.models, given.weights, given.routing)
+    for tokens, form, name, which, routing in cases:
+        case = {"model": name, "weight": which, "format": form, "tokens": tokens, "routing": routing}
+        if time.monotonic() - begin > given.limit:
+            print("not measured within the limit:", *case.values(), file=sys.stderr)
+            continue
         model = MODELS[name]
         n, k = model.weights()[which]
-        for tokens, routing in itertools.product(given.tokens, given.routing):
-            operands = random_operands(
-                FORMATS[form],
-                num_rows=tokens * model.top_k,
-                experts=[model.experts],
-                n=n,
-                k=k,
-                routing=routing,
-                device=given.device,
-            )
-            case = {"model": name, "weight": which, "format": form, "tokens": tokens, "routing": routing}
-            with assembled(operands.weights[0]) as copy:
-                compared = compare(operands, methods(operands, copy, given.providers, given.entries), given.seconds)
-                rows.extend(case | row for row in compared)
-            del operands, copy
+        operands = random_operands(
+            FORMATS[form],
+            num_rows=tokens * model.top_k,
+            experts=[model.experts],
+            n=n,
+            k=k,
+            routing=routing,
+            device=given.device,
+        )
+        with assembled(operands.weights[0]) as copy:
+            compared = compare(operands, methods(operands, copy, given.providers, given.entries), given.seconds)
+            for row in compared:
+                rows.append(case | row)
+                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        del operands, copy
+        torch.cuda.empty_cache()  # assembled ranges are not of torch's memory
     rates.append(dense_rate(given.device, given.seconds))
     dense = [{"dense bf16 TFLOP/s, first": rates[0], "last": rates[1]}]
-    report(given, {"dense product of the same run": dense, "grouped GEMMs": rows})
+    tables = {"dense product of the same run": dense, "ratios over all cases": ratios(rows), "grouped GEMMs": rows}
+    report(given, tables)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """How much of the link grouped GEMMs use when they read weights in host memory in place.
 
 One weight of a MoE layer, all of its experts in host memory. Each row is one grouped GEMM for a batch of tokens, which
-choose their experts evenly and without repetition; the median of three times six routings. On the CPU the same runs on
-the host driver, which says nothing about a link.
+choose their experts without repetition, all alike or expert i of a random order in proportion to 1 / i (zipf); the
+median of three times six routings. On the CPU the same runs on the host driver, which says nothing about a link.
 
 link        GB/s of a copy of the weight to the GPU, by the copy engine
 torch       bytes of the experts used, a second, divided by the link's: torch's grouped GEMM
@@ -14,6 +14,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -49,15 +50,15 @@ def _rows(weight: Tensor, top_k: int) -> Iterator[Row]:
     copied = torch.empty_like(weight)
     link = weight.nbytes / median(elapsed(lambda: copied.copy_(weight), weight.device) for _ in range(REPEATS))
     shape = Shape(experts, top_k, k, n, weight.dtype, layers=1, depth=0)
-    for batch in BATCHES:
-        routing = Routing(shape, batch, "uniform", ROUTINGS, weight.device)
+    for kind, batch in product(("uniform", "zipf"), BATCHES):
+        routing = Routing(shape, batch, kind, ROUTINGS, weight.device)
         x = torch.randn(batch * top_k, k, device=weight.device).bfloat16()
 
         def run(gemm: Gemm, x: Tensor, ends: Tensor) -> None:
             for of_layers in ends:
                 gemm(x, weight, of_layers[0], None)
 
-        row = {"batch": batch, "active": routing.active, "link": link / 1e9}
+        row = {"routing": kind, "batch": batch, "active": routing.active, "link": link / 1e9}
         for name, gemm in KERNELS.items():
             run(gemm, x, routing.ends)
             seconds = median(elapsed(partial(run, gemm, x, routing.ends), weight.device) for _ in range(REPEATS))

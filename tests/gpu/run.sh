@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # Everything here that only a GPU can show, one step after another, each under a limit of its own; a table last.
 #   tests/gpu/run.sh [FOLDER] [STEP ...]      logs and JSON go to FOLDER (default: gpu-results); all steps by default
-# Uses the python3 in front on PATH, which needs what the project needs and pytest; compute-sanitizer for memcheck.
+# Uses the python3 in front on PATH, which needs what the project needs and pytest; compute-sanitizer for its checks.
 set -u
 cd "$(dirname "$0")/../.."
 out=$(realpath -m "${1:-gpu-results}")
 mkdir -p "$out"
 shift || true
 wanted=" $* "
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 memcheck="compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9"
+racecheck="compute-sanitizer --tool racecheck --kernel-regex kns=cutlass"
+kernels=tests/gpu/test_grouped_gemm_on_gpu.py
 lines=()
 
 step() {  # step NAME SECONDS COMMAND
@@ -26,9 +28,13 @@ step tests 240 "python3 -m pytest -q -p no:cacheprovider -m 'gpu and not faults'
 step faults 90 "python3 -m pytest -q -p no:cacheprovider -m 'gpu and faults' tests"
 # Sanitizers that run at the same time need ports of their own to attach by, so these steps name theirs.
 grouped="--ignore tests/gpu/test_group_on_gpu.py --ignore tests/gpu/test_transformers_on_gpu.py --ignore tests/gpu/test_demo_on_gpu.py"
-step memcheck 240 "$memcheck --base-port 50100 --target-processes application-only python3 -m pytest -q -p no:cacheprovider -m 'gpu and not faults' tests/unit tests/multiprocess/test_memory_between_processes.py tests/gpu $grouped --ignore tests/gpu/test_grouped_gemm_on_gpu.py"
+step memcheck 240 "$memcheck --base-port 50100 --target-processes application-only python3 -m pytest -q -p no:cacheprovider -m 'gpu and not faults' tests/unit tests/multiprocess/test_memory_between_processes.py tests/gpu $grouped --ignore $kernels"
 step memgroup 240 "$memcheck --base-port 50300 --target-processes all python3 -m pytest -q -p no:cacheprovider -m gpu tests/gpu/test_group_on_gpu.py"
 step memmodels 300 "$memcheck --base-port 50500 --target-processes all python3 -m pytest -q -p no:cacheprovider -m gpu tests/gpu/test_transformers_on_gpu.py"
 step memdemo 400 "$memcheck --base-port 50700 --target-processes all python3 -m vmm_dwdp.cli demo --device cuda --json"
+step memkernels 240 "$memcheck --base-port 50900 --target-processes application-only python3 -m pytest -q -p no:cacheprovider -m gpu $kernels -k 'cute or triton'"
+# Hazards of our CuTe kernels beside those of the stock TMA/WGMMA kernel behind torch's grouped GEMM, on one shape.
+step racecheck 150 "$racecheck --base-port 51100 python3 -m pytest -q -p no:cacheprovider -m gpu $kernels -k 'cute and (same_bits or (test_list and FP8_BLOCK and skewed))'"
+step racestock 150 "$racecheck --base-port 51300 python3 -m pytest -q -p no:cacheprovider -m gpu $kernels -k 'torch and same_bits and not rowwise'"
 step assembly 60 "python3 benchmarks/assembly.py --json >$out/assembly.json && echo ok"
 printf '%s\n' "${lines[@]}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vmm_dwdp import DWDPConfig, DWDPRuntime
 from vmm_dwdp.config import ModeSetting
-from vmm_dwdp.kernels import tensor_list_grouped_gemm
+from vmm_dwdp.kernels import contiguous, grouped_gemm, tensor_list_grouped_gemm
 
 pytestmark = pytest.mark.gpu
 
@@ -30,7 +30,19 @@ def our_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return tensor_list_grouped_gemm(x, [weight], ends, provider="triton")
 
 
-GEMMS = pytest.mark.parametrize("gemm", [torch_gemm, our_gemm])
+def flashinfer_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return grouped_gemm(x, weight, ends, provider="flashinfer")
+
+
+FLASHINFER = next(provider for provider in contiguous.PROVIDERS if provider.name == "flashinfer")
+GEMMS = pytest.mark.parametrize(
+    "gemm",
+    [
+        torch_gemm,
+        our_gemm,
+        pytest.param(flashinfer_gemm, marks=pytest.mark.skipif(bool(FLASHINFER.missing()), reason="no FlashInfer")),
+    ],
+)
 
 
 class Model:
