@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -26,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from common import Row, parser, report
+from common import Row, parser, report, seen
 
 from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.driver import Access
@@ -259,7 +258,7 @@ def main() -> None:
         arguments.error("the kernels compared here need a GPU: --device cuda")
     begin = time.monotonic()
     rates = [dense_rate(given.device, given.seconds)]
-    rows: list[dict[str, object]] = []
+    rows: list[Row] = []
     cases = itertools.product(given.tokens, given.formats, given.models, given.weights, given.routing)
     for tokens, form, name, which, routing in cases:
         case = {"model": name, "weight": which, "format": form, "tokens": tokens, "routing": routing}
@@ -279,9 +278,7 @@ def main() -> None:
         )
         with assembled(operands.weights[0]) as copy:
             compared = compare(operands, methods(operands, copy, given.providers, given.entries), given.seconds)
-            for row in compared:
-                rows.append(case | row)
-                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+            rows.extend(seen(case | row) for row in compared)
         del operands, copy
         torch.cuda.empty_cache()  # assembled ranges are not of torch's memory
     rates.append(dense_rate(given.device, given.seconds))

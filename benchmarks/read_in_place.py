@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from common import Row, parser, report
+from common import Row, parser, report, seen
 from decode import KERNELS, Gemm, Routing, Shape, elapsed
 from torch import Tensor
 
@@ -63,7 +63,7 @@ def _rows(weight: Tensor, top_k: int) -> Iterator[Row]:
             run(gemm, x, routing.ends)
             seconds = median(elapsed(partial(run, gemm, x, routing.ends), weight.device) for _ in range(REPEATS))
             row[name] = routing.active * weight.nbytes * ROUTINGS / seconds / link
-        yield row
+        yield seen(row)
 
 
 def main() -> None:

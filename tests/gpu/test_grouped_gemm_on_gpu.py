@@ -16,6 +16,7 @@ from vmm_dwdp.kernels import Format, contiguous, grouped_gemm, tensor_list, tens
 from vmm_dwdp.kernels.problem import CHECK_OFFSETS, MAX_ENTRIES, check
 from vmm_dwdp.kernels.provider import Provider
 from vmm_dwdp.kernels.testing import ROUTINGS, Operands, random_operands, relative_error
+from vmm_dwdp.kernels.triton.launch import TRITON
 
 pytestmark = pytest.mark.gpu
 
@@ -58,6 +59,17 @@ def test_list(provider: Provider, form: Format, dtype: torch.dtype, routing: str
     )
     skip_unless_taken(provider, operands)
     assert relative_error(multiply(operands, provider), operands) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("routing", ["balanced", "skewed", "one"])
+@pytest.mark.parametrize(("form", "dtype"), KINDS)
+def test_triton_with_few_rows(form: Format, dtype: torch.dtype, routing: str) -> None:
+    """Some experts take the narrow tile, some the wide one."""
+    operands = random_operands(
+        form, num_rows=100, experts=[3, 1, 4], n=520, k=1056, routing=routing, dtype=dtype, device="cuda"
+    )
+    skip_unless_taken(TRITON, operands)
+    assert relative_error(multiply(operands, TRITON), operands) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(
