@@ -86,24 +86,9 @@ def _decode_fp4(packed, scale, NV: tl.constexpr, TILE_N: tl.constexpr, TILE_K: t
 
 
 @triton.jit
-def _multiply(
-    x,
-    weight,
-    scales,
-    expert_scale,
-    x_scale,
-    out,
-    start,
-    end,
-    column,
-    n_size,
-    k_size,
-    FORM: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    TILE_K: tl.constexpr,
-):
+def _multiply(operands, FORM: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr):
     """Write rows ``[start, min(start + TILE_M, end))`` of a tile; an expert's weight and scales by their addresses."""
+    x, weight, scales, expert_scale, x_scale, out, start, end, column, n_size, k_size = operands
     rows = start + tl.arange(0, TILE_M)
     row_mask = rows < end
     columns = column * TILE_N + tl.arange(0, TILE_N)
@@ -181,42 +166,11 @@ def _kernel(
     if FORM == "nvfp4":
         address = _entry_address(global_scales, (4,) * NUM, firsts, expert, NUM)
         expert_scale = tl.load(address.to(tl.pointer_type(tl.float32)))
+    operands = (x, weight, scales, expert_scale, x_scale, out, start, end, column, n_size, k_size)
     if NARROW < WIDE and end - start <= NARROW:
-        _multiply(
-            x,
-            weight,
-            scales,
-            expert_scale,
-            x_scale,
-            out,
-            start,
-            end,
-            column,
-            n_size,
-            k_size,
-            FORM,
-            NARROW,
-            TILE_N,
-            TILE_K,
-        )
+        _multiply(operands, FORM, NARROW, TILE_N, TILE_K)
     else:
-        _multiply(
-            x,
-            weight,
-            scales,
-            expert_scale,
-            x_scale,
-            out,
-            start,
-            end,
-            column,
-            n_size,
-            k_size,
-            FORM,
-            WIDE,
-            TILE_N,
-            TILE_K,
-        )
+        _multiply(operands, FORM, WIDE, TILE_N, TILE_K)
 
 
 def _addresses(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -40,7 +40,8 @@ from vmm_dwdp.kernels.problem import check
 from vmm_dwdp.kernels.testing import random_operands
 from vmm_dwdp.kernels.triton import grouped_gemm
 
-def multiply(x, weight, scales, expert_scale, x_scale, out, start, end, column, *sizes):
+def multiply(operands, *constants):
+    _, weight, _, _, _, _, start, end, column, *_ = operands
     print(json.dumps([int(number.handle.data.item()) for number in (weight, start, end, column)]))
 
 grouped_gemm._multiply = multiply
