@@ -29,7 +29,7 @@ from vmm_dwdp.kernels.cute.grouped_gemm import (
 )
 
 SUMS = 2  # tiles of sums in tensor memory: all of its 512 columns
-PIECE_N = 32  # columns that a thread reads at once
+PIECE_N = 16  # columns that a thread reads at once
 
 
 class GroupedGemmSm100(GroupedGemm):
@@ -179,7 +179,7 @@ class GroupedGemmSm100(GroupedGemm):
         half, lane = thread // GROUP_THREADS - 1, thread % GROUP_THREADS
         pieces = TILE_N // 2 // PIECE_N
         acc = cute.make_rmem_tensor(cute.make_layout((PIECE_N, pieces)), Float32)
-        atom = cute.make_copy_atom(tcgen05.Ld32x32bOp(tcgen05.Repetition.x32), Float32)
+        atom = cute.make_copy_atom(tcgen05.Ld32x32bOp(tcgen05.Repetition.x16), Float32)
         by_piece = cute.flat_divide(sums[((None, None), 0, 0, None)], (TILE_M, PIECE_N))
         load = tcgen05.make_tmem_copy(atom, by_piece[(None, None, 0, 0, 0)])
         t_sums = load.get_slice(lane).partition_S(by_piece)
