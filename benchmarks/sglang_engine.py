@@ -195,7 +195,7 @@ def _engine(pipe: Connection, folder: Path, variant: str, arguments: argparse.Na
         moe_runner_backend="triton",
         grammar_backend="none",
         disable_radix_cache=True,
-        mem_fraction_static=0.7,
+        mem_fraction_static=0.9,
         max_running_requests=arguments.prompts,
         max_total_tokens=all_tokens + arguments.prompts * (arguments.new_tokens + 64),
         max_prefill_tokens=all_tokens,
