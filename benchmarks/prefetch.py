@@ -4,9 +4,10 @@ The rank under test is the first of a group whose other owners are host memory o
 the link of every figure is PCIe, from host memory to one GPU: a real copy engine, and no NVLink.
 
 link      GB/s of one large copy, of one layer's copies as they are planned, and the second divided by the first
-cost      microseconds of the launching thread for `acquire` and `release` of a layer, the medians, and the longest; for
-          all that it does for a layer with 40 kernels; and for these kernels without a runtime. Until the device has
-          come to the layer before, the thread launches kernels on another stream, as one at work does
+cost      microseconds of the launching thread for `acquire` and `release` of a layer, the medians, the mean of both,
+          and the longest; for all that it does for a layer with 40 kernels; and for these kernels without a runtime.
+          Until the device is done with the layer before, the thread launches kernels on another stream, as one at work
+          does. One pass in eight is one whose waits the runtime times
 launch    microseconds of a kernel launch, median and longest: with nothing else going on, while a layer is prefetched,
           and while the copies of that layer are given to the driver
 overlap   milliseconds of a pass over all layers, several passes in a row, for several ratios of compute to copies: of
@@ -33,6 +34,7 @@ from far_owners import SHAPES, FarOwners
 from vmm_dwdp import DWDPConfig
 from vmm_dwdp.allocator.driver import Copy
 from vmm_dwdp.allocator.handles import Stream
+from vmm_dwdp.timing import EVERY, FIRST
 
 RATIOS = [0.2, 0.5, 0.8, 1.1, 1.5, 2.0, 5.0]  # of compute to copies
 PLANS = {"slices of 2 MiB": 2 << 20, "auto": "auto"}
@@ -73,7 +75,7 @@ def link(rig: FarOwners) -> dict[str, float]:
     return {**middle, "efficiency": middle["planned"] / middle["one large copy"]}
 
 
-def cost(rig: FarOwners, passes: int) -> dict[str, float]:
+def cost(rig: FarOwners) -> dict[str, float]:
     """Microseconds of the launching thread for a layer, which is launched when the device has come to it."""
     x = torch.zeros(1024, device="cuda")
     stream = torch.cuda.current_stream().cuda_stream
@@ -109,15 +111,17 @@ def cost(rig: FarOwners, passes: int) -> dict[str, float]:
         return acquired - before, released - launched, time.perf_counter() - begin
 
     rig.staging.reset(stream)
-    found = [layer(index) for _ in range(passes) for index in range(len(rig.layers))][len(rig.layers) :]
+    every = [layer(index) for _ in range(FIRST + EVERY) for index in range(len(rig.layers))]
+    found = every[FIRST * len(rig.layers) :]
     torch.cuda.synchronize()
     alone = [layer(None)[2] for _ in found]
     return {
         "acquire us": statistics.median(acquire for acquire, _, _ in found) * 1e6,
         "release us": statistics.median(release for _, release, _ in found) * 1e6,
         "both us": statistics.median(acquire + release for acquire, release, _ in found) * 1e6,
+        "mean us": statistics.mean(acquire + release for acquire, release, _ in found) * 1e6,
         "longest us": max(acquire + release for acquire, release, _ in found) * 1e6,
-        "layer us": statistics.median(every for _, _, every in found) * 1e6,
+        "layer us": statistics.median(whole for _, _, whole in found) * 1e6,
         "its kernels alone us": statistics.median(alone) * 1e6,
     }
 
@@ -277,14 +281,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[Row]]:
     for plan in PLANS:
         rig = rank_0(arguments.cost_shape, plan, arguments.cost_layers)
         tables["link"].append(seen(about(rig, arguments.cost_shape, plan) | link(rig)))
-        tables["cost"].append(seen(about(rig, arguments.cost_shape, plan) | cost(rig, passes=4)))
+        tables["cost"].append(seen(about(rig, arguments.cost_shape, plan) | cost(rig)))
         tables["launch"].append(seen(about(rig, arguments.cost_shape, plan) | launch(rig, rounds=6)))
         rig.close()
     for plan in PLANS:
         rig = rank_0(arguments.shape, plan, arguments.layers)
         rates = link(rig)
         tables["link"].append(seen(about(rig, arguments.shape, plan) | rates))
-        tables["cost"].append(seen(about(rig, arguments.shape, plan) | cost(rig, passes=4)))
+        tables["cost"].append(seen(about(rig, arguments.shape, plan) | cost(rig)))
         timed = rig, rates["one large copy"]
         repeats = arguments.passes, arguments.turns
         tables[f"overlap, {plan}"] = overlap(*timed, arguments.ratio or RATIOS, *repeats)

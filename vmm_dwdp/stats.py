@@ -18,8 +18,9 @@ class LayerStats:
         misses: how often it was not, and had to be fetched then.
         fetched_bytes: bytes that all its fetches moved.
         exposed_wait_s: seconds for which the compute stream stood still because the layer was not there yet. The device
-            measures it; the waits of a pass count once the next pass begins, or once `DWDPRuntime.stats` sees them
-            over. A pass that is launched before the one before it is over is not measured.
+            measures it, in every pass at first and then in one of eight, which stands for all of them; the waits of a
+            pass count once `DWDPRuntime.stats` sees them over, or the next that is measured begins. A pass that is
+            launched before the latest measured one is over is not measured.
         in_place: how often the layer was acquired to be read in place.
     """
 

@@ -1,16 +1,21 @@
 """How long things took on the device, by its own clock: the waits of a pass, or a stretch of work.
 
-To time the waits, two events a layer stand around those of an acquire. They are read when the next pass begins, all at
-once, if the device is past them by then; a launching thread that is further ahead than that leaves the pass that it
-begins untimed.
+To time the waits, two events a layer stand around those of an acquire. They are read when the next pass is to be timed,
+all at once, if the device is past them by then; a launching thread that is further ahead than that leaves the pass that
+it begins untimed. To record them takes as many driver calls as the rest of an acquire, so after the first passes one in
+several is timed, and stands for all of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Event, Ledger, Owned, ResourceStack
+
+FIRST: Final = 4  # passes that are all timed
+EVERY: Final = 8  # passes, of which one is timed after that
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class PassTimer(Owned):
     """Times the waits of one pass after another.
 
     Attributes:
-        waited_s: by layer, seconds that the compute stream waited for it in all passes that were timed.
+        waited_s: by layer, seconds that the compute stream waited for it in all passes that were timed, and in those
+            that they stand for.
         latest: the latest pass that was timed from its first layer to its last, in that order.
     """
 
@@ -40,7 +46,11 @@ class PassTimer(Owned):
         self._driver = driver
         self._resources = ResourceStack()
         self._order: list[int] = []  # the layers of the pass whose events are recorded and not read yet
-        self._timed = True  # whether this pass is
+        self._stands_for = 1  # passes: that one
+        self._pass = 0  # the number of the one in progress
+        self._due = 1  # of the next that is to be timed
+        self._timed = False  # whether the one in progress is
+        self._index = num_layers  # its latest layer
         try:
             push = self._resources.push
             self._arrived = [push(Event(driver, ledger, f"arrived {i}", timed=True)) for i in range(num_layers)]
@@ -51,16 +61,25 @@ class PassTimer(Owned):
 
     def arrive(self, index: int, stream: int) -> None:
         """Before ``stream`` waits for layer ``index``."""
-        if index == 0 or index in self._order:
-            self._timed = self.read()
+        if index <= self._index:
+            self._begin()
         if self._timed:
             self._driver.record(self._arrived[index].event, stream)
 
     def resume(self, index: int, stream: int) -> None:
         """After it."""
+        self._index = index
         if self._timed:
             self._driver.record(self._resumed[index].event, stream)
             self._order.append(index)
+
+    def _begin(self) -> None:
+        """A pass begins: see whether it is timed."""
+        self._pass += 1
+        self._timed = self._pass >= self._due and self.read()
+        if self._timed:
+            self._stands_for = 1 if self._pass <= FIRST else EVERY
+            self._due = self._pass + self._stands_for
 
     def read(self) -> bool:
         """Add up what was recorded; false if the device is not past it yet."""
@@ -68,7 +87,7 @@ class PassTimer(Owned):
             return False
         waits = [self._driver.elapsed(self._arrived[i].event, self._resumed[i].event) for i in self._order]
         for index, seconds in zip(self._order, waits, strict=True):
-            self.waited_s[index] += seconds
+            self.waited_s[index] += seconds * self._stands_for
         if len(self._order) > 1 and self._order == list(range(len(self.waited_s))):
             total = self._driver.elapsed(self._arrived[0].event, self._arrived[-1].event)
             self.latest = PassTimes(total, sum(waits[:-1]))

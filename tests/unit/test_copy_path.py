@@ -17,7 +17,7 @@ from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.guard import PASSES, Guard
 from vmm_dwdp.issue import InlineIssuer, Issuer, ThreadIssuer, pays_to_wake_a_thread
-from vmm_dwdp.timing import PassTimer, PassTimes
+from vmm_dwdp.timing import EVERY, FIRST, PassTimer, PassTimes
 
 MODEL = random_model({number: {"w": ((8, 3000), torch.float32)} for number in range(3)})
 
@@ -188,6 +188,20 @@ def test_a_pass_that_the_device_has_not_reached_is_left_untimed(ledger: Ledger) 
         run_pass(timer, clock, wait_s=3.0, compute_s=1.0)
         assert timer.read()
         assert timer.waited_s == [4.0] * 3
+
+
+def test_after_the_first_passes_one_of_several_stands_for_all(ledger: Ledger) -> None:
+    clock = Clock()
+    with PassTimer(clock, ledger, 3) as timer:
+        for _ in range(FIRST):
+            run_pass(timer, clock, wait_s=1.0, compute_s=1.0)
+        for number in range(3 * EVERY):
+            recorded = dict(clock.times)
+            run_pass(timer, clock, wait_s=2.0, compute_s=1.0)
+            assert (clock.times != recorded) == (number % EVERY == 0)
+        assert timer.read()
+        assert timer.waited_s == [FIRST * 1.0 + 3 * EVERY * 2.0] * 3
+        assert timer.latest == PassTimes(total_s=6.0, waited_s=4.0)
 
 
 def test_a_pass_out_of_order_has_waits_and_no_total(ledger: Ledger) -> None:
