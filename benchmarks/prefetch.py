@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -75,10 +75,15 @@ def link(rig: FarOwners) -> dict[str, float]:
     return {**middle, "efficiency": middle["planned"] / middle["one large copy"]}
 
 
-def cost(rig: FarOwners) -> dict[str, float]:
-    """Microseconds of the launching thread for a layer, which is launched when the device has come to it."""
+def launched(
+    layers: Iterable[int], before: Callable[[int], object], after: Callable[[int], object]
+) -> list[tuple[float, float, float]]:
+    """Seconds of ``before``, of ``after``, and of all that the launching thread does for each layer with its kernels.
+
+    A layer is launched when the device has come to the one before. Until then the thread launches kernels on another
+    stream, as one at work does.
+    """
     x = torch.zeros(1024, device="cuda")
-    stream = torch.cuda.current_stream().cuda_stream
     other = torch.cuda.Stream()
     reached = torch.cuda.Event()
 
@@ -89,39 +94,43 @@ def cost(rig: FarOwners) -> dict[str, float]:
         while time.perf_counter() < until:
             pass
 
-    def layer(index: int | None) -> tuple[float, float, float]:
-        """Seconds of acquire, of release, and of all; ``None``: of the kernels alone."""
+    def layer(index: int) -> tuple[float, float, float]:
         work()
         while not reached.query():
             work()
         begin = time.perf_counter()
         for _ in range(LAUNCHES):
             x.add_(1)
-        before = time.perf_counter()
-        if index is not None:
-            rig.staging.acquire(index, stream, None)
+        at_acquire = time.perf_counter()
+        before(index)
         acquired = time.perf_counter()
         for _ in range(LAUNCHES):
             x.add_(1)
-        launched = time.perf_counter()
-        if index is not None:
-            rig.staging.release(index, stream)
+        at_release = time.perf_counter()
+        after(index)
         released = time.perf_counter()
         reached.record()
-        return acquired - before, released - launched, time.perf_counter() - begin
+        return acquired - at_acquire, released - at_release, time.perf_counter() - begin
 
+    return [layer(index) for index in layers]
+
+
+def cost(rig: FarOwners) -> dict[str, float]:
+    """Microseconds of the launching thread for a layer, which is launched when the device has come to it."""
+    stream = torch.cuda.current_stream().cuda_stream
     rig.staging.reset(stream)
-    every = [layer(index) for _ in range(FIRST + EVERY) for index in range(len(rig.layers))]
-    found = every[FIRST * len(rig.layers) :]
+    layers = list(range(len(rig.layers))) * (FIRST + EVERY)
+    found = launched(
+        layers, lambda index: rig.staging.acquire(index, stream, None), lambda index: rig.staging.release(index, stream)
+    )[FIRST * len(rig.layers) :]
     torch.cuda.synchronize()
-    alone = [layer(None)[2] for _ in found]
+    alone = [every for _, _, every in launched(range(len(found)), lambda index: None, lambda index: None)]
     return {
         "acquire us": statistics.median(acquire for acquire, _, _ in found) * 1e6,
         "release us": statistics.median(release for _, release, _ in found) * 1e6,
         "both us": statistics.median(acquire + release for acquire, release, _ in found) * 1e6,
-        "mean us": statistics.mean(acquire + release for acquire, release, _ in found) * 1e6,
         "longest us": max(acquire + release for acquire, release, _ in found) * 1e6,
-        "layer us": statistics.median(whole for _, _, whole in found) * 1e6,
+        "layer us": statistics.median(every for _, _, every in found) * 1e6,
         "its kernels alone us": statistics.median(alone) * 1e6,
     }
 

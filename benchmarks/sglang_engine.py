@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Row, parser, report
+from common import Row, parser, report, seen
 
 Tokens = list[list[int]]
 PREFILLS, PREFILL_SECONDS = 3, 2.0  # at most
@@ -161,8 +161,7 @@ def _measure_all(folder: Path, arguments: argparse.Namespace) -> list[Row]:
         figures, tokens = answer
         same = tokens == first.setdefault(variant.endswith("-graph"), tokens)
         digest = hashlib.sha256(str(tokens).encode()).hexdigest()[:12]
-        rows.append({"variant": variant, "start s": started, **figures, "same tokens": same, "digest": digest})
-        print(rows[-1], file=sys.stderr, flush=True)
+        rows.append(seen({"variant": variant, "start s": started, **figures, "same tokens": same, "digest": digest}))
     for pipe, process in engines.values():
         pipe.close()  # at which the engine is shut down
         process.join()

@@ -7,8 +7,8 @@ the GPU. SGLang streams the two expert weights and no scales, so both have these
 iteration  milliseconds of a pass over all layers for several ratios of compute to copies: SGLang's, ours, and ours
            divided by SGLang's, the median of the ratios of pairs
 cost       microseconds of the launching thread for what SGLang calls `wait_prefetch` and
-           `record_compute_and_prefetch_next`, and we `acquire` and `release`, in layers after which one is fetched; at
-           the device's pace
+           `record_compute_and_prefetch_next`, and we `acquire` and `release`, in layers after which one is fetched; as
+           prefetch.py measures it
 memory     MiB that stage remote experts
 set-up     seconds from weights in torch's memory until layers can be prefetched, the slowest rank's; the median of the
            ratios of pairs
@@ -36,19 +36,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import Row, parser, report
+from common import Row, parser, report, seen
 from cuda.bindings import driver
 from far_owners import SHAPES, FarOwners
-from prefetch import Passes, device_seconds, link
+from prefetch import Passes, device_seconds, launched, link
 
 from vmm_dwdp import DWDPConfig, DWDPRuntime, WeightSpec
 from vmm_dwdp.allocator.tensors import tensor_at
 from vmm_dwdp.testing import run_group
+from vmm_dwdp.timing import EVERY, FIRST
 
 GROUP_SIZE = 4
 RATIOS = [0.2, 0.5, 0.8, 1.0, 1.1, 1.5, 2.0, 4.0]
 PAIRS = 7  # of set-ups, and of passes for every ratio
-LAUNCHES = 20
+PREFETCH_DEPTH = 2  # SGLang's, and our default
 Weights = dict[str, WeightSpec]
 Local = dict[tuple[int, str], torch.Tensor]  # by layer and weight
 
@@ -162,16 +163,15 @@ def iteration(sglang: SGLang, shape: str, layers: int, passes: int) -> list[Row]
             )
             for _ in range(PAIRS)
         ]
-        rows.append(
-            {
-                "compute / copies": compute / copy_s / layers,
-                "compute ms": compute * 1e3,
-                "copies ms": copy_s * layers * 1e3,
-                "sglang ms": statistics.median(theirs_s for theirs_s, _ in pairs) * 1e3,
-                "ours ms": statistics.median(ours_s for _, ours_s in pairs) * 1e3,
-                "ours / sglang": statistics.median(ours_s / theirs_s for theirs_s, ours_s in pairs),
-            }
-        )
+        row = {
+            "compute / copies": compute / copy_s / layers,
+            "compute ms": compute * 1e3,
+            "copies ms": copy_s * layers * 1e3,
+            "sglang ms": statistics.median(theirs_s for theirs_s, _ in pairs) * 1e3,
+            "ours ms": statistics.median(ours_s for _, ours_s in pairs) * 1e3,
+            "ours / sglang": statistics.median(ours_s / theirs_s for theirs_s, ours_s in pairs),
+        }
+        rows.append(seen(row))
     sglang.end(theirs)
     rig.close()
     return rows
@@ -191,7 +191,7 @@ def _check_bytes(theirs: Any, rig: FarOwners) -> None:
     rig.staging.release(0, stream)
 
 
-def cost(sglang: SGLang, shape: str, layers: int, passes: int) -> tuple[list[Row], list[Row]]:
+def cost(sglang: SGLang, shape: str, layers: int) -> tuple[Row, Row]:
     weights = _streamed(shape)
     rig = FarOwners(torch.device("cuda"), DWDPConfig(group_size=GROUP_SIZE), weights, layers)
     free, _ = torch.cuda.mem_get_info()
@@ -199,31 +199,16 @@ def cost(sglang: SGLang, shape: str, layers: int, passes: int) -> tuple[list[Row
     torch.cuda.synchronize()
     their_bytes = free - torch.cuda.mem_get_info()[0]
     stream = torch.cuda.current_stream().cuda_stream
-    x = torch.zeros(1024, device="cuda")
 
     def measure(first: Callable[[], object], before: Callable[[int], object], after: Callable[[int], object]) -> float:
-        """Median microseconds of ``before`` and ``after`` together."""
+        """Median microseconds of ``before`` and ``after`` together, in passes of which one is timed."""
         found = []
-        reached = torch.cuda.Event()
-        for _ in range(passes):
+        for _ in range(FIRST + EVERY):
             first()
-            for layer in range(layers):
-                reached.synchronize()
-                for _ in range(LAUNCHES):
-                    x.add_(1)
-                start = time.perf_counter()
-                before(layer)
-                acquired = time.perf_counter()
-                for _ in range(LAUNCHES):
-                    x.add_(1)
-                launched = time.perf_counter()
-                after(layer)
-                released = time.perf_counter()
-                reached.record()
-                if layer + 2 < layers:
-                    found.append(acquired - start + released - launched)
+            costs = launched(range(layers), before, after)
+            found += [acquire + release for acquire, release, _ in costs[: layers - PREFETCH_DEPTH]]
         torch.cuda.synchronize()
-        return statistics.median(found[len(found) // passes :]) * 1e6
+        return statistics.median(found[len(found) // (FIRST + EVERY) * FIRST :]) * 1e6
 
     their_us = measure(theirs.prefetch_first_layers, theirs.wait_prefetch, theirs.record_compute_and_prefetch_next)
     our_us = measure(
@@ -231,18 +216,16 @@ def cost(sglang: SGLang, shape: str, layers: int, passes: int) -> tuple[list[Row
         lambda layer: rig.staging.acquire(layer, stream, None),
         lambda layer: rig.staging.release(layer, stream),
     )
-    costs: list[Row] = [{"shape": shape, "sglang us": their_us, "ours us": our_us, "sglang / ours": their_us / our_us}]
+    costs = {"shape": shape, "sglang us": their_us, "ours us": our_us, "sglang / ours": their_us / our_us}
     resident = layers * sum(len(layout.resident_bytes(0)) for layout in rig.layers[0].layouts.values())
-    memory: list[Row] = [
-        {
-            "shape": shape,
-            "sglang MiB": (their_bytes - resident) / 2**20,
-            "ours MiB": rig.assembly.staged_nbytes / 2**20,
-        }
-    ]
+    memory = {
+        "shape": shape,
+        "sglang MiB": (their_bytes - resident) / 2**20,
+        "ours MiB": rig.assembly.staged_nbytes / 2**20,
+    }
     sglang.end(theirs)
     rig.close()
-    return costs, memory
+    return seen(costs), seen(memory)
 
 
 def set_up(shape: str, layers: int, directory: Path, rank: int) -> list[tuple[float, float]]:
@@ -294,18 +277,17 @@ def set_up(shape: str, layers: int, directory: Path, rank: int) -> list[tuple[fl
     return found
 
 
-def set_up_rows(shape: str, layers: int) -> list[Row]:
+def set_up_row(shape: str, layers: int) -> Row:
     with tempfile.TemporaryDirectory() as directory:
         ranks = run_group(functools.partial(set_up, shape, layers, Path(directory)), GROUP_SIZE, "cuda")
     slowest = [(max(pair[0] for pair in pairs), max(pair[1] for pair in pairs)) for pairs in zip(*ranks, strict=True)]
-    return [
-        {
-            "layers": layers,
-            "sglang s": statistics.median(theirs for theirs, _ in slowest),
-            "ours s": statistics.median(ours for _, ours in slowest),
-            "ours / sglang": statistics.median(ours / theirs for theirs, ours in slowest),
-        }
-    ]
+    row = {
+        "layers": layers,
+        "sglang s": statistics.median(theirs for theirs, _ in slowest),
+        "ours s": statistics.median(ours for _, ours in slowest),
+        "ours / sglang": statistics.median(ours / theirs for theirs, ours in slowest),
+    }
+    return seen(row)
 
 
 def _streamed(shape: str) -> Weights:
@@ -321,11 +303,11 @@ def main() -> None:
     arguments = arguments_of.parse_args()
     if arguments.device.type != "cuda":
         arguments_of.error("SGLang's classes need a GPU")
-    rows = set_up_rows(arguments.shape, arguments.layers)
+    prepared = set_up_row(arguments.shape, arguments.layers)
     sglang = SGLang()
-    costs, memory = cost(sglang, arguments.cost_shape, layers=4, passes=4)
+    costs, memory = cost(sglang, arguments.cost_shape, layers=4)
     iterations = iteration(sglang, arguments.shape, arguments.layers, arguments.passes)
-    report(arguments, {"iteration": iterations, "cost": costs, "memory": memory, "set-up": rows})
+    report(arguments, {"iteration": iterations, "cost": [costs], "memory": [memory], "set-up": [prepared]})
 
 
 if __name__ == "__main__":
