@@ -37,6 +37,7 @@ import torch
 from common import Row, parser, report, seen
 
 Tokens = list[list[int]]
+KINDS = ["gpu", "offload", "host", "half", "in_place"]
 PREFILLS, PREFILL_SECONDS = 3, 2.0  # at most
 
 
@@ -62,7 +63,8 @@ def _arguments() -> argparse.Namespace:
     result.add_argument("--prompts", type=int, default=4)
     result.add_argument("--prompt-tokens", type=int, nargs="+", default=[512])
     result.add_argument("--new-tokens", type=int, default=16)
-    result.add_argument("--variants", nargs="+", default=["gpu", "host", "half", "offload"])
+    names = [kind + graph for kind in KINDS for graph in ("", "-graph")]
+    result.add_argument("--variants", nargs="+", choices=names, default=["gpu", "host", "half", "offload"])
     return result.parse_args()
 
 
