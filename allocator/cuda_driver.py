@@ -236,6 +236,9 @@ class CudaDriver:
         _, capture, *_ = _check(attempt, cuda.cuStreamGetCaptureInfo, stream)
         return int(capture)
 
+    def capturing(self) -> bool:
+        return torch._C._cuda_isCurrentStreamCapturing()
+
     def synchronize(self, stream: int | None = None) -> None:
         if stream is None:
             _check(f"wait for {self.device}", cuda.cuCtxSynchronize)

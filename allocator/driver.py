@@ -174,5 +174,8 @@ class Driver(Protocol):
         ``external``. Raises `DriverError` for the default stream while another one is captured: it can take no part.
         """
 
+    def capturing(self) -> bool:
+        """Whether the calling thread's current stream takes part in a capture; cheaper than `capture`."""
+
     def synchronize(self, stream: int | None = None) -> None:
         """Wait until all work of ``stream``, or of the whole device, is complete."""

@@ -354,6 +354,9 @@ class HostDriver:
     def capture(self, stream: int) -> int:
         return 0  # the host has no graphs
 
+    def capturing(self) -> bool:
+        return False
+
     def synchronize(self, stream: int | None = None) -> None:
         if stream is None:
             for each in list(self._streams.values()):

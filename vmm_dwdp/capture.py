@@ -88,7 +88,7 @@ class CapturedPasses:
             number = self._fetches[index].number
             raise StateError(f"layer {number} is released inside a graph capture, but was not acquired inside of it")
         slot.reader = None
-        following = self._prefetcher.following(index)
+        following = self._prefetcher.following[index]
         if following != index:
             self._fetch(slot, following, stream)
         if all(slot.reader is None and slot.holds == first for first, slot in enumerate(self._slots)):

@@ -23,7 +23,13 @@ _SECONDS_TO_WAKE_A_THREAD: Final = 20e-6
 
 
 class Ticket(Protocol):
-    """A job that was submitted."""
+    """A job that was submitted.
+
+    Attributes:
+        done: whether the driver has been given everything: then `result` has nothing to wait for and nothing to raise.
+    """
+
+    done: bool
 
     def result(self) -> None:
         """Wait until the driver has been given everything, and raise what it raised."""
@@ -47,6 +53,7 @@ class _Submitted:
     """A job and how it ended; much lighter than a `concurrent.futures.Future`."""
 
     def __init__(self, job: Job) -> None:
+        self.done = False
         self._job = job
         self._error: Exception | None = None
         self._running = threading.Lock()
@@ -55,6 +62,7 @@ class _Submitted:
     def run(self) -> None:
         try:
             self._job()
+            self.done = True
         except Exception as error:
             # Without its traceback: the caller's frames in it would hold on to the caller's tensors.
             self._error = error.with_traceback(None)

@@ -17,6 +17,13 @@ one of the first layers of the next pass; between passes slot ``i`` holds, or is
 An event is waited for only after it was recorded: a wait refers to the latest record made before it. `consumed` is
 recorded before the fetch is submitted, and `acquire` waits for the issuer before it waits for `ready`.
 
+[Note: The path of the launching thread]
+The launching thread comes to `acquire` and `release` from launching kernels, which drives whatever it ran before out of
+its caches: on an H100's host each function that it then calls anew takes it 2 to 5 microseconds, a driver call 4 to 10.
+So what it does at every layer is written out in those two, nothing is made there that can be made before, and what is
+rarely needed is asked for before it is called.
+
+[Note: Slots that nobody read]
 Copy streams do not wait for each other, so one that is ahead goes on with the next layer. Where a slot is refilled
 before anything read it, the compute stream waits for `ready` and records `consumed` all the same: otherwise copies of
 the new fetch on one stream could meet those of the old one on another.
@@ -103,6 +110,7 @@ class Prefetcher:
 
     Attributes:
         counts: by layer.
+        following: for each layer, the next that uses its slot, in cyclic order.
         timer: times the waits of `acquire`.
         slots: as many as ``prefetch_depth``, or as there are layers.
         tracer: is told what happens, while there is one.
@@ -117,6 +125,7 @@ class Prefetcher:
         self._driver = driver
         self._issuer = issuer
         self._fetches = fetches
+        self._latest = len(fetches)  # the layer that was acquired last
         self._prompt = False  # whether the copies of the first layers are given to the driver before a pass ends
         self._resources = ResourceStack()
         try:
@@ -124,6 +133,10 @@ class Prefetcher:
                 Slot, min(prefetch_depth, len(fetches)), driver, ledger, fetches, self._resources
             )
             self.timer = self._resources.push(PassTimer(driver, ledger, len(fetches)))
+            depth = len(self.slots)
+            self._slot_of = [self.slots[index % depth] for index in range(len(fetches))]
+            self._jobs = [partial(self._issue, slot, fetch) for slot, fetch in zip(self._slot_of, fetches, strict=True)]
+            self.following = [i + depth if i + depth < len(fetches) else i % depth for i in range(len(fetches))]
             self.reset(driver.current_stream())
         except BaseException:
             self.close()
@@ -131,22 +144,30 @@ class Prefetcher:
 
     def acquire(self, index: int, stream: int) -> None:
         """Make ``stream`` wait until layer ``index`` is in its slot. Raises `StateError` if the slot is being read."""
-        slot = self.slots[index % len(self.slots)]
+        slot, timer = self._slot_of[index], self.timer
         if slot.reader is not None:
             held, asked = self._fetches[slot.reader].number, self._fetches[index].number
             if slot.reader == index:
                 raise StateError(f"layer {asked} is acquired already, and was not released")
             raise StateError(f"layer {asked} needs the slot of layer {held}, which was not released")
         hit = slot.holds == index
-        self.timer.arrive(index, stream)
-        self._mark("arrived", self._fetches[index].number, stream)
+        if index <= self._latest:
+            timer.begin()
+        if timer.timed:
+            timer.arrive(index, stream)
+        if self.tracer is not None:
+            self._mark("arrived", self._fetches[index].number, stream)
         if not hit:
             self._fetch(slot, index, stream)
-        self._await_issue(slot)
-        self._wait_ready(slot, stream)
-        self.timer.resume(index, stream)
-        self._mark("resumed", self._fetches[index].number, stream)
-        slot.reader = index
+        if slot.ticket is not None and not slot.ticket.done:
+            self._await_issue(slot)
+        for ready in slot.ready:  # those of copy streams that took no part are complete since an earlier fetch
+            self._driver.wait(stream, ready.event)
+        if timer.timed:
+            timer.resume(index, stream)
+        if self.tracer is not None:
+            self._mark("resumed", self._fetches[index].number, stream)
+        self._latest = slot.reader = index
         slot.read = True
         counts = self.counts[index]
         counts.hits += hit
@@ -154,18 +175,18 @@ class Prefetcher:
 
     def release(self, index: int, stream: int) -> None:
         """Layer ``index`` has been read by the work given to ``stream``: fetch the next layer that uses its slot."""
-        slot = self.slots[index % len(self.slots)]
+        slot = self._slot_of[index]
         if slot.reader != index:
             raise StateError(f"layer {self._fetches[index].number} is released, but was not acquired")
         self._driver.record(slot.consumed.event, stream)
-        self._mark("released", self._fetches[index].number, stream)
+        if self.tracer is not None:
+            self._mark("released", self._fetches[index].number, stream)
         slot.reader = None
-        self._fill(slot, self.following(index), stream)
-
-    def following(self, index: int) -> int:
-        """The next layer that uses the slot of layer ``index``, in cyclic order."""
-        following = index + len(self.slots)
-        return following if following < len(self._fetches) else index % len(self.slots)
+        following = self.following[index]
+        if slot.holds != following:
+            self._fetch(slot, following, stream)
+        if self._prompt:
+            self._fill(slot, following, stream)
 
     def ready(self, index: int) -> list[Event]:
         """The events that are recorded after the copies of layer ``index``."""
@@ -227,11 +248,12 @@ class Prefetcher:
     def _fetch(self, slot: Slot, index: int, stream: int) -> None:
         if not slot.read:
             self._await_issue(slot)
-            self._wait_ready(slot, stream)
+            for ready in slot.ready:
+                self._driver.wait(stream, ready.event)
             self._driver.record(slot.consumed.event, stream)
         slot.holds = index
         slot.read = False
-        slot.ticket = self._issuer.submit(partial(self._issue, slot, self._fetches[index]))
+        slot.ticket = self._issuer.submit(self._jobs[index])
         self.counts[index].fetched_bytes += self._fetches[index].nbytes
 
     def _issue(self, slot: Slot, fetch: Fetch) -> None:
@@ -247,11 +269,6 @@ class Prefetcher:
         tracer = self.tracer  # which another thread may take away
         if tracer is not None:
             tracer.mark(what, number, lane, stream)
-
-    def _wait_ready(self, slot: Slot, stream: int) -> None:
-        """Events of copy streams that took no part are complete since an earlier fetch."""
-        for ready in slot.ready:
-            self._driver.wait(stream, ready.event)
 
     def _await_issue(self, slot: Slot) -> None:
         if slot.ticket is not None:

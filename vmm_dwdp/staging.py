@@ -66,31 +66,31 @@ class Staging:
 
     def acquire(self, index: int, stream: int, tokens: int | None) -> None:
         """Make ``stream`` wait until layer ``index`` is in its slot; ``tokens``: of this pass, if they are known."""
-        if capture := self._capture(stream):
-            self._captured.acquire(capture, index, stream)
+        if self._driver.capturing():
+            self._captured.acquire(self._capture(stream), index, stream)
         else:
             self._prefetcher.acquire(index, stream)
-            if self._advises:
+            if index == 0 and self._advises:
                 self.guard.observe(self._prefetcher.timer.latest, tokens)
 
     def release(self, index: int, stream: int) -> None:
         """Layer ``index`` has been read by the work given to ``stream``."""
-        if capture := self._capture(stream):
-            self._captured.release(capture, index, stream)
+        if self._driver.capturing():
+            self._captured.release(self._capture(stream), index, stream)
         else:
             self._prefetcher.release(index, stream)
 
     def _capture(self, stream: int) -> int:
-        """As `Driver.capture`; a stream beside the captured one would run now what belongs to a replay."""
+        """The capture of the current stream. Raises `StateError` unless ``stream`` takes part in it, or it would run
+        now what belongs to a replay."""
         capture = self._driver.capture(stream)
-        current = self._driver.current_stream()
-        if not capture and stream != current and self._driver.capture(current):
+        if not capture:
             raise StateError(f"stream {stream:#x} takes no part in the capture of the current stream into a graph")
         return capture
 
     def reset(self, stream: int) -> None:
         """Give up layers that were acquired on ``stream``, and make the slots as they are between passes."""
-        if self._capture(stream):
+        if self._driver.capturing():
             raise StateError("a capture into a graph leaves the slots as they are: end it, there is nothing to reset")
         self._prefetcher.reset(stream)
 
@@ -109,7 +109,7 @@ class Staging:
     def layer_stats(self) -> list[LayerStats]:
         """In the order of a pass. What a replay of a graph does is not seen."""
         prefetcher = self._prefetcher
-        if not self._driver.capture(self._driver.current_stream()):  # which a look at an event would break
+        if not self._driver.capturing():  # which a look at an event would break
             prefetcher.timer.read()
         return [
             LayerStats(counts.hits, counts.misses, counts.fetched_bytes, waited_s)

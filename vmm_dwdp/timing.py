@@ -38,19 +38,19 @@ class PassTimer(Owned):
         waited_s: by layer, seconds that the compute stream waited for it in all passes that were timed, and in those
             that they stand for.
         latest: the latest pass that was timed from its first layer to its last, in that order.
+        timed: whether the pass in progress is: if so, `arrive` and `resume` are called at each of its layers.
     """
 
     def __init__(self, driver: Driver, ledger: Ledger, num_layers: int) -> None:
         self.waited_s = [0.0] * num_layers
         self.latest: PassTimes | None = None
+        self.timed = False
         self._driver = driver
         self._resources = ResourceStack()
         self._order: list[int] = []  # the layers of the pass whose events are recorded and not read yet
         self._stands_for = 1  # passes: that one
         self._pass = 0  # the number of the one in progress
         self._due = 1  # of the next that is to be timed
-        self._timed = False  # whether the one in progress is
-        self._index = num_layers  # its latest layer
         try:
             push = self._resources.push
             self._arrived = [push(Event(driver, ledger, f"arrived {i}", timed=True)) for i in range(num_layers)]
@@ -59,27 +59,22 @@ class PassTimer(Owned):
             self.close()
             raise
 
+    def begin(self) -> None:
+        """A pass begins: see whether it is timed."""
+        self._pass += 1
+        self.timed = self._pass >= self._due and self.read()
+        if self.timed:
+            self._stands_for = 1 if self._pass <= FIRST else EVERY
+            self._due = self._pass + self._stands_for
+
     def arrive(self, index: int, stream: int) -> None:
         """Before ``stream`` waits for layer ``index``."""
-        if index <= self._index:
-            self._begin()
-        if self._timed:
-            self._driver.record(self._arrived[index].event, stream)
+        self._driver.record(self._arrived[index].event, stream)
 
     def resume(self, index: int, stream: int) -> None:
         """After it."""
-        self._index = index
-        if self._timed:
-            self._driver.record(self._resumed[index].event, stream)
-            self._order.append(index)
-
-    def _begin(self) -> None:
-        """A pass begins: see whether it is timed."""
-        self._pass += 1
-        self._timed = self._pass >= self._due and self.read()
-        if self._timed:
-            self._stands_for = 1 if self._pass <= FIRST else EVERY
-            self._due = self._pass + self._stands_for
+        self._driver.record(self._resumed[index].event, stream)
+        self._order.append(index)
 
     def read(self) -> bool:
         """Add up what was recorded; false if the device is not past it yet."""

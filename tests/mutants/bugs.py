@@ -47,26 +47,23 @@ BUGS: Final = (
     Bug(
         "acquire does not wait for the thread that issues copies",
         "vmm_dwdp/prefetch.py",
-        """            self._fetch(slot, index, stream)
-        self._await_issue(slot)
-        self._wait_ready""",
-        """            self._fetch(slot, index, stream)
-        self._wait_ready""",
+        "        if slot.ticket is not None and not slot.ticket.done:\n",
+        "        if False:\n",
         _EVENTS,
     ),
     Bug(
         "release does not record that the slot was read",
         "vmm_dwdp/prefetch.py",
         """        self._driver.record(slot.consumed.event, stream)
-        self._mark(""",
-        "        self._mark(",
+        if self.tracer""",
+        "        if self.tracer",
         _EVENTS,
     ),
     Bug(
         "the end of a pass fetches the first layer into every slot",
         "vmm_dwdp/prefetch.py",
-        "return following if following < len(self._fetches) else index % len(self.slots)",
-        "return following if following < len(self._fetches) else 0",
+        "[i + depth if i + depth < len(fetches) else i % depth for",
+        "[i + depth if i + depth < len(fetches) else 0 for",
         _EVENTS,
     ),
     Bug(

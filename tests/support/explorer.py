@@ -135,6 +135,7 @@ class RecordingIssuer:
 class _Ticket:
     program: Program
     number: int
+    done: bool = False
 
     def result(self) -> None:
         self.program.launcher.append(Op("await", self.number))

@@ -225,6 +225,9 @@ class Capturing(HostDriver):
     def capture(self, stream: int) -> int:
         return 1 if stream in self.captured else 0
 
+    def capturing(self) -> bool:
+        return self.current_stream() in self.captured
+
 
 def test_what_does_not_belong_into_a_capture_is_refused_and_the_runtime_goes_on(tmp_path: Path) -> None:
     model = random_model({number: {"w": ((6, 1000), torch.float32)} for number in range(4)})

@@ -113,6 +113,8 @@ class _NeverAwaitsTheIssuer(Prefetcher):
 
 
 class _NothingToAwait(Ticket):
+    done = True
+
     def result(self) -> None:
         pass
 
