@@ -1,11 +1,14 @@
-"""A host driver that fails where a test tells it to."""
+"""Drivers that fail where a test tells them to."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any, Final
 
+import torch
+
 from support.groups import PAGE
+from vmm_dwdp.allocator.cuda_driver import CudaDriver
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.errors import DriverError
 
@@ -30,18 +33,18 @@ DOING: Final = (
 )
 
 
-class FaultyDriver(HostDriver):
+class _Faulty:
     """Fails once, at the ``at``-th use of ``call``, before anything is done; counts every use.
 
     Attributes:
         uses: how often each call was made.
     """
 
-    def __init__(self, call: str = "", at: int = 0) -> None:
-        super().__init__(PAGE)
+    def __init__(self, call: str, at: int, *arguments: Any) -> None:
         self.uses: Counter[str] = Counter()
         self._call = call
         self._at = at
+        super().__init__(*arguments)
 
     def __getattribute__(self, name: str) -> Any:
         found = super().__getattribute__(name)
@@ -55,3 +58,13 @@ class FaultyDriver(HostDriver):
             return found(*args, **kwargs)
 
         return counted
+
+
+class FaultyDriver(_Faulty, HostDriver):
+    def __init__(self, call: str = "", at: int = 0) -> None:
+        super().__init__(call, at, PAGE)
+
+
+class FaultyCudaDriver(_Faulty, CudaDriver):
+    def __init__(self, call: str = "", at: int = 0) -> None:
+        super().__init__(call, at, torch.device("cuda"))

@@ -10,35 +10,47 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.faults import DOING, UNDOING, FaultyDriver
-from support.groups import add_layers, check_pass, fill_shards, random_model
+from support.faults import DOING, UNDOING, FaultyCudaDriver, FaultyDriver
+from support.groups import Model, add_layers, check_pass, fill_shards, random_model
 
 from vmm_dwdp import DriverError, DWDPConfig, DWDPError, DWDPRuntime, ExchangeError
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Ledger
 
-MODEL = random_model({number: {"w": ((5, 1500 + 400 * number), torch.float32)} for number in range(3)})
+
+def _model(scale: int) -> Model:
+    return random_model({number: {"w": ((5, scale * (1500 + 400 * number)), torch.float32)} for number in range(3)})
+
+
+MODELS = {"cpu": _model(1), "cuda": _model(128)}  # experts of one to three pages of 4 KiB; two or three in one of 2 MiB
+DRIVERS = {"cpu": FaultyDriver, "cuda": FaultyCudaDriver}
 SCENARIOS = {
     "host": DWDPConfig(group_size=1, host_experts=3, mode="in_place"),
     "pair": DWDPConfig(group_size=2, slice_bytes=64),
     "list": DWDPConfig(group_size=2, assembly="tensor_list"),
 }
+CASES = [
+    *(("cpu", scenario) for scenario in SCENARIOS),
+    # Legacy CUDA IPC opens no allocation in the process that made it, and here both ranks are threads of one.
+    *(pytest.param("cuda", scenario, marks=pytest.mark.gpu) for scenario in ("host", "pair")),
+]
 
 
 def _life(config: DWDPConfig, rank: int, rendezvous: str, driver: Driver, timeout: float) -> Ledger:
     """Everything that a rank does, and its ledger at the end, however it ended."""
     driver.activate()
+    model = MODELS[driver.device.type]
     try:
-        runtime = DWDPRuntime(config, rank, "cpu", rendezvous, driver=driver)
+        runtime = DWDPRuntime(config, rank, driver.device, rendezvous, driver=driver)
     except DWDPError as error:
         error.ledger = Ledger()  # type: ignore[attr-defined]  # no runtime, nothing to be counted
         raise
     try:
-        add_layers(runtime, MODEL)
-        fill_shards(runtime, MODEL)
+        add_layers(runtime, model)
+        fill_shards(runtime, model)
         runtime.publish(timeout)
-        check_pass(runtime, MODEL)
-        check_pass(runtime, MODEL, [2, 0], "staged")
+        check_pass(runtime, model)
+        check_pass(runtime, model, [2, 0], "staged")
         runtime.close()
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # tensors that the loader held would keep their memory
@@ -59,25 +71,25 @@ def _lives(config: DWDPConfig, driver: Driver) -> Ledger:
             wait([first], timeout=0.005)
         if not first.done():
             try:
-                other = _life(config, 1, rendezvous, FaultyDriver(), 10)
+                other = _life(config, 1, rendezvous, DRIVERS[driver.device.type](), 10)
             except ExchangeError as error:  # it cannot go on without rank 0
                 other = error.ledger  # type: ignore[attr-defined]
             assert other.open() == []
         return first.result()
 
 
-def _uses(config: DWDPConfig) -> dict[str, int]:
-    driver = FaultyDriver()
+def _uses(device: str, config: DWDPConfig) -> dict[str, int]:
+    driver = DRIVERS[device]()
     assert _lives(config, driver).open() == []
     return dict(driver.uses)
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_a_failing_call_is_named_and_everything_is_undone(scenario: str) -> None:
-    uses = _uses(SCENARIOS[scenario])
+@pytest.mark.parametrize(("device", "scenario"), CASES)
+def test_a_failing_call_is_named_and_everything_is_undone(device: str, scenario: str) -> None:
+    uses = _uses(device, SCENARIOS[scenario])
     for call in DOING:
         for at in range(1, uses.get(call, 0) + 1):
-            driver = FaultyDriver(call, at)
+            driver = DRIVERS[device](call, at)
             try:
                 ledger = _lives(SCENARIOS[scenario], driver)
             except DWDPError as error:
@@ -89,12 +101,12 @@ def test_a_failing_call_is_named_and_everything_is_undone(scenario: str) -> None
             assert ledger.open() == [], f"{call} number {at}"
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_a_failing_undo_leaves_what_a_second_close_can_finish(scenario: str) -> None:
-    uses = _uses(SCENARIOS[scenario])
+@pytest.mark.parametrize(("device", "scenario"), CASES)
+def test_a_failing_undo_leaves_what_a_second_close_can_finish(device: str, scenario: str) -> None:
+    uses = _uses(device, SCENARIOS[scenario])
     for call in UNDOING:
         for at in range(1, uses.get(call, 0) + 1):
-            driver = FaultyDriver(call, at)
+            driver = DRIVERS[device](call, at)
             try:
                 ledger = _lives(SCENARIOS[scenario], driver)
             except DriverError as error:  # or none, where the call is tried again at once
