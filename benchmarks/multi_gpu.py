@@ -257,16 +257,25 @@ def _slowdown_rank(place: Place, stack: Stack, group_size: int, folder: str, ran
             return compute()
 
         place.wait()
-        alone, clock_alone = place.timed(compute, passes=20), _clock(device)
+        alone, clock_alone = place.timed(compute, passes=20), _clock(place, device, compute)
         dist.barrier()
-        both, clock_both = place.timed(beside_copies, passes=20), _clock(device)
+        both, clock_both = place.timed(beside_copies, passes=20), _clock(place, device, beside_copies)
         dist.barrier()
     dist.destroy_process_group()
     return {"rank": rank, "alone ms": alone, "with copies ms": both, "MHz alone": clock_alone, "MHz copies": clock_both}
 
 
-def _clock(device: torch.device) -> int:
-    return torch.cuda.clock_rate(device) if device.type == "cuda" else 0
+def _clock(place: Place, device: torch.device, run: Pass) -> int:
+    """MHz of the GPU while ``run`` is repeated; 0 without one."""
+    if device.type != "cuda":
+        return 0
+    gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    query = ["nvidia-smi", "-i", gpu, "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+    with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as asked:
+        while asked.poll() is None:
+            run()
+            place.wait()
+        return int(asked.stdout.read())  # type: ignore[union-attr]
 
 
 def slowdown(place: Place, stack: Stack, count: int) -> list[Row]:

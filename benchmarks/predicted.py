@@ -1,33 +1,42 @@
 """What `vmm-dwdp plan` predicts against what a GPU does, with experts in host memory.
 
-The machine is calibrated first, with the shapes of one model; then layers of three models run over the runtime, with
-different numbers of tokens, experts in host memory and slots. No prediction is told anything of the run it predicts.
+The machine is calibrated first, with the shapes of each of three models; then layers of these models run over the
+runtime, with different numbers of tokens, experts in host memory and slots. No prediction is told anything of the run
+it predicts.
 
 pass      milliseconds of a forward pass: predicted, measured, and their ratio
-memory    bytes that the runtime takes of the GPU: predicted, and what the driver says is gone
+memory    bytes that the runtime takes of the GPU: predicted, and what the driver says is gone; the last row is a
+          group of four processes that share the GPU. Nobody else may use it meanwhile.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
+from functools import partial
+from multiprocessing.synchronize import Barrier
 
 import torch
 from common import Row, parser, report
 
 from vmm_dwdp import DWDPConfig, DWDPRuntime
+from vmm_dwdp.layer import describe_layer
 from vmm_dwdp.planning.calibrate import calibrate, preset_of
 from vmm_dwdp.planning.estimate import Estimate
 from vmm_dwdp.planning.gpus import GpuSpec, load_gpu
-from vmm_dwdp.planning.models import ModelSpec, load_model, model_from_config
+from vmm_dwdp.planning.memory import expert_memory
+from vmm_dwdp.planning.models import ModelSpec, model_from_config
 from vmm_dwdp.planning.roofline import Batch
 from vmm_dwdp.planning.torch_layer import TorchLayer, fill
+from vmm_dwdp.testing import run_group
 
 PASSES = 5
+GROUP_SIZE, GROUP_LAYERS = 4, 4  # of the group whose memory is measured
 REQUEST = 4096  # tokens
 
 
@@ -87,10 +96,10 @@ def run(gpu: GpuSpec, name: str, host_experts: int, tokens: int, depth: int, dev
         hidden = layer.hidden
         for end in ends:
             for index in range(layers):
-                attended, routed = layer.before(hidden)
+                _, routed = layer.before(hidden)
                 with runtime.layer(index) as weights:
                     outputs = layer.experts(routed, weights)
-                hidden = layer.norm(layer.combine(outputs), attended)
+                hidden = layer.combine(outputs)
             end.record()
         del weights  # so that the runtime's ranges can go
         torch.cuda.synchronize()
@@ -104,8 +113,48 @@ def run(gpu: GpuSpec, name: str, host_experts: int, tokens: int, depth: int, dev
         "predicted ms": predicted, "measured ms": measured, "ratio": predicted / measured, "waited ms": waited,
     }  # fmt: skip
     experts = estimate.memory.experts
-    planned = experts.resident + experts.staged
-    return row, {"model": name, "depth": depth, "predicted": planned, "measured": taken, "ratio": planned / taken}
+    return row, memory_row(name, config, experts.resident + experts.staged, taken)
+
+
+def memory_row(name: str, config: DWDPConfig, planned: int, taken: int) -> Row:
+    return {
+        "model": name, "ranks": config.group_size, "depth": config.prefetch_depth,
+        "predicted": planned, "measured": taken, "ratio": planned / taken,
+    }  # fmt: skip
+
+
+def group_rank(model: ModelSpec, config: DWDPConfig, rendezvous: str, barrier: Barrier, rank: int) -> tuple[int, int]:
+    """Bytes that are free before the group takes its memory, and while it has it."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.ones(1, device=device)  # this process's context
+    barrier.wait()
+    before = torch.cuda.mem_get_info(device)[0]
+    barrier.wait()
+    with DWDPRuntime(config, rank, device, rendezvous) as runtime:
+        for index in range(model.num_layers):
+            runtime.add_layer(index, model.expert_weights)
+        runtime.publish()
+        torch.cuda.synchronize()
+        barrier.wait()
+        after = torch.cuda.mem_get_info(device)[0]
+        barrier.wait()
+    return before, after
+
+
+def group_memory(granularity: int) -> Row:
+    """What a group of processes on one GPU takes, beside the sum of its ranks' plans."""
+    name = "64 experts of 2048 x 2048"
+    model, config = small(name, GROUP_LAYERS, **MODELS[name]), DWDPConfig(group_size=GROUP_SIZE)
+    planned = 0
+    for rank in range(GROUP_SIZE):
+        layer = describe_layer(0, model.expert_weights, config, rank, granularity)
+        memory = expert_memory(layer, GROUP_LAYERS, rank, config.prefetch_depth)
+        planned += memory.resident + memory.staged
+    barrier = multiprocessing.get_context("spawn").Barrier(GROUP_SIZE)
+    with tempfile.TemporaryDirectory() as rendezvous:
+        found = run_group(partial(group_rank, model, config, rendezvous, barrier), GROUP_SIZE, "cuda")
+    taken = max(before for before, _ in found) - min(after for _, after in found)
+    return memory_row(name, config, planned, taken)
 
 
 def say(what: object) -> None:
@@ -117,18 +166,23 @@ def main() -> None:
     arguments = parser(__doc__).parse_args()
     device = torch.device("cuda", 0)
     base = load_gpu(preset_of(torch.cuda.get_device_name(device)))
-    gpu = calibrate(base, load_model("qwen3-30b-a3b"), device)
-    say(gpu.efficiency)
+    gpus = {}
+    for name, sizes in MODELS.items():
+        gpus[name] = calibrate(base, small(name, 1, **sizes), device)
+        say(gpus[name].efficiency)
     rows = []
     for wanted in RUNS:
-        rows.append(run(gpu, *wanted, device))
+        rows.append(run(gpus[wanted[0]], *wanted, device))
         say(rows[-1])
+    torch.cuda.empty_cache()
     report(
         arguments,
         {
-            "efficiencies measured": [dataclasses.asdict(gpu.efficiency)],
+            "efficiencies measured": [
+                {"model": name} | dataclasses.asdict(gpu.efficiency) for name, gpu in gpus.items()
+            ],
             "pass": [row for row, _ in rows],
-            "memory": [memory for _, memory in rows],
+            "memory": [*(memory for _, memory in rows), group_memory(base.granularity)],
         },
     )
 

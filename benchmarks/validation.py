@@ -428,20 +428,25 @@ shows them, and the memory that the driver says is gone beside the memory that w
         for r in found["pass"]
     ]  # fmt: skip
     memory = [
-        (r["model"], r["depth"], f"{r['predicted']:,}", f"{r['measured']:,}", percent(r["predicted"], r["measured"]))
+        (r["model"], r["ranks"], r["depth"], f"{r['predicted']:,}", f"{r['measured']:,}",
+         percent(r["predicted"], r["measured"]))
         for r in found["memory"]
-    ]
-    shares = ", ".join(f"{name} {share}" for name, share in found["efficiencies measured"][0].items())
+    ]  # fmt: skip
+    calibrated = found["efficiencies measured"]
     columns = ("model", "experts in host memory", "tokens", "depth", "predicted ms", "measured ms", "off by")
     return f"""## Predicted against measured, compute too
 
 {about["gpu"]}, driver {about["driver"]}, torch {about["torch"]}, {about["date"]}: `{about["command"]}`. The machine was
-calibrated first, with the shapes of Qwen3-30B-A3B ({shares}); no prediction was told anything of its run.
+calibrated first, with the shapes of each model; no prediction was told anything of its run.
 
 {table(columns, runs)}
-Memory that the runtime takes of the GPU, in bytes: by the planner, and by what the driver says is gone.
+The shares of the peaks that were reached, for grouped products by tokens per expert:
 
-{table(("model", "depth", "predicted", "measured", "off by"), memory)}"""
+{table(tuple(calibrated[0]), [tuple(row.values()) for row in calibrated])}
+Memory that the runtime takes of the GPU, in bytes: by the planner, and by what the driver says is gone. Four ranks are
+four processes that share the GPU.
+
+{table(("model", "ranks", "depth", "predicted", "measured", "off by"), memory)}"""
 
 
 def main() -> None:

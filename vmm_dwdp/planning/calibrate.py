@@ -21,9 +21,10 @@ from vmm_dwdp.planning.roofline import ACTIVATION, Batch, layer_operations
 from vmm_dwdp.planning.torch_layer import TorchLayer
 
 TOKENS: Final = 8192
-TOKENS_PER_EXPERT: Final = (16, 64, 256, 1024)
+TOKENS_PER_EXPERT: Final = (16, 64, 256, 1024, 4096)
 COPIED: Final = 256 << 20  # bytes
 REPEATS: Final = 7
+SUSTAINED: Final = 0.2  # seconds for which products run: at first, a GPU has clocks that it cannot keep
 
 
 def preset_of(product: str) -> str:
@@ -105,17 +106,21 @@ def _grouped_gemm(model: ModelSpec, perfect: GpuSpec, tokens_per_expert: int, de
 
 
 def _time(work: Callable[[], Any]) -> float:
-    """Median seconds of ``work`` on the device."""
+    """Median seconds of ``work`` on the device, which has done it for `SUSTAINED` seconds."""
     work()
-    spans = []
-    for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
+    repeats = max(REPEATS, int(SUSTAINED / statistics.median(_spans(work, 3))))
+    return statistics.median(_spans(work, repeats)[repeats // 2 :])
+
+
+def _spans(work: Callable[[], Any], repeats: int) -> list[float]:
+    """Seconds of each of so many repetitions, one right after another."""
+    ends = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]  # type: ignore[no-untyped-call]
+    ends[0].record()
+    for end in ends[1:]:
         work()
         end.record()
-        spans.append((start, end))
     torch.cuda.synchronize()
-    return float(statistics.median(start.elapsed_time(end) for start, end in spans)) / 1e3
+    return [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(ends)]
 
 
 def _copy_from_host(driver: Driver) -> float:
