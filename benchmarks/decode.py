@@ -13,7 +13,7 @@ in place     ms, experts read where they are
 graph        ms, the same, replayed from a CUDA graph
 auto         ms, each pass in the mode that the runtime chooses, after the passes that it takes to find out
 of link      bytes of the experts used in place, a second, divided by the rate of copies from host memory
-speed-up     staged / in place
+speed-up     staged / the faster of in place and graph
 of ideal     that, divided by the number of experts / experts used
 auto behind  auto / the faster of staged and in place, less 1
 """
@@ -23,7 +23,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,6 @@ from vmm_dwdp.config import ModeSetting
 from vmm_dwdp.kernels import Scales, grouped_gemm, tensor_list_grouped_gemm
 
 WARM_UP = 12  # passes in which mode auto finds out which mode is faster, near the crossover
-ENOUGH = 1.5  # seconds of passes, after which no more are timed than two
 
 Gemm = Callable[[Tensor, Tensor, Tensor, "Scales | None"], Tensor]
 Weights = dict[str, Tensor]
@@ -159,15 +158,16 @@ class Passes:
             out = self.layer(weights, self.ends[number], gemm)
         return out
 
-    def time(self, run: Callable[[], object], routing: Routing) -> float:
-        """Seconds of one pass, the median; the first one does not count."""
-        seconds: list[float] = []
+    def time(self, runs: Mapping[str, Callable[[], object]], routing: Routing) -> dict[str, float]:
+        """Milliseconds of one pass of each of ``runs``, in turns, the medians. A pass after one of another mode finds
+        other layers in the slots: so each turn is of two passes, and the first does not count."""
+        found: dict[str, list[float]] = {name: [] for name in runs}
         for ends in routing.ends:
-            if len(seconds) > 2 and sum(seconds) > ENOUGH:
-                break
             self.ends.copy_(ends)
-            seconds.append(elapsed(run, self.x.device))
-        return statistics.median(seconds[1:])
+            for name, run in runs.items():
+                run()
+                found[name].append(elapsed(run, self.x.device) * 1e3)
+        return {name: statistics.median(milliseconds) for name, milliseconds in found.items()}
 
     def settle(self, run: Callable[[], object]) -> None:
         """Passes in mode auto, ``run``, until it has tried what it wants to try."""
@@ -217,35 +217,34 @@ def measure(
     del weights
     expert_bytes = sum(weight.nbytes for weights in whole.values() for weight in weights.values())
     for batch in batches:
-        routing = Routing(shape, batch, kind, passes + 1, runtime.device)
+        routing = Routing(shape, batch, kind, passes, runtime.device)
         run = Passes(shape, runtime, batch)
         run.ends.copy_(routing.ends[0])
         chosen = partial(run.spread, torch_gemm, "auto")
         run.settle(chosen)
-        auto = run.time(chosen, routing)
-        staged = run.time(partial(run.spread, torch_gemm, "staged"), routing)
         for kernel in kernels:
             on_gpu = partial(run.whole, whole, KERNELS[kernel])
             in_place = partial(run.spread, KERNELS[kernel], "in_place")
             if not torch.equal(in_place(), on_gpu()):
                 raise SystemExit(f"{kernel}: read in place, weights give other bits than on the GPU")
-            gpu, seconds = run.time(on_gpu, routing), run.time(in_place, routing)
-            replayed = run.time(captured(in_place), routing) if run.x.is_cuda else None
+            runs = {"gpu": on_gpu, "staged": partial(run.spread, torch_gemm, "staged"), "in place": in_place}
+            if run.x.is_cuda:
+                runs["graph"] = captured(in_place)
+            if kernel == "torch":
+                runs["auto"] = chosen
+            ms = run.time(runs, routing)
+            quickest = min(ms["in place"], ms.get("graph", ms["in place"]))
             used = routing.active * expert_bytes
             row = {
                 "routing": kind,
                 "batch": batch,
                 "kernel": kernel,
                 "active": routing.active,
-                "gpu": gpu * 1e3,
-                "staged": staged * 1e3,
-                "in place": seconds * 1e3,
-                "graph": replayed and replayed * 1e3,
-                "of link": used / min(seconds, replayed or seconds) / link,
-                "speed-up": staged / seconds,
-                "of ideal": staged / seconds * routing.active,
-                "auto": auto * 1e3 if kernel == "torch" else None,
-                "auto behind": auto / min(staged, seconds) - 1 if kernel == "torch" else None,
+                **{name: ms.get(name) for name in ("gpu", "staged", "in place", "graph", "auto")},
+                "of link": used / quickest * 1e3 / link,
+                "speed-up": ms["staged"] / quickest,
+                "of ideal": ms["staged"] / quickest * routing.active,
+                "auto behind": ms["auto"] / min(ms["staged"], ms["in place"]) - 1 if "auto" in ms else None,
             }
             yield seen(row)
 

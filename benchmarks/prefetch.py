@@ -16,7 +16,8 @@ overlap   milliseconds of a pass over all layers, several passes in a row, for s
 graph     the same in a CUDA graph, beside eager passes; by how much a replay is longer than an eager pass and one
           layer's copies; milliseconds to instantiate it, and microseconds to launch it
 
-Compute is products of square bf16 matrices. Figures that are compared are taken in turns, of which the medians count.
+Compute is products of square bf16 matrices. A GPU that has rested computes faster for a while, so what is compared is
+taken in turns there and back (a b b a), of which the medians count.
 """
 
 from __future__ import annotations
@@ -210,6 +211,15 @@ def device_seconds(work: Callable[[], object], passes: int) -> float:
     return first.elapsed_time(last) * 1e-3 / passes
 
 
+def there_and_back(works: list[Callable[[], object]], passes: int) -> list[float]:
+    """Seconds of a pass of each of ``works``."""
+    order = [*range(len(works)), *reversed(range(len(works)))]
+    found = [0.0] * len(works)
+    for index in order:
+        found[index] += device_seconds(works[index], passes) / 2
+    return found
+
+
 def overlap(rig: FarOwners, link_rate: float, ratios: list[float], passes: int, turns: int) -> list[Row]:
     """A row for each of ``ratios``."""
     made = Passes(rig)
@@ -217,11 +227,10 @@ def overlap(rig: FarOwners, link_rate: float, ratios: list[float], passes: int, 
     rows = []
     for ratio in ratios:
         products = max(1, round(ratio * copy_s / made.product_s))
+        copies_s = statistics.median(device_seconds(partial(made.run, 0), passes) for _ in range(turns))
         found = []
         for _ in range(turns):
-            compute_s = device_seconds(partial(made.compute, products), passes)
-            both_s = device_seconds(partial(made.run, products), passes)
-            copies_s = device_seconds(partial(made.run, 0), passes)
+            compute_s, both_s = there_and_back([partial(made.compute, products), partial(made.run, products)], passes)
             found.append(
                 {
                     "compute / copies": compute_s / copies_s,
@@ -250,11 +259,11 @@ def graph(rig: FarOwners, link_rate: float, passes: int, turns: int) -> list[Row
         start = time.perf_counter()
         captured.instantiate()
         instantiated = time.perf_counter()
+        copies_s = statistics.median(device_seconds(partial(made.run, 0), passes) for _ in range(turns))
+        layer_s = copies_s / len(rig.layers)
         found = []
         for _ in range(turns):
-            eager_s = device_seconds(partial(made.run, products), passes)
-            replay_s = device_seconds(captured.replay, passes)
-            layer_s = device_seconds(partial(made.run, 0), passes) / len(rig.layers)
+            eager_s, replay_s = there_and_back([partial(made.run, products), captured.replay], passes)
             found.append(
                 {
                     "eager ms": eager_s * 1e3,
