@@ -94,6 +94,11 @@ class ResourceStack(Owned):
         self._resources.append(owned)
         return owned
 
+    def close_one(self, owned: Owned) -> None:
+        """Close one of them before its turn; it stays if that fails."""
+        owned.close()
+        self._resources.remove(owned)
+
     def close(self) -> None:
         """Close all of them. One that fails is kept for the next `close`, and does not stop the others.
 
@@ -228,10 +233,14 @@ class Reservation(_Counted):
         self._driver = driver
         self._mappings = ResourceStack()
 
-    def map(self, offset: int, allocation: Allocation) -> None:
-        """Put the whole allocation at ``offset``; `set_access` comes next. It stays mapped until `close`."""
+    def map(self, offset: int, allocation: Allocation) -> Mapping:
+        """Put the whole allocation at ``offset``; `set_access` comes next. It stays mapped until `unmap` or `close`."""
         label = f"{allocation.label} in {self.label} at offset {offset}"
-        self._mappings.push(Mapping(self._driver, self._ledger, self.address + offset, allocation, label))
+        return self._mappings.push(Mapping(self._driver, self._ledger, self.address + offset, allocation, label))
+
+    def unmap(self, mapping: Mapping) -> None:
+        """Undo `map`, which returned ``mapping``: other memory may come there. Nothing uses it any more."""
+        self._mappings.close_one(mapping)
 
     def set_access(self, offset: int, nbytes: int, access: Access) -> None:
         """Allow this device to use the mappings that make up exactly ``[offset, offset + nbytes)``."""

@@ -22,6 +22,7 @@ from vmm_dwdp.config import Mode
 from vmm_dwdp.layer import Layer
 from vmm_dwdp.placement import Owner
 from vmm_dwdp.plan import Segment
+from vmm_dwdp.resident_cache import ResidentCache
 from vmm_dwdp.tensor_memory import TensorMemory
 
 Weights = dict[str, torch.Tensor] | dict[str, list[torch.Tensor]]
@@ -42,11 +43,13 @@ class Assembly(abc.ABC):
         rank: whose memory it is.
         resident_nbytes: physical bytes of the rank's own shards, whole pages.
         staged_nbytes: physical bytes of the slots.
+        cache: of remote experts, once it is built; ``None`` where the config has none or nothing is remote.
     """
 
     def __init__(self, driver: Driver, ledger: Ledger, rank: int, prefetch_depth: int) -> None:
         self.resident_nbytes = 0
         self.staged_nbytes = 0
+        self.cache: ResidentCache | None = None
         self._driver = driver
         self._ledger = ledger
         self.rank = rank

@@ -24,7 +24,12 @@ def make_assembly(config: DWDPConfig, rank: int, driver: Driver, ledger: Ledger)
     host_location = _host_location(config, driver) if config.host_experts else DEVICE
     handle_type = _choose_handle_type(driver, host_location) if config.group_size > 1 else None
     depth, in_place = config.prefetch_depth, config.reads_in_place
-    return VirtualAssembly(driver, ledger, rank, depth, handle_type, host_location, in_place)
+    assembly = VirtualAssembly(driver, ledger, rank, depth, handle_type, host_location, in_place, config.resident_cache)
+    if 0 < config.resident_cache < assembly.granularity:
+        raise ConfigError(
+            f"resident_cache is {config.resident_cache} bytes, and a page of memory has {assembly.granularity} here"
+        )
+    return assembly
 
 
 def _host_location(config: DWDPConfig, driver: Driver) -> Location:

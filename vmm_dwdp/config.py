@@ -52,6 +52,9 @@ class DWDPConfig:
             first. ``"in_place"``: kernels read the owners' own pages, so that only the experts that they touch cross
             the link. ``"auto"``: for each pass what is faster for its number of tokens. With these two, either mode
             can be asked for; with ``"staged"`` nothing is mapped for the other.
+        resident_cache: bytes of the GPU's memory for copies of the remote experts that most tokens are routed to, which
+            are then read there instead of over the link; 0 is none. No more than is remote is taken, in whole pages.
+            Needs a ``mode`` that reads in place.
         checksums: `publish` and `update` compute a checksum of every shard, for ``check_integrity(verify=True)``.
 
     Raises:
@@ -66,6 +69,7 @@ class DWDPConfig:
     host_numa_node: int | None = None
     assembly: AssemblyKind = "vmm"
     mode: ModeSetting = "staged"
+    resident_cache: int = 0
     checksums: bool = False
 
     def __post_init__(self) -> None:
@@ -81,11 +85,14 @@ class DWDPConfig:
         self._require_int("host_experts", self.host_experts, least=0)
         if self.host_numa_node is not None:
             self._require_int("host_numa_node", self.host_numa_node, least=0)
+        self._require_int("resident_cache", self.resident_cache, least=0)
         if not isinstance(self.checksums, bool):
             raise ConfigError(f"checksums must be true or false, not {self.checksums!r}")
         self._require_one_of("assembly", self.assembly, get_args(AssemblyKind))
         if self.assembly == "tensor_list" and self.reads_in_place:
             raise ConfigError(f"mode: {self.mode} needs assembly: vmm, because it maps the owners' pages side by side")
+        if self.resident_cache and not self.reads_in_place:
+            raise ConfigError("resident_cache needs mode: in_place or auto, because staged weights are all read here")
         if self.assembly == "tensor_list" and self.host_experts:
             raise ConfigError("host_experts needs assembly: vmm, because host memory is mapped page by page")
 

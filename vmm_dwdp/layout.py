@@ -30,7 +30,8 @@ class RangeLayout:
     An owner backs its experts' bytes rounded outward to whole pages, its resident span. A handle maps only whole, so
     the range is cut into tiles at every owner's borders, rounded down and rounded up; between two cuts the set of
     owners is the same for every page, and a tile is one handle on each of them. A page in which two shards meet is a
-    tile of its own, backed by both. Any mixture of owners can therefore be mapped side by side.
+    tile of its own, backed by both. Any mixture of owners can therefore be mapped side by side. Where there is a
+    resident cache the range is cut at the borders of all experts, so that a tile of few experts can be replaced.
 
         experts        0     1     2  |  3     4     5
         bytes          |=====|=====|==+==|=====|=====|
@@ -80,16 +81,24 @@ class RangeLayout:
     def tiles(self) -> tuple[Tile, ...]:
         """The whole range in order; see [Note: Tiles]."""
         spans = {owner: self.resident_pages(owner) for owner in self.placement.owners}
-        cuts = {0, self.num_pages}
-        for owner in spans:
-            shard = self.shard_bytes(owner)
-            for border in (shard.start, shard.stop):
-                cuts.update((border // self.granularity, -(-border // self.granularity)))
+        if self.placement.config.resident_cache:
+            borders = {*range(0, self.nbytes + 1, self.expert_nbytes)}
+        else:
+            shards = [self.shard_bytes(owner) for owner in spans]
+            borders = {0, self.nbytes}.union(*((shard.start, shard.stop) for shard in shards))
+        cuts = {page for border in borders for page in (border // self.granularity, -(-border // self.granularity))}
         ordered = sorted(cuts)
         return tuple(
             Tile(range(first, stop), tuple(owner for owner, span in spans.items() if first in span))
             for first, stop in itertools.pairwise(ordered)
         )
+
+    def experts_in(self, tile: Tile) -> tuple[tuple[int, int], ...]:
+        """The experts with bytes in ``tile``, each with how many."""
+        first, stop = tile.pages.start * self.granularity, min(tile.pages.stop * self.granularity, self.nbytes)
+        experts = range(first // self.expert_nbytes, -(-stop // self.expert_nbytes))
+        runs = ((expert, self.bytes_of(range(expert, expert + 1))) for expert in experts)
+        return tuple((expert, min(run.stop, stop) - max(run.start, first)) for expert, run in runs)
 
     def tiles_of(self, owner: Owner) -> tuple[Tile, ...]:
         """The tiles that ``owner`` backs, in order: together its resident span."""

@@ -21,6 +21,7 @@ from vmm_dwdp.assembly import Weights
 from vmm_dwdp.assembly_choice import make_assembly
 from vmm_dwdp.config import DWDPConfig, Mode, ModeSetting
 from vmm_dwdp.errors import ConfigError, DWDPError, StateError
+from vmm_dwdp.in_place import InPlace
 from vmm_dwdp.layer import Layer, describe_layer
 from vmm_dwdp.membership import Membership, ShardKey
 from vmm_dwdp.mode_choice import ModeChooser
@@ -89,10 +90,9 @@ class DWDPRuntime:
         self._membership = Membership(config, rank, self._driver, self.ledger, rendezvous, self._assembly, self._layers)
         self._index: dict[int, int] = {}
         self._weights: dict[Mode, list[Weights]] = {}
-        self._read_in_place: set[int] = set()  # layers acquired so and not yet released
-        self._in_place_counts: list[int] = []  # by layer, how often it was acquired so
         self._chooser: ModeChooser | None = None  # where either mode can be had
         self._staging: Staging | None = None
+        self._in_place: InPlace | None = None
         self._published = False
         self._closed = False
 
@@ -194,7 +194,8 @@ class DWDPRuntime:
         if len(self._modes) > 1:
             most = max(described.placement.num_experts for described in self._layers)
             self._chooser = ModeChooser(self._driver, self.ledger, most, len(self._layers))
-        self._in_place_counts = [0] * len(self._layers)
+        if self.config.reads_in_place:
+            self._in_place = InPlace(self._driver, self._assembly, self._layers, self.config)
         self._published = True
         memory = tuple(nbytes >> 20 for nbytes in (self._assembly.resident_nbytes, self._assembly.staged_nbytes))
         _log.info("rank %d: %d layers ready, %d MiB resident, %d MiB staged", self.rank, len(self._layers), *memory)
@@ -225,15 +226,16 @@ class DWDPRuntime:
         self._require_running()
         for (layer, weight, owner), value in shards.items():
             self._check_update(layer, weight, owner, value)
-        if self._read_in_place:
-            held = self._layers[min(self._read_in_place)].number
-            raise StateError(f"layer {held} was acquired, and was not released")
+        if self._in_place is not None:
+            self._in_place.require_idle()
         if self._staging is not None:
             self._staging.drain()
         self._driver.synchronize()
         self._membership.update(shards, time.monotonic() + timeout)
         if self._staging is not None:
             self._staging.refill(self._driver.current_stream())
+        if self._in_place is not None:
+            self._in_place.refill_cache()
 
     def _check_update(self, layer: int, weight: str, owner: Owner, value: torch.Tensor) -> None:
         described = self._with_weight(layer, weight)
@@ -249,7 +251,8 @@ class DWDPRuntime:
         """Check that what is mapped and what the slots hold is what the layouts say; meant for moments of idleness.
 
         With ``verify``, also that the bytes of every shard, this rank's and the others', are what its owner published.
-        That reads them all, over the link where they are remote, and needs ``checksums: true`` in the config.
+        That reads them all, over the link where they are remote, and needs ``checksums: true`` in the config; and that
+        the resident cache has the same.
 
         Raises:
             StateError: something disagrees; the sentence says what.
@@ -261,6 +264,8 @@ class DWDPRuntime:
             self._staging.check_integrity()
         if verify:
             self._membership.verify()
+            if self._in_place is not None:
+                self._in_place.verify_cache()
 
     # -- a pass ------------------------------------------------------------------------------------------------------
     @_between_compiled
@@ -271,6 +276,7 @@ class DWDPRuntime:
         mode: ModeSetting | None = None,
         tokens: int | None = None,
         top_k: int | None = None,
+        chosen: torch.Tensor | None = None,
         stream: torch.cuda.Stream | None = None,
     ) -> Weights:
         """The weights of ``layer``, with all experts, for the work given next to ``stream`` (default: the current one).
@@ -282,6 +288,8 @@ class DWDPRuntime:
                 decides for its pass, and in a graph for all its replays. Default: the config's.
             tokens: how many tokens the layer is given; for mode auto, and for `Stats.advice`.
             top_k: how many experts each of them uses: what mode auto goes by before it has timed passes.
+            chosen: int64 ``[tokens, top_k]`` on the device, the experts that each token uses: what the resident cache
+                goes by. ``stream`` counts them, if the layer is read in place.
 
         Returns:
             By weight, the tensor ``[E, ...]``: for each mode the same tensors, at the same addresses, on every call.
@@ -299,21 +307,19 @@ class DWDPRuntime:
             DriverError: a copy could not be issued; the call may be repeated.
         """
         self._require_running()
-        if self._membership.half_updated is not None:
-            why = self._membership.half_updated
-            raise StateError(f"weights are partly old and partly new: {why}; update again, or close")
+        self._require_updated()
         index = self._number(layer)
         mode = mode or self.config.mode
         if self._chooser is None if mode == "auto" else mode not in self._weights:
             raise ConfigError(f"the config does not provide for mode {mode}, only for {', '.join(self._modes)}")
-        if index in self._read_in_place:
+        if self._in_place is not None and self._in_place.is_acquired(index):
             raise StateError(f"layer {layer} is acquired already, and was not released")
         if self._chooser is not None:
             mode = self._chooser.choose(index, mode, tokens, top_k, self._stream(stream))
         assert mode != "auto"
         if mode == "in_place":
-            self._read_in_place.add(index)
-            self._in_place_counts[index] += 1
+            assert self._in_place is not None
+            self._in_place.acquire(index, chosen, stream)
         elif self._staging is not None:
             self._staging.acquire(index, self._stream(stream), tokens)
         if self._chooser is not None:
@@ -325,8 +331,8 @@ class DWDPRuntime:
         """All work that reads ``layer`` has been given to ``stream`` (default: the current one): fetch the next."""
         self._require_running()
         index = self._number(layer)
-        if index in self._read_in_place:
-            self._read_in_place.remove(index)
+        if self._in_place is not None and self._in_place.is_acquired(index):
+            self._in_place.release(index)
         elif self._staging is not None:
             self._staging.release(index, self._stream(stream))
         if self._chooser is not None:
@@ -340,10 +346,11 @@ class DWDPRuntime:
         mode: ModeSetting | None = None,
         tokens: int | None = None,
         top_k: int | None = None,
+        chosen: torch.Tensor | None = None,
         stream: torch.cuda.Stream | None = None,
     ) -> Iterator[Weights]:
         """`acquire` on entering, `release` on leaving, by an exception as well."""
-        weights = self.acquire(layer, mode=mode, tokens=tokens, top_k=top_k, stream=stream)
+        weights = self.acquire(layer, mode=mode, tokens=tokens, top_k=top_k, chosen=chosen, stream=stream)
         try:
             yield weights
         finally:
@@ -352,9 +359,29 @@ class DWDPRuntime:
     def reset(self, *, stream: torch.cuda.Stream | None = None) -> None:
         """Give up a pass that ended early: release what is acquired and refetch the first layers."""
         self._require_running()
-        self._read_in_place.clear()
+        if self._in_place is not None:
+            self._in_place.reset()
         if self._staging is not None:
             self._staging.reset(self._stream(stream))
+
+    def refresh_cache(self) -> None:
+        """Keep copies of the remote experts on this GPU to which `acquire` was told that most tokens were routed.
+
+        To be called between passes, and between replays of graphs, now and then. Waits for the device; other ranks
+        take no part. Afterwards the same tensors, at the same addresses, have the same bytes; of some, other memory is
+        read. What was counted before the last refresh counts half, so that the cache follows the routing.
+
+        Raises:
+            ConfigError: the config has no ``resident_cache``.
+            StateError: a layer is acquired in place, or a stream is being captured into a graph.
+            DriverError: a call failed; the cache holds less than it could, and all goes on. Where undoing failed too,
+                no layer is read in place until another call succeeds.
+        """
+        self._require_running()
+        self._require_updated()
+        if self._in_place is None:
+            raise ConfigError("there is no cache to refresh: the config has no resident_cache")
+        self._in_place.refresh_cache()
 
     def tensor_list(self, layer: int, weight: str) -> list[torch.Tensor]:
         """The same bytes as `acquire` returns, as at most three contiguous tensors ``[E_i, ...]`` in expert order: the
@@ -371,16 +398,18 @@ class DWDPRuntime:
         """Bytes, hits, misses and waits since publish. Does not wait for the device."""
         staging = self._staging
         staged = [LayerStats() for _ in self._layers] if staging is None else staging.layer_stats()
+        in_place = [0] * len(self._layers) if self._in_place is None else self._in_place.counts
         return Stats(
             resident_bytes=self._assembly.resident_nbytes,
             staged_bytes=self._assembly.staged_nbytes,
             layers={
-                described.number: replace(layer, in_place=in_place)
-                for described, layer, in_place in zip(self._layers, staged, self._in_place_counts, strict=False)
+                described.number: replace(layer, in_place=count)
+                for described, layer, count in zip(self._layers, staged, in_place, strict=True)
             },
             copy_path=None if staging is None else staging.copy_path,
             advice=None if staging is None else staging.guard.advice,
             mode_choice=None if self._chooser is None else self._chooser.choice(),
+            cache=None if self._assembly.cache is None else self._assembly.cache.stats(),
         )
 
     @contextmanager
@@ -457,6 +486,11 @@ class DWDPRuntime:
         if not self._published:
             raise StateError("the runtime is not published yet")
         self._enter_thread()
+
+    def _require_updated(self) -> None:
+        if self._membership.half_updated is not None:
+            why = self._membership.half_updated
+            raise StateError(f"weights are partly old and partly new: {why}; update again, or close")
 
     def _enter_thread(self) -> None:
         """Make the driver current in the calling thread; calls may come from one thread now and from another later."""

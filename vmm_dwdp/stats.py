@@ -53,6 +53,24 @@ class CopyPath:
 
 
 @dataclass(frozen=True)
+class CacheStats:
+    """The resident cache, as its latest refresh left it.
+
+    Attributes:
+        nbytes: physical memory of it.
+        used_bytes: of that, what holds copies of remote experts.
+        refreshes: how often it was refreshed.
+        served: of the remote bytes that tokens were routed to in place between the last two refreshes, by graphs too,
+            the part that was in the cache, each byte counted for every token; ``None`` if there were none.
+    """
+
+    nbytes: int
+    used_bytes: int
+    refreshes: int
+    served: float | None
+
+
+@dataclass(frozen=True)
 class Stats:
     """One rank, since publish.
 
@@ -64,6 +82,7 @@ class Stats:
         copy_path: ``None`` if nothing is staged.
         advice: what to know if passes are held up by their copies, with numbers; ``None`` if they are not.
         mode_choice: what mode auto goes by; ``None`` if no pass was left to it.
+        cache: ``None`` without a resident cache.
     """
 
     resident_bytes: int
@@ -72,6 +91,7 @@ class Stats:
     copy_path: CopyPath | None
     advice: str | None
     mode_choice: ModeChoice | None
+    cache: CacheStats | None = None
 
     @property
     def hits(self) -> int:

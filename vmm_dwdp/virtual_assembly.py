@@ -15,13 +15,14 @@ from typing import Final
 import torch
 
 from vmm_dwdp.allocator.driver import DEVICE, Access, Driver, HandleType, Location
-from vmm_dwdp.allocator.handles import Allocation, Ledger, Reservation
+from vmm_dwdp.allocator.handles import Allocation, Ledger, Mapping, Reservation
 from vmm_dwdp.assembly import Assembly, Share, Weights, close_shares
 from vmm_dwdp.config import Mode
 from vmm_dwdp.errors import StateError
 from vmm_dwdp.layer import Layer
-from vmm_dwdp.layout import RangeLayout
+from vmm_dwdp.layout import RangeLayout, Tile
 from vmm_dwdp.placement import HOST, Owner, nearest_first
+from vmm_dwdp.resident_cache import RemoteTile, ResidentCache
 from vmm_dwdp.slots import SlotBlocks, divide
 from vmm_dwdp.tensor_memory import TensorMemory
 
@@ -37,6 +38,7 @@ class VirtualAssembly(Assembly):
         handle_type: how this rank's memory travels to the others; ``None`` if there are none.
         host_location: where the memory of `HOST` is.
         in_place: whether to map in-place ranges too.
+        cache_nbytes: how much memory to take at most for remote tiles of theirs.
     """
 
     def __init__(
@@ -48,10 +50,13 @@ class VirtualAssembly(Assembly):
         handle_type: HandleType | None,
         host_location: Location,
         in_place: bool,
+        cache_nbytes: int,
     ) -> None:
         super().__init__(driver, ledger, rank, prefetch_depth)
         self._handle_type = handle_type
         self._host_location = host_location
+        self._cache_nbytes = cache_nbytes
+        self._remote_tiles: list[RemoteTile] = []  # of the in-place ranges
         self._own: dict[_Key, TensorMemory[Reservation]] = {}
         self._views: dict[tuple[int, str, Owner], TensorMemory[Reservation]] = {}
         self._tiles: dict[tuple[int, str, Owner], list[Allocation]] = {}
@@ -63,6 +68,10 @@ class VirtualAssembly(Assembly):
         return max(self._driver.granularity(DEVICE), self._driver.granularity(self._host_location))
 
     def num_mappings(self) -> int:
+        return self._num_own_mappings() + 2 * self._num_cache_pages()
+
+    def _num_own_mappings(self) -> int:
+        """How many there are while nothing is cached, without the cache's own."""
         own_and_views = sum(
             len(layer.layouts[weight].tiles_of(owner))
             for layer, weight in self._weights_of_layers()
@@ -72,6 +81,22 @@ class VirtualAssembly(Assembly):
         staged = sum(len(used) for blocks in slots for regions in blocks.regions for used in regions)
         in_place = sum(len(layer.layouts[weight].tiles) for layer, weight in self._weights_of_layers())
         return own_and_views + staged + (0 if self._in_place is None else in_place)
+
+    def _num_cache_pages(self) -> int:
+        """As many as were asked for, but no more than there are remote ones."""
+        if not self._cache_nbytes:
+            return 0
+        remote = sum(
+            len(tile.pages)
+            for layer, weight in self._weights_of_layers()
+            for tile in layer.layouts[weight].tiles
+            if self._nearest(layer, tile) != self.rank
+        )
+        return min(self._cache_nbytes // self.granularity, remote)
+
+    def _nearest(self, layer: Layer, tile: Tile) -> Owner:
+        """Whose handle of a tile is mapped in place."""
+        return nearest_first(tile.owners, self.rank, layer.placement.config.group_size)[0]
 
     def shard(self, layer: Layer, weight: str, owner: Owner) -> torch.Tensor:
         if (layer.number, weight, owner) not in self._tiles:
@@ -191,10 +216,15 @@ class VirtualAssembly(Assembly):
         tiles = [tile for held in self._tiles.values() for tile in held]
         in_place = 0 if self._in_place is None else len(list(self._weights_of_layers()))
         expected = {
-            "mappings": self.num_mappings(),
+            "mappings": self._num_own_mappings(),
             "handles": len(tiles) + sum(len(blocks.sizes) for blocks in slots),
             "reservations": len(self._own) + len(self._views) + in_place,
         }
+        if self.cache is not None:
+            self.cache.require_whole()
+            expected["mappings"] += self.cache.num_mappings
+            expected["handles"] += self.cache.num_handles
+            expected["reservations"] += 1
         counts = self._ledger.counts()
         for kind, number in expected.items():
             if counts[kind] != number:
@@ -222,19 +252,37 @@ class VirtualAssembly(Assembly):
             if self._in_place is not None:
                 tensor = self._map_in_place(layer, weight).tensor(0, spec.shape, spec.dtype)
                 self._in_place.setdefault(layer.number, {})[weight] = tensor
+        if pages := self._num_cache_pages():
+            nbytes, tiles = pages * self.granularity, self._remote_tiles
+            self.cache = ResidentCache(self._driver, self._ledger, tiles, nbytes, self.granularity, self._resources)
 
     def _map_in_place(self, layer: Layer, weight: str) -> TensorMemory[Reservation]:
         """Every owner's own pages side by side; those that several owners back, of this rank or the nearest of them."""
         layout = layer.layouts[weight]
-        group_size = layer.placement.config.group_size
         handles = {
             owner: dict(zip(layout.tiles_of(owner), self._tiles[layer.number, weight, owner], strict=True))
             for owner in layer.placement.owners
         }
-        tiles = [handles[nearest_first(tile.owners, self.rank, group_size)[0]][tile] for tile in layout.tiles]
+        owners = [self._nearest(layer, tile) for tile in layout.tiles]
+        tiles = [handles[owner][tile] for owner, tile in zip(owners, layout.tiles, strict=True)]
         span = range(layout.num_pages * layout.granularity)
         memory = self._reserve(len(span), f"layer {layer.number}, {weight}, in place")
-        _map(memory, span, tiles, Access.READ)
+        mappings = _map(memory, span, tiles, Access.READ)
+        for owner, tile, handle, mapping in zip(owners, layout.tiles, tiles, mappings, strict=True):
+            if owner != self.rank:
+                offset = tile.pages.start * layout.granularity
+                self._remote_tiles.append(
+                    RemoteTile(
+                        label=memory.memory.label,
+                        layer=layer.number,
+                        experts=layout.experts_in(tile),
+                        memory=memory.memory,
+                        offset=offset,
+                        handle=handle,
+                        source=self._source(layer, weight, owner, offset),
+                        mappings=[mapping],
+                    )
+                )
         return memory
 
     def _build_slot(self, slot: int, layers: Sequence[Layer]) -> None:
@@ -288,13 +336,15 @@ class VirtualAssembly(Assembly):
         super().close()
 
 
-def _map(memory: TensorMemory[Reservation], span: range, tiles: Sequence[Allocation], access: Access) -> None:
+def _map(memory: TensorMemory[Reservation], span: range, tiles: Sequence[Allocation], access: Access) -> list[Mapping]:
     """Map ``tiles`` side by side over the bytes ``span`` of the range."""
     offset = span.start
+    mappings = []
     for tile in tiles:
-        memory.memory.map(offset, tile)
+        mappings.append(memory.memory.map(offset, tile))
         offset += tile.nbytes
     _allow(memory, span, access)
+    return mappings
 
 
 def _allow(memory: TensorMemory[Reservation], span: range, access: Access) -> None:

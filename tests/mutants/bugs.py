@@ -75,9 +75,9 @@ BUGS: Final = (
     ),
     Bug(
         "an abandoned layer is still acquired after reset",
-        "vmm_dwdp/runtime.py",
-        "        self._read_in_place.clear()\n",
-        "",
+        "vmm_dwdp/in_place.py",
+        "        self._acquired.clear()\n",
+        "        pass\n",
         _STATES,
     ),
     Bug(

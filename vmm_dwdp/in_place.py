@@ -1,0 +1,83 @@
+"""Passes that read experts where they are: which layers are being read, and the resident cache between passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+
+from vmm_dwdp.allocator.driver import Driver
+from vmm_dwdp.assembly import Assembly
+from vmm_dwdp.config import DWDPConfig
+from vmm_dwdp.errors import ConfigError, StateError
+from vmm_dwdp.layer import Layer
+from vmm_dwdp.routing_counts import RoutingCounts
+
+
+class InPlace:
+    """What `acquire` and `release` of a layer that is read in place do. There is nothing to wait for, nor to fetch.
+
+    Layers are numbered by their place in a pass. Calls come from one thread at a time.
+
+    Attributes:
+        counts: by layer, how often it was acquired.
+    """
+
+    def __init__(self, driver: Driver, assembly: Assembly, layers: Sequence[Layer], config: DWDPConfig) -> None:
+        self.counts = [0] * len(layers)
+        self._driver = driver
+        self._layers = layers
+        self._cache = assembly.cache
+        self._acquired: set[int] = set()
+        self._routing: RoutingCounts | None = None
+        if config.resident_cache:
+            num_experts = {layer.number: layer.placement.num_experts for layer in layers}
+            self._routing = RoutingCounts(num_experts, driver.device)
+
+    def acquire(self, index: int, chosen: torch.Tensor | None, stream: torch.cuda.Stream | None) -> None:
+        """Layer ``index`` is read from now on; ``stream`` counts the ``chosen`` experts."""
+        if self._cache is not None:
+            self._cache.require_whole()
+        if self._routing is not None and chosen is not None:
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                self._routing.add(self._layers[index].number, chosen)
+        self._acquired.add(index)
+        self.counts[index] += 1
+
+    def is_acquired(self, index: int) -> bool:
+        return index in self._acquired
+
+    def release(self, index: int) -> None:
+        self._acquired.remove(index)
+
+    def reset(self) -> None:
+        """Give up layers that are acquired."""
+        self._acquired.clear()
+
+    def require_idle(self) -> None:
+        """Raise `StateError` if a layer is acquired."""
+        if self._acquired:
+            held = self._layers[min(self._acquired)].number
+            raise StateError(f"layer {held} was acquired, and was not released")
+
+    def refresh_cache(self) -> None:
+        """See `DWDPRuntime.refresh_cache`."""
+        if self._routing is None:
+            raise ConfigError("there is no cache to refresh: the config has no resident_cache")
+        self.require_idle()
+        if self._driver.capture(self._driver.current_stream()):
+            raise StateError("the cache is refreshed between replays of a graph, not in a capture")
+        self._driver.synchronize()
+        if self._cache is not None:
+            self._cache.refresh(self._routing.take())
+
+    def refill_cache(self) -> None:
+        """After an update: copy what is cached again."""
+        if self._cache is not None:
+            self._cache.refill()
+
+    def verify_cache(self) -> None:
+        """Raise `StateError` unless what is cached has its owner's bytes."""
+        if self._cache is not None:
+            self._cache.verify()

@@ -1,0 +1,225 @@
+"""The resident cache: pages of this GPU that stand in for the hottest remote tiles of the in-place ranges.
+
+in-place range                 |==== rank 0 ====|== own pages ==|= 2 =| cache |= 2 =|
+what the kernel sees           |  expert 0  |  expert 1  |  expert 2  |  expert 3  |
+
+[Note: Refreshing the cache]
+Where a tile is read is changed only between passes, while no kernel runs. Tiles that leave the cache are given their
+owner's handle back; free pages are filled by copies, and only then mapped in the place of the tiles that come.
+Addresses stay. A tile whose mappings a failing driver call has left incomplete is torn: it is given its owner's handle
+back at once, or if that fails too, by the next refresh, and no layer is read in place until then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vmm_dwdp.allocator import handles
+from vmm_dwdp.allocator.driver import Access, Copy, Driver
+from vmm_dwdp.allocator.handles import Allocation, Ledger, Reservation, ResourceStack
+from vmm_dwdp.allocator.tensors import tensor_at
+from vmm_dwdp.errors import ConfigError, DriverError, StateError
+from vmm_dwdp.hot_tiles import Candidate, hottest
+from vmm_dwdp.stats import CacheStats
+
+
+@dataclass(eq=False)
+class RemoteTile:
+    """A tile of an in-place range that another owner backs, and where it is read now.
+
+    Attributes:
+        label: of the range.
+        layer: its number.
+        experts: those that have bytes in the tile, each with how many.
+        memory: the range, in which the tile begins at ``offset``.
+        handle: the owner's.
+        source: address of the same bytes in this rank's view of the owner's memory.
+        mappings: what is mapped in the tile's place.
+        pages: of the cache, if it is read there.
+        heat: tokens times the bytes that they read; what was counted before the last refresh counts half, and so on.
+    """
+
+    label: str
+    layer: int
+    experts: tuple[tuple[int, int], ...]
+    memory: Reservation
+    offset: int
+    handle: Allocation
+    source: int
+    mappings: list[handles.Mapping]
+    pages: tuple[int, ...] = ()
+    heat: int = 0
+
+
+class ResidentCache:
+    """See [Note: Refreshing the cache]. Calls come from one thread, between passes.
+
+    Args:
+        tiles: all that can be cached.
+        nbytes: of the cache, whole pages.
+        page_nbytes: of one page.
+        resources: what it takes is pushed there.
+
+    Raises:
+        ConfigError: there is not so much memory.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        ledger: Ledger,
+        tiles: Sequence[RemoteTile],
+        nbytes: int,
+        page_nbytes: int,
+        resources: ResourceStack,
+    ) -> None:
+        self._driver = driver
+        self._tiles = tiles
+        self._page_nbytes = page_nbytes
+        self._torn: list[RemoteTile] = []
+        self._refreshes = 0
+        self._served: float | None = None
+        self._pages: list[Allocation] = []
+        while len(self._pages) * page_nbytes < nbytes:
+            try:
+                page = Allocation.create(driver, ledger, page_nbytes, label="resident cache")
+            except DriverError as error:
+                taken = len(self._pages) * page_nbytes
+                raise ConfigError(
+                    f"a resident_cache of {nbytes} bytes does not fit beside what is in memory already: after {taken} "
+                    f"of them, {error}"
+                ) from error
+            self._pages.append(resources.push(page))
+        self._memory = resources.push(Reservation(driver, ledger, nbytes, "resident cache"))
+        for number, page in enumerate(self._pages):
+            self._memory.map(number * page_nbytes, page)
+        self._memory.set_access(0, nbytes, Access.READ_WRITE)
+
+    @property
+    def num_handles(self) -> int:
+        return len(self._pages)
+
+    @property
+    def num_mappings(self) -> int:
+        """How many more there are by the cache: its own, and those of a tile's pages instead of one of its owner's."""
+        return len(self._pages) + sum(len(tile.pages) - 1 for tile in self._tiles if tile.pages)
+
+    def stats(self) -> CacheStats:
+        used = sum(len(tile.pages) for tile in self._tiles)
+        return CacheStats(
+            nbytes=len(self._pages) * self._page_nbytes,
+            used_bytes=used * self._page_nbytes,
+            refreshes=self._refreshes,
+            served=self._served,
+        )
+
+    def require_whole(self) -> None:
+        """Raise `StateError` if tiles are torn."""
+        if self._torn:
+            raise StateError(
+                f"pages of {self._torn[0].label} are not mapped, because a driver call failed: call refresh_cache again"
+            )
+
+    def refresh(self, counts: Mapping[int, Sequence[int]]) -> None:
+        """Hold what is hottest after another ``counts`` tokens, by layer number and expert. The device is idle.
+
+        Raises:
+            DriverError: a call failed; what is cached is less than it could be, and every byte is as it was.
+        """
+        self._mend()
+        self._count(counts)
+        candidates = [Candidate(tile.heat, self._pages_of(tile), bool(tile.pages)) for tile in self._tiles]
+        chosen = hottest(candidates, len(self._pages))
+        try:
+            for place, tile in enumerate(self._tiles):
+                if tile.pages and place not in chosen:
+                    self._map(tile, ())
+            used = {page for tile in self._tiles for page in tile.pages}
+            free = iter([page for page in range(len(self._pages)) if page not in used])
+            coming = [self._tiles[place] for place in sorted(chosen) if not self._tiles[place].pages]
+            pages = [tuple(next(free) for _ in range(self._pages_of(tile))) for tile in coming]
+            self._fill(list(zip(coming, pages, strict=True)))
+            for tile, into in zip(coming, pages, strict=True):
+                self._map(tile, into)
+        except BaseException as failure:
+            try:
+                self._mend()
+            except DriverError as error:
+                failure.add_note(f"and then: {error}")
+            raise
+        self._refreshes += 1
+
+    def refill(self) -> None:
+        """Copy what is cached once more, because its owners have changed it. Raises `DriverError` if that fails: then
+        all of it is torn."""
+        cached = [tile for tile in self._tiles if tile.pages]
+        torn = self._torn
+        self._torn = [*torn, *(tile for tile in cached if tile not in torn)]
+        self._fill([(tile, tile.pages) for tile in cached])
+        self._torn = torn
+
+    def verify(self) -> None:
+        """Raise `StateError` unless every page in the cache has its owner's bytes."""
+        for tile in self._tiles:
+            for source, page in zip(self._sources(tile), tile.pages, strict=False):
+                held, owned = (
+                    tensor_at(address, (self._page_nbytes,), torch.uint8, self._driver.device)
+                    for address in (self._address(page), source)
+                )
+                if not torch.equal(held, owned):
+                    raise StateError(f"the resident cache has other bytes of {tile.label} than their owner")
+
+    def _pages_of(self, tile: RemoteTile) -> int:
+        return tile.handle.nbytes // self._page_nbytes
+
+    def _sources(self, tile: RemoteTile) -> range:
+        """Addresses of the owner's pages."""
+        return range(tile.source, tile.source + tile.handle.nbytes, self._page_nbytes)
+
+    def _address(self, page: int) -> int:
+        return self._memory.address + page * self._page_nbytes
+
+    def _count(self, counts: Mapping[int, Sequence[int]]) -> None:
+        read = cached = 0
+        for tile in self._tiles:
+            of_layer = counts[tile.layer]
+            heat = sum(of_layer[expert] * nbytes for expert, nbytes in tile.experts)
+            tile.heat = tile.heat // 2 + heat
+            read += heat
+            cached += heat if tile.pages else 0
+        self._served = cached / read if read else None
+
+    def _fill(self, coming: Sequence[tuple[RemoteTile, tuple[int, ...]]]) -> None:
+        """Copy tiles into pages of the cache, and wait for it."""
+        copies = [
+            Copy(self._address(page), source, self._page_nbytes)
+            for tile, pages in coming
+            for source, page in zip(self._sources(tile), pages, strict=True)
+        ]
+        if copies:
+            stream = self._driver.current_stream()
+            self._driver.copy(self._driver.prepare(copies), stream)
+            self._driver.synchronize(stream)
+
+    def _map(self, tile: RemoteTile, pages: tuple[int, ...]) -> None:
+        """Read ``tile`` in ``pages`` of the cache, or at its owner if there are none. Nothing reads it meanwhile."""
+        if tile not in self._torn:
+            self._torn.append(tile)
+        while tile.mappings:
+            tile.memory.unmap(tile.mappings[-1])
+            del tile.mappings[-1]
+        offset = tile.offset
+        for handle in [self._pages[page] for page in pages] or [tile.handle]:
+            tile.mappings.append(tile.memory.map(offset, handle))
+            offset += handle.nbytes
+        tile.memory.set_access(tile.offset, tile.handle.nbytes, Access.READ)
+        tile.pages = pages
+        self._torn.remove(tile)
+
+    def _mend(self) -> None:
+        """Give torn tiles back to their owners."""
+        for tile in list(self._torn):
+            self._map(tile, ())
