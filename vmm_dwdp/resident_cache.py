@@ -6,8 +6,9 @@ what the kernel sees           |  expert 0  |  expert 1  |  expert 2  |  expert 
 [Note: Refreshing the cache]
 Where a tile is read is changed only between passes, while no kernel runs. Tiles that leave the cache are given their
 owner's handle back; free pages are filled by copies, and only then mapped in the place of the tiles that come.
-Addresses stay. A tile whose mappings a failing driver call has left incomplete is torn: it is given its owner's handle
-back at once, or if that fails too, by the next refresh, and no layer is read in place until then.
+Addresses stay. A tile whose mappings a failing driver call has left incomplete, or whose pages it has left with old
+bytes after an update, is torn: it is given its owner's handle back at once, or if that fails too, by the next refresh,
+and no layer is read in place until then.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ class ResidentCache:
         """Raise `StateError` if tiles are torn."""
         if self._torn:
             raise StateError(
-                f"pages of {self._torn[0].label} are not mapped, because a driver call failed: call refresh_cache again"
+                f"pages of {self._torn[0].label} are missing or old, because a driver call failed: call refresh_cache"
             )
 
     def refresh(self, counts: Mapping[int, Sequence[int]]) -> None:

@@ -245,16 +245,20 @@ class VirtualAssembly(Assembly):
         for slot, layers in enumerate(self._layers_of_slot()):
             self._build_slot(slot, layers)
         for layer, weight in self._weights_of_layers():
-            spec = layer.weights[weight]
-            if self._depth:
-                tensor = self._own[layer.number, weight].tensor(0, spec.shape, spec.dtype)
-                self._weights.setdefault(layer.number, {})[weight] = tensor
-            if self._in_place is not None:
-                tensor = self._map_in_place(layer, weight).tensor(0, spec.shape, spec.dtype)
-                self._in_place.setdefault(layer.number, {})[weight] = tensor
+            self._make_tensors(layer, weight)
         if pages := self._num_cache_pages():
             nbytes, tiles = pages * self.granularity, self._remote_tiles
             self.cache = ResidentCache(self._driver, self._ledger, tiles, nbytes, self.granularity, self._resources)
+
+    def _make_tensors(self, layer: Layer, weight: str) -> None:
+        """What `weights` returns. Apart from `build`, whose frame, if it fails, would keep the last tensor's range."""
+        spec = layer.weights[weight]
+        if self._depth:
+            tensor = self._own[layer.number, weight].tensor(0, spec.shape, spec.dtype)
+            self._weights.setdefault(layer.number, {})[weight] = tensor
+        if self._in_place is not None:
+            tensor = self._map_in_place(layer, weight).tensor(0, spec.shape, spec.dtype)
+            self._in_place.setdefault(layer.number, {})[weight] = tensor
 
     def _map_in_place(self, layer: Layer, weight: str) -> TensorMemory[Reservation]:
         """Every owner's own pages side by side; those that several owners back, of this rank or the nearest of them."""

@@ -16,7 +16,7 @@ from support.groups import PAGE, Model, add_layers, check_pass, join, random_mod
 from vmm_dwdp import DWDPConfig, DWDPRuntime, ExchangeError, StateError
 from vmm_dwdp.allocator.host_driver import HostDriver
 
-CONFIG = DWDPConfig(group_size=3, num_local_experts=4, host_experts=2, mode="in_place")
+CONFIG = DWDPConfig(group_size=3, num_local_experts=4, host_experts=2, mode="in_place", resident_cache=20 * PAGE)
 
 
 def _model() -> Model:
@@ -33,8 +33,21 @@ def _serve(rank: int, rendezvous: Path, commands: Connection) -> None:
     while commands.recv() == "pass":
         check_pass(runtime, model, mode="staged")
         check_pass(runtime, model)
+        _refresh(runtime)
+        check_pass(runtime, model)
         commands.send(sorted(peer for peer, alive in runtime.peers().items() if alive))
     commands.send(runtime.close().open())
+
+
+def _refresh(runtime: DWDPRuntime) -> None:
+    """A cache with experts of both other ranks and the host pool, the dead one's too."""
+    for number in _model():
+        runtime.acquire(number, chosen=torch.arange(12))
+        runtime.release(number)
+    runtime.refresh_cache()
+    cache = runtime.stats().cache
+    assert cache is not None
+    assert cache.used_bytes > 0
 
 
 def _rejoined(rendezvous: Path, rank: int) -> DWDPRuntime:
@@ -82,6 +95,8 @@ def test_a_new_process_takes_the_place_of_a_dead_rank(
         runtime = _rejoined(tmp_path, dead)
         for mode in ("staged", "in_place"):
             check_pass(runtime, _model(), mode=mode)  # type: ignore[arg-type]
+        _refresh(runtime)
+        check_pass(runtime, _model())
         assert pass_on_survivors() == [sorted({*survivors, dead} - {rank}) for rank in survivors]
         assert runtime.close().open() == []
     assert pass_on_survivors() == [[other] for other in reversed(survivors)]

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.groups import Model, check_pass, in_threads, published, random_model
+from support.faults import FaultyDriver
+from support.groups import PAGE, Model, check_pass, in_threads, join, published, random_model
 
-from vmm_dwdp import HOST, ConfigError, DWDPConfig, DWDPRuntime, ExchangeError, StateError
+from vmm_dwdp import HOST, ConfigError, DriverError, DWDPConfig, DWDPRuntime, ExchangeError, StateError
+from vmm_dwdp.allocator.tensors import tensor_at
+from vmm_dwdp.stats import CacheStats
 
 CONFIG = DWDPConfig(group_size=3, host_experts=2, mode="in_place", checksums=True)
 SHAPES = {number: {"a": ((11, 1777), torch.bfloat16), "b": ((11, 300), torch.float32)} for number in range(5)}
+NO_CACHE = CacheStats(nbytes=0, used_bytes=0, refreshes=0, served=None)
 OLD, NEW = random_model(SHAPES, seed=1), random_model(SHAPES, seed=2)
 
 
@@ -30,8 +34,13 @@ def shards(runtime: DWDPRuntime, model: Model) -> dict[tuple[int, str, int | str
 
 @pytest.mark.parametrize(
     "config",
-    [CONFIG, replace(CONFIG, host_experts=0, num_local_experts=6), DWDPConfig(group_size=2, assembly="tensor_list")],
-    ids=["host", "overlap", "tensor-list"],
+    [
+        CONFIG,
+        replace(CONFIG, host_experts=0, num_local_experts=6),
+        DWDPConfig(group_size=2, assembly="tensor_list"),
+        replace(CONFIG, resident_cache=30 * PAGE),
+    ],
+    ids=["host", "overlap", "tensor-list", "cache"],
 )
 def test_every_rank_reads_the_new_bytes(config: DWDPConfig, tmp_path: Path) -> None:
     with published(config, tmp_path, OLD) as runtimes:
@@ -41,6 +50,16 @@ def test_every_rank_reads_the_new_bytes(config: DWDPConfig, tmp_path: Path) -> N
                 for mode in ("staged", config.mode):
                     check_pass(runtime, model, mode=mode)
                 runtime.check_integrity(verify=config.checksums)
+                if config.resident_cache:  # the next model is read there too
+                    fill_cache(runtime)
+                    assert (runtime.stats().cache or NO_CACHE).used_bytes > 0
+
+
+def fill_cache(runtime: DWDPRuntime) -> None:
+    for number in OLD:
+        runtime.acquire(number, chosen=torch.arange(11))
+        runtime.release(number)
+    runtime.refresh_cache()
 
 
 def updated(runtime: DWDPRuntime, model: Model) -> None:
@@ -145,4 +164,34 @@ def test_integrity_tells_of_a_mapping_too_many(tmp_path: Path) -> None:
             runtime.check_integrity()
         runtime.ledger.remove(token)
         with pytest.raises(ConfigError, match="needs checksums: true"):
+            runtime.check_integrity(verify=True)
+
+
+def test_a_cache_that_cannot_be_filled_anew_is_not_read(tmp_path: Path) -> None:
+    """The owners have the new bytes, and the cache still has the old ones."""
+    config = replace(CONFIG, group_size=1, resident_cache=30 * PAGE)
+    driver = FaultyDriver()
+    with join(config, 0, tmp_path / "rendezvous", OLD, driver) as runtime:
+        fill_cache(runtime)
+        for model in (NEW, OLD):
+            driver.fail("prepare", 2)  # the first is for the edges
+            with pytest.raises(DriverError, match="prepare failed with INJECTED"):
+                updated(runtime, model)
+            with pytest.raises(StateError, match="missing or old, because a driver call failed: call refresh_cache"):
+                runtime.acquire(0)
+            runtime.refresh_cache()
+            check_pass(runtime, model)
+            runtime.check_integrity(verify=True)
+
+
+def test_integrity_tells_of_a_byte_that_changed_in_the_cache(tmp_path: Path) -> None:
+    config = replace(CONFIG, group_size=1, resident_cache=30 * PAGE)
+    with join(config, 0, tmp_path / "rendezvous", OLD) as runtime:
+        fill_cache(runtime)
+        runtime.check_integrity(verify=True)
+        cache = runtime._assembly.cache
+        assert cache is not None
+        byte = tensor_at(cache._memory.address + 17, (1,), torch.uint8, runtime.device)
+        byte ^= 1
+        with pytest.raises(StateError, match=r"the resident cache has other bytes of layer \d, \w, in place than"):
             runtime.check_integrity(verify=True)

@@ -34,7 +34,7 @@ DOING: Final = (
 
 
 class _Faulty:
-    """Fails once, at the ``at``-th use of ``call``, before anything is done; counts every use.
+    """Fails at the ``at``-th use of ``call``, before anything is done, once or some ``times``; counts every use.
 
     Attributes:
         uses: how often each call was made.
@@ -42,9 +42,13 @@ class _Faulty:
 
     def __init__(self, call: str, at: int, *arguments: Any) -> None:
         self.uses: Counter[str] = Counter()
-        self._call = call
-        self._at = at
+        self.fail(call, at)
         super().__init__(*arguments)
+
+    def fail(self, call: str, at: int, times: int = 1) -> None:
+        """Fail at the ``at``-th use from now on, and the next, ``times`` in all."""
+        self._call = call
+        self._at = range(self.uses[call] + at, self.uses[call] + at + times)
 
     def __getattribute__(self, name: str) -> Any:
         found = super().__getattribute__(name)
@@ -53,8 +57,8 @@ class _Faulty:
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             self.uses[name] += 1
-            if name == self._call and self.uses[name] == self._at:
-                raise DriverError(name, "INJECTED", f"make its use number {self._at}")
+            if name == self._call and self.uses[name] in self._at:
+                raise DriverError(name, "INJECTED", f"make its use number {self.uses[name]}")
             return found(*args, **kwargs)
 
         return counted

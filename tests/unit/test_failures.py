@@ -6,14 +6,15 @@ import tempfile
 import traceback
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from support.faults import DOING, UNDOING, FaultyCudaDriver, FaultyDriver
-from support.groups import Model, add_layers, check_pass, fill_shards, random_model
+from support.groups import PAGE, Model, add_layers, check_pass, fill_shards, random_model
 
-from vmm_dwdp import DriverError, DWDPConfig, DWDPError, DWDPRuntime, ExchangeError
+from vmm_dwdp import DriverError, DWDPConfig, DWDPError, DWDPRuntime, ExchangeError, StateError
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Ledger
 
@@ -26,6 +27,7 @@ MODELS = {"cpu": _model(1), "cuda": _model(128)}  # experts of one to three page
 DRIVERS = {"cpu": FaultyDriver, "cuda": FaultyCudaDriver}
 SCENARIOS = {
     "host": DWDPConfig(group_size=1, host_experts=3, mode="in_place"),
+    "cache": DWDPConfig(group_size=1, host_experts=3, mode="in_place", prefetch_depth=1, resident_cache=4 * PAGE),
     "pair": DWDPConfig(group_size=2, slice_bytes=64),
     "list": DWDPConfig(group_size=2, assembly="tensor_list"),
 }
@@ -51,6 +53,9 @@ def _life(config: DWDPConfig, rank: int, rendezvous: str, driver: Driver, timeou
         runtime.publish(timeout)
         check_pass(runtime, model)
         check_pass(runtime, model, [2, 0], "staged")
+        if config.resident_cache:
+            for favourite in (4, 2):
+                _refresh(runtime, favourite)
         runtime.close()
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # tensors that the loader held would keep their memory
@@ -59,6 +64,15 @@ def _life(config: DWDPConfig, rank: int, rendezvous: str, driver: Driver, timeou
         error.ledger = runtime.ledger  # type: ignore[attr-defined]
         raise
     return runtime.ledger
+
+
+def _refresh(runtime: DWDPRuntime, favourite: int) -> None:
+    """After many tokens that all use one expert, of which every layer has more than the cache can hold."""
+    chosen = torch.full((100, 1), favourite, device=runtime.device)
+    for number in runtime.stats().layers:
+        runtime.acquire(number, chosen=chosen)
+        runtime.release(number)
+    runtime.refresh_cache()
 
 
 def _lives(config: DWDPConfig, driver: Driver) -> Ledger:
@@ -112,3 +126,64 @@ def test_a_failing_undo_leaves_what_a_second_close_can_finish(device: str, scena
             except DriverError as error:  # or none, where the call is tried again at once
                 ledger = error.ledger  # type: ignore[attr-defined]
             assert ledger.open() == [], f"{call} number {at}"
+
+
+REFRESH_CALLS = ("prepare", "copy", "synchronize", "unmap", "map", "set_access")
+REFRESHING = {"cpu": SCENARIOS["cache"], "cuda": replace(SCENARIOS["cache"], resident_cache=4 << 20)}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def _published(device: str, driver: Driver, rendezvous: Path) -> DWDPRuntime:
+    runtime = DWDPRuntime(REFRESHING[device], 0, driver.device, rendezvous, driver=driver)
+    add_layers(runtime, MODELS[device])
+    fill_shards(runtime, MODELS[device])
+    runtime.publish()
+    return runtime
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("call", REFRESH_CALLS)
+def test_a_refresh_that_fails_leaves_every_byte_where_it_was(call: str, device: str, tmp_path: Path) -> None:
+    """At every use of the call while a full cache turns from one expert to another."""
+    at, failed = 1, True
+    while failed:
+        driver = DRIVERS[device]()
+        runtime = _published(device, driver, tmp_path / f"{at}")
+        _refresh(runtime, 4)
+        driver.fail(call, at)
+        try:
+            _refresh(runtime, 2)
+        except DriverError as error:
+            told = str(error)
+            assert f"{call} failed with INJECTED" in told
+            at += 1
+        else:
+            failed = False
+        driver.fail("", 0)
+        check_pass(runtime, MODELS[device])
+        runtime.check_integrity()
+        _refresh(runtime, 2)
+        check_pass(runtime, MODELS[device])
+        runtime.check_integrity()
+        cache = runtime.stats().cache
+        assert cache is not None
+        assert cache.used_bytes == cache.nbytes
+        assert runtime.close().open() == []
+    assert at > 1, "the call was never made"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_refresh_that_cannot_be_undone_bars_passes_in_place_until_the_next(device: str, tmp_path: Path) -> None:
+    driver = DRIVERS[device]()
+    runtime = _published(device, driver, tmp_path / "rendezvous")
+    driver.fail("map", 1, times=2)
+    with pytest.raises(DriverError, match="INJECTED") as raised:
+        _refresh(runtime, 4)
+    assert "and then: map failed with INJECTED" in raised.value.__notes__[0]
+    with pytest.raises(StateError, match=r"pages of layer \d, w, in place are missing or old.*call refresh_cache"):
+        runtime.acquire(0)
+    check_pass(runtime, MODELS[device], mode="staged")
+    runtime.refresh_cache()
+    check_pass(runtime, MODELS[device])
+    runtime.check_integrity()
+    assert runtime.close().open() == []

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.faults import FaultyDriver
 from support.groups import PAGE, add_layers, check_pass, fill_shards, join, random_model, same_bytes
 
 from vmm_dwdp import ConfigError, DWDPConfig, DWDPRuntime, ExchangeError, StateError, WeightSpec
 from vmm_dwdp.allocator.host_driver import HostDriver
+from vmm_dwdp.stats import CacheStats
 
 MODEL = random_model({number: {"w": ((6, 1000), torch.float32)} for number in range(5)})
 ALONE = DWDPConfig(group_size=1, host_experts=4)  # two slots, so the layers in flight are limited
@@ -225,3 +227,111 @@ def test_staged_memory_is_the_remote_pages_of_each_slot_and_no_more(runtime: DWD
     resident_bytes = 2 * 1000 * 4  # and two here: the page where they meet is resident
     pages = -(-(remote_bytes + resident_bytes) // PAGE) - -(-resident_bytes // PAGE)
     assert runtime.stats().staged_bytes == 2 * pages * PAGE
+
+
+CACHED = replace(ALONE, mode="in_place", resident_cache=9 * PAGE)
+
+
+@pytest.fixture
+def cached(tmp_path: Path) -> Iterator[DWDPRuntime]:
+    runtime = join(CACHED, 0, tmp_path / "rendezvous", MODEL)
+    yield runtime
+    assert runtime.close().open() == []
+
+
+def use(runtime: DWDPRuntime, layer: int, *experts: int) -> None:
+    """A token for each of the experts."""
+    runtime.acquire(layer, chosen=torch.tensor(experts)[:, None])
+    runtime.release(layer)
+
+
+def test_a_cache_holds_the_experts_that_most_tokens_use(cached: DWDPRuntime) -> None:
+    """Experts of 4000 bytes and pages of 4096: expert 2 is in the last page of this rank and in one of the host pool's,
+    expert 4 in the next two."""
+    assert cached.stats().cache == CacheStats(nbytes=9 * PAGE, used_bytes=0, refreshes=0, served=None)
+    for layer in (1, 3):
+        use(cached, layer, *[4] * 10, *[2] * 5, 0)
+    cached.refresh_cache()
+    assert cached.stats().cache == CacheStats(nbytes=9 * PAGE, used_bytes=6 * PAGE, refreshes=1, served=0.0)
+    use(cached, 1, 4, 4, 2)
+    use(cached, 0, 4)
+    cached.refresh_cache()
+    served = (2 * 4000 + 3 * 4000 - 2 * PAGE) / (3 * 4000 + 3 * 4000 - 2 * PAGE)
+    assert cached.stats().cache == CacheStats(nbytes=9 * PAGE, used_bytes=8 * PAGE, refreshes=2, served=served)
+    check_pass(cached, MODEL)
+    check_pass(cached, MODEL, mode="staged")
+
+
+def test_what_is_no_expert_is_not_counted_and_does_no_harm(cached: DWDPRuntime) -> None:
+    use(cached, 0, -1, 6, -1, 6)
+    cached.refresh_cache()
+    assert cached.stats().cache == CacheStats(nbytes=9 * PAGE, used_bytes=0, refreshes=1, served=None)
+
+
+def test_staged_layers_are_not_counted(cached: DWDPRuntime) -> None:
+    with cached.layer(0, mode="staged", chosen=torch.full((9, 1), 4)):
+        pass
+    cached.refresh_cache()
+    assert cached.stats().cache == CacheStats(nbytes=9 * PAGE, used_bytes=0, refreshes=1, served=None)
+
+
+def test_a_cache_is_not_refreshed_while_it_may_be_read(cached: DWDPRuntime) -> None:
+    cached.acquire(2)
+    with pytest.raises(StateError, match="layer 2 was acquired, and was not released"):
+        cached.refresh_cache()
+    cached.release(2)
+    cached.refresh_cache()
+
+
+def test_a_cache_is_not_refreshed_in_a_capture(cached: DWDPRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(cached._driver, "capture", lambda stream: 1)
+        with pytest.raises(StateError, match="between replays of a graph, not in a capture"):
+            cached.refresh_cache()
+    cached.refresh_cache()
+
+
+def test_without_a_cache_there_is_nothing_to_refresh(runtime: DWDPRuntime, tmp_path: Path) -> None:
+    with (
+        join(replace(ALONE, mode="in_place"), 0, tmp_path / "other", MODEL) as in_place,
+        pytest.raises(ConfigError, match="the config has no resident_cache"),
+    ):
+        in_place.refresh_cache()
+    with pytest.raises(ConfigError, match="the config has no resident_cache"):
+        runtime.refresh_cache()
+    assert runtime.stats().cache is None
+
+
+def test_a_cache_where_nothing_is_remote_takes_no_memory(tmp_path: Path) -> None:
+    with join(replace(CACHED, host_experts=0), 0, tmp_path / "rendezvous", MODEL) as runtime:
+        assert runtime.stats().cache is None
+        runtime.refresh_cache()
+        check_pass(runtime, MODEL)
+
+
+def test_a_cache_is_no_larger_than_what_is_remote(tmp_path: Path) -> None:
+    with join(replace(CACHED, resident_cache=1 << 40), 0, tmp_path / "rendezvous", MODEL) as runtime:
+        for layer in MODEL:
+            use(runtime, layer, *range(6))
+        runtime.refresh_cache()
+        cache = runtime.stats().cache
+        assert cache is not None
+        assert cache.used_bytes == cache.nbytes == 4 * len(MODEL) * PAGE
+        check_pass(runtime, MODEL)
+
+
+def test_a_cache_smaller_than_a_page_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="resident_cache is 4095 bytes, and a page of memory has 4096 here"):
+        join(replace(CACHED, resident_cache=PAGE - 1), 0, tmp_path / "rendezvous", MODEL)
+
+
+def test_a_cache_that_does_not_fit_is_refused_and_nothing_stays(tmp_path: Path) -> None:
+    driver = FaultyDriver()
+    runtime = DWDPRuntime(CACHED, 0, "cpu", tmp_path / "rendezvous", driver=driver)
+    add_layers(runtime, MODEL)
+    fill_shards(runtime, MODEL)
+    slots = 2
+    driver.fail("create", slots + 4)
+    with pytest.raises(ConfigError, match=f"resident_cache of {9 * PAGE} bytes does not fit .* after {3 * PAGE} of"):
+        runtime.publish()
+    assert runtime.ledger.open() == []

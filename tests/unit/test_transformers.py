@@ -22,6 +22,7 @@ from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.checkpoint import SINGLE_FILE, Checkpoint
 from vmm_dwdp.integrations.transformers import attach, from_pretrained
 from vmm_dwdp.integrations.transformers_experts import find_experts
+from vmm_dwdp.refresh_schedule import FIRST
 
 ALONE = DWDPConfig(group_size=1, host_experts=5)
 IN_PLACE = DWDPConfig(group_size=1, host_experts=5, mode="in_place", prefetch_depth=0)
@@ -112,6 +113,24 @@ def test_a_forward_pass_of_few_tokens_reads_in_place_where_the_mode_is_auto(tmp_
             assert runtime.stats().in_place == 0
             assert torch.equal(model(one).logits, whole(one).logits)
         assert runtime.stats().in_place == len(runtime.stats().layers)
+
+
+def test_passes_fill_a_resident_cache_by_themselves(tmp_path: Path) -> None:
+    whole, model = tiny_model("qwen3_moe"), tiny_model("qwen3_moe")
+    config = DWDPConfig(group_size=1, host_experts=5, mode="in_place", resident_cache=16 * PAGE)
+    with DWDPRuntime(config, 0, "cpu", tmp_path / "rendezvous", driver=HostDriver(PAGE)) as runtime:
+        attach(model, runtime)
+        with torch.no_grad():
+            expected = whole(prompt()).logits
+            refreshes = []
+            for _ in range(FIRST + 2 * FIRST + 1):
+                assert torch.equal(model(prompt()).logits, expected)
+                cache = runtime.stats().cache
+                assert cache is not None
+                refreshes.append(cache.refreshes)
+        assert [refreshes.index(1), refreshes.index(2)] == [FIRST, 3 * FIRST]
+        assert cache.used_bytes == cache.nbytes == 16 * PAGE
+        assert 0 < (cache.served or 0) < 1
 
 
 def test_experts_implementations_of_transformers_are_left_to_it(runtime: DWDPRuntime) -> None:

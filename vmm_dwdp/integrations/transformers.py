@@ -27,6 +27,7 @@ from vmm_dwdp.errors import ConfigError, DWDPError
 from vmm_dwdp.integrations.transformers_checkpoint import ExpertSource, expert_sources
 from vmm_dwdp.integrations.transformers_experts import ExpertsModule, SpreadExperts, find_experts
 from vmm_dwdp.integrations.transformers_tensor_list import IMPLEMENTATION, takes_lists
+from vmm_dwdp.refresh_schedule import RefreshSchedule
 from vmm_dwdp.runtime import DWDPRuntime
 from vmm_dwdp.weight_spec import WeightSpec
 
@@ -214,7 +215,8 @@ def _spread(
     merge = lists and not all(takes_lists(found.module) for found in experts)
     if lists and not merge:
         model.set_experts_implementation(IMPLEMENTATION)
-    spread = [SpreadExperts(found, runtime, layer, merge=merge) for layer, found in enumerate(experts)]
+    schedule = RefreshSchedule(runtime)
+    spread = [SpreadExperts(found, runtime, layer, schedule, merge=merge) for layer, found in enumerate(experts)]
 
     def apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
         """`Module._apply`, refused before the first parameter is moved rather than when the first experts are met."""

@@ -20,6 +20,7 @@ from torch.nn import Module, Parameter
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vmm_dwdp.errors import ConfigError, StateError
+from vmm_dwdp.refresh_schedule import RefreshSchedule
 from vmm_dwdp.runtime import DWDPRuntime
 from vmm_dwdp.weight_spec import WeightSpec
 
@@ -85,16 +86,20 @@ def align_experts(model: Module) -> None:
 class SpreadExperts:
     """One experts module and its layer in the runtime; see [Note: Spread experts].
 
-    Takes effect when it is made, and stays for the life of the module. ``merge`` is for modules whose own code wants
+    Takes effect when it is made, and stays for the life of the module. The first layer tells ``schedule``, which all
+    layers of the model share, that a pass begins. ``merge`` is for modules whose own code wants
     tensors although the runtime assembles lists: they are concatenated before every forward pass.
     """
 
-    def __init__(self, experts: ExpertsModule, runtime: DWDPRuntime, layer: int, *, merge: bool) -> None:
+    def __init__(
+        self, experts: ExpertsModule, runtime: DWDPRuntime, layer: int, schedule: RefreshSchedule, *, merge: bool
+    ) -> None:
         self._path = experts.path
         self._module = experts.module
         self._weights = experts.weights
         self._runtime = runtime
         self._layer = layer
+        self._schedule = schedule
         self._merge = merge
         self._own_forward = self._module.forward
         self._placeholders = {
@@ -108,8 +113,14 @@ class SpreadExperts:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled model runs this as it is
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        tokens, top_k = _routing(args, kwargs)
-        with torch.no_grad(), self._runtime.layer(self._layer, tokens=tokens, top_k=top_k) as weights:
+        if self._layer == 0:
+            self._schedule.begin_pass()
+        tokens, chosen = _routing(args, kwargs)
+        top_k = None if chosen is None else chosen.shape[-1]
+        with (
+            torch.no_grad(),
+            self._runtime.layer(self._layer, tokens=tokens, top_k=top_k, chosen=chosen) as weights,
+        ):
             merged = {name: torch.cat(list(tensors)) for name, tensors in weights.items()} if self._merge else weights
             self._module._parameters.update(merged)
             try:
@@ -154,15 +165,15 @@ class SpreadExperts:
         raise StateError(f"{self._path} cannot be copied or pickled: its experts are spread over the group")
 
 
-def _routing(args: Any, kwargs: Any) -> tuple[int, int | None]:
-    """How many tokens an experts module is given, and how many experts each of them uses, if that is among its inputs.
+def _routing(args: Any, kwargs: Any) -> tuple[int, Tensor | None]:
+    """How many tokens an experts module is given, and which experts each of them uses, if that is among its inputs.
 
     transformers' experts take hidden states ``[T, H]`` first, and most take the chosen experts ``[T, k]`` beside them.
     """
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     tokens = tensors[0].shape[:-1].numel()
     chosen = [tensor for tensor in tensors if not tensor.is_floating_point()]
-    return tokens, chosen[0].shape[-1] if chosen else None
+    return tokens, chosen[0] if chosen else None
 
 
 class _NoBackward(torch.autograd.Function):
