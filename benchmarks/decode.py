@@ -1,9 +1,10 @@
-"""Few tokens a pass, experts in host memory: staged, read in place, chosen by itself, and with all experts on the GPU.
+"""Few tokens a pass, experts in host memory: staged, in place, with a cache, chosen, and with all experts on the GPU.
 
 A pass is a number of MoE layers of a model's shapes, a grouped GEMM, the gate and another grouped GEMM each, without
 the rest of the model. Every pass has another routing, and every token chooses its experts without repetition: all
-alike, or expert i of a random order in proportion to 1 / i (zipf). Milliseconds are medians of whole passes. On the CPU
-the same runs on the host driver, which says nothing about a link.
+alike, or expert i of a random order in proportion to 1 / i (zipf). Milliseconds are medians of whole passes. The
+resident cache is empty at first; for its columns it is filled after the routing of 1,024 other tokens of the same kind.
+On the CPU the same runs on the host driver, which says nothing about a link.
 
 kernel       of the pass that reads in place: torch's grouped GEMM, or ours over lists of tensors, in Triton
 active       part of the experts that a pass uses
@@ -16,6 +17,9 @@ of link      bytes of the experts used in place, a second, divided by the rate o
 speed-up     staged / the faster of in place and graph
 of ideal     that, divided by the number of experts / experts used
 auto behind  auto / the faster of staged and in place, less 1
+cached       ms, in place with the cache
+cached graph ms, the same, replayed from a CUDA graph
+gain         in place / cached, of each the faster of eager and graph
 """
 
 from __future__ import annotations
@@ -23,11 +27,11 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +43,7 @@ from vmm_dwdp.config import ModeSetting
 from vmm_dwdp.kernels import Scales, grouped_gemm, tensor_list_grouped_gemm
 
 WARM_UP = 12  # passes in which mode auto finds out which mode is faster, near the crossover
+HISTORY = 1024  # tokens by whose routing the cache is filled
 
 Gemm = Callable[[Tensor, Tensor, Tensor, "Scales | None"], Tensor]
 Weights = dict[str, Tensor]
@@ -84,9 +89,16 @@ def specs(shape: Shape) -> dict[str, WeightSpec]:
 
 
 @contextmanager
-def published(shape: Shape, device: torch.device, mode: ModeSetting) -> Iterator[DWDPRuntime]:
-    """A runtime of one rank with all experts in host memory, filled with random numbers."""
-    config = DWDPConfig(group_size=1, host_experts=shape.experts, prefetch_depth=shape.depth, mode=mode)
+def published(shape: Shape, device: torch.device, cached: float) -> Iterator[DWDPRuntime]:
+    """A runtime of one rank with all experts in host memory, filled with random numbers, and a cache of a part."""
+    nbytes = shape.layers * shape.experts * sum(spec.expert_nbytes for spec in specs(shape).values())
+    config = DWDPConfig(
+        group_size=1,
+        host_experts=shape.experts,
+        prefetch_depth=shape.depth,
+        mode="auto",
+        resident_cache=int(cached * nbytes),
+    )
     generator = torch.Generator(device).manual_seed(0)
     block = torch.randn(1 << 22, generator=generator, device=device).mul(shape.hidden**-0.5)
     with tempfile.TemporaryDirectory() as directory, DWDPRuntime(config, 0, device, Path(directory) / "g") as runtime:
@@ -107,18 +119,19 @@ class Routing:
     """Which experts each layer's rows go to, in one pass after another.
 
     Attributes:
+        chosen: int64 ``[passes, layers, batch, top_k]`` on the device: the experts of each token.
         ends: int32 ``[passes, layers, experts]`` on the device: where each expert's rows end.
         active: part of the experts that get a row, the mean.
     """
 
     def __init__(self, shape: Shape, batch: int, kind: str, passes: int, device: torch.device) -> None:
-        generator = torch.Generator().manual_seed(batch)
         popular = torch.ones(shape.layers, shape.experts)
         if kind == "zipf":
-            order = torch.rand(popular.shape, generator=generator).argsort(1)
+            order = torch.rand(popular.shape, generator=torch.Generator().manual_seed(0)).argsort(1)
             popular = 1 / (order + 1)
         chances = popular.repeat_interleave(batch, 0).repeat(passes, 1)
-        chosen = torch.multinomial(chances, shape.top_k, generator=generator)
+        chosen = torch.multinomial(chances, shape.top_k, generator=torch.Generator().manual_seed(batch))
+        self.chosen = chosen.view(passes, shape.layers, batch, shape.top_k).to(device)
         counts = torch.zeros(passes * shape.layers, shape.experts, dtype=torch.long)
         rows = chosen.view(passes * shape.layers, -1)
         counts.scatter_add_(1, rows, torch.ones_like(rows))
@@ -135,6 +148,7 @@ class Passes:
         self.x = torch.randn(rows, shape.hidden, device=runtime.device).to(shape.dtype)
         self.row_scale = torch.ones(rows, device=runtime.device)
         self.ends = torch.zeros(shape.layers, shape.experts, dtype=torch.int32, device=runtime.device)
+        self.chosen = torch.zeros(shape.layers, batch, shape.top_k, dtype=torch.long, device=runtime.device)
 
     def layer(self, weights: Weights, ends: Tensor, gemm: Gemm) -> Tensor:
         def linear(x: Tensor, name: str) -> Tensor:
@@ -147,8 +161,9 @@ class Passes:
 
     def spread(self, gemm: Gemm, mode: ModeSetting) -> Tensor:
         """One pass; what the last layer gives."""
+        known = {"mode": mode, "tokens": self.batch, "top_k": self.shape.top_k}
         for number in range(self.shape.layers):
-            with self.runtime.layer(number, mode=mode, tokens=self.batch, top_k=self.shape.top_k) as weights:
+            with self.runtime.layer(number, **known, chosen=self.chosen[number]) as weights:
                 out = self.layer(weights, self.ends[number], gemm)
         return out
 
@@ -162,12 +177,22 @@ class Passes:
         """Milliseconds of one pass of each of ``runs``, in turns, the medians. A pass after one of another mode finds
         other layers in the slots: so each turn is of two passes, and the first does not count."""
         found: dict[str, list[float]] = {name: [] for name in runs}
-        for ends in routing.ends:
-            self.ends.copy_(ends)
+        for number in range(len(routing.ends)):
+            self.route(routing, number)
             for name, run in runs.items():
                 run()
                 found[name].append(elapsed(run, self.x.device) * 1e3)
         return {name: statistics.median(milliseconds) for name, milliseconds in found.items()}
+
+    def route(self, routing: Routing, number: int) -> None:
+        """The routing of one pass for the passes from now on, those of graphs too."""
+        self.ends.copy_(routing.ends[number])
+        self.chosen.copy_(routing.chosen[number])
+
+    def require_equal(self, run: Callable[[], Tensor], expected: Callable[[], Tensor]) -> None:
+        """Stop if two ways to run a pass give other bits."""
+        if not torch.equal(run(), expected()):
+            raise SystemExit("read in place, weights give other bits than on the GPU")
 
     def settle(self, run: Callable[[], object]) -> None:
         """Passes in mode auto, ``run``, until it has tried what it wants to try."""
@@ -205,28 +230,39 @@ def copy_rate(weight: Tensor) -> float:
     return weight.nbytes / min(elapsed(lambda: to.copy_(weight), weight.device) for _ in range(3))
 
 
-def measure(
-    shape: Shape, runtime: DWDPRuntime, kind: str, batches: list[int], passes: int, kernels: list[str]
-) -> Iterator[Row]:
-    """The rows of one kind of routing."""
+def copied(shape: Shape, runtime: DWDPRuntime) -> dict[int, Weights]:
+    """All experts in the GPU's own memory."""
     whole = {}
     for number in range(shape.layers):
         with runtime.layer(number, mode="in_place") as weights:
             whole[number] = {name: weight.clone() for name, weight in weights.items()}
-            link = copy_rate(weights["w13"])
+    return whole
+
+
+def measure(
+    shape: Shape,
+    runtime: DWDPRuntime,
+    whole: dict[int, Weights],
+    kind: str,
+    batches: list[int],
+    passes: int,
+    kernels: list[str],
+) -> Iterator[dict[str, Any]]:
+    """The rows of one kind of routing, with nothing in the cache."""
+    with runtime.layer(0, mode="in_place") as weights:
+        link = copy_rate(weights["w13"])
     del weights
     expert_bytes = sum(weight.nbytes for weights in whole.values() for weight in weights.values())
     for batch in batches:
         routing = Routing(shape, batch, kind, passes, runtime.device)
         run = Passes(shape, runtime, batch)
-        run.ends.copy_(routing.ends[0])
+        run.route(routing, 0)
         chosen = partial(run.spread, torch_gemm, "auto")
         run.settle(chosen)
         for kernel in kernels:
             on_gpu = partial(run.whole, whole, KERNELS[kernel])
             in_place = partial(run.spread, KERNELS[kernel], "in_place")
-            if not torch.equal(in_place(), on_gpu()):
-                raise SystemExit(f"{kernel}: read in place, weights give other bits than on the GPU")
+            run.require_equal(in_place, on_gpu)
             runs = {"gpu": on_gpu, "staged": partial(run.spread, torch_gemm, "staged"), "in place": in_place}
             if run.x.is_cuda:
                 runs["graph"] = captured(in_place)
@@ -246,7 +282,38 @@ def measure(
                 "of ideal": ms["staged"] / quickest * routing.active,
                 "auto behind": ms["auto"] / min(ms["staged"], ms["in place"]) - 1 if "auto" in ms else None,
             }
-            yield seen(row)
+            seen(row)
+            yield row
+
+
+def fill_cache(shape: Shape, runtime: DWDPRuntime, kind: str) -> None:
+    """After tokens of this kind, and so many that what was counted of another does not matter."""
+    history = Routing(shape, HISTORY, kind, 1, runtime.device).chosen[0]
+    for _ in range(4):
+        for number in range(shape.layers):
+            runtime.acquire(number, mode="in_place", chosen=history[number])
+            runtime.release(number)
+        runtime.refresh_cache()
+
+
+def measure_cached(
+    shape: Shape, runtime: DWDPRuntime, whole: dict[int, Weights], kind: str, rows: list[dict[str, Any]], passes: int
+) -> None:
+    """Add the columns with the cache to the rows of one kind of routing."""
+    fill_cache(shape, runtime, kind)
+    for row in rows:
+        routing = Routing(shape, row["batch"], kind, passes, runtime.device)
+        run = Passes(shape, runtime, row["batch"])
+        run.route(routing, 0)
+        in_place = partial(run.spread, KERNELS[row["kernel"]], "in_place")
+        run.require_equal(in_place, partial(run.whole, whole, KERNELS[row["kernel"]]))
+        runs: dict[str, Callable[[], object]] = {"cached": in_place}
+        if run.x.is_cuda:
+            runs["cached graph"] = captured(in_place)
+        ms = run.time(runs, routing)
+        without = [row[name] for name in ("in place", "graph") if row[name] is not None]
+        row |= {"cached": ms["cached"], "cached graph": ms.get("cached graph"), "gain": min(without) / min(ms.values())}
+        seen(row)
 
 
 def main() -> None:
@@ -257,15 +324,21 @@ def main() -> None:
     add("--routing", choices=("uniform", "zipf"), action="append", help="may be repeated (default: both)")
     add("--kernel", choices=KERNELS, action="append", help="may be repeated (default: both)")
     add("--passes", type=int, default=5, help="passes that are timed (default: 5)")
+    add("--cached", type=float, default=0.25, help="part of the experts that the cache has room for (default: 0.25)")
     arguments = arguments_of.parse_args()
-    tables: dict[str, list[Row]] = {}
+    tables: dict[str, Sequence[Row]] = {}
     for name in arguments.model or [name for name in SHAPES if name != "tiny"]:
         shape = SHAPES[name]
-        rows: list[Row] = []
-        with published(shape, arguments.device, "auto") as runtime:
-            for kind in arguments.routing or ["uniform", "zipf"]:
-                batches = arguments.batch or [2**power for power in range(9)]
-                rows += measure(shape, runtime, kind, batches, arguments.passes, arguments.kernel or list(KERNELS))
+        rows: list[dict[str, Any]] = []
+        kinds, kernels = arguments.routing or ["uniform", "zipf"], arguments.kernel or list(KERNELS)
+        batches = arguments.batch or [2**power for power in range(9)]
+        with published(shape, arguments.device, arguments.cached) as runtime:
+            whole = copied(shape, runtime)
+            for kind in kinds:
+                rows += measure(shape, runtime, whole, kind, batches, arguments.passes, kernels)
+            for kind in kinds if arguments.cached else ():
+                of_kind = [row for row in rows if row["routing"] == kind]
+                measure_cached(shape, runtime, whole, kind, of_kind, arguments.passes)
         about = f"{name}: {shape.layers} layers of {shape.experts} experts, {shape.dtype}, {shape.depth} slots"
         tables[about] = rows
     report(arguments, tables)

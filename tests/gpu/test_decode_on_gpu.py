@@ -48,7 +48,7 @@ GEMMS = pytest.mark.parametrize(
 class Model:
     """Two grouped GEMMs a layer, over experts of which most are in host memory, and over copies of them on the GPU."""
 
-    def __init__(self, rendezvous: Path) -> None:
+    def __init__(self, rendezvous: Path, resident_cache: int = 0) -> None:
         generator = torch.Generator().manual_seed(0)
         reference = {
             number: {
@@ -57,15 +57,20 @@ class Model:
             }
             for number in range(LAYERS)
         }
-        self.runtime = DWDPRuntime(DWDPConfig(group_size=1, host_experts=13, mode="auto"), 0, "cuda", rendezvous)
+        config = DWDPConfig(group_size=1, host_experts=13, mode="auto", resident_cache=resident_cache)
+        self.runtime = DWDPRuntime(config, 0, "cuda", rendezvous)
         add_layers(self.runtime, reference)
         fill_shards(self.runtime, reference)
         self.runtime.publish()
         self.whole = {number: {name: w.cuda() for name, w in ws.items()} for number, ws in reference.items()}
 
     def forward(self, x: Tensor, ends: Tensor, gemm: Gemm, mode: ModeSetting) -> Tensor:
+        rows = torch.arange(len(x), dtype=torch.int32, device=x.device)
         for number in self.whole:
-            with self.runtime.layer(number, mode=mode, tokens=len(x) // TOP_K, top_k=TOP_K) as weights:
+            chosen = torch.searchsorted(ends[number], rows, right=True)  # rows are in the order of their experts
+            with self.runtime.layer(
+                number, mode=mode, tokens=len(x) // TOP_K, top_k=TOP_K, chosen=chosen.view(-1, TOP_K)
+            ) as weights:
                 x = self._layer(x, ends[number], gemm, weights)
         return x
 
@@ -118,6 +123,36 @@ def test_a_hundred_replays_with_changing_routing_are_bit_identical(model: Model,
         if seed % 10 == 0:  # a staged pass in between, as prefill is
             prefill = routed(64, seed)
             assert torch.equal(model.forward(*prefill, gemm, "staged"), model.expected(*prefill, gemm)), seed
+
+
+@GEMMS
+def test_a_cache_refreshed_between_replays_leaves_every_bit(gemm: Gemm, tmp_path: Path) -> None:
+    """Of 10 MiB, where the experts in host memory have 146: so each refresh, after other routings, changes it."""
+    model = Model(tmp_path / "rendezvous", resident_cache=10 << 20)
+    x, ends = routed(3, 0)
+    model.forward(x, ends, gemm, "in_place")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = model.forward(x, ends, gemm, "in_place")
+    served = []
+    for seed in range(40):
+        for held, fresh in zip((x, ends), routed(3, seed % 8), strict=True):
+            held.copy_(fresh)
+        graph.replay()
+        assert torch.equal(y, model.expected(x, ends, gemm)), seed
+        if seed % 5 == 0:  # with the replay in flight
+            model.runtime.refresh_cache()
+            model.runtime.check_integrity()
+            cache = model.runtime.stats().cache
+            assert cache is not None
+            assert cache.used_bytes == cache.nbytes == 10 << 20
+            served.append(cache.served)
+            prefill = routed(64, seed)
+            for mode in ("in_place", "staged"):
+                assert torch.equal(model.forward(*prefill, gemm, mode), model.expected(*prefill, gemm)), (seed, mode)
+    assert served[0] == 0
+    assert all(0 < (part or 0) < 1 for part in served[1:])
+    assert model.runtime.close().open() == []
 
 
 def test_passes_that_auto_chooses_are_bit_identical(model: Model) -> None:
