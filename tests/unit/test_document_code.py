@@ -78,6 +78,13 @@ AROUND = {
         "print(list(weights['w'].shape), config.mode); runtime.release(0); runtime.close()",
         printed=("[4, 8, 8] in_place",),
     ),
+    ("decode.md", 1): Around(
+        RUNTIME.replace("host_experts=2", "host_experts=4, mode='in_place', resident_cache=4 << 20")
+        + "layer, x, chosen = 0, torch.zeros(3, 8), torch.zeros(3, 1, dtype=torch.long)",
+        "print(runtime.stats().cache.used_bytes); runtime.close()",
+        instead=(("runtime.refresh_cache()", "runtime.release(layer); runtime.refresh_cache()"),),
+        printed=("2097152",),
+    ),
     ("kernels.md", 0): Around(
         before=OPERANDS,
         after="torch.testing.assert_close(out[0], weight[0] @ x[0]); print(len(providers()) > 5, Scales.__name__)",

@@ -104,6 +104,11 @@ def test_what_is_not_in_the_table_is_refused_by_name(layer: SimpleNamespace, sen
 @pytest.mark.parametrize(
     ("written", "dwdp_size", "sentence"),
     [
+        (
+            "group_size: 1\nhost_experts: 4\nmode: in_place\nresident_cache: 4194304",
+            1,
+            "states resident_cache, but SGLang's layers do not tell which experts tokens use",
+        ),
         ("group_size: 1", 1, "states group_size 1 and no host_experts, so there is nothing to spread"),
         ("group_size: 4", 2, "states group_size 4, but --dwdp-size is 2"),
         ("group_size: 2\nhost_experts: 1", 2, "states host_experts, but with --dwdp-size SGLang itself"),
