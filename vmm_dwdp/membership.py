@@ -70,6 +70,26 @@ class Membership:
         hosts = self._config.host_experts > 0 and self._rank == HOST_CREATOR
         return (self._rank, HOST) if hosts else (self._rank,)
 
+    def require_held(self, owner: Owner) -> None:
+        """Raise `ConfigError` unless this rank creates the memory of ``owner``."""
+        if owner not in self.held_owners:
+            raise ConfigError(f"rank {self._rank} does not hold the shards of {owner!r}")
+
+    def require_fits(self, layer: Layer, weight: str, owner: Owner, value: torch.Tensor) -> None:
+        """Raise `ConfigError` unless `update` can write ``value`` to the shard of ``owner``."""
+        self.require_held(owner)
+        spec = layer.weights[weight]
+        shape = spec.of(len(layer.placement.experts(owner)))
+        if tuple(value.shape) != shape or value.dtype != spec.dtype:
+            found = f"{tuple(value.shape)} of {value.dtype}"
+            stated = f"{shape} of {spec.dtype}"
+            raise ConfigError(f"layer {layer.number}, {weight}: the shard of {owner} is {stated}, not {found}")
+
+    def require_updated(self) -> None:
+        """Raise `StateError` if weights may be partly old and partly new."""
+        if self.half_updated is not None:
+            raise StateError(f"weights are partly old and partly new: {self.half_updated}; update again, or close")
+
     def publish(self, deadline: float) -> None:
         """Serve this rank's shards, attach the others', and build the assembly; every rank has done so on return."""
         self._check_limits()

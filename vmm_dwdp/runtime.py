@@ -137,8 +137,7 @@ class DWDPRuntime:
         self._require_setup("local_shard")
         described = self._with_weight(layer, weight)
         owner = self.rank if owner is None else owner
-        if owner not in self.held_owners:
-            raise ConfigError(f"rank {self.rank} does not hold the shards of {owner!r}")
+        self._membership.require_held(owner)
         with self._closed_on_failure():
             return self._assembly.shard(described, weight, owner)
 
@@ -225,7 +224,7 @@ class DWDPRuntime:
         """
         self._require_running()
         for (layer, weight, owner), value in shards.items():
-            self._check_update(layer, weight, owner, value)
+            self._membership.require_fits(self._with_weight(layer, weight), weight, owner, value)
         if self._in_place is not None:
             self._in_place.require_idle()
         if self._staging is not None:
@@ -236,16 +235,6 @@ class DWDPRuntime:
             self._staging.refill(self._driver.current_stream())
         if self._in_place is not None:
             self._in_place.refill_cache()
-
-    def _check_update(self, layer: int, weight: str, owner: Owner, value: torch.Tensor) -> None:
-        described = self._with_weight(layer, weight)
-        if owner not in self.held_owners:
-            raise ConfigError(f"rank {self.rank} does not hold the shards of {owner!r}")
-        spec = described.weights[weight]
-        shape = spec.of(len(described.placement.experts(owner)))
-        if tuple(value.shape) != shape or value.dtype != spec.dtype:
-            found = f"{tuple(value.shape)} of {value.dtype}"
-            raise ConfigError(f"layer {layer}, {weight}: the shard of {owner} is {shape} of {spec.dtype}, not {found}")
 
     def check_integrity(self, *, verify: bool = False) -> None:
         """Check that what is mapped and what the slots hold is what the layouts say; meant for moments of idleness.
@@ -307,7 +296,7 @@ class DWDPRuntime:
             DriverError: a copy could not be issued; the call may be repeated.
         """
         self._require_running()
-        self._require_updated()
+        self._membership.require_updated()
         index = self._number(layer)
         mode = mode or self.config.mode
         if self._chooser is None if mode == "auto" else mode not in self._weights:
@@ -378,7 +367,7 @@ class DWDPRuntime:
                 no layer is read in place until another call succeeds.
         """
         self._require_running()
-        self._require_updated()
+        self._membership.require_updated()
         if self._in_place is None:
             raise ConfigError("there is no cache to refresh: the config has no resident_cache")
         self._in_place.refresh_cache()
@@ -486,11 +475,6 @@ class DWDPRuntime:
         if not self._published:
             raise StateError("the runtime is not published yet")
         self._enter_thread()
-
-    def _require_updated(self) -> None:
-        if self._membership.half_updated is not None:
-            why = self._membership.half_updated
-            raise StateError(f"weights are partly old and partly new: {why}; update again, or close")
 
     def _enter_thread(self) -> None:
         """Make the driver current in the calling thread; calls may come from one thread now and from another later."""
