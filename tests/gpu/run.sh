@@ -10,7 +10,7 @@ shift || true
 wanted=" $* "
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 memcheck="compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9"
-racecheck="compute-sanitizer --tool racecheck --kernel-regex kns=cutlass"
+racecheck="compute-sanitizer --tool racecheck --target-processes application-only"
 kernels=tests/gpu/test_grouped_gemm_on_gpu.py
 lines=()
 
