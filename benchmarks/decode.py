@@ -65,7 +65,7 @@ SHAPES = {
     "Qwen3-30B-A3B": Shape(128, 8, 2048, 768, torch.bfloat16, layers=6, depth=2),
     "gpt-oss-120b": Shape(128, 4, 2880, 2880, torch.bfloat16, layers=3, depth=2),
     "DeepSeek-R1": Shape(256, 8, 7168, 2048, torch.float8_e4m3fn, layers=2, depth=1),
-    "tiny": Shape(16, 2, 128, 64, torch.bfloat16, layers=3, depth=2),
+    "tiny": Shape(16, 2, 256, 128, torch.bfloat16, layers=3, depth=2),
 }
 
 
