@@ -20,6 +20,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from vmm_dwdp.allocator.handles import Descriptor, Ledger
@@ -31,7 +32,6 @@ from vmm_dwdp.rendezvous import Rendezvous
 
 PROTOCOL_VERSION: Final = 1
 MAX_REQUEST_NBYTES: Final = 4096
-REQUEST_SECONDS: Final = 5.0  # a client that takes longer to ask, or to take the answer, is dropped
 MAX_CLIENTS: Final = 64  # at one time; more wait in the kernel's queue
 _SHARE_NBYTES: Final = 1024  # generous for one token in an answer
 _VALUE_NBYTES: Final = 32  # for one checksum
@@ -47,6 +47,7 @@ class Exchange:
     Args:
         fingerprint: equal on two ranks exactly if their configs and layers are.
         group_size: how many ranks there are, this one included.
+        patience: seconds; a client that takes longer to ask, or to take the answer, is dropped.
         shares: gives the shares of an owner whose memory this rank holds; descriptors in them become the exchange's.
         checksums: gives what `collect_checksums` of an owner returns to others.
     """
@@ -57,6 +58,7 @@ class Exchange:
         ledger: Ledger,
         rank: int,
         group_size: int,
+        patience: float,
         fingerprint: str,
         shares: Callable[[Owner], list[Share]],
         checksums: Callable[[Owner], list[int]],
@@ -65,6 +67,7 @@ class Exchange:
         self._ledger = ledger
         self._rank = rank
         self._ranks = range(group_size)
+        self._patience = patience
         self._fingerprint = fingerprint
         self._shares = shares
         self._checksums = checksums
@@ -109,7 +112,7 @@ class Exchange:
         while missing := self._missing(what, ranks):
             self._raise_failure()
             for rank in missing:
-                if not self.alive(rank):
+                if not self.listens(rank):
                     raise ExchangeError(f"rank {rank} left while others waited for it ({what})")
             if time.monotonic() > deadline:
                 ranks_missing = ", ".join(map(str, missing))
@@ -163,13 +166,23 @@ class Exchange:
             self._changed.wait_for(lambda: heard.issuperset(ranks), _LOOK_SECONDS)
             return sorted(set(ranks) - heard)
 
-    def alive(self, rank: int) -> bool:
-        """Whether ``rank`` answers now."""
+    def alive(self, rank: int, deadline: float) -> bool:
+        """Whether ``rank`` is there and answers by the deadline."""
         try:
-            self._ask(rank, "alive", time.monotonic() + REQUEST_SECONDS, retry=False)
+            self._ask(rank, "alive", deadline, retry=False)
         except ExchangeError:
             return False
         return True
+
+    def listens(self, rank: int) -> bool:
+        """Whether a process listens as ``rank``, which the kernel knows; it may be too busy to answer."""
+        try:
+            with self._connect(rank, time.monotonic(), retry=False):
+                return True
+        except _QueueFull:
+            return True
+        except ExchangeError:
+            return False
 
     def _ask(
         self,
@@ -233,7 +246,7 @@ class Exchange:
                         raise ExchangeError(f"rank {rank} did not come: nobody listens at {path}") from error
                 except BlockingIOError as error:
                     if not retry or time.monotonic() > deadline:
-                        raise ExchangeError(f"rank {rank} takes no connections at {path}") from error
+                        raise _QueueFull(f"rank {rank} takes no connections at {path}") from error
                 except OSError as error:
                     raise ExchangeError(f"cannot connect to rank {rank} at {path}: {_reason(error)}") from error
                 time.sleep(_RETRY_SECONDS)
@@ -242,35 +255,31 @@ class Exchange:
             yield sock
 
     # -- answering ---------------------------------------------------------------------------------------------------
-    def serve(self) -> None:
+    def serve(self, deadline: float) -> None:
         """Start answering others. Raises `ExchangeError` if this rank cannot, and has left nothing behind then."""
         path = self._rendezvous.socket_path(self._rank)
         # Bound under another name and then renamed: whoever finds the socket can connect to it, and one that a dead
         # process left behind is replaced.
         bound = path.with_name(f".{path.name}-{os.getpid()}")
-        if self._taken():
-            raise ExchangeError(f"rank {self._rank} cannot listen at {path}: another process does")
         listener = _unix_socket(f"listen as rank {self._rank}")
+        claimed: tuple[Path, ...] = ()
         try:
-            bound.unlink(missing_ok=True)  # of a process that died here, and had this one's number
-            listener.bind(str(bound))
-            listener.listen(MAX_CLIENTS)
-            os.replace(bound, path)
+            with self._rendezvous.locked(deadline):  # of two that come as one rank, the second finds the first
+                if self.listens(self._rank):
+                    raise FileExistsError(errno.EEXIST, "another process does")
+                claimed = bound, path
+                bound.unlink(missing_ok=True)  # of a process that died here, and had this one's number
+                listener.bind(str(bound))
+                listener.listen(MAX_CLIENTS)
+                os.replace(bound, path)
             self._start(self._accept, listener)
         except (OSError, RuntimeError) as error:  # RuntimeError: no more threads
-            listener.close()
-            for made in bound, path:
+            for made in claimed:
                 with contextlib.suppress(OSError):
                     made.unlink(missing_ok=True)
+            listener.close()
             raise ExchangeError(f"rank {self._rank} cannot listen at {path}: {_reason(error)}") from error
         self._listener = listener
-
-    def _taken(self) -> bool:
-        try:
-            with self._connect(self._rank, time.monotonic(), retry=False):
-                return True
-        except ExchangeError:
-            return False
 
     def _start(self, run: Callable[[socket.socket], None], sock: socket.socket) -> None:
         thread = _CountedThread(self._ledger, lambda: self._run(thread, run, sock))
@@ -313,7 +322,7 @@ class Exchange:
                 client,
                 max_bytes=MAX_REQUEST_NBYTES,
                 max_fds=0,
-                deadline=time.monotonic() + REQUEST_SECONDS,
+                deadline=time.monotonic() + self._patience,
                 ledger=self._ledger,
             )
             request = self._checked(payload)
@@ -336,7 +345,7 @@ class Exchange:
                     answer["error"] = str(error)
                     self._fail(error)
             fds = [share.fd for share in shares if isinstance(share, Descriptor)]
-            send(client, json.dumps(answer).encode(), fds, deadline=time.monotonic() + REQUEST_SECONDS)
+            send(client, json.dumps(answer).encode(), fds, deadline=time.monotonic() + self._patience)
             if answer["error"] is None and request["ask"] in ("say", "unsay"):
                 self._hear(request["rank"], request["what"], takes_back=request["ask"] == "unsay")
         except ExchangeError:
@@ -393,6 +402,10 @@ class Exchange:
             for thread in running:
                 thread.join()
         self._listener = None
+
+
+class _QueueFull(ExchangeError):
+    """A process listens, and the kernel's queue of those who wait for it is full."""
 
 
 def _unix_socket(purpose: str) -> socket.socket:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from typing import Final
 
@@ -90,16 +91,17 @@ class Membership:
         if self.half_updated is not None:
             raise StateError(f"weights are partly old and partly new: {self.half_updated}; update again, or close")
 
-    def publish(self, deadline: float) -> None:
+    def publish(self, timeout: float) -> None:
         """Serve this rank's shards, attach the others', and build the assembly; every rank has done so on return."""
+        deadline = time.monotonic() + timeout
         self._check_limits()
         for layer, weight in self._weights():
             for owner in self.held_owners:
                 self._assembly.shard(layer, weight, owner)
         self._driver.synchronize()  # what the caller copied into the shards is there before anybody reads it
         self._sum_held_shards()
-        self._exchange = exchange = self._make_exchange()
-        exchange.serve()
+        self._exchange = exchange = self._make_exchange(timeout)
+        exchange.serve(deadline)
         for owner in self._other_owners():
             self._take(exchange, owner, HOST_CREATOR if owner == HOST else owner, deadline)
         self._assembly.build()
@@ -107,13 +109,15 @@ class Membership:
         exchange.agree("publish: this rank has all it needs", self._others, deadline)
         exchange.complete()
 
-    def rejoin(self, deadline: float) -> None:
+    def rejoin(self, timeout: float) -> None:
         """As `publish`, with the memory of a dead rank of the same number, which a living one hands over."""
+        deadline = time.monotonic() + timeout
         self._check_limits()
-        exchange = self._make_exchange()
-        if exchange.alive(self._rank):
+        exchange = self._make_exchange(timeout)
+        if exchange.listens(self._rank):
             raise StateError(f"rank {self._rank} is alive: only a rank that has died can rejoin")
-        holder = next((rank for rank in self._others if exchange.alive(rank)), None)
+        patience = timeout / self._config.group_size  # so that one that is stopped leaves time for another
+        holder = next((rank for rank in self._others if exchange.alive(rank, time.monotonic() + patience)), None)
         if holder is None:
             there = self._rendezvous.directory
             raise ExchangeError(f"no other rank is alive at {there}: the group must be loaded again")
@@ -122,7 +126,7 @@ class Membership:
         self._assembly.build()
         self._exchange = exchange
         exchange.complete()
-        exchange.serve()
+        exchange.serve(deadline)
 
     def update(self, shards: Mapping[ShardKey, torch.Tensor], deadline: float) -> None:
         """Write ``shards`` while no rank reads; this one does not. See `DWDPRuntime.update`."""
@@ -161,10 +165,10 @@ class Membership:
                 if checksum(self._assembly.shard(layer, weight, owner)) != expected:
                     raise StateError(f"layer {layer.number}, {weight}: the bytes of {owner} are not those it published")
 
-    def peers(self) -> dict[int, bool]:
-        """For every other rank, whether it answers now."""
+    def peers(self, timeout: float) -> dict[int, bool]:
+        """For every other rank, whether it answers in so many seconds."""
         assert self._exchange is not None
-        return {rank: self._exchange.alive(rank) for rank in self._others}
+        return {rank: self._exchange.alive(rank, time.monotonic() + timeout) for rank in self._others}
 
     def close(self) -> None:
         """Stop answering others. The device is idle. A second call goes on where one stopped."""
@@ -194,12 +198,13 @@ class Membership:
         # One received descriptor for each share, and on the host driver another, which is the imported handle.
         allow_descriptors(2 * sum(self._assembly.num_shares(owner) for owner in self._other_owners()))
 
-    def _make_exchange(self) -> Exchange:
+    def _make_exchange(self, patience: float) -> Exchange:
         return Exchange(
             self._rendezvous,
             self._ledger,
             self._rank,
             self._config.group_size,
+            patience,
             self._fingerprint(),
             self._shares,
             lambda owner: self._checksums.get(owner, []),

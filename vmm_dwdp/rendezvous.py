@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import secrets
 import stat
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +20,7 @@ from vmm_dwdp.errors import ExchangeError
 
 TOKEN_NBYTES: Final = 32
 _TOKEN_FILE: Final = "token"
+_RETRY_SECONDS: Final = 0.01
 
 
 class Rendezvous:
@@ -55,6 +60,26 @@ class Rendezvous:
     def socket_path(self, rank: int) -> Path:
         """Where ``rank`` listens."""
         return self.directory / f"rank-{rank}"
+
+    @contextlib.contextmanager
+    def locked(self, deadline: float) -> Iterator[None]:
+        """One process at a time, and within one, one thread; the kernel unlocks for a process that dies.
+
+        Raises `OSError` if the directory cannot be locked by the deadline.
+        """
+        descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() > deadline:
+                        raise TimeoutError(errno.ETIMEDOUT, "another process keeps it locked") from error
+                time.sleep(_RETRY_SECONDS)
+            yield
+        finally:
+            os.close(descriptor)
 
     def _agree_on_token(self) -> bytes:
         """Read the token; or offer one, by a link that succeeds for one rank only: nobody sees half of it."""

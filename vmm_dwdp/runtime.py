@@ -149,7 +149,8 @@ class DWDPRuntime:
     def publish(self, timeout: float = 60.0) -> None:
         """Serve this rank's shards, map those of the others, and start prefetching.
 
-        Waits for the device, and at most ``timeout`` seconds for the other ranks. When it returns, every rank has what
+        Waits for the device, and at most ``timeout`` seconds for the other ranks; as long may a request of another rank
+        take from then on. When it returns, every rank has what
         it needs, and none depends on another's being alive. If it raises, the runtime is closed and nothing stays
         allocated.
 
@@ -163,7 +164,7 @@ class DWDPRuntime:
         if not self._layers:
             raise ConfigError("publish needs at least one layer")
         with self._closed_on_failure():
-            self._membership.publish(time.monotonic() + timeout)
+            self._membership.publish(timeout)
             self._start()
 
     def rejoin(self, timeout: float = 60.0) -> None:
@@ -182,7 +183,7 @@ class DWDPRuntime:
         if not self._layers:
             raise ConfigError("rejoin needs at least one layer")
         with self._closed_on_failure():
-            self._membership.rejoin(time.monotonic() + timeout)
+            self._membership.rejoin(timeout)
             self._start()
 
     def _start(self) -> None:
@@ -419,10 +420,10 @@ class DWDPRuntime:
         with self._staging.traced(trace, self._stream(None)):
             yield trace
 
-    def peers(self) -> dict[int, bool]:
-        """For every other rank, whether it answers now."""
+    def peers(self, timeout: float = 5.0) -> dict[int, bool]:
+        """For every other rank, whether it answers within ``timeout`` seconds; one that has left is not waited for."""
         self._require_running()
-        return self._membership.peers()
+        return self._membership.peers(timeout)
 
     # -- the end -----------------------------------------------------------------------------------------------------
     def close(self) -> Ledger:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from support.doors import exchange, request
+from support.doors import PATIENCE, exchange, request
 
 from vmm_dwdp import ConfigError, DWDPConfig, ExchangeError
 from vmm_dwdp.allocator.handles import Ledger
@@ -89,7 +89,7 @@ class _Answered(Exchange):
 
 
 _answered: Final = _Answered(
-    Rendezvous(_directory / "rendezvous"), _ledger, 0, 3, "", lambda owner: [], lambda owner: []
+    Rendezvous(_directory / "rendezvous"), _ledger, 0, 3, PATIENCE, "", lambda owner: [], lambda owner: []
 )
 
 

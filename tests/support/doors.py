@@ -19,6 +19,7 @@ from vmm_dwdp.placement import Owner
 from vmm_dwdp.rendezvous import Rendezvous
 
 GROUP_SIZE = 3
+PATIENCE = 60.0  # seconds
 FINGERPRINT = "what all ranks agree in"
 TOKEN = b"a token of an owner's memory"
 CHECKSUMS = [7, 8, 9]
@@ -30,14 +31,14 @@ def exchange(rendezvous: Rendezvous, ledger: Ledger, rank: int) -> Exchange:
     def shares(owner: Owner) -> list[Share]:
         return [Descriptor(ledger, os.memfd_create(f"of {owner}", os.MFD_CLOEXEC)), TOKEN]
 
-    return Exchange(rendezvous, ledger, rank, GROUP_SIZE, FINGERPRINT, shares, lambda owner: CHECKSUMS)
+    return Exchange(rendezvous, ledger, rank, GROUP_SIZE, PATIENCE, FINGERPRINT, shares, lambda owner: CHECKSUMS)
 
 
 @contextmanager
 def serving(directory: Path, ledger: Ledger, rank: int = 0) -> Iterator[Exchange]:
     """A rank that is there; gone at the end."""
     served = exchange(Rendezvous(directory), ledger, rank)
-    served.serve()
+    served.serve(time.monotonic() + PATIENCE)
     try:
         yield served
     finally:
@@ -68,7 +69,7 @@ def knock(directory: Path, rank: int = 0) -> socket.socket:
 
 def answer_to(directory: Path, payload: bytes, ledger: Ledger) -> dict[str, Any]:
     """What a well-formed message is answered; descriptors that come with it are closed."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     with knock(directory) as sock:
         send(sock, payload, deadline=deadline)
         answer, descriptors = receive(sock, max_bytes=1 << 16, max_fds=9, deadline=deadline, ledger=ledger)

@@ -15,6 +15,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from support.groups import check_pass, published, random_model
 from vmm_dwdp import HOST, DWDPConfig, ExchangeError
 from vmm_dwdp.allocator.handles import Descriptor, Ledger
 from vmm_dwdp.allocator.sharing import MAGIC, receive
-from vmm_dwdp.exchange import MAX_REQUEST_NBYTES
+from vmm_dwdp.exchange import MAX_REQUEST_NBYTES, Exchange
 from vmm_dwdp.rendezvous import TOKEN_NBYTES, Rendezvous
 
 HEADER = struct.Struct("!4sII")
@@ -120,12 +121,12 @@ def test_a_link_to_a_socket_is_neither_followed_nor_kept(directory: Path, tmp_pa
         (directory / "rank-0").symlink_to(tmp_path / "elsewhere" / "rank-0")
         with pytest.raises(ExchangeError, match="rank-0 is not a socket"):
             door.collect(0, 0, 2, soon())
-        assert not door.alive(0)
+        assert not door.alive(0, soon())
         with serving(directory, ledger, 0):
             assert not (directory / "rank-0").is_symlink()
-            assert door.alive(0)
+            assert door.alive(0, soon())
         assert (tmp_path / "elsewhere" / "rank-0").is_socket()
-        assert not elsewhere.alive(1)
+        assert not elsewhere.alive(1, soon())
 
 
 @pytest.mark.parametrize("name", ["rank-0", f".rank-0-{os.getpid()}"])
@@ -134,22 +135,71 @@ def test_a_socket_that_a_dead_process_left_is_replaced(directory: Path, ledger: 
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(directory / name))
     with serving(directory, ledger, 1) as door, serving(directory, ledger, 0):
-        assert door.alive(0)
+        assert door.alive(0, soon())
     assert list(directory.iterdir()) == []
 
 
 def test_a_living_rank_keeps_its_place(directory: Path, ledger: Ledger) -> None:
     with serving(directory, ledger), serving(directory, ledger, 1) as door:
         with pytest.raises(ExchangeError, match=r"rank 0 cannot listen at .*: another process does"):
-            exchange(Rendezvous(directory), ledger, 0).serve()
-        assert door.alive(0)
+            exchange(Rendezvous(directory), ledger, 0).serve(soon())
+        assert door.alive(0, soon())
+
+
+def test_of_two_that_come_as_one_rank_at_the_same_instant_one_is_refused(
+    directory: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both look whether the place is free before either takes it, if nothing keeps them from it."""
+    both_have_looked = threading.Barrier(2)
+
+    def look(self: Exchange, rank: int) -> bool:
+        found = listens(self, rank)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both_have_looked.wait(0.2)
+        return found
+
+    def come() -> str:
+        door = exchange(Rendezvous(directory), ledger, 0)
+        try:
+            door.serve(soon())
+        except ExchangeError as error:
+            return str(error)
+        there.append(door)
+        return ""
+
+    listens = Exchange.listens
+    monkeypatch.setattr(Exchange, "listens", look)
+    there: list[Exchange] = []
+    with ThreadPoolExecutor(2) as pool:
+        refusals = sorted(pool.map(lambda _: come(), range(2)))
+    for door in there:
+        door.close()
+    assert refusals[0] == ""
+    assert refusals[1].endswith("another process does")
+
+
+def test_a_rank_that_is_too_busy_to_answer_has_not_left(directory: Path, ledger: Ledger) -> None:
+    door = exchange(Rendezvous(directory), ledger, 1)
+    with socket.socket(socket.AF_UNIX) as busy:
+        busy.bind(str(directory / "rank-0"))
+        busy.listen(0)
+        assert door.listens(0)
+        assert door.listens(0), "also when the kernel's queue is full"
+        assert not door.alive(0, time.monotonic() + 0.1)
+    assert not door.listens(0)
+
+
+def test_a_directory_that_another_process_keeps_locked(directory: Path, ledger: Ledger) -> None:
+    door = exchange(Rendezvous(directory), ledger, 0)
+    with Rendezvous(directory).locked(soon()), pytest.raises(ExchangeError, match="another process keeps it locked"):
+        door.serve(time.monotonic())
 
 
 def test_a_directory_whose_name_is_too_long_for_a_socket(tmp_path: Path, ledger: Ledger) -> None:
     directory = tmp_path / ("long" * 40)
     door = exchange(Rendezvous(directory), ledger, 0)
     with pytest.raises(ExchangeError, match=r"cannot listen at .*: AF_UNIX path too long"):
-        door.serve()
+        door.serve(soon())
     assert [entry.name for entry in directory.iterdir()] == ["token"]
     door.close()
     assert list(directory.iterdir()) == []
@@ -389,7 +439,7 @@ def test_a_rank_that_accepts_nobody_does_not_hold_up_others(directory: Path, led
         stopped.bind(str(directory / "rank-0"))
         stopped.listen(0)
         with knock(directory):
-            assert not door.alive(0)
+            assert not door.alive(0, soon())
             with pytest.raises(ExchangeError, match="rank 0 takes no connections"):
                 door.collect(0, 0, 1, time.monotonic() + 0.1)
 
