@@ -66,6 +66,7 @@ class CudaDriver:
         nearest = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID
         self.numa_node = max(0, _check(attempt, cuda.cuDeviceGetAttribute, nearest, self._ordinal))  # -1: no NUMA here
         self._batch_call = BatchCall.find()
+        self.capturing = torch._C._cuda_isCurrentStreamCapturing  # without a call of ours around it
         self.activate()
 
     # -- this thread -------------------------------------------------------------------------------------------------
@@ -235,9 +236,6 @@ class CudaDriver:
         attempt = f"see which capture stream {stream:#x} is in"
         _, capture, *_ = _check(attempt, cuda.cuStreamGetCaptureInfo, stream)
         return int(capture)
-
-    def capturing(self) -> bool:
-        return torch._C._cuda_isCurrentStreamCapturing()
 
     def synchronize(self, stream: int | None = None) -> None:
         if stream is None:

@@ -6,7 +6,8 @@ memory. On the CPU the same runs on the host driver, which says nothing about a 
 
 seconds     of a forward pass, the median: all experts in GPU memory; with this library in mode auto, all, half and an
             eighth of the experts in host memory; with accelerate's CPU offload of the experts (``--offload``)
-link s      what the experts in host memory take at the rate of one large copy from pinned memory
+link s      what the experts in host memory take at the rate of one large copy from pinned memory, made before and after
+            the passes, because the link of a shared host drifts
 of limit    of staged passes: the longer of that and of all experts in GPU memory, divided by the seconds
 """
 
@@ -102,18 +103,24 @@ def forward_s(model: Qwen3MoeForCausalLM, tokens: int, passes: int) -> float:
     return statistics.median(found)
 
 
-def link_rate(device: torch.device) -> float:
-    """Bytes a second of one large copy from host memory, pinned for a GPU."""
-    pinned = torch.ones(1 << 30, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    target = torch.empty_like(pinned, device=device)
-    best = 0.0
-    for _ in range(3):
-        synchronize(device)
-        start = time.perf_counter()
-        target.copy_(pinned, non_blocking=True)
-        synchronize(device)
-        best = max(best, pinned.nbytes / (time.perf_counter() - start))
-    return best
+class Link:
+    """One large copy from host memory, pinned for a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pinned = torch.ones(1 << 30, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._target = torch.empty_like(self._pinned, device=device)
+        self.rates()
+
+    def rates(self) -> list[float]:
+        """Bytes a second, a few times."""
+        found = []
+        for _ in range(3):
+            synchronize(self._target.device)
+            start = time.perf_counter()
+            self._target.copy_(self._pinned, non_blocking=True)
+            synchronize(self._target.device)
+            found.append(self._pinned.nbytes / (time.perf_counter() - start))
+        return found
 
 
 def used_gb(device: torch.device) -> float:
@@ -135,13 +142,14 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     in_gpu: dict[int, float] = {}
     device = arguments.device
-    rate = link_rate(device)
+    link = Link(device)
 
     def run(name: str, model: Qwen3MoeForCausalLM, host_bytes: int, set_up_s: float) -> None:
         for tokens in arguments.tokens:
+            rates = link.rates()
             seconds = forward_s(model, tokens, arguments.passes)
             in_gpu.setdefault(tokens, seconds)
-            link_s = host_bytes / rate
+            link_s = host_bytes / statistics.median(rates + link.rates())
             rows.append(
                 seen(
                     {

@@ -14,8 +14,6 @@ from typing import Final, Protocol
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Ledger
 
-Job = Callable[[], None]
-
 # Seconds that the driver takes, measured on an H100 (benchmarks/prefetch.py): a copy costs the more, the longer it is.
 _SECONDS_PER_COPY: Final = 3e-6
 _SECONDS_PER_BYTE: Final = 1e-14
@@ -35,6 +33,35 @@ class Ticket(Protocol):
         """Wait until the driver has been given everything, and raise what it raised."""
 
 
+class Job:
+    """Work that is submitted again and again, each time after the time before is over, and how it ended: a `Ticket`.
+
+    Made once, because the launching thread, which submits it at every layer, is to make nothing anew.
+    """
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.work = work
+        self.done = False
+        self.running = threading.Lock()  # held from `submit` until the work is over
+        self._error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self.work()
+            self._error = None
+            self.done = True
+        except Exception as error:
+            # Without its traceback: the caller's frames in it would hold on to the caller's tensors.
+            self._error = error.with_traceback(None)
+        finally:
+            self.running.release()
+
+    def result(self) -> None:
+        with self.running:
+            if self._error is not None:
+                raise self._error
+
+
 class Issuer(Protocol):
     """Runs jobs one after another, in the order in which they were submitted."""
 
@@ -49,39 +76,14 @@ def pays_to_wake_a_thread(num_copies: int, nbytes: int) -> bool:
     return num_copies * _SECONDS_PER_COPY + nbytes * _SECONDS_PER_BYTE > _SECONDS_TO_WAKE_A_THREAD
 
 
-class _Submitted:
-    """A job and how it ended; much lighter than a `concurrent.futures.Future`."""
-
-    def __init__(self, job: Job) -> None:
-        self.done = False
-        self._job = job
-        self._error: Exception | None = None
-        self._running = threading.Lock()
-        self._running.acquire()
-
-    def run(self) -> None:
-        try:
-            self._job()
-            self.done = True
-        except Exception as error:
-            # Without its traceback: the caller's frames in it would hold on to the caller's tensors.
-            self._error = error.with_traceback(None)
-        finally:
-            self._running.release()
-
-    def result(self) -> None:
-        with self._running:
-            if self._error is not None:
-                raise self._error
-
-
 class InlineIssuer:
     """Runs each job in the thread that submits it."""
 
     def submit(self, job: Job) -> Ticket:
-        submitted = _Submitted(job)
-        submitted.run()
-        return submitted
+        job.done = False
+        job.running.acquire()
+        job.run()
+        return job
 
     def close(self) -> None:
         pass
@@ -92,24 +94,25 @@ class ThreadIssuer:
 
     def __init__(self, driver: Driver, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._jobs: queue.SimpleQueue[_Submitted | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="vmm-dwdp-issue", daemon=True)
         self._thread.start()
         self._token: int | None = ledger.add("threads", "the thread that issues copies")
         try:
-            self.submit(driver.activate).result()
+            self.submit(Job(driver.activate)).result()
         except BaseException:
             self.close()
             raise
 
     def _run(self) -> None:
-        for submitted in iter(self._jobs.get, None):
-            submitted.run()
+        for job in iter(self._jobs.get, None):
+            job.run()
 
     def submit(self, job: Job) -> Ticket:
-        submitted = _Submitted(job)
-        self._jobs.put(submitted)
-        return submitted
+        job.done = False
+        job.running.acquire()
+        self._jobs.put(job)
+        return job
 
     def close(self) -> None:
         if self._token is not None:

@@ -40,7 +40,7 @@ from typing import Any, TypeVar
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Event, Ledger, ResourceStack, Stream
 from vmm_dwdp.errors import DriverError, StateError
-from vmm_dwdp.issue import Issuer, Ticket
+from vmm_dwdp.issue import Issuer, Job, Ticket
 from vmm_dwdp.timing import PassTimer
 from vmm_dwdp.tracer import Tracer, What
 
@@ -135,7 +135,9 @@ class Prefetcher:
             self.timer = self._resources.push(PassTimer(driver, ledger, len(fetches)))
             depth = len(self.slots)
             self._slot_of = [self.slots[index % depth] for index in range(len(fetches))]
-            self._jobs = [partial(self._issue, slot, fetch) for slot, fetch in zip(self._slot_of, fetches, strict=True)]
+            self._jobs = [
+                Job(partial(self._issue, slot, fetch)) for slot, fetch in zip(self._slot_of, fetches, strict=True)
+            ]
             self.following = [i + depth if i + depth < len(fetches) else i % depth for i in range(len(fetches))]
             self.reset(driver.current_stream())
         except BaseException:

@@ -124,7 +124,7 @@ class RecordingIssuer:
         program.launcher.append(Op("submit", number))
         program.jobs.append([])
         self._driver.writing = program.jobs[number]
-        job()
+        job.work()
         self._driver.writing = program.launcher
         return _Ticket(program, number)
 
