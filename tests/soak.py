@@ -11,6 +11,7 @@ so is what the latest of the other processes have grown by.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -40,10 +41,11 @@ STALLS: Final = 0.01  # the share of copies that stall
 STALL_SECONDS: Final = 0.005  # at most
 ABANDONED: Final = 0.02  # the share of passes that are given up midway
 VERIFIED: Final = 0.02  # the share of passes after which a rank checks everything
-UPDATED: Final = 0.005  # the share of rank 0's passes before which some layers get new weights
+UPDATED: Final = 0.02  # the share of rank 0's passes before which some layers get new weights
 
-Seeds = tuple[int, ...]  # of the weights of each layer
+Seeds = dict[int, int]  # by layer, of its weights
 
+_c_library: Final = ctypes.CDLL(None)
 processes = multiprocessing.get_context("spawn")
 
 
@@ -120,14 +122,14 @@ def _model(device: str, seeds: Seeds) -> Model:
     """Experts that share pages with their neighbours: of 4 KiB, or of the 2 MiB of a GPU."""
     size = 333 if device == "cpu" else 333 * 512
     shape = {"w": ((12, size), torch.bfloat16)}
-    return {number: random_model({number: shape}, seed)[number] for number, seed in enumerate(seeds)}
+    return {number: random_model({number: shape}, seed)[number] for number, seed in seeds.items()}
 
 
 def _usage(runtime: DWDPRuntime) -> Usage:
     gc.collect()
-    _, *answering = (thread for thread in threading.enumerate() if thread.name == "vmm-dwdp-exchange")
-    for thread in answering:  # the last moments of requests that others know to be answered
-        thread.join(10)
+    while sum(thread.name == "vmm-dwdp-exchange" for thread in threading.enumerate()) > 1:
+        time.sleep(0.001)  # the last moments of requests that others know to be answered
+    _c_library.malloc_trim(0)  # what it keeps for later is no growth
     status = Path("/proc/self/status").read_text(encoding="ascii")
     kilobytes = int(status.split("VmRSS:")[1].split()[0])
     resources = len(runtime.ledger.open())
@@ -152,14 +154,13 @@ def _random_pass(runtime: DWDPRuntime, model: Model, chance: random.Random, coun
 
 
 def _update(runtime: DWDPRuntime, model: Model, new: Model) -> None:
-    """This rank's part in making ``model`` the ``new`` one."""
+    """This rank's part in giving some layers of ``model`` ``new`` weights."""
     shards = {}
     for number, weights in new.items():
         for name, tensor in weights.items():
-            if not torch.equal(tensor.view(torch.uint8), model[number][name].view(torch.uint8)):
-                for owner in runtime.held_owners:
-                    experts = runtime.local_experts(number, owner)
-                    shards[number, name, owner] = tensor[experts.start : experts.stop]
+            for owner in runtime.held_owners:
+                experts = runtime.local_experts(number, owner)
+                shards[number, name, owner] = tensor[experts.start : experts.stop]
     runtime.update(shards)
     model.update(new)
 
@@ -186,7 +187,7 @@ def _run_rank(
     counts: Counts,
     parent: Connection,
 ) -> None:
-    """Passes until the parent says `None`, or kills this process; updates when it says with which seeds."""
+    """Passes until the parent says `None`, or kills this process; an update when it says of which layers."""
     torch.set_num_threads(1)
     model = _model(device, seeds)
     runtime = _enter(rank, rendezvous, device, model, chance, rejoins)
@@ -212,7 +213,7 @@ def soak(passes: int, kills: int, seconds: float | None = None, seed: int = 0, d
     torch.set_num_threads(1)
     chance = random.Random(seed)
     start = time.monotonic()
-    seeds: Seeds = tuple(range(LAYERS))
+    seeds: Seeds = {number: number for number in range(LAYERS)}
     model = _model(device, seeds)
     counts = Counts(*(processes.RawArray("L", GROUP_SIZE) for _ in Counts._fields))
     others: dict[int, tuple[BaseProcess, Connection]] = {}
@@ -239,11 +240,11 @@ def soak(passes: int, kills: int, seconds: float | None = None, seed: int = 0, d
             return others[rank][1].recv()
 
         def update() -> None:
-            nonlocal seeds, updates
-            changed = chance.sample(range(LAYERS), chance.randint(1, LAYERS))
-            seeds = tuple(chance.randrange(1 << 30) if n in changed else seeds[n] for n in range(LAYERS))
-            tell_all(seeds)
-            _update(runtime, model, _model(device, seeds))
+            nonlocal updates
+            changed = {n: chance.randrange(1 << 30) for n in chance.sample(range(LAYERS), chance.randint(1, LAYERS))}
+            seeds.update(changed)
+            tell_all(changed)
+            _update(runtime, model, _model(device, changed))
             for rank in others:
                 assert hear(rank) == "updated"
             updates += 1
