@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -32,10 +34,25 @@ COMMANDS: Final = {
     "trace": _Command("vmm_dwdp.trace_command", "run layers in a group and write when everything happened"),
 }
 
+_SHELL_SIGNAL: Final = 128  # what a shell adds to the number of the signal that ended a command
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, 1 where what it looked for is not so, 2 where it could not be run."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run one command. Returns 0, 1 where what it looked for is not so, 2 where it could not be run.
+
+    Where nobody reads what it prints any more, as behind ``| head``, it ends without a word, as by SIGPIPE.
+    """
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return _SHELL_SIGNAL + signal.SIGPIPE
+
+
+def _run(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="vmm-dwdp",
         description="Mixture-of-Experts weights spread over a group of GPUs, seen whole by each of them.",

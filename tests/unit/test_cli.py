@@ -1,9 +1,16 @@
 """The command line apart from what its commands do."""
 
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from vmm_dwdp import cli
 from vmm_dwdp.errors import DWDPError
+
+PLAN = ["plan", "qwen3-30b-a3b", "--gpu", "h100", "--group-size", "4", "--tokens", "8192"]
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -41,3 +48,14 @@ def test_error_becomes_one_sentence_and_status_2(
 
     assert cli.main(["doctor"]) == 2
     assert capsys.readouterr().err == "vmm-dwdp doctor: nothing works today\n"
+
+
+def test_nobody_reads_the_output() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as nobody:
+        command = [sys.executable, "-m", "vmm_dwdp.cli", *PLAN]
+        ended = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, check=False)
+
+    assert ended.returncode == 128 + signal.SIGPIPE
+    assert ended.stderr == b""
