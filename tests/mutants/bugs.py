@@ -24,6 +24,8 @@ _SHARING = ("tests/unit/test_sharing.py",)
 _UPDATE = ("tests/multiprocess/test_update.py",)
 _STATES = ("tests/unit/test_runtime_states.py",)
 _SOCKETS = ("tests/unit/test_socket_failures.py",)
+_CACHE = ("tests/property/test_resident_cache.py",)
+_FAILURES = ("tests/unit/test_failures.py",)
 
 BUGS: Final = (
     Bug(
@@ -276,6 +278,48 @@ BUGS: Final = (
         "whole[row : row + 1]",
         "whole[row + 1 : row + 2]",
         ("tests/unit/test_checkpoint.py",),
+    ),
+    Bug(
+        "a page of the cache that is in use counts as free",
+        "vmm_dwdp/resident_cache.py",
+        "if page not in used]",
+        "]",
+        _CACHE,
+    ),
+    Bug(
+        "pages of the cache are mapped before they are filled",
+        "vmm_dwdp/resident_cache.py",
+        "            self._fill(list(zip(coming, pages, strict=True)))\n",
+        "",
+        _CACHE,
+    ),
+    Bug(
+        "the cache cuts a shared page at the next expert",
+        "vmm_dwdp/layout.py",
+        "        return tuple((expert, min(run.stop, stop) - max(run.start, first)) for expert, run in runs)",
+        "        return tuple((expert, min(run.stop, stop) - run.start) for expert, run in runs)",
+        _CACHE,
+    ),
+    Bug(
+        "the cache keeps old bytes after an update",
+        "vmm_dwdp/in_place.py",
+        "            self._cache.refill()\n",
+        "            self._cache.stats()\n",
+        _UPDATE,
+    ),
+    Bug(
+        "a tile stays unmapped after a refresh that failed",
+        "vmm_dwdp/resident_cache.py",
+        "            try:\n                self._mend()\n",
+        "            try:\n                self._torn.clear()\n",
+        _FAILURES,
+    ),
+    Bug(
+        "a torn tile is read",
+        "vmm_dwdp/resident_cache.py",
+        "        if self._torn:\n",
+        "        if not self:\n",
+        _FAILURES,
     ),
     Bug(
         "pages are unmapped under a tensor",
