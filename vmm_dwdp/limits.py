@@ -19,6 +19,8 @@ def allow_descriptors(count: int) -> None:
     except OSError as error:
         raise ConfigError(f"the open files of this process cannot be counted: {error.strerror}") from error
     if hard != resource.RLIM_INFINITY and needed > hard:
-        raise ConfigError(f"the other ranks' memory takes {count} file descriptors, but a process may open {hard}")
+        raise ConfigError(
+            f"sharing memory with the other ranks takes {count} file descriptors, but a process may open {hard}"
+        )
     if soft != resource.RLIM_INFINITY and needed > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -195,8 +195,11 @@ class Membership:
             raise ConfigError(
                 f"{len(self._layers)} layers need {needed} mappings, but a process can have {self._driver.max_mappings}"
             )
-        # One received descriptor for each share, and on the host driver another, which is the imported handle.
-        allow_descriptors(2 * sum(self._assembly.num_shares(owner) for owner in self._other_owners()))
+        # One received descriptor for each share, and on the host driver another, which is the imported handle. While
+        # memory is handed over, one more for each share that is held here and each rank that asks for it.
+        received = sum(map(self._assembly.num_shares, self._other_owners()))
+        held = sum(map(self._assembly.num_shares, self.held_owners))
+        allow_descriptors((2 if self._driver.name == "host" else 1) * received + len(self._others) * held)
 
     def _make_exchange(self, patience: float) -> Exchange:
         return Exchange(

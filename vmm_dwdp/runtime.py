@@ -155,7 +155,8 @@ class DWDPRuntime:
         allocated.
 
         Raises:
-            ConfigError: there is no layer, or the layers need more mappings than a process can have.
+            ConfigError: there is no layer; the layers need more mappings or descriptors than a process can have; or the
+                resident cache does not fit.
             ExchangeError: a rank, which is named, did not come in time or has a different config.
             DriverError: memory could not be had.
             StateError: published before.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import select
 import signal
 from functools import partial
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.groups import Model, check_pass, join, random_model
+from support.groups import PAGE, Model, check_pass, join, random_model
 
 from vmm_dwdp import DWDPConfig
 from vmm_dwdp.testing import RankFailed, run_group
@@ -48,6 +49,30 @@ def test_every_byte_in_every_process(config: DWDPConfig, tmp_path: Path) -> None
     assert [counts["misses"] for counts in told] == [0] * config.group_size
     assert all(counts["fetched"] > 0 for counts in told)
     assert list(tmp_path.iterdir()) == []
+
+
+def _cached_passes(rendezvous: Path, rank: int) -> int:
+    """Every expert's pages are handles of their own: more than this process may have files open, at first."""
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (400, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    model = random_model({0: {"w": ((200, 1500), torch.float32)}})
+    config = DWDPConfig(group_size=2, host_experts=100, mode="in_place", resident_cache=30 * PAGE)
+    with join(config, rank, rendezvous, model) as runtime:
+        remote = [expert for expert in range(200) if expert not in runtime.local_experts(0)]
+        for chosen in (remote, remote[::7], remote[::-5]):
+            runtime.acquire(0, chosen=torch.tensor(chosen)[:, None])
+            runtime.release(0)
+            runtime.refresh_cache()
+            runtime.check_integrity()
+            check_pass(runtime, model)
+            check_pass(runtime, model, mode="staged")
+        cache = runtime.stats().cache
+    assert runtime.ledger.open() == []
+    return 0 if cache is None else cache.used_bytes
+
+
+def test_ranks_cache_experts_of_each_other_and_of_host_memory(tmp_path: Path) -> None:
+    assert run_group(partial(_cached_passes, tmp_path), 2) == [30 * PAGE] * 2
 
 
 def _pass_after_a_death(config: DWDPConfig, rendezvous: Path, dead: int, rank: int) -> None:
