@@ -1,8 +1,9 @@
 """SGLang's own offline engine with its experts in host memory, beside the same engine without this library.
 
-Writes a Qwen3-MoE checkpoint with random weights (or takes ``--load-format dummy``) and starts one engine per variant.
-They start side by side, in processes of their own; once all are ready, one after the other answers the same prompts,
-greedily. Needs sglang and a GPU. The plugin is found by SGLang through the installed package's entry point.
+Writes a Qwen3-MoE checkpoint with random weights (or, with ``--load-format dummy``, fills the weights in each engine:
+sglang_dummy_weights.py) and starts one engine per variant. They start side by side, in processes of their own; once all
+are ready, one after the other answers the same prompts, greedily. Needs sglang and a GPU. The plugin is found by SGLang
+through the installed package's entry point.
 
 Variants: ``gpu`` all experts in GPU memory, without this library; ``offload`` SGLang's own CPU offloading; ``host`` all
 experts in host memory, copied ahead; ``half`` half of them; ``in_place`` all in host memory, read in place. With
@@ -182,6 +183,8 @@ def _engine(pipe: Connection, folder: Path, variant: str, arguments: argparse.Na
     """The process of one engine: sends the seconds that it took to start, and on request its figures and tokens."""
     kind, _, graph = variant.partition("-")
     _set_environment(folder, variant, kind, arguments.experts)
+    if arguments.load_format == "dummy":
+        _add_plugin(folder / variant)
     from sglang import Engine
 
     all_tokens = arguments.prompts * max(arguments.prompt_tokens)
@@ -205,6 +208,7 @@ def _engine(pipe: Connection, folder: Path, variant: str, arguments: argparse.Na
         disable_prefill_cuda_graph=True,
         disable_decode_cuda_graph=not graph,
         cpu_offload_gb=200 if kind == "offload" else 0,
+        log_level="info",
         random_seed=0,
     )
     try:
@@ -228,6 +232,15 @@ def _set_environment(folder: Path, variant: str, kind: str, num_experts: int) ->
         os.environ["VMM_DWDP_CONFIG"] = str(config)
 
 
+def _add_plugin(folder: Path) -> None:
+    """Let SGLang find sglang_dummy_weights.py, here and in the processes that it starts, as an installed plugin."""
+    about = folder / "sglang_dummy_weights-0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang-dummy-weights\nVersion: 0\n")
+    (about / "entry_points.txt").write_text("[sglang.srt.plugins]\ndummy = sglang_dummy_weights:register\n")
+    sys.path.append(str(folder))
+
+
 def _measure(engine: Any, arguments: argparse.Namespace) -> tuple[dict[str, float], Tokens]:
     def answer(length: int, new_tokens: int) -> tuple[float, Tokens]:
         """Seconds, and what follows the prompts of that length."""
@@ -245,13 +258,14 @@ def _measure(engine: Any, arguments: argparse.Namespace) -> tuple[dict[str, floa
         answer(length, new_tokens)  # compiles kernels
         prefills: list[float] = []
         while len(prefills) < PREFILLS and sum(prefills) < PREFILL_SECONDS:
-            prefills.append(answer(length, 1)[0])
+            took, found = answer(length, 1)
+            prefills.append(took)
         prefill = statistics.median(prefills)
         figures[f"prefill of {length}: tokens/s"] = round(arguments.prompts * length / prefill)
-        whole, found = answer(length, new_tokens)
-        tokens += found
         if new_tokens > 1:
-            figures["decode ms/step"] = round((whole - prefill) / (new_tokens - 1) * 1e3, 2)
+            took, found = answer(length, new_tokens)
+            figures["decode ms/step"] = round((took - prefill) / (new_tokens - 1) * 1e3, 2)
+        tokens += found
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         figures["GPU GiB"] = round((total - free) / 2**30, 1)
