@@ -37,6 +37,7 @@ class StatsCollector:
         for name, documentation, value in (
             ("resident_bytes", "Physical memory of the shards that this rank holds.", stats.resident_bytes),
             ("staged_bytes", "Physical memory of the slots.", stats.staged_bytes),
+            ("cache_bytes", "Physical memory of the resident cache.", stats.cache.nbytes if stats.cache else 0),
             ("held_up_by_copies", "1 once passes were held up by their copies.", stats.advice is not None),
         ):
             gauge = GaugeMetricFamily(f"vmm_dwdp_{name}", documentation, labels=["rank"])

@@ -13,6 +13,7 @@ and no layer is read in place until then.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -141,10 +142,10 @@ class ResidentCache:
             used = {page for tile in self._tiles for page in tile.pages}
             free = iter([page for page in range(len(self._pages)) if page not in used])
             coming = [self._tiles[place] for place in sorted(chosen) if not self._tiles[place].pages]
-            pages = [tuple(next(free) for _ in range(self._pages_of(tile))) for tile in coming]
-            self._fill(list(zip(coming, pages, strict=True)))
-            for tile, into in zip(coming, pages, strict=True):
-                self._map(tile, into)
+            moves = [(tile, tuple(itertools.islice(free, self._pages_of(tile)))) for tile in coming]
+            self._fill(moves)
+            for tile, pages in moves:
+                self._map(tile, pages)
         except BaseException as failure:
             try:
                 self._mend()
@@ -193,11 +194,11 @@ class ResidentCache:
             cached += heat if tile.pages else 0
         self._served = cached / read if read else None
 
-    def _fill(self, coming: Sequence[tuple[RemoteTile, tuple[int, ...]]]) -> None:
+    def _fill(self, moves: Sequence[tuple[RemoteTile, tuple[int, ...]]]) -> None:
         """Copy tiles into pages of the cache, and wait for it."""
         copies = [
             Copy(self._address(page), source, self._page_nbytes)
-            for tile, pages in coming
+            for tile, pages in moves
             for source, page in zip(self._sources(tile), pages, strict=True)
         ]
         if copies:

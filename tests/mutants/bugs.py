@@ -289,7 +289,7 @@ BUGS: Final = (
     Bug(
         "pages of the cache are mapped before they are filled",
         "vmm_dwdp/resident_cache.py",
-        "            self._fill(list(zip(coming, pages, strict=True)))\n",
+        "            self._fill(moves)\n",
         "",
         _CACHE,
     ),

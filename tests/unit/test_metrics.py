@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.groups import check_pass, published, random_model
+from support.groups import PAGE, check_pass, published, random_model
 
 from vmm_dwdp import DWDPConfig, Stats
 
@@ -17,9 +17,10 @@ MODEL = random_model({number: {"w": ((4, 64, 64), torch.bfloat16)} for number in
 @pytest.fixture
 def stats(tmp_path: Path) -> Stats:
     """Of rank 1, after two passes."""
-    with published(DWDPConfig(group_size=2), tmp_path / "group", MODEL) as runtimes:
+    config = DWDPConfig(group_size=2, mode="auto", resident_cache=3 * PAGE)
+    with published(config, tmp_path / "group", MODEL) as runtimes:
         for _ in range(2):
-            check_pass(runtimes[1], MODEL)
+            check_pass(runtimes[1], MODEL, mode="staged")
         return runtimes[1].stats()
 
 
@@ -44,6 +45,7 @@ def scraped(stats: Stats) -> dict[tuple[str, str | None], float]:
 def test_a_scrape_gives_what_stats_says(stats: Stats) -> None:
     assert stats.hits == 4
     assert stats.fetched_bytes > 0
+    assert stats.cache is not None
     layers = {
         (f"vmm_dwdp_{name}_total", str(number)): value
         for number, layer in stats.layers.items()
@@ -57,6 +59,7 @@ def test_a_scrape_gives_what_stats_says(stats: Stats) -> None:
     assert scraped(stats) == layers | {
         ("vmm_dwdp_resident_bytes", None): stats.resident_bytes,
         ("vmm_dwdp_staged_bytes", None): stats.staged_bytes,
+        ("vmm_dwdp_cache_bytes", None): stats.cache.nbytes,
         ("vmm_dwdp_held_up_by_copies", None): 0,
     }
 
