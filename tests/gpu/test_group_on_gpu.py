@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.groups import Model, check_pass, join, random_model
 
-from vmm_dwdp import DWDPConfig
+from vmm_dwdp import DWDPConfig, DWDPRuntime
 from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.config import Mode
 from vmm_dwdp.testing import run_group
@@ -33,16 +33,36 @@ def _passes(config: DWDPConfig, rendezvous: Path, rank: int) -> None:
         check_pass(runtime, model, [3, 0, 4, 4, 1])
         runtime.reset()
         check_pass(runtime, model)
+        for favourite in (0, 9, 4) if config.resident_cache else ():
+            _refresh(runtime, favourite)
+            for mode in modes:
+                check_pass(runtime, model, mode=mode)
         stats = runtime.stats()
     assert runtime.ledger.open() == []
     assert stats.hits > 0
     assert stats.fetched_bytes > 0
+    if config.resident_cache:
+        assert stats.cache is not None
+        assert stats.cache.used_bytes == stats.cache.nbytes > 0
+
+
+def _refresh(runtime: DWDPRuntime, favourite: int) -> None:
+    """After tokens that use all experts, one of them much more than the others."""
+    chosen = torch.cat([torch.arange(10), torch.full((50,), favourite)]).to(runtime.device)
+    for number in range(5):
+        runtime.acquire(number, chosen=chosen[:, None])
+        runtime.release(number)
+    runtime.refresh_cache()
+    runtime.check_integrity(verify=True)
 
 
 CONFIGS = {
     "four": DWDPConfig(group_size=4, mode="in_place"),
     "three-overlapping": DWDPConfig(group_size=3, num_local_experts=5, prefetch_depth=3, slice_bytes=1 << 20),
     "two-and-the-host": DWDPConfig(group_size=2, host_experts=3, prefetch_depth=1, mode="in_place"),
+    "two-with-caches": DWDPConfig(
+        group_size=2, host_experts=3, mode="in_place", resident_cache=12 << 20, checksums=True
+    ),
     "alone-with-the-host": DWDPConfig(group_size=1, host_experts=10, mode="in_place"),
     "tensor-list": DWDPConfig(group_size=3, assembly="tensor_list"),
 }
