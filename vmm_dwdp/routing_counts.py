@@ -16,10 +16,11 @@ class RoutingCounts:
 
     def __init__(self, num_experts: Mapping[int, int], device: torch.device) -> None:
         """``num_experts``: by layer."""
-        self._one = torch.ones(1, dtype=torch.int64, device=device)
-        self._counts = {
-            layer: torch.zeros(count + 1, dtype=torch.int64, device=device) for layer, count in num_experts.items()
-        }
+        with torch.inference_mode(False):  # what is made in that mode can be counted up only in that mode
+            self._one = torch.ones(1, dtype=torch.int64, device=device)
+            self._counts = {
+                layer: torch.zeros(count + 1, dtype=torch.int64, device=device) for layer, count in num_experts.items()
+            }
 
     def add(self, layer: int, chosen: torch.Tensor) -> None:
         """Count ``chosen``, whole numbers of any shape on the device: experts of ``layer``.

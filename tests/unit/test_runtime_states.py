@@ -268,6 +268,21 @@ def test_what_is_no_expert_is_not_counted_and_does_no_harm(cached: DWDPRuntime) 
     assert cached.stats().cache == CacheStats(nbytes=9 * PAGE, used_bytes=0, refreshes=1, served=None)
 
 
+def test_counting_where_inference_mode_comes_and_goes(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        runtime = join(CACHED, 0, tmp_path / "rendezvous", MODEL)
+        use(runtime, 0, 4)
+    use(runtime, 0, 4)
+    with torch.inference_mode():
+        runtime.refresh_cache()
+        use(runtime, 0, 4)
+        runtime.refresh_cache()
+    cache = runtime.stats().cache
+    assert cache is not None
+    assert cache.served == 1
+    assert runtime.close().open() == []
+
+
 def test_staged_layers_are_not_counted(cached: DWDPRuntime) -> None:
     with cached.layer(0, mode="staged", chosen=torch.full((9, 1), 4)):
         pass
