@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.config import Mode
 
 DTYPE = torch.bfloat16
+_CHUNK_TOKENS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ def combine(stack: Stack, routed: Routed, rows: torch.Tensor) -> torch.Tensor:
 
 
 Pass = Callable[[], torch.Tensor]
+Bind = Callable[[list[Routed]], Pass]  # a pass over the tokens of all ranks; each rank returns the rows of its own
 
 
 def between(stack: Stack, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -104,11 +107,9 @@ def dwdp(
     rank: int,
     device: torch.device,
     rendezvous: Path,
-    routed: Routed,
     *,
-    mode: Mode = "staged",
     driver: Driver | None = None,
-) -> Iterator[tuple[DWDPRuntime, Pass]]:
+) -> Iterator[tuple[DWDPRuntime, Callable[[Mode], Bind]]]:
     """This library."""
     with DWDPRuntime(config, rank, device, rendezvous, driver=driver) as runtime:
         shapes = {
@@ -123,7 +124,7 @@ def dwdp(
         runtime.publish(timeout=120)
         attention = between(stack, device)
 
-        def run() -> torch.Tensor:
+        def run(mode: Mode, routed: Routed) -> torch.Tensor:
             x = routed.x
             for layer in range(stack.num_layers):
                 x = attention(x)
@@ -133,10 +134,10 @@ def dwdp(
                 x = combine(stack, routed, rows)
             return x
 
-        yield runtime, run
+        yield runtime, lambda mode: lambda every: partial(run, mode, every[rank])
 
 
-def expert_parallel(stack: Stack, rank: int, group_size: int, device: torch.device, routed: Routed) -> Pass:
+def expert_parallel(stack: Stack, rank: int, group_size: int, device: torch.device) -> Bind:
     """All-to-all there and back, in every layer, of as many rows as the routing sends. Experts divide evenly."""
     per_rank = stack.num_experts // group_size
     own = range(rank * per_rank, (rank + 1) * per_rank)
@@ -145,34 +146,37 @@ def expert_parallel(stack: Stack, rank: int, group_size: int, device: torch.devi
         w13, w2 = zip(*(weights(stack, layer, expert, device) for expert in own), strict=True)
         held.append((torch.stack(w13), torch.stack(w2)))
     attention = between(stack, device)
-    every = torch.empty(group_size * stack.num_experts, dtype=routed.counts.dtype, device=device)
-    dist.all_gather_into_tensor(every, routed.counts)
-    arriving = every.view(group_size, -1)[:, own.start : own.stop]  # from each rank, rows for each expert here
-    sends = routed.counts.view(group_size, per_rank).sum(1).tolist()
-    receives = arriving.sum(1).tolist()
-    # Rows arrive by sender and then by expert; the GEMM wants them by expert.
-    expert_of_row = torch.arange(per_rank, device=device).repeat(group_size).repeat_interleave(arriving.flatten())
-    by_expert = expert_of_row.argsort(stable=True)
-    counts = arriving.sum(0)
 
-    def run() -> torch.Tensor:
-        x = routed.x
-        for w13, w2 in held:
-            x = attention(x)
-            rows = x[routed.order // stack.top_k]
-            there = rows.new_empty(sum(receives), stack.hidden)
-            dist.all_to_all_single(there, rows, receives, sends)
-            done = torch.empty_like(there)
-            done[by_expert] = run_experts(there[by_expert], counts, w13, w2)
-            back = torch.empty_like(rows)
-            dist.all_to_all_single(back, done, sends, receives)
-            x = combine(stack, routed, back)
-        return x
+    def bind(every: list[Routed]) -> Pass:
+        routed = every[rank]
+        arriving = torch.stack([other.counts[own.start : own.stop] for other in every])  # by sender and expert
+        sends = routed.counts.view(group_size, per_rank).sum(1).tolist()
+        receives = arriving.sum(1).tolist()
+        # Rows arrive by sender and then by expert; the GEMM wants them by expert.
+        expert_of_row = torch.arange(per_rank, device=device).repeat(group_size).repeat_interleave(arriving.flatten())
+        by_expert = expert_of_row.argsort(stable=True)
+        counts = arriving.sum(0)
 
-    return run
+        def run() -> torch.Tensor:
+            x = routed.x
+            for w13, w2 in held:
+                x = attention(x)
+                rows = x[routed.order // stack.top_k]
+                there = rows.new_empty(sum(receives), stack.hidden)
+                dist.all_to_all_single(there, rows, receives, sends)
+                done = torch.empty_like(there)
+                done[by_expert] = run_experts(there[by_expert], counts, w13, w2)
+                back = torch.empty_like(rows)
+                dist.all_to_all_single(back, done, sends, receives)
+                x = combine(stack, routed, back)
+            return x
+
+        return run
+
+    return bind
 
 
-def tensor_parallel(stack: Stack, rank: int, group_size: int, device: torch.device, every: list[Routed]) -> Pass:
+def tensor_parallel(stack: Stack, rank: int, group_size: int, device: torch.device) -> Bind:
     """All tokens of all ranks on every rank, each with its part of every expert; one all-reduce a layer."""
     part = stack.intermediate // group_size
     own = slice(rank * part, (rank + 1) * part)
@@ -186,38 +190,64 @@ def tensor_parallel(stack: Stack, rank: int, group_size: int, device: torch.devi
             w2s.append(w2[:, own].contiguous())
         held.append((torch.stack(w13s), torch.stack(w2s)))
     attention = between(stack, device)
-    x_all = torch.cat([routed.x for routed in every])
-    starts = torch.tensor([0, *(len(routed.x) * stack.top_k for routed in every)]).cumsum(0).tolist()
-    experts = torch.cat(
-        [
-            torch.empty_like(routed.order).scatter_(
-                0, routed.order, torch.arange(stack.num_experts, device=device).repeat_interleave(routed.counts)
-            )
-            for routed in every
-        ]
-    )
-    together = Routed(x_all, experts.argsort(stable=True), experts.bincount(minlength=stack.num_experts))
-    own_tokens = slice(starts[rank] // stack.top_k, starts[rank + 1] // stack.top_k)
 
-    def run() -> torch.Tensor:
-        x = together.x
-        for w13, w2 in held:
-            x = attention(x)
-            rows = run_experts(x[together.order // stack.top_k], together.counts, w13, w2)
-            x = combine(stack, together, rows)
-            dist.all_reduce(x)
-        return x[own_tokens]
+    def bind(every: list[Routed]) -> Pass:
+        chunks = [together(stack, part) for part in _chunks(every)]
+        first = sum(len(routed.x) for routed in every[:rank])
+        own_tokens = slice(first, first + len(every[rank].x))
 
-    return run
+        def run() -> torch.Tensor:
+            x = torch.cat([routed.x for routed in every])
+            for w13, w2 in held:
+                x = attention(x)
+                parts = x.split([len(routed.x) for routed in chunks])
+                done = []
+                for routed, tokens in zip(chunks, parts, strict=True):
+                    rows = run_experts(tokens[routed.order // stack.top_k], routed.counts, w13, w2)
+                    done.append(combine(stack, routed, rows))
+                x = torch.cat(done)
+                dist.all_reduce(x)
+            return x[own_tokens]
+
+        return run
+
+    return bind
 
 
-def reference(stack: Stack, device: torch.device, routed: Routed) -> torch.Tensor:
-    """One pass of this rank's tokens with all experts in ordinary memory, a layer at a time."""
+def _chunks(every: list[Routed]) -> Iterator[list[Routed]]:
+    """Neighbouring ranks whose tokens fit into one grouped GEMM's memory together."""
+    chunk: list[Routed] = []
+    for routed in every:
+        if chunk and sum(len(other.x) for other in (*chunk, routed)) > _CHUNK_TOKENS:
+            yield chunk
+            chunk = []
+        chunk.append(routed)
+    yield chunk
+
+
+def together(stack: Stack, every: list[Routed]) -> Routed:
+    """The tokens of several ranks as those of one."""
+    choices = [
+        torch.empty_like(routed.order).scatter_(
+            0, routed.order, torch.arange(stack.num_experts, device=routed.x.device).repeat_interleave(routed.counts)
+        )
+        for routed in every
+    ]
+    experts = torch.cat(choices)
+    counts = experts.bincount(minlength=stack.num_experts)
+    return Routed(torch.cat([routed.x for routed in every]), experts.argsort(stable=True), counts)
+
+
+def reference(stack: Stack, device: torch.device, cases: list[Routed]) -> list[torch.Tensor]:
+    """Passes over this rank's tokens with all experts in ordinary memory, a layer at a time."""
     attention = between(stack, device)
-    x = routed.x
+    results = [routed.x for routed in cases]
     for layer in range(stack.num_layers):
         every = [weights(stack, layer, expert, device) for expert in range(stack.num_experts)]
         w13, w2 = (torch.stack(parts) for parts in zip(*every, strict=True))
-        x = attention(x)
-        x = combine(stack, routed, run_experts(x[routed.order // stack.top_k], routed.counts, w13, w2))
-    return x
+        del every
+        for case, routed in enumerate(cases):
+            x = attention(results[case])
+            rows = run_experts(x[routed.order // stack.top_k], routed.counts, w13, w2)
+            results[case] = combine(stack, routed, rows)
+    return results

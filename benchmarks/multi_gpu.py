@@ -4,13 +4,14 @@
 
     links      peer access, and the rate of one large copy between every pair
     tests      the GPU tests, each rank on its own GPU
-    prefetch   copies alone, with 1 to N-1 owners: link efficiency with and without slices, one rank or all pulling, in
-               step or at random moments
-    stack      a stack of MoE layers by DWDP, by expert parallelism (all-to-all) and by tensor parallelism (all-reduce),
-               for equal and unequal numbers of tokens; every rank's DWDP result is compared, bit by bit, with a pass
-               whose experts all lie in its own memory
+    prefetch   copies alone, with 1, 2 and N-1 owners, over a pair's link: with and without slices, one rank or all
+               pulling, in step or at random moments
+    stack      a stack of MoE layers by DWDP, staged and in place, by expert parallelism (all-to-all) and by tensor
+               parallelism (all-reduce), for equal and unequal numbers of tokens, beside what the planner predicts;
+               every rank's DWDP results are compared, bit by bit, with a pass whose experts all lie in its own memory
+    crossover  from how many tokens on DWDP is no slower, measured and predicted
     slowdown   a grouped GEMM alone and under copies, with the GPU's clock beside it
-    in place   kernels that read peers' pages, without prefetch
+    predicted  the planner's crossovers alone, for any GPU with a preset; needs none: --only predicted --preset h200
 
 On one GPU, or on the CPU (``--device cpu --tiny``), all of it runs with ranks that share the device: then it proves the
 script and the bytes, and its times say nothing about links.
@@ -19,14 +20,17 @@ script and the bytes, and its times say nothing about links.
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
+import os
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,8 +40,8 @@ import torch.distributed as dist
 from common import parser, report
 from moe_stack import (
     DTYPE,
+    Bind,
     Pass,
-    Routed,
     Stack,
     dwdp,
     expert_parallel,
@@ -47,9 +51,12 @@ from moe_stack import (
     tensor_parallel,
     weights,
 )
+from stack_prediction import predict
 
 from vmm_dwdp import DWDPConfig
 from vmm_dwdp.allocator import open_driver
+from vmm_dwdp.planning.calibrate import preset_of
+from vmm_dwdp.planning.gpus import load_gpu
 from vmm_dwdp.testing import run_group
 
 Row = dict[str, Any]
@@ -61,6 +68,10 @@ STACKS = {
     "gpt-oss-120b": Stack("gpt-oss-120b", 6, 128, 4, 2880, 2880, 8 * 2880**2 + 4 * 4096 * 2880),
     "tiny": Stack("tiny", 3, 16, 2, 64, 32, 1 << 16),
 }
+PARTS = ("links", "tests", "prefetch", "stack", "slowdown", "predicted")
+
+# By name, `slice_bytes`: whole segments, the owners one after another; slices in turn; the runtime's default.
+PLANS = {"segments in turn": 1 << 40, "slices of 2 MiB": 2 << 20, "auto": "auto"}
 
 
 @dataclass(frozen=True)
@@ -135,16 +146,17 @@ def _join_collectives(rank: int, group_size: int, place: Place, folder: str) -> 
     )
 
 
-def _prefetch_rank(place: Place, stack: Stack, group_size: int, folder: str, rank: int) -> list[Row]:
+def _prefetch_rank(
+    place: Place, stack: Stack, group_size: int, pair: float | None, folder: str, rank: int
+) -> list[Row]:
     """Passes without compute: nothing but copies."""
     _join_collectives(rank, group_size, place, folder)
     device = place.device(rank)
     rows: list[Row] = []
-    for slice_bytes in (2 << 20, "auto"):
+    for plan, slice_bytes in PLANS.items():
         config = DWDPConfig(group_size=group_size, slice_bytes=slice_bytes)  # type: ignore[arg-type]
-        routed = route(stack, 1, rank, device)
         rendezvous = Path(folder, f"prefetch-{slice_bytes}")
-        with dwdp(stack, config, rank, device, rendezvous, routed, driver=place.driver(rank)) as (runtime, _):
+        with dwdp(stack, config, rank, device, rendezvous, driver=place.driver(rank)) as (runtime, _):
 
             def copies(runtime: Any = runtime) -> torch.Tensor:
                 for layer in range(stack.num_layers):
@@ -160,81 +172,134 @@ def _prefetch_rank(place: Place, stack: Stack, group_size: int, folder: str, ran
                     continue
                 if pulling == "all at random moments":
                     time.sleep(random.Random(rank).random() * 0.05)
-                milliseconds = place.timed(copies, passes=8)
+                rate = nbytes / place.timed(copies, passes=8) / 1e6
                 dist.barrier()
-                rows.append(
-                    {
-                        "owners": group_size - 1,
-                        "plan": "slices of 2 MiB" if slice_bytes != "auto" else "auto",
-                        "pulling": pulling,
-                        "rank": rank,
-                        "GB/s": nbytes / milliseconds / 1e6,
-                    }
-                )
+                share = {} if pair is None else {"of a pair's link": rate / pair}
+                about = {"owners": group_size - 1, "plan": plan, "pulling": pulling, "rank": rank}
+                rows.append(about | {"GB/s": rate} | share)
     dist.destroy_process_group()
     return rows
 
 
-def prefetch(place: Place, stack: Stack, count: int) -> list[Row]:
+def prefetch(place: Place, stack: Stack, count: int, pair: float | None) -> list[Row]:
+    """``pair``: GB/s of one large copy between two GPUs, where that was measured."""
     rows: list[Row] = []
     for group_size in sorted({2, 3, count}):
         if group_size <= count:
             with tempfile.TemporaryDirectory() as folder:
                 found = run_group(
-                    partial(_prefetch_rank, place, stack, group_size, folder), group_size, place.device_type
+                    partial(_prefetch_rank, place, stack, group_size, pair, folder), group_size, place.device_type
                 )
             rows += [row for rank_rows in found for row in rank_rows]
     return rows
 
 
-def _stack_rank(place: Place, stack: Stack, group_size: int, tokens: list[int], folder: str, rank: int) -> Row:
-    """The three parallelisms, one after another, on this rank's tokens."""
+def _stack_rank(
+    place: Place, stack: Stack, group_size: int, cases: list[list[int]], folder: str, rank: int
+) -> list[Row]:
+    """The three parallelisms, one after another, each with every case: so many tokens on each rank."""
     _join_collectives(rank, group_size, place, folder)
     device = place.device(rank)
-    every = [route(stack, count, other, device) for other, count in enumerate(tokens)]
-    routed: Routed = every[rank]
-    row: Row = {"rank": rank, "tokens": tokens[rank]}
+    routings = [[route(stack, count, other, device) for other, count in enumerate(case)] for case in cases]
+    rows: list[Row] = [{"rank": rank, "tokens": case[rank]} for case in cases]
 
-    def timed_together(run: Pass) -> float:
-        dist.barrier()
-        milliseconds = place.timed(run, passes=5)
-        dist.barrier()
-        return milliseconds
+    def measure(column: str, bind: Bind) -> Iterator[torch.Tensor]:
+        """Results, by case, of passes that begin together."""
+        for row, every in zip(rows, routings, strict=True):
+            run = bind(every)
+            dist.barrier()
+            row[column] = place.timed(run, passes=5)
+            dist.barrier()
+            yield run()
 
     config = DWDPConfig(group_size=group_size, mode="in_place")
-    for mode in ("staged", "in_place"):
-        rendezvous = Path(folder, f"dwdp-{mode}")
-        with dwdp(stack, config, rank, device, rendezvous, routed, mode=mode, driver=place.driver(rank)) as (_, run):  # type: ignore[arg-type]
-            row[f"dwdp {mode} ms"] = timed_together(run)
-            result = run()
-        if mode == "staged":
-            expected = reference(stack, device, routed)
-            row["identical"] = torch.equal(result, expected)
-    run = expert_parallel(stack, rank, group_size, device, routed)
-    row["expert parallel ms"] = timed_together(run)
-    row["ep error"] = _error(run(), expected)
-    del run
-    run = tensor_parallel(stack, rank, group_size, device, every)
-    row["tensor parallel ms"] = timed_together(run)
-    row["tp error"] = _error(run(), expected)
+    with dwdp(stack, config, rank, device, Path(folder, "dwdp"), driver=place.driver(rank)) as (_, run):
+        staged = list(measure("dwdp staged ms", run("staged")))
+        in_place = list(measure("dwdp in_place ms", run("in_place")))
+    whole = reference(stack, device, [every[rank] for every in routings])
+    for row, *results in zip(rows, whole, staged, in_place, strict=True):
+        row["identical"] = all(torch.equal(found, results[0]) for found in results[1:])
+    del staged, in_place
+    for name, parallel in (("expert", expert_parallel), ("tensor", tensor_parallel)):
+        bind = parallel(stack, rank, group_size, device)
+        for row, found, expected in zip(rows, measure(f"{name} parallel ms", bind), whole, strict=True):
+            row[f"{name} parallel error"] = _error(found, expected)
+        del bind
     dist.destroy_process_group()
-    return row
+    return rows
 
 
 def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def stacks(place: Place, stack: Stack, count: int, per_rank: list[int]) -> list[Row]:
-    rows: list[Row] = []
+def spread_tokens(count: int, per_rank: list[int]) -> dict[tuple[int, str], list[int]]:
+    """By the mean of a rank and how they are spread, the tokens of each rank."""
+    spreads = {}
     for tokens in per_rank:
+        spreads[tokens, "equal"] = [tokens] * count
         # Half as many on the first rank and half as many more on the last: the same work in all.
-        unequal = [int(tokens * (0.5 + rank / max(1, count - 1))) for rank in range(count)]
-        for shares, spread in (([tokens] * count, "equal"), (unequal, "unequal")):
-            with tempfile.TemporaryDirectory() as folder:
-                found = run_group(partial(_stack_rank, place, stack, count, shares, folder), count, place.device_type)
-            rows += [{"stack": stack.name, "spread": spread, **row} for row in found]
+        spreads[tokens, "unequal"] = [int(tokens * (0.5 + rank / max(1, count - 1))) for rank in range(count)]
+    return spreads
+
+
+def predictions(stack: Stack, count: int, per_rank: list[int], preset: str) -> list[Row]:
+    return [
+        {"stack": stack.name, "mean tokens": tokens, "spread": spread, **row}
+        for (tokens, spread), shares in spread_tokens(count, per_rank).items()
+        for row in predict(stack, load_gpu(preset), shares)
+    ]
+
+
+def stacks(place: Place, stack: Stack, count: int, per_rank: list[int], preset: str | None) -> list[Row]:
+    """``preset``: the GPU for which the planner's predictions stand beside what was measured."""
+    spreads = spread_tokens(count, per_rank)
+    with tempfile.TemporaryDirectory() as folder:
+        run = partial(_stack_rank, place, stack, count, list(spreads.values()), folder)
+        found = run_group(run, count, place.device_type)
+    rows: list[Row] = []
+    for case, ((tokens, spread), shares) in enumerate(spreads.items()):
+        predicted = predict(stack, load_gpu(preset), shares) if preset else [{} for _ in shares]
+        about = {"stack": stack.name, "mean tokens": tokens, "spread": spread}
+        rows += [about | of_rank[case] | ours for of_rank, ours in zip(found, predicted, strict=True)]
     return rows
+
+
+def crossovers(rows: list[Row]) -> list[Row]:
+    """From how many tokens on DWDP is no slower, and its time over that of the others, by mean tokens of a rank.
+
+    The time is the mean over ranks: those that prefetch do not wait for each other, and the others all take as long.
+    """
+    found = []
+    for name, spread in dict.fromkeys((row["stack"], row["spread"]) for row in rows):
+        cases = [row for row in rows if (row["stack"], row["spread"]) == (name, spread)]
+        result: Row = {"stack": name, "spread": spread}
+        for other in ("expert parallel", "tensor parallel"):
+            for source in ("", "predicted "):
+                columns = [f"{source}{column} ms" for column in ("dwdp staged", other)]
+                if not all(column in cases[0] for column in columns):
+                    continue
+                ratios = {}
+                for tokens in dict.fromkeys(row["mean tokens"] for row in cases):
+                    of = [row for row in cases if row["mean tokens"] == tokens]
+                    ours, theirs = (statistics.mean(row[column] for row in of) for column in columns)
+                    ratios[tokens] = ours / theirs
+                result[f"{source}over {other}"] = {tokens: round(ratio, 3) for tokens, ratio in ratios.items()}
+                result[f"{source}no slower than {other} from"] = _crossing(ratios)
+        found.append(result)
+    return found
+
+
+def _crossing(ratios: dict[int, float]) -> str:
+    """Where a ratio that falls with the tokens comes to 1, over logarithms."""
+    tokens = sorted(ratios)
+    if ratios[tokens[0]] <= 1:
+        return f"at most {tokens[0]}"
+    for low, high in itertools.pairwise(tokens):
+        if ratios[low] > 1 >= ratios[high]:
+            part = math.log(ratios[low]) / math.log(ratios[low] / ratios[high])
+            return f"{low * (high / low) ** part:.0f}"
+    return f"more than {tokens[-1]}"
 
 
 def _slowdown_rank(place: Place, stack: Stack, group_size: int, folder: str, rank: int) -> Row:
@@ -247,7 +312,7 @@ def _slowdown_rank(place: Place, stack: Stack, group_size: int, folder: str, ran
     counts = torch.full((len(own),), len(routed.order) // len(own), device=device)
     rows = torch.randn(int(counts.sum()), stack.hidden, dtype=DTYPE, device=device)
     config = DWDPConfig(group_size=group_size)
-    with dwdp(stack, config, rank, device, Path(folder, "slowdown"), routed, driver=place.driver(rank)) as (runtime, _):
+    with dwdp(stack, config, rank, device, Path(folder, "slowdown"), driver=place.driver(rank)) as (runtime, _):
         compute: Callable[[], torch.Tensor] = lambda: run_experts(rows, counts, w13, w2)  # noqa: E731
 
         def beside_copies() -> torch.Tensor:
@@ -287,25 +352,36 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--gpus", type=int, default=0, help="ranks (default: the GPUs of this machine)")
     options.add_argument("--tiny", action="store_true", help="sizes that show only that everything runs")
-    options.add_argument("--only", nargs="*", choices=("links", "tests", "prefetch", "stack", "slowdown"), default=None)
+    options.add_argument("--preset", help="GPU that the planner's predictions are for (default: by the GPU's name)")
+    options.add_argument("--only", nargs="*", choices=PARTS, default=None)
     given: argparse.Namespace = options.parse_args()
+    os.environ["NCCL_NVLS_ENABLE"] = "0"  # no NVLink multicast
     place = Place(given.device.type, given.tiny)
     present = torch.cuda.device_count() if place.device_type == "cuda" else 0
     count = given.gpus or max(2, present)
     wanted = given.only or (["links", "tests"] if present > 1 else []) + ["prefetch", "stack", "slowdown"]
     chosen = [STACKS["tiny"]] if given.tiny else [STACKS["deepseek-r1"], STACKS["gpt-oss-120b"]]
     per_rank = [32] if given.tiny else [4096, 8192, 16384, 32768]
+    preset = given.preset or (preset_of(torch.cuda.get_device_name()) if present else None)
     tables: dict[str, list[Row]] = {}
+    pair = None
     if "links" in wanted:
+        if present < 2:
+            raise SystemExit("there are no links: this machine does not have two GPUs")
         tables["links"] = links(present)
+        pair = min(row["GB/s"] for row in tables["links"])
     if "tests" in wanted:
         tables["tests"] = gpu_tests()
     if "prefetch" in wanted:
-        tables["prefetch"] = prefetch(place, replace(chosen[0], num_layers=min(4, chosen[0].num_layers)), count)
+        tables["prefetch"] = prefetch(place, chosen[0], count, pair)
     if "stack" in wanted:
-        tables["stack"] = [row for stack in chosen for row in stacks(place, stack, count, per_rank)]
+        tables["stack"] = [row for stack in chosen for row in stacks(place, stack, count, per_rank, preset)]
+        tables["crossover"] = crossovers(tables["stack"])
     if "slowdown" in wanted:
         tables["slowdown"] = slowdown(place, chosen[0], count)
+    if "predicted" in wanted and preset:
+        rows = [row for stack in chosen for row in predictions(stack, count, per_rank, preset)]
+        tables["predicted"] = crossovers(rows)
     report(given, tables)
     if any(not row["identical"] for row in tables.get("stack", ())):
         raise SystemExit("a rank's result differs from the pass with all experts in its own memory")

@@ -11,13 +11,16 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_dwdp_is_identical_and_the_baselines_agree() -> None:
-    options = ["--device", "cpu", "--tiny", "--gpus", "2", "--only", "stack", "--json"]
+    options = ["--device", "cpu", "--tiny", "--gpus", "2", "--only", "stack", "--preset", "h100", "--json"]
     command = [sys.executable, "benchmarks/multi_gpu.py", *options]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     printed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
-    rows = json.loads(printed)["stack"]
+    report = json.loads(printed)
+    rows = report["stack"]
     assert [row["spread"] for row in rows] == ["equal"] * 2 + ["unequal"] * 2
     for row in rows:
         assert row["identical"] is True
-        assert row["ep error"] < 1e-6, "the same rows through the same kernel, elsewhere"
-        assert row["tp error"] < 3e-2, "bfloat16 sums in another order"
+        assert row["expert parallel error"] < 1e-6, "the same rows through the same kernel, elsewhere"
+        assert row["tensor parallel error"] < 3e-2, "bfloat16 sums in another order"
+        assert min(value for column, value in row.items() if column.startswith("predicted")) > 0
+    assert [row["spread"] for row in report["crossover"]] == ["equal", "unequal"]

@@ -1,0 +1,87 @@
+"""What the planner says of the stacks of `moe_stack`, on a GPU of which only a preset is known."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from moe_stack import DTYPE, Stack
+
+from vmm_dwdp import DWDPConfig
+from vmm_dwdp.planning.estimate import Estimate, copy_seconds, steady_period
+from vmm_dwdp.planning.gpus import GpuSpec
+from vmm_dwdp.planning.models import ModelSpec, model_from_config
+from vmm_dwdp.planning.roofline import Batch, Operation, all_to_all, layer_operations, total
+from vmm_dwdp.planning.work import layer_work
+
+
+def predict(stack: Stack, gpu: GpuSpec, shares: list[int]) -> list[dict[str, float]]:
+    """For each rank, with so many tokens on each, milliseconds of a pass by each parallelism.
+
+    DWDP: the rank's own tokens, and copies with nobody else on the links. Expert parallelism: every rank waits for the
+    one with most tokens, while the experts see an even mix. Tensor parallelism: all tokens everywhere, and a ring.
+    """
+    size, model = len(shares), _model(stack)
+    config = DWDPConfig(group_size=size)
+    copying = copy_seconds(Estimate(model, gpu, config, Batch.of(max(shares))).plan, gpu)
+
+    def dwdp(tokens: int) -> float:
+        work = layer_work([*_around_experts(stack, gpu, tokens), _experts(model, gpu, tokens)], gpu)
+        return steady_period(work, copying, config.prefetch_depth)
+
+    mean, most = sum(shares) // size, max(shares)
+    sorted_again = 4 * stack.top_k * mean * stack.hidden * DTYPE.itemsize / _elementwise_rate(gpu)
+    expert_parallel = (
+        total(_around_experts(stack, gpu, most))
+        + sorted_again
+        + _experts(model, gpu, mean, held=stack.num_experts // size).seconds
+        + all_to_all(model, gpu, most, size)
+    )
+    part = dataclasses.replace(stack, intermediate=stack.intermediate // size)
+    ring = 2 * (size - 1) / size * sum(shares) * stack.hidden * DTYPE.itemsize / gpu.exchange_rate(size)
+    tensor_parallel = (
+        total(_around_experts(part, gpu, sum(shares))) + _experts(_model(part), gpu, sum(shares)).seconds + ring
+    )
+    milliseconds = 1e3 * stack.num_layers
+    return [
+        {
+            "predicted dwdp staged ms": milliseconds * dwdp(tokens),
+            "predicted expert parallel ms": milliseconds * expert_parallel,
+            "predicted tensor parallel ms": milliseconds * tensor_parallel,
+        }
+        for tokens in shares
+    ]
+
+
+def _model(stack: Stack) -> ModelSpec:
+    config = {
+        "num_hidden_layers": stack.num_layers, "hidden_size": stack.hidden, "num_experts": stack.num_experts,
+        "num_experts_per_tok": stack.top_k, "moe_intermediate_size": stack.intermediate,
+        "intermediate_size": stack.intermediate, "vocab_size": 1,
+        "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": stack.hidden,
+    }  # fmt: skip
+    return model_from_config(stack.name, config)
+
+
+def _around_experts(stack: Stack, gpu: GpuSpec, tokens: int) -> list[Operation]:
+    """The dense product that stands for attention, and what moves or changes rows one by one."""
+    flops = stack.attention_flops_per_token * tokens
+    width = stack.attention_flops_per_token // (2 * stack.hidden)
+    operands = (tokens * (stack.hidden + width) + stack.hidden * width) * DTYPE.itemsize
+    product = max(
+        flops / (gpu.peak("bf16") * gpu.efficiency.dense_gemm),
+        operands / (gpu.memory_bandwidth * gpu.efficiency.memory),
+    )
+    # Of each routed row: gather, and put back in order (a read and a write each), silu and product (five of I), the
+    # mean's read. Of each token: the mean's write, and the sum after the dense product (two reads, a write).
+    values = tokens * (stack.top_k * (5 * stack.hidden + 5 * stack.intermediate) + 4 * stack.hidden)
+    moved = values * DTYPE.itemsize / _elementwise_rate(gpu)
+    return [Operation("dense", "dense_gemm", product), Operation("rows", "memory", moved)]
+
+
+def _elementwise_rate(gpu: GpuSpec) -> float:
+    return gpu.memory_bandwidth * gpu.efficiency.elementwise
+
+
+def _experts(model: ModelSpec, gpu: GpuSpec, tokens: int, held: int | None = None) -> Operation:
+    operations = layer_operations(model, gpu, Batch.of(tokens), experts=held)
+    return next(operation for operation in operations if operation.kind == "grouped_gemm")
