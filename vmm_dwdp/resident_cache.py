@@ -82,6 +82,7 @@ class ResidentCache:
         self._tiles = tiles
         self._page_nbytes = page_nbytes
         self._torn: list[RemoteTile] = []
+        self._num_used = 0  # pages
         self._refreshes = 0
         self._served: float | None = None
         self._pages: list[Allocation] = []
@@ -110,10 +111,9 @@ class ResidentCache:
         return len(self._pages) + sum(len(tile.pages) - 1 for tile in self._tiles if tile.pages)
 
     def stats(self) -> CacheStats:
-        used = sum(len(tile.pages) for tile in self._tiles)
         return CacheStats(
             nbytes=len(self._pages) * self._page_nbytes,
-            used_bytes=used * self._page_nbytes,
+            used_bytes=self._num_used * self._page_nbytes,
             refreshes=self._refreshes,
             served=self._served,
         )
@@ -218,6 +218,7 @@ class ResidentCache:
             tile.mappings.append(tile.memory.map(offset, handle))
             offset += handle.nbytes
         tile.memory.set_access(tile.offset, tile.handle.nbytes, Access.READ)
+        self._num_used += len(pages) - len(tile.pages)
         tile.pages = pages
         self._torn.remove(tile)
 
