@@ -50,7 +50,7 @@ class VirtualAssembly(Assembly):
         handle_type: HandleType | None,
         host_location: Location,
         in_place: bool,
-        cache_nbytes: int,
+        cache_nbytes: int = 0,
     ) -> None:
         super().__init__(driver, ledger, rank, prefetch_depth)
         self._handle_type = handle_type
