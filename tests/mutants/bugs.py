@@ -252,6 +252,20 @@ BUGS: Final = (
         _DOOR,
     ),
     Bug(
+        "two processes may take the place of one rank",
+        "vmm_dwdp/exchange.py",
+        "            with self._rendezvous.locked(deadline):",
+        "            with contextlib.nullcontext():",
+        _DOOR,
+    ),
+    Bug(
+        "a rank that is too busy to answer has left",
+        "vmm_dwdp/exchange.py",
+        "        except _QueueFull:\n            return True\n",
+        "        except _QueueFull:\n            return False\n",
+        _DOOR,
+    ),
+    Bug(
         "one client after another is answered",
         "vmm_dwdp/exchange.py",
         "                self._start(self._answer, client)\n",
