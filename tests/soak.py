@@ -42,6 +42,7 @@ STALL_SECONDS: Final = 0.005  # at most
 ABANDONED: Final = 0.02  # the share of passes that are given up midway
 VERIFIED: Final = 0.02  # the share of passes after which a rank checks everything
 UPDATED: Final = 0.02  # the share of rank 0's passes before which some layers get new weights
+UPDATES_TOGETHER: Final = 5  # after a rank came back
 
 Seeds = dict[int, int]  # by layer, of its weights
 
@@ -194,15 +195,17 @@ def _run_rank(
     parent.send("here")
     before = None
     done = 0
+    warm = not rejoins  # one that rejoins makes the stream for its edges in its first update
     while True:
         if parent.poll():
             if (told := parent.recv()) is None:
                 break
             _update(runtime, model, _model(device, told))
             parent.send("updated")
+            warm = True
         _random_pass(runtime, model, chance, counts)
         done += 1
-        if done == 100:
+        if warm and before is None and done >= 100:
             before = _usage(runtime)
     grown = None if before is None else _usage(runtime) - before
     parent.send((grown, runtime.close().open()))
@@ -274,7 +277,9 @@ def soak(passes: int, kills: int, seconds: float | None = None, seed: int = 0, d
                     _random_pass(runtime, model, chance, counts)
                 assert hear(rank) == "here"
                 assert runtime.peers()[rank]
-                update()  # the rank that came back takes part
+                for _ in range(UPDATES_TOGETHER):  # the rank that came back takes part
+                    update()
+                    _random_pass(runtime, model, chance, counts)
                 killed += 1
             if before is None and progress() > 0.1:
                 before = _usage(runtime)
