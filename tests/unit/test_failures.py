@@ -7,6 +7,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,14 @@ SCENARIOS = {
 CASES = [
     *(("cpu", scenario) for scenario in SCENARIOS),
     # Legacy CUDA IPC opens no allocation in the process that made it, and here both ranks are threads of one.
-    *(pytest.param("cuda", scenario, marks=pytest.mark.gpu) for scenario in ("host", "pair")),
+    *(pytest.param("cuda", scenario, marks=pytest.mark.gpu) for scenario in ("host", "cache", "pair")),
 ]
+
+
+def _config(device: str, scenario: str) -> DWDPConfig:
+    """A cache is as many pages on either."""
+    config = SCENARIOS[scenario]
+    return replace(config, resident_cache=config.resident_cache // PAGE * (2 << 20)) if device == "cuda" else config
 
 
 def _life(config: DWDPConfig, rank: int, rendezvous: str, driver: Driver, timeout: float) -> Ledger:
@@ -92,20 +99,20 @@ def _lives(config: DWDPConfig, driver: Driver) -> Ledger:
         return first.result()
 
 
-def _uses(device: str, config: DWDPConfig) -> dict[str, int]:
+def _uses(device: str, scenario: str) -> dict[str, int]:
     driver = DRIVERS[device]()
-    assert _lives(config, driver).open() == []
+    assert _lives(_config(device, scenario), driver).open() == []
     return dict(driver.uses)
 
 
 @pytest.mark.parametrize(("device", "scenario"), CASES)
 def test_a_failing_call_is_named_and_everything_is_undone(device: str, scenario: str) -> None:
-    uses = _uses(device, SCENARIOS[scenario])
+    uses = _uses(device, scenario)
     for call in DOING:
         for at in range(1, uses.get(call, 0) + 1):
             driver = DRIVERS[device](call, at)
             try:
-                ledger = _lives(SCENARIOS[scenario], driver)
+                ledger = _lives(_config(device, scenario), driver)
             except DWDPError as error:
                 ledger = error.ledger  # type: ignore[attr-defined]
                 told = str(error)
@@ -117,12 +124,12 @@ def test_a_failing_call_is_named_and_everything_is_undone(device: str, scenario:
 
 @pytest.mark.parametrize(("device", "scenario"), CASES)
 def test_a_failing_undo_leaves_what_a_second_close_can_finish(device: str, scenario: str) -> None:
-    uses = _uses(device, SCENARIOS[scenario])
+    uses = _uses(device, scenario)
     for call in UNDOING:
         for at in range(1, uses.get(call, 0) + 1):
             driver = DRIVERS[device](call, at)
             try:
-                ledger = _lives(SCENARIOS[scenario], driver)
+                ledger = _lives(_config(device, scenario), driver)
             except DriverError as error:  # or none, where the call is tried again at once
                 ledger = error.ledger  # type: ignore[attr-defined]
             assert ledger.open() == [], f"{call} number {at}"
