@@ -121,15 +121,15 @@ def cost(rig: FarOwners) -> dict[str, float]:
     stream = torch.cuda.current_stream().cuda_stream
     rig.staging.reset(stream)
     layers = list(range(len(rig.layers))) * (FIRST + EVERY)
-    found = launched(
-        layers, lambda index: rig.staging.acquire(index, stream, None), lambda index: rig.staging.release(index, stream)
-    )[FIRST * len(rig.layers) :]
+    acquire = partial(rig.staging.acquire, stream=stream, tokens=None)
+    found = launched(layers, acquire, partial(rig.staging.release, stream=stream))[FIRST * len(rig.layers) :]
     torch.cuda.synchronize()
     alone = [every for _, _, every in launched(range(len(found)), lambda index: None, lambda index: None)]
     return {
         "acquire us": statistics.median(acquire for acquire, _, _ in found) * 1e6,
         "release us": statistics.median(release for _, release, _ in found) * 1e6,
         "both us": statistics.median(acquire + release for acquire, release, _ in found) * 1e6,
+        "mean us": statistics.mean(acquire + release for acquire, release, _ in found) * 1e6,
         "longest us": max(acquire + release for acquire, release, _ in found) * 1e6,
         "layer us": statistics.median(every for _, _, every in found) * 1e6,
         "its kernels alone us": statistics.median(alone) * 1e6,
