@@ -121,7 +121,7 @@ class Counts(NamedTuple):
 
 def _model(device: str, seeds: Seeds) -> Model:
     """Experts that share pages with their neighbours: of 4 KiB, or of the 2 MiB of a GPU."""
-    size = 333 if device == "cpu" else 333 * 512
+    size = 850 if device == "cpu" else 850 * 512
     shape = {"w": ((12, size), torch.bfloat16)}
     return {number: random_model({number: shape}, seed)[number] for number, seed in seeds.items()}
 
@@ -207,6 +207,7 @@ def _run_rank(
         done += 1
         if warm and before is None and done >= 100:
             before = _usage(runtime)
+    assert runtime.stats().fetched_bytes, "shards so small that pages leave nothing to fetch"
     grown = None if before is None else _usage(runtime) - before
     parent.send((grown, runtime.close().open()))
 
@@ -284,6 +285,7 @@ def soak(passes: int, kills: int, seconds: float | None = None, seed: int = 0, d
             if before is None and progress() > 0.1:
                 before = _usage(runtime)
         assert before is not None
+        assert runtime.stats().fetched_bytes, "shards so small that pages leave nothing to fetch"
         grown = {0: _usage(runtime) - before}
         left = []
         tell_all(None)
