@@ -432,15 +432,23 @@ shows them, and the memory that the driver says is gone beside the memory that w
          percent(r["predicted"], r["measured"]))
         for r in found["memory"]
     ]  # fmt: skip
-    calibrated = found["efficiencies measured"]
+    within = sum(abs(r["predicted ms"] / r["measured ms"] - 1) <= 0.1 for r in found["pass"])
+    calibrated = [
+        shares
+        | {"grouped_gemm": ", ".join(f"{tokens[:-2]}: {share}" for tokens, share in shares["grouped_gemm"].items())}
+        for shares in found["efficiencies measured"]
+    ]
+    for shares in calibrated:
+        del shares["link"]  # the preset's
     columns = ("model", "experts in host memory", "tokens", "depth", "predicted ms", "measured ms", "off by")
     return f"""## Predicted against measured, compute too
 
-{about["gpu"]}, driver {about["driver"]}, torch {about["torch"]}, {about["date"]}: `{about["command"]}`. The machine was
-calibrated first, with the shapes of each model; no prediction was told anything of its run.
+{about["gpu"]}, driver {about["driver"]}, torch {about["torch"]}, {about["date"]}: `{about["command"]}`. The
+machine was calibrated first, with the shapes of each model; no prediction was told anything of its run. Within 10 %:
+{within} of {len(runs)}. Where all copies hide, predicted passes take longer than measured ones.
 
 {table(columns, runs)}
-The shares of the peaks that were reached, for grouped products by tokens per expert:
+Shares of the peaks that were reached, for grouped products by tokens per expert:
 
 {table(tuple(calibrated[0]), [tuple(row.values()) for row in calibrated])}
 Memory that the runtime takes of the GPU, in bytes: by the planner, and by what the driver says is gone. Four ranks are
