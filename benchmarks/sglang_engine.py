@@ -29,7 +29,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from common import Row, parser, report, seen
 Tokens = list[list[int]]
 KINDS = ["gpu", "offload", "host", "half", "in_place"]
 PREFILLS, PREFILL_SECONDS = 3, 2.0  # at most
+IDLE_SECONDS = 0.5  # longer than a decode step
 
 
 def main() -> None:
@@ -47,9 +49,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="qwen3-moe-") as directory:
         folder = Path(directory)
         _write_model(folder, arguments)
-        rows = _measure_all(folder, arguments)
-    if rows:
-        report(arguments, {"variants": rows})
+        with _engines(folder, arguments) as engines:
+            rows = _measure_all(engines)
+            if rows:
+                report(arguments, {"variants": rows})
     if len(rows) < len(arguments.variants):
         sys.exit("some engines failed; what they said is above")
 
@@ -140,34 +143,41 @@ def _checkpoint(config: dict[str, Any], device: torch.device) -> Iterator[dict[s
         yield tensors
 
 
-def _measure_all(folder: Path, arguments: argparse.Namespace) -> list[Row]:
-    """A row for every variant whose engine did not fail."""
+@contextmanager
+def _engines(folder: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Connection]]:
+    """The engines of all variants, which start side by side; what follows talks to them through these pipes."""
     context = multiprocessing.get_context("spawn")
-    engines: dict[str, tuple[Connection, Any]] = {}
+    pipes: dict[str, Connection] = {}
+    processes = []
     for variant in arguments.variants:
-        ours, theirs = context.Pipe()
+        pipes[variant], theirs = context.Pipe()
         process = context.Process(target=_engine, args=(theirs, folder, variant, arguments), name=variant)
         process.start()
         theirs.close()  # so that the end of an engine that dies is seen
-        engines[variant] = ours, process
+        processes.append(process)
+    yield pipes
+    for pipe in pipes.values():
+        pipe.close()  # at which the engine is shut down
+    for process in processes:
+        process.join()
+
+
+def _measure_all(engines: Mapping[str, Connection]) -> list[Row]:
+    """A row for every variant whose engine did not fail."""
     rows: list[Row] = []
     first: dict[bool, Tokens] = {}  # tokens, by whether decode runs in graphs
-    ready = {variant: _answer(pipe, variant) for variant, (pipe, _) in engines.items()}
+    ready = {variant: _answer(pipe, variant) for variant, pipe in engines.items()}
     for variant, started in ready.items():
-        pipe, _ = engines[variant]
         if started is None:
             continue
-        pipe.send("measure")
-        answer = _answer(pipe, variant)
+        engines[variant].send("measure")
+        answer = _answer(engines[variant], variant)
         if answer is None:
             continue
         figures, tokens = answer
         same = tokens == first.setdefault(variant.endswith("-graph"), tokens)
         digest = hashlib.sha256(str(tokens).encode()).hexdigest()[:12]
         rows.append(seen({"variant": variant, "start s": started, **figures, "same tokens": same, "digest": digest}))
-    for pipe, process in engines.values():
-        pipe.close()  # at which the engine is shut down
-        process.join()
     return rows
 
 
@@ -247,6 +257,7 @@ def _measure(engine: Any, arguments: argparse.Namespace) -> tuple[dict[str, floa
         shape = (arguments.prompts, length)
         prompts = torch.randint(0, 32000, shape, generator=torch.Generator().manual_seed(1)).tolist()
         parameters = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+        time.sleep(IDLE_SECONDS)  # SGLang's scheduler has begun a step more than the last answer needed
         begin = time.perf_counter()
         answers = engine.generate(input_ids=prompts, sampling_params=parameters)
         return time.perf_counter() - begin, [each["output_ids"] for each in answers]
