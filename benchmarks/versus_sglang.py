@@ -1,4 +1,4 @@
-"""This library against the DWDP classes of SGLang (0.5.17 or later), imported from its installed wheel.
+"""This library against the DWDP classes of SGLang 0.5.17, imported from its installed wheel.
 
 Both move the same bytes of the same layers to the same GPU, in turns. In `iteration` and `cost` the peers' experts are
 host memory (far_owners.py), the very same pages for both, so that the link is PCIe; in `set-up` four processes share
@@ -62,6 +62,8 @@ class SGLang:
         if found is None or not found.submodule_search_locations:
             raise SystemExit("SGLang is not installed here")
         root = Path(next(iter(found.submodule_search_locations)))
+        if not (root / "srt/layers/moe/dwdp/vmm.py").exists():
+            raise SystemExit("this SGLang has other classes than 0.5.17, which this benchmark drives")
         for package in ("", "srt", "srt.distributed", "srt.distributed.device_communicators", "srt.layers"):
             self._bare(root, package)
         self._bare(root, "srt.layers.moe")
@@ -73,9 +75,9 @@ class SGLang:
             importlib.import_module(f"sglang.srt.layers.moe.dwdp.{name}")
             for name in ("layout", "transport", "weight_buffer", "weight_manager")
         )
-        self._vmm = importlib.import_module("sglang.srt.layers.moe.dwdp.vmm")
+        self.vmm = importlib.import_module("sglang.srt.layers.moe.dwdp.vmm")
         descriptors = int(driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR)
-        self._vmm.shareable_handle_types = lambda device: descriptors
+        self.vmm.shareable_handle_types = lambda device: descriptors
 
     @staticmethod
     def _bare(root: Path, package: str) -> None:
@@ -102,13 +104,13 @@ class SGLang:
         handles = list(manager._transport.handle_set.handles.values())
         manager.release()
         for handle in handles:
-            self._vmm.release_handle(handle)
+            self.vmm.release_handle(handle)
 
 
-def in_torch_memory(weights: Weights, layers: int, rank: int) -> Local:
+def in_torch_memory(weights: Weights, layers: int, rank: int, device: torch.device) -> Local:
     """One rank's share of every weight."""
     return {
-        (layer, name): torch.empty(spec.of(spec.num_experts // GROUP_SIZE), dtype=spec.dtype, device="cuda:0")
+        (layer, name): torch.empty(spec.of(spec.num_experts // GROUP_SIZE), dtype=spec.dtype, device=device)
         .view(torch.uint8)
         .fill_(rank)
         .view(spec.dtype)
@@ -134,7 +136,9 @@ def beside(sglang: SGLang, rig: FarOwners, weights: Weights, layers: int) -> Any
                     made._peer_views[peer, layer.number, name] = view
         return made
 
-    return sglang.start(in_torch_memory(weights, layers, 0), rig.layers[0].placement.num_experts, 0, transport)
+    return sglang.start(
+        in_torch_memory(weights, layers, 0, rig.driver.device), rig.layers[0].placement.num_experts, 0, transport
+    )
 
 
 def iteration(sglang: SGLang, shape: str, layers: int, passes: int) -> list[Row]:
@@ -142,7 +146,7 @@ def iteration(sglang: SGLang, shape: str, layers: int, passes: int) -> list[Row]
     rig = FarOwners(torch.device("cuda"), DWDPConfig(group_size=GROUP_SIZE), weights, layers)
     theirs = beside(sglang, rig, weights, layers)
     ours = Passes(rig)
-    _check_bytes(theirs, rig)
+    check_bytes(theirs, rig)
 
     def their_pass(products: int) -> None:
         theirs.prefetch_first_layers()
@@ -177,7 +181,7 @@ def iteration(sglang: SGLang, shape: str, layers: int, passes: int) -> list[Row]
     return rows
 
 
-def _check_bytes(theirs: Any, rig: FarOwners) -> None:
+def check_bytes(theirs: Any, rig: FarOwners) -> None:
     """Both fetch the same bytes: rank 0 has the first experts, and those of the others lie behind."""
     stream = torch.cuda.current_stream().cuda_stream
     theirs.prefetch_first_layers()
@@ -258,7 +262,7 @@ def set_up(shape: str, layers: int, directory: Path, rank: int) -> list[tuple[fl
         return runtime.close
 
     def timed(start: Callable[[Local], Callable[[], object]]) -> float:
-        local = in_torch_memory(weights, layers, rank)
+        local = in_torch_memory(weights, layers, rank, torch.device("cuda:0"))
         torch.cuda.synchronize()
         dist.barrier()
         begin = time.perf_counter()
