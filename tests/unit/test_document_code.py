@@ -1,10 +1,12 @@
 """Every piece of code and every command in the documents is run, or where it takes a machine of its own, looked up."""
 
+import argparse
 import contextlib
 import functools
 import io
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -19,7 +21,12 @@ import yaml
 from vmm_dwdp import DWDPConfig, cli
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/README.md"])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
+LANGUAGES = {"python", "yaml", "sh"}  # are run or looked up here
+SHOWN_ONLY = {
+    "text": "what first-steps.md says that README's first script prints, as AROUND has it too",
+    "promql": "looked up by test_metrics.py",
+}
 TESTED_ELSEWHERE = {"model-runners.md": "tests/unit/test_model_runners.py"}
 
 MODEL = """
@@ -119,6 +126,14 @@ def blocks(language: str) -> Iterator[tuple[Path, int, str]]:
         yield from ((page, number, block) for number, block in enumerate(found))
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_piece_of_code_is_missed(page: Path) -> None:
+    """As one would be that is indented or in another language."""
+    fences = re.findall(r"^(.*)(?:```|~~~)(\w+)$", page.read_text(), re.MULTILINE)
+
+    assert [fence for fence in fences if fence[0] or fence[1] not in LANGUAGES | SHOWN_ONLY.keys()] == []
+
+
 @pytest.mark.parametrize(
     ("page", "number", "code"), [pytest.param(*block, id=f"{block[0].stem}-{block[1]}") for block in blocks("python")]
 )
@@ -163,7 +178,9 @@ MENTIONED = sorted(
     {
         command
         for page in PAGES
-        for command in re.findall(r"`((?:vmm-dwdp|make|python|pip|torchrun) [^`]+)`", page.read_text())
+        for command in re.findall(
+            r"`((?:vmm-dwdp|make|python|pip|pytest|torchrun|tests/[\w/.]+) [^`]+)`", page.read_text()
+        )
     }
 )
 
@@ -183,34 +200,67 @@ def test_mentioned_command(command: str) -> None:
 
 
 def look_up(words: list[str]) -> None:
-    """That the command exists with these options."""
+    """That the command exists with these options; a script of ours also takes their values."""
     while "=" in words[0]:  # of the environment
         assert words[0].partition("=")[0] in (ROOT / "docs/public-api.md").read_text()
         words = words[1:]
-    options = [word for word in words if re.fullmatch(r"--[a-z-]+", word)]
+    if ">" in words:
+        words = words[: words.index(">")]
     match words:
-        case ["vmm-dwdp", name, *_]:
+        case ["vmm-dwdp", name, *options]:
             known = help_of(name)
-        case ["make", target, *_]:
-            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-            return
+            assert [option for option in options if option.startswith("--") and option not in known] == []
+        case ["make", target, *arguments]:
+            look_up_make(target, [argument.removeprefix("ARGS=") for argument in arguments])
         case ["pip", "install", what]:
             extras = re.findall(r"[\w-]+", "".join(re.findall(r"\[(.*)\]", what)))
             assert set(extras) <= set(
                 tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
             )
-            return
+        case ["pytest", *named] | ["python", "-m", "pytest", *named]:
+            assert [name for name in named if name.startswith("tests") and not (ROOT / name).exists()] == []
         case ["python", ("first.py" | "-m"), *_] | ["torchrun", *_]:
-            return  # a file that the page has the reader make, and programs of others
-        case ["python", script, *_]:
-            known = "".join((ROOT / "benchmarks" / name).read_text() for name in (Path(script).name, "common.py"))
+            pass  # a file that the page has the reader make, and programs of others
+        case ["python", script, *options]:
+            parse(ROOT / script if (ROOT / script).exists() else ROOT / "benchmarks" / script, options)
         case ["tests/gpu/run.sh", _, *steps]:
             known = (ROOT / words[0]).read_text()
             assert os.access(ROOT / words[0], os.X_OK)
-            assert all(f"\nstep {step} " in known for step in steps)
+            assert [step for step in steps if f"\nstep {step} " not in known] == []
+        case [script, *options] if script.endswith(".py"):
+            parse(ROOT / script, options)
         case _:
             pytest.fail(f"nothing here says how to test {shlex.join(words)}")
-    assert [option for option in options if option not in known] == []
+
+
+def look_up_make(target: str, arguments: list[str]) -> None:
+    """That there is the target; and where it passes arguments on, that what it runs takes them."""
+    rule = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert rule is not None
+    if arguments:
+        command = re.search(r"^\t@?\$\(VENV\)/bin/(.*) \$\(ARGS\)$", rule[1], re.MULTILINE)
+        assert command is not None
+        look_up(shlex.split(" ".join([command[1], *arguments])))
+
+
+class Parsed(Exception):
+    """Raised where a script would begin its work."""
+
+
+def parse(script: Path, options: list[str]) -> None:
+    """Run ``script`` until it has parsed ``options``."""
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_only(parser: argparse.ArgumentParser) -> None:
+        parse_args(parser)
+        raise Parsed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(script), *options])
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+        patch.syspath_prepend(script.parent)
+        with pytest.raises(Parsed):
+            runpy.run_path(str(script), run_name="__main__")
 
 
 @functools.cache
