@@ -1,6 +1,7 @@
 """``vmm-dwdp plan`` and ``simulate`` as a user meets them."""
 
 import json
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,15 @@ def test_plan_prints_where_memory_goes(capsys: pytest.CaptureFixture[str]) -> No
     parts = ("replicated", "resident_experts", "slots", "activations", "context", "left_for_kv_cache")
     assert sum(memory[part] for part in parts) == 80_000_000_000
     assert report["pass"]["speedup"] == pytest.approx(report["pass"]["expert_parallel_s"] / report["pass"]["dwdp_s"])
+
+
+@pytest.mark.parametrize("file", ["config.json", "."])
+def test_plan_for_a_model_of_ones_own(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = files("vmm_dwdp") / "models" / "bytes-moe" / file
+
+    assert cli.main(["plan", str(path), *GROUP[1:], "--json"]) == 0
+
+    assert json.loads(capsys.readouterr().out)["model"] == str(path)
 
 
 def test_plan_prints_tables_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -156,7 +156,8 @@ def _print(estimate: Estimate, best: Estimate | None) -> None:
         verdict = "Best for these tokens" if best.speedup >= 1 else "No group pays for these tokens; the closest"
         print(
             f"{verdict}: a group of {best.config.group_size}, {best.config.num_local_experts} experts a rank, "
-            f"prefetch depth {best.config.prefetch_depth}: {best.speedup:.2f} times expert parallelism."
+            f"prefetch depth {best.config.prefetch_depth}: {_ms(best.dwdp_seconds)} ms a forward pass, "
+            f"{best.speedup:.2f} times expert parallelism on as many GPUs."
         )
 
 
