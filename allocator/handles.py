@@ -56,7 +56,7 @@ class Ledger:
             del self._entries[token]
 
     def counts(self) -> dict[str, int]:
-        """How many are open of each of `KINDS`, zeros included."""
+        """How many are open of each kind (handles, mappings, reservations, ...), zeros included."""
         with self._lock:
             found = collections.Counter(kind for kind, _ in self._entries.values())
         return {kind: found[kind] for kind in KINDS}

@@ -9,11 +9,17 @@ from vmm_dwdp.kernels.tensor_list import tensor_list_grouped_gemm
 
 
 class ProviderStatus(NamedTuple):
-    """One way to do a grouped GEMM, as this machine sees it."""
+    """One way to do a grouped GEMM, as this machine sees it.
 
-    name: str  # the function, a dot, and what its `provider=` takes
+    Attributes:
+        name: the function, a dot, and what its ``provider=`` takes.
+        usable: here and now.
+        reason: what it supports, or why it cannot be used here.
+    """
+
+    name: str
     usable: bool
-    reason: str  # what it supports, or why it cannot be used here
+    reason: str
 
 
 def providers() -> list[ProviderStatus]:

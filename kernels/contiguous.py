@@ -26,8 +26,8 @@ def grouped_gemm(
         x: ``[T, K]``, contiguous, rows sorted by expert.
         weight: ``[E, N, K]``, each expert contiguous.
         offsets: int32 ``[E]``: where each expert's rows end. Checked as in
-            :func:`~vmm_dwdp.kernels.tensor_list_grouped_gemm`.
-        scales: of quantised operands; see :class:`~vmm_dwdp.kernels.Scales`.
+            `tensor_list_grouped_gemm`.
+        scales: of quantised operands; see `Scales`.
         provider: ``"torch"`` (``F.grouped_mm``), ``"torch-rowwise"`` (``F.scaled_grouped_mm``, fp8), ``"flashinfer"``
             (``SegmentGEMMWrapper``; builds itself with nvcc at its first call), ``"deep-gemm"`` (fp8 with block scales;
             it wants each expert's rows to start at a multiple of 128, so they are copied apart and back), or

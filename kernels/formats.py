@@ -15,16 +15,25 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the eight magnitudes of e2m1
 
 
 class Format(enum.Enum):
-    """What the numbers of a weight are, and the block of them that shares one scale."""
+    """What the numbers of a weight are, and the block of them that shares one scale.
 
-    PLAIN = "plain"  # bf16, fp16 or fp32 on both sides, no scales
-    FP8_ROWWISE = "fp8 row-wise"  # e4m3 on both sides, one fp32 scale a row of x and a row of each expert
-    FP8_BLOCK = "fp8 1x128/128x128"  # e4m3 on both sides, DeepSeek-V3's fp32 scales
-    NVFP4 = "nvfp4"  # weights e2m1 with an e4m3 scale for 16 numbers and an fp32 scale an expert; x as it is
-    MXFP4 = "mxfp4"  # weights e2m1 with an e8m0 scale for 32 numbers (OCP Microscaling 1.0); x as it is
+    Attributes:
+        PLAIN: bf16, fp16 or fp32 on both sides, no scales.
+        FP8_ROWWISE: e4m3 on both sides, one fp32 scale a row of x and a row of each expert.
+        FP8_BLOCK: e4m3 on both sides, DeepSeek-V3's fp32 scales.
+        NVFP4: weights e2m1 with an e4m3 scale for 16 numbers and an fp32 scale an expert; x as it is.
+        MXFP4: weights e2m1 with an e8m0 scale for 32 numbers (OCP Microscaling 1.0); x as it is.
+    """
+
+    PLAIN = "plain"
+    FP8_ROWWISE = "fp8 row-wise"
+    FP8_BLOCK = "fp8 1x128/128x128"
+    NVFP4 = "nvfp4"
+    MXFP4 = "mxfp4"
 
     @property
     def packed(self) -> bool:
+        """Whether two numbers share a byte."""
         return self in (Format.NVFP4, Format.MXFP4)
 
 
@@ -58,7 +67,7 @@ def dequantize_weight(weight: Tensor, form: Format, scale: Tensor | None, global
     """The fp32 numbers of stored experts.
 
     Args:
-        weight: ``[..., N, K]``, or ``[..., N, K / 2]`` where ``form.packed``; scales as in :class:`Scales`.
+        weight: ``[..., N, K]``, or ``[..., N, K / 2]`` where ``form.packed``; scales as in `Scales`.
 
     Returns:
         fp32 ``[..., N, K]``, newly allocated.

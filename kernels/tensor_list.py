@@ -32,7 +32,7 @@ def tensor_list_grouped_gemm(
             each expert contiguous, the stride between experts free.
         offsets: int32 ``[E]``, ``E`` the sum of all ``E_i``: where each expert's rows end. Checked on the CPU; on a GPU
             only with ``VMM_DWDP_CHECK_OFFSETS=1`` in the environment, which synchronises.
-        scales: of quantised operands, one tensor for each weight; see :class:`~vmm_dwdp.kernels.Scales`.
+        scales: of quantised operands, one tensor for each weight; see `Scales`.
         provider: ``"cute"`` (Hopper), ``"triton"`` (sm_80 and up, FP4 weights), ``"torch"`` (anywhere; on a GPU it
             synchronises), or ``"auto"``: the first that takes the problem, which is logged.
 

@@ -35,6 +35,10 @@ class ExpertPlacement:
                                      rank 1         3 4 5 6
                                      rank 2               6 7 8 9
 
+    Attributes:
+        num_experts: of the layer, those of `HOST` included.
+        config: of the group.
+
     Raises:
         ConfigError: the owners together would not hold every expert, or a rank would hold more than there are.
     """

@@ -62,6 +62,11 @@ class DWDPRuntime:
             it is missing. Or a process group of the ranks.
         driver: an open driver of ``device`` to use instead of a new one, for example a host driver with small pages.
 
+    Attributes:
+        config: as it was given.
+        rank: as it was given.
+        ledger: what is open; all zeros after `close`.
+
     Raises:
         ConfigError: there is no such rank, or the machine lacks what the config asks for.
         ExchangeError: the rendezvous directory is not private.
@@ -98,6 +103,7 @@ class DWDPRuntime:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self._driver.device
 
     # -- set-up ------------------------------------------------------------------------------------------------------

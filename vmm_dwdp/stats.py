@@ -95,20 +95,25 @@ class Stats:
 
     @property
     def hits(self) -> int:
+        """The sum over all layers."""
         return sum(layer.hits for layer in self.layers.values())
 
     @property
     def misses(self) -> int:
+        """The sum over all layers."""
         return sum(layer.misses for layer in self.layers.values())
 
     @property
     def fetched_bytes(self) -> int:
+        """The sum over all layers."""
         return sum(layer.fetched_bytes for layer in self.layers.values())
 
     @property
     def exposed_wait_s(self) -> float:
+        """The sum over all layers."""
         return sum(layer.exposed_wait_s for layer in self.layers.values())
 
     @property
     def in_place(self) -> int:
+        """The sum over all layers."""
         return sum(layer.in_place for layer in self.layers.values())

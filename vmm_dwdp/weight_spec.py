@@ -34,6 +34,7 @@ class WeightSpec:
 
     @property
     def num_experts(self) -> int:
+        """``E``."""
         return self.shape[0]
 
     @property

@@ -35,6 +35,9 @@ NEEDED = {
 PUBLIC = {
     "vmm_dwdp": None,
     "vmm_dwdp.kernels": None,
+    "vmm_dwdp.stats": ("CacheStats", "CopyPath"),
+    "vmm_dwdp.mode_choice": ("ModeChoice",),
+    "vmm_dwdp.allocator.handles": ("Ledger",),
     "vmm_dwdp.metrics": ("StatsCollector",),
     "vmm_dwdp.trace": ("Span", "Trace", "plot_traces", "write_traces"),
     "vmm_dwdp.testing": ("RankFailed", "run_group"),
