@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from vmm_dwdp.stats import Stats
+from vmm_dwdp.stats import CacheStats, Stats
+
+_NO_CACHE = CacheStats(nbytes=0, used_bytes=0, refreshes=0, served=None)
 
 
 class StatsCollector:
@@ -34,20 +36,29 @@ class StatsCollector:
         stats = self._latest
         if stats is None:
             return
-        for name, documentation, value in (
+        cache = stats.cache or _NO_CACHE
+        gauges: Sequence[tuple[str, str, float | None]] = (
             ("resident_bytes", "Physical memory of the shards that this rank holds.", stats.resident_bytes),
             ("staged_bytes", "Physical memory of the slots.", stats.staged_bytes),
-            ("cache_bytes", "Physical memory of the resident cache.", stats.cache.nbytes if stats.cache else 0),
+            ("cache_bytes", "Physical memory of the resident cache.", cache.nbytes),
+            ("cache_used_bytes", "Of that, what holds copies of remote experts.", cache.used_bytes),
+            ("cache_served_ratio", "The part of the remote bytes used that was in the cache.", cache.served),
             ("held_up_by_copies", "1 once passes were held up by their copies.", stats.advice is not None),
-        ):
-            gauge = GaugeMetricFamily(f"vmm_dwdp_{name}", documentation, labels=["rank"])
-            gauge.add_metric([self._rank], value)
-            yield gauge
+        )
+        for name, documentation, value in gauges:
+            if value is not None:
+                gauge = GaugeMetricFamily(f"vmm_dwdp_{name}", documentation, labels=["rank"])
+                gauge.add_metric([self._rank], value)
+                yield gauge
+        refreshes = CounterMetricFamily("vmm_dwdp_cache_refreshes", "Refreshes of the resident cache.", labels=["rank"])
+        refreshes.add_metric([self._rank], cache.refreshes)
+        yield refreshes
         for name, field, documentation in (
             ("hits", "hits", "Acquires of a layer that was in its slot or on its way there."),
             ("misses", "misses", "Acquires of a layer that had to be fetched then."),
             ("fetched_bytes", "fetched_bytes", "Bytes that fetches of a layer moved."),
             ("exposed_wait_seconds", "exposed_wait_s", "Time for which the compute stream waited for a layer."),
+            ("in_place", "in_place", "Acquires of a layer to be read in place."),
         ):
             counter = CounterMetricFamily(f"vmm_dwdp_{name}", documentation, labels=["rank", "layer"])
             for number, layer in stats.layers.items():

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,16 @@ MODEL = random_model({number: {"w": ((4, 64, 64), torch.bfloat16)} for number in
 
 @pytest.fixture
 def stats(tmp_path: Path) -> Stats:
-    """Of rank 1, after two passes."""
+    """Of rank 1, after two staged passes and two in place, each followed by a refresh of the cache."""
     config = DWDPConfig(group_size=2, mode="auto", resident_cache=3 * PAGE)
     with published(config, tmp_path / "group", MODEL) as runtimes:
         for _ in range(2):
             check_pass(runtimes[1], MODEL, mode="staged")
+        for _ in range(2):
+            for number in MODEL:
+                with runtimes[1].layer(number, mode="in_place", chosen=torch.tensor([[0], [1]])):
+                    pass
+            runtimes[1].refresh_cache()
         return runtimes[1].stats()
 
 
@@ -46,6 +52,7 @@ def test_a_scrape_gives_what_stats_says(stats: Stats) -> None:
     assert stats.hits == 4
     assert stats.fetched_bytes > 0
     assert stats.cache is not None
+    assert stats.cache.served
     layers = {
         (f"vmm_dwdp_{name}_total", str(number)): value
         for number, layer in stats.layers.items()
@@ -54,14 +61,24 @@ def test_a_scrape_gives_what_stats_says(stats: Stats) -> None:
             ("misses", layer.misses),
             ("fetched_bytes", layer.fetched_bytes),
             ("exposed_wait_seconds", layer.exposed_wait_s),
+            ("in_place", layer.in_place),
         )
     }
     assert scraped(stats) == layers | {
         ("vmm_dwdp_resident_bytes", None): stats.resident_bytes,
         ("vmm_dwdp_staged_bytes", None): stats.staged_bytes,
         ("vmm_dwdp_cache_bytes", None): stats.cache.nbytes,
+        ("vmm_dwdp_cache_used_bytes", None): stats.cache.used_bytes,
+        ("vmm_dwdp_cache_served_ratio", None): stats.cache.served,
+        ("vmm_dwdp_cache_refreshes_total", None): 2,
         ("vmm_dwdp_held_up_by_copies", None): 0,
     }
+
+
+def test_without_a_cache_nothing_is_said_to_be_served(stats: Stats) -> None:
+    cached = {name: value for (name, _), value in scraped(replace(stats, cache=None)).items() if "cache" in name}
+
+    assert cached == dict.fromkeys((f"vmm_dwdp_cache_{what}" for what in ("bytes", "used_bytes", "refreshes_total")), 0)
 
 
 def test_the_page_has_a_query_for_every_metric_and_for_no_other(stats: Stats) -> None:
