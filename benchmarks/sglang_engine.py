@@ -6,8 +6,8 @@ are ready, one after the other answers the same prompts, greedily. Needs sglang 
 through the installed package's entry point.
 
 Variants: ``gpu`` all experts in GPU memory, without this library; ``offload`` SGLang's own CPU offloading; ``host`` all
-experts in host memory, copied ahead; ``half`` half of them; ``in_place`` all in host memory, read in place. With
-``-graph`` at the end, decode runs in CUDA graphs.
+experts in host memory, copied ahead; ``half`` half of them; ``in_place`` all in host memory, read in place; ``auto``
+either, by the number of tokens. With ``-graph`` at the end, decode runs in CUDA graphs.
 
 prefill      tokens per second, all prompts in one batch, for each length of a prompt: the median of three, or of fewer
              if they are slow
@@ -39,7 +39,9 @@ import torch
 from common import Row, parser, report, seen
 
 Tokens = list[list[int]]
-KINDS = ["gpu", "offload", "host", "half", "in_place"]
+CONFIGS = {"host": (1, "staged"), "half": (2, "staged"), "in_place": (1, "in_place"), "auto": (1, "auto")}
+"""What of all experts is in host memory, one part in so many, and the mode."""
+KINDS = ["gpu", "offload", *CONFIGS]
 PREFILLS, PREFILL_SECONDS = 3, 2.0  # at most
 IDLE_SECONDS = 0.5  # longer than a decode step
 
@@ -234,11 +236,10 @@ def _engine(pipe: Connection, folder: Path, variant: str, arguments: argparse.Na
 
 def _set_environment(folder: Path, variant: str, kind: str, num_experts: int) -> None:
     os.environ.pop("VMM_DWDP_CONFIG", None)
-    host_experts = {"host": num_experts, "half": num_experts // 2, "in_place": num_experts}.get(kind)
-    if host_experts is not None:
+    if kind in CONFIGS:
+        part, mode = CONFIGS[kind]
         config = folder / f"{variant}.yaml"
-        mode = "in_place" if kind == "in_place" else "staged"
-        config.write_text(f"group_size: 1\nhost_experts: {host_experts}\nmode: {mode}\n")
+        config.write_text(f"group_size: 1\nhost_experts: {num_experts // part}\nmode: {mode}\n")
         os.environ["VMM_DWDP_CONFIG"] = str(config)
 
 

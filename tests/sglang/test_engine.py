@@ -108,9 +108,10 @@ def test_an_engine_with_two_ranks(checkpoint: Path, ordinary: Tokens) -> None:
     assert run_group(partial(generate, checkpoint=checkpoint, size=2, environment=environment), 1) == [(ordinary, 2)]
 
 
-def test_an_engine_with_experts_in_host_memory(checkpoint: Path, ordinary: Tokens, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["staged", "auto"])
+def test_an_engine_with_experts_in_host_memory(mode: str, checkpoint: Path, ordinary: Tokens, tmp_path: Path) -> None:
     config = tmp_path / "dwdp.yaml"
-    config.write_text("group_size: 1\nhost_experts: 5\n")
+    config.write_text(f"group_size: 1\nhost_experts: 5\nmode: {mode}\n")
     environment = {"VMM_DWDP_CONFIG": str(config)}
 
     assert run_group(partial(generate, checkpoint=checkpoint, size=1, environment=environment), 1) == [(ordinary, 1)]

@@ -25,6 +25,7 @@ CONFIGS = (
     "host_experts: 5",
     f"host_experts: {NUM_EXPERTS}",
     f"host_experts: {NUM_EXPERTS}\nmode: in_place\nprefetch_depth: 0",
+    f"host_experts: {NUM_EXPERTS}\nmode: auto",
 )
 
 Outputs = dict[str, list[np.ndarray]]  # by kind of weights
@@ -61,8 +62,11 @@ def outputs(kind: str) -> list[np.ndarray]:
             hidden = hidden + layer.forward_impl(hidden.clone(), routed)
         found.append(hidden.float().cpu().numpy())
     if manager is not None:
-        if manager.runtime.config.mode == "staged":
-            assert all(counts.hits == len(found) + 1 for counts in manager.runtime.stats().layers.values())
+        mode, counts = manager.runtime.config.mode, manager.runtime.stats().layers.values()
+        if mode == "staged":
+            assert all(layer.hits == len(found) + 1 for layer in counts)
+        if mode == "auto":  # one token is read in place, and one layer was when it was bound; more are staged
+            assert all((layer.hits + layer.misses, layer.in_place) == (4, 1 + 2) for layer in counts)
         engine_process.shut_down()
     return found
 

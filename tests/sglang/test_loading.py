@@ -70,9 +70,8 @@ def one_pass(model: Any, ours: Any) -> Digests:
     ours.prefetch_first_layers()
     seen = []
     for layer in model.layers:
-        ours.wait_prefetch(layer.layer_id)
-        seen.append(experts.digests(layer, [*tensors_of(layer), *maxima_of(layer)]))
-        ours.record_compute_and_prefetch_next(layer.layer_id)
+        with ours.runtime.layer(layer.layer_id):
+            seen.append(experts.digests(layer, [*tensors_of(layer), *maxima_of(layer)]))
     return seen
 
 

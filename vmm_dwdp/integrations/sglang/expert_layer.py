@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
 
+from vmm_dwdp.assembly import Weights
+from vmm_dwdp.config import Mode
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.integrations.sglang.expert_tensor import ExpertBlocks, find, replace
 from vmm_dwdp.integrations.sglang.schemes import Scheme, scheme_of
@@ -49,6 +53,7 @@ class ExpertLayer:
         self._scheme: Scheme = scheme_of(module)
         self._spread: dict[str, ExpertBlocks] = {}
         self._replicated: list[str] = []
+        self._weights: Weights | None = None  # that the layer's kernels read
         self._state = _routing_state(module)
         if self._scheme.kept:
             self._declare()
@@ -211,15 +216,28 @@ class ExpertLayer:
     # -- after publish -----------------------------------------------------------------------------------------------
     def bind(self) -> None:
         """Give the layer's kernels the assembled tensors of all experts."""
-        weights = self._runtime.acquire(self.number)
+        mode: Mode = "in_place" if self._runtime.config.reads_in_place else "staged"
+        with self._runtime.layer(self.number, mode=mode) as weights:
+            self._read(weights)
+        for name in self._replicated:
+            replace(self.module, name, self._find(name).to(self._runtime.device))
+        self.module.bind_full_expert_weights({})
+
+    @contextmanager
+    def acquired(self, tokens: int) -> Iterator[None]:
+        """The layer, given so many tokens, is acquired on entering and released on leaving."""
+        with self._runtime.layer(self.number, tokens=tokens, top_k=self.module.top_k) as weights:
+            if weights is not self._weights:  # with mode auto, where the pass is of another mode than the last
+                self._read(weights)
+            yield
+
+    def _read(self, weights: Weights) -> None:
+        """Let the layer's kernels read ``weights`` from now on."""
         for name, block in self._spread.items():
             assembled = weights[name]
             assert isinstance(assembled, torch.Tensor)
             replace(self.module, name, block.from_bytes(assembled))
-        for name in self._replicated:
-            replace(self.module, name, self._find(name).to(self._runtime.device))
-        self._runtime.release(self.number)
-        self.module.bind_full_expert_weights({})
+        self._weights = weights
 
     def restore(self) -> None:
         """Routing as it was after construction; the expert tensors are empty, so that nothing refers to the runtime."""
@@ -227,6 +245,7 @@ class ExpertLayer:
             tensor = find(self.module, name)
             if tensor is not None:
                 replace(self.module, name, torch.empty_like(tensor[:0]))
+        self._weights = None
         for target, name, value in self._state:
             setattr(target, name, value)
 

@@ -37,7 +37,6 @@ class ExpertManager:
         self._group = group
         self._page_nbytes = driver.granularity()
         self._layers: dict[int, ExpertLayer] = {}
-        self._acquired: set[int] = set()
         self._running = False
         self.closed = False
 
@@ -64,20 +63,15 @@ class ExpertManager:
         self._layers[number] = layer
         method = module.quant_method
         method.process_weights_after_loading = partial(_post_process, method.process_weights_after_loading, layer)
-        method.apply = partial(self._apply, method.apply, number)
+        method.apply = partial(self._apply, method.apply, self._layers[number])
 
-    def _apply(self, apply: Any, number: int, *args: Any, **kwargs: Any) -> Any:
-        """Around the quantisation method's `apply`, which every path that runs a layer's experts calls.
-
-        SGLang's ordinary forward pass waits before it; the others (deferred finalisation, calls by a model) do not.
-        """
-        if not self._running or number in self._acquired:
-            return apply(*args, **kwargs)
-        self.wait_prefetch(number)
-        try:
-            return apply(*args, **kwargs)
-        finally:
-            self.record_compute_and_prefetch_next(number)
+    def _apply(self, apply: Any, of: ExpertLayer, layer: Any, dispatch_output: Any) -> Any:
+        """Around the quantisation method's `apply`, which every path that runs a layer's experts calls: the forward
+        pass, deferred finalisation, and models that call it themselves. Here the number of tokens is known."""
+        if not self._running:
+            return apply(layer=layer, dispatch_output=dispatch_output)
+        with of.acquired(tokens=len(dispatch_output.hidden_states)):
+            return apply(layer=layer, dispatch_output=dispatch_output)
 
     # -- SGLang's five methods ---------------------------------------------------------------------------------------
     def setup(self, model: torch.nn.Module) -> None:
@@ -109,18 +103,13 @@ class ExpertManager:
 
     def prefetch_first_layers(self) -> None:
         """A pass begins. The first layers are already being fetched, unless the last pass ended early."""
-        self._acquired.clear()
         self.runtime.reset()
 
     def wait_prefetch(self, layer_idx: int) -> None:
-        """The current stream waits until all experts of the layer are in place."""
-        self.runtime.acquire(layer_idx)
-        self._acquired.add(layer_idx)
+        """Nothing: SGLang's forward pass calls it before tokens are dispatched, and weights are read in `apply`."""
 
     def record_compute_and_prefetch_next(self, layer_idx: int) -> None:
-        """The layer's kernels are in the current stream; its slot may be overwritten after them."""
-        self._acquired.discard(layer_idx)
-        self.runtime.release(layer_idx)
+        """Nothing: the layer was released after `apply`."""
 
     def cleanup(self) -> None:
         """Put the layers back to how they were constructed, with empty expert tensors, and free all memory."""

@@ -37,8 +37,6 @@ def config(dwdp_size: int) -> DWDPConfig:
         raise ConfigError(f"{path} states group_size {stated.group_size}, but --dwdp-size is {group_size}")
     if stated.assembly != "vmm":
         raise ConfigError(f"{path} states assembly: {stated.assembly}, but SGLang's kernels need assembly: vmm")
-    if stated.mode == "auto":
-        raise ConfigError(f"{path} states mode: auto, but SGLang's layers keep the tensors of one mode")
     if stated.resident_cache:
         raise ConfigError(f"{path} states resident_cache, but SGLang's layers do not tell which experts tokens use")
     if group_size == 1 and not stated.host_experts:
