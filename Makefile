@@ -1,5 +1,6 @@
-# Every target does all the set-up it needs, on a fresh clone too: an environment in .venv, with a CPU build of torch
-# where there is no GPU.  make demo ARGS="--group-size 3"  passes options on.
+# Every target does all the set-up it needs, on a fresh clone too: an environment in .venv. Where there is no GPU it has
+# torch 2.13.0, of which pip takes the CPU build if it knows a place that has it (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS).
+# make demo ARGS="--group-size 3"  passes options on.
 
 PYTHON ?= python3
 VENV := .venv
