@@ -194,6 +194,29 @@ def test_shown_command(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert cli.main(words[1:]) == 0
 
 
+RUN_WHEREVER_MENTIONED = {
+    "vmm-dwdp demo --mode auto": "transformers",
+    "vmm-dwdp doctor --calibrate": None,
+    "vmm-dwdp trace --group-size 3 --layers 6 --passes 2 --plot docs/trace.png": "matplotlib",
+    "python benchmarks/memory_versus_sglang.py": None,
+    "python benchmarks/multi_gpu.py --only predicted --preset h200 --gpus 4": None,
+}  # and what each needs; others need a GPU or take minutes, have tests of their own, or are not whole
+
+
+@pytest.mark.parametrize(("command", "needed"), RUN_WHEREVER_MENTIONED.items())
+def test_mentioned_command_runs(command: str, needed: str | None, tmp_path: Path) -> None:
+    assert command in {*SHOWN, *MENTIONED}
+    if needed:
+        pytest.importorskip(needed)
+    (tmp_path / "docs").mkdir()
+    program, *options = shlex.split(command)
+    words = ["-m", "vmm_dwdp.cli", *options] if program == "vmm-dwdp" else [str(ROOT / options[0]), *options[1:]]
+
+    subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=240
+    )
+
+
 @pytest.mark.parametrize("command", MENTIONED)
 def test_mentioned_command(command: str) -> None:
     look_up(shlex.split(command))
