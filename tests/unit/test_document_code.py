@@ -234,7 +234,7 @@ def look_up(words: list[str]) -> None:
             known = help_of(name)
             assert [option for option in options if option.startswith("--") and option not in known] == []
         case ["make", target, *arguments]:
-            look_up_make(target, [argument.removeprefix("ARGS=") for argument in arguments])
+            look_up_make(target, [word.removeprefix("ARGS=") for word in arguments if not word.startswith("PYTHON=")])
         case ["pip", "install", what]:
             extras = re.findall(r"[\w-]+", "".join(re.findall(r"\[(.*)\]", what)))
             assert set(extras) <= set(
