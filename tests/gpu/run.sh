@@ -9,8 +9,8 @@ mkdir -p "$out"
 shift || true
 wanted=" $* "
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-memcheck="compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9"
-racecheck="compute-sanitizer --tool racecheck --target-processes application-only"
+memcheck="compute-sanitizer --tool memcheck --launch-timeout 0 --report-api-errors no --error-exitcode 9"
+racecheck="compute-sanitizer --tool racecheck --launch-timeout 0 --target-processes application-only"
 kernels=tests/gpu/test_grouped_gemm_on_gpu.py
 lines=()
 
