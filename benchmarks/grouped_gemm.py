@@ -38,7 +38,7 @@ from vmm_dwdp.kernels.testing import Operands, random_operands, reference, some_
 
 SHARDS = 4
 CHECKED_ROWS = 64
-LEAST_REPEATS, MOST_REPEATS = 3, 25
+LEAST_REPEATS, MOST_REPEATS = 7, 25
 DENSE = 8192  # rows, columns and depth of the dense product that gives the matrix rate
 AHEAD = 10_000_000  # clock ticks for which the GPU waits while the host issues a repetition
 
@@ -162,19 +162,21 @@ def deep_gemm_alone(operands: Operands) -> Callable[[], torch.Tensor]:
 def measure(runs: Mapping[str, Callable[[], object]], seconds: float) -> list[dict[str, float]]:
     """Milliseconds of each run in every repetition, after one that does not count; as many as ``seconds`` allow.
 
-    A repetition goes through the runs forwards and then backwards, and takes the mean: a clock that drifts under the
-    card's power limit then favours nobody.
+    A repetition goes through the runs forwards and then backwards, and takes the mean. Each begins with another run: a
+    clock that drifts under the card's power limit, or is slower in the middle of a repetition, then favours nobody.
     """
-    once = repetition(runs)
-    repeats = round(1e3 * seconds / (2 * sum(once.values())))
-    return [repetition(runs) for _ in range(min(max(repeats, LEAST_REPEATS), MOST_REPEATS))]
+    names = list(runs)
+    once = repetition(runs, names)
+    repeats = min(max(round(1e3 * seconds / (2 * sum(once.values()))), LEAST_REPEATS), MOST_REPEATS)
+    firsts = (number % len(names) for number in range(repeats))
+    return [repetition(runs, names[first:] + names[:first]) for first in firsts]
 
 
-def repetition(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+def repetition(runs: Mapping[str, Callable[[], object]], order: Sequence[str]) -> dict[str, float]:
     """One repetition of `measure`."""
     torch.cuda._sleep(AHEAD)
-    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runs}
-    for name in [*runs, *reversed(runs)]:
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in order}
+    for name in [*order, *reversed(order)]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         runs[name]()
