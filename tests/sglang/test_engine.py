@@ -103,7 +103,10 @@ def ordinary(checkpoint: Path) -> Tokens:
 
 
 def test_an_engine_with_two_ranks(checkpoint: Path, ordinary: Tokens) -> None:
-    environment = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}  # a core for each rank, on a machine with one NUMA node
+    environment = {
+        "SGLANG_CPU_OMP_THREADS_BIND": "0|1",  # a core for each rank, on a machine with one NUMA node
+        "SGLANG_NCCL_SO_PATH": "none",  # which a CUDA build of torch brings, and SGLang uses on the CPU too
+    }
 
     assert run_group(partial(generate, checkpoint=checkpoint, size=2, environment=environment), 1) == [(ordinary, 2)]
 
