@@ -300,7 +300,7 @@ class DWDPRuntime:
         Raises:
             ConfigError: no such layer, the config does not provide for ``mode``, or mode auto is not told ``tokens``.
             StateError: the layer, or another that uses its slot, was acquired and not released; or not published; or a
-                capture does not begin between passes.
+                capture does not begin between passes; or ``stream`` is captured, and not the current one either.
             DriverError: a copy could not be issued; the call may be repeated.
         """
         self._require_running()
@@ -388,7 +388,12 @@ class DWDPRuntime:
         return self._assembly.tensor_list(described, weight)
 
     def _stream(self, stream: torch.cuda.Stream | None) -> int:
-        return self._driver.current_stream() if stream is None else stream.cuda_stream
+        """Raises `StateError` if ``stream`` is captured and the current one, by which captures are told, is not."""
+        if stream is None:
+            return self._driver.current_stream()
+        if self._driver.capture(stream.cuda_stream) and not self._driver.capturing():
+            raise StateError(f"stream {stream.cuda_stream:#x} is captured into a graph: make it the current stream")
+        return stream.cuda_stream
 
     # -- what it tells -----------------------------------------------------------------------------------------------
     def stats(self) -> Stats:
