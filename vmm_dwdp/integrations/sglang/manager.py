@@ -63,7 +63,7 @@ class ExpertManager:
         self._layers[number] = layer
         method = module.quant_method
         method.process_weights_after_loading = partial(_post_process, method.process_weights_after_loading, layer)
-        method.apply = partial(self._apply, method.apply, self._layers[number])
+        method.apply = partial(self._apply, method.apply, layer)
 
     def _apply(self, apply: Any, of: ExpertLayer, layer: Any, dispatch_output: Any) -> Any:
         """Around the quantisation method's `apply`, which every path that runs a layer's experts calls: the forward
