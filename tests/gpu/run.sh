@@ -10,7 +10,7 @@ shift || true
 wanted=" $* "
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 memcheck="compute-sanitizer --tool memcheck --launch-timeout 0 --report-api-errors no --error-exitcode 9"
-racecheck="compute-sanitizer --tool racecheck --launch-timeout 0 --target-processes application-only"
+racecheck="compute-sanitizer --tool racecheck --launch-timeout 0 --target-processes application-only --show-backtrace device"
 kernels=tests/gpu/test_grouped_gemm_on_gpu.py
 lines=()
 
@@ -19,7 +19,7 @@ step() {  # step NAME SECONDS COMMAND
   local start=$SECONDS
   timeout -k 5 "$2" bash -c "$3" >"$out/$1.log" 2>&1
   local status=$?
-  lines+=("$(printf '%-12s exit %-4s %4ss  %s' "$1" "$status" $((SECONDS - start)) "$(tail -n 1 "$out/$1.log" | cut -c1-100)")")
+  lines+=("$(printf '%-14s exit %-4s %4ss  %s' "$1" "$status" $((SECONDS - start)) "$(tail -n 1 "$out/$1.log" | cut -c1-100)")")
 }
 
 step doctor 40 "python3 -m vmm_dwdp.cli doctor --json >$out/doctor.json && echo ok"
@@ -33,8 +33,13 @@ step memgroup 240 "$memcheck --port 50300 --target-processes all python3 -m pyte
 step memmodels 300 "$memcheck --port 50500 --target-processes all python3 -m pytest -q -p no:cacheprovider -m gpu tests/gpu/test_transformers_on_gpu.py"
 step memdemo 400 "$memcheck --port 50700 --target-processes all python3 -m vmm_dwdp.cli demo --device cuda --json"
 step memkernels 240 "$memcheck --port 50900 --target-processes application-only python3 -m pytest -q -p no:cacheprovider -m gpu $kernels -k 'cute or triton'"
-# Hazards of our CuTe kernels beside those of the stock TMA/WGMMA kernel behind torch's grouped GEMM, on one shape.
-step racecheck 150 "$racecheck --port 51100 python3 -m pytest -q -p no:cacheprovider -m gpu $kernels -k 'cute and (same_bits or (test_list and FP8_BLOCK and skewed))'"
-step racestock 150 "$racecheck --port 51300 python3 -m pytest -q -p no:cacheprovider -m gpu $kernels -k 'torch and same_bits and not rowwise'"
+# Hazards of our CuTe kernels beside those of stock TMA/WGMMA kernels on the same operands: torch's for bf16, DeepGEMM's for fp8.
+race() {  # race NAME PORT TESTS
+  step "$1" 150 "$racecheck --port $2 python3 -m pytest -q -p no:cacheprovider -rs -m gpu $kernels -k 'same_bits and $3'"
+}
+race racecheck 51100 "cute and PLAIN"
+race racestock 51300 "torch0 and PLAIN"
+race racecheck-fp8 51500 "cute and FP8_BLOCK"
+race racestock-fp8 51700 "deep-gemm and FP8_BLOCK"
 step assembly 60 "python3 benchmarks/assembly.py --json >$out/assembly.json && echo ok"
 printf '%s\n' "${lines[@]}"

@@ -95,7 +95,7 @@ def test_only_the_rows_of_experts_are_written(provider: Provider) -> None:
 
 @pytest.fixture
 def assembled() -> Iterator[torch.Tensor]:
-    """A bf16 weight ``[8, 384, 512]`` over four physical handles that split experts."""
+    """3 MiB over four physical handles: a weight ``[8, 384, 512]`` of any format crosses a border within an expert."""
     driver, ledger = open_driver(torch.device("cuda", 0)), Ledger()
     page = driver.granularity()
     with ResourceStack() as stack:
@@ -103,20 +103,23 @@ def assembled() -> Iterator[torch.Tensor]:
         for i in range(4):
             range_.map(i * page, stack.push(Allocation.create(driver, ledger, page)))
         range_.set_access(0, 4 * page, Access.READ_WRITE)
-        yield tensor_at(range_.address + page // 2 * 3, (8, 384, 512), torch.bfloat16, driver.device)
+        yield tensor_at(range_.address + page // 4 * 7, (3 << 20,), torch.uint8, driver.device)
         torch.cuda.synchronize()
     assert not ledger.open()
 
 
+@pytest.mark.parametrize("form", Format, ids=lambda form: form.name)
 @pytest.mark.parametrize(
     "provider", [*contiguous.PROVIDERS, *tensor_list.PROVIDERS], ids=lambda provider: provider.name
 )
-def test_same_bits_on_assembled_memory(provider: Provider, assembled: torch.Tensor) -> None:
-    operands = random_operands(Format.PLAIN, num_rows=777, experts=[8], n=384, k=512, device="cuda")
+def test_same_bits_on_assembled_memory(provider: Provider, form: Format, assembled: torch.Tensor) -> None:
+    operands = random_operands(form, num_rows=777, experts=[8], n=384, k=512, device="cuda")
     skip_unless_taken(provider, operands)
-    assembled.copy_(operands.weights[0])
+    weight = operands.weights[0]
+    copy = assembled[: weight.nbytes].view(weight.dtype).view(weight.shape)
+    copy.copy_(weight)
     expected = multiply(operands, provider)
-    assert torch.equal(multiply(operands._replace(weights=[assembled]), provider), expected)
+    assert torch.equal(multiply(operands._replace(weights=[copy]), provider), expected)
 
 
 @pytest.mark.parametrize("form", [Format.PLAIN, Format.FP8_BLOCK, Format.NVFP4])
