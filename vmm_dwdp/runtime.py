@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Self, TypeVar
 
 import torch
@@ -19,15 +18,14 @@ from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.assembly import Weights
 from vmm_dwdp.assembly_choice import make_assembly
-from vmm_dwdp.config import DWDPConfig, Mode, ModeSetting
+from vmm_dwdp.config import DWDPConfig, ModeSetting
 from vmm_dwdp.errors import ConfigError, DWDPError, StateError
-from vmm_dwdp.in_place import InPlace
-from vmm_dwdp.layer import Layer, describe_layer
+from vmm_dwdp.layer import describe_layer
+from vmm_dwdp.layers import Layers
 from vmm_dwdp.membership import Membership, ShardKey
-from vmm_dwdp.mode_choice import ModeChooser
+from vmm_dwdp.passes import Passes
 from vmm_dwdp.placement import Owner
-from vmm_dwdp.staging import Staging
-from vmm_dwdp.stats import LayerStats, Stats
+from vmm_dwdp.stats import Stats
 from vmm_dwdp.trace import Trace
 from vmm_dwdp.weight_spec import WeightSpec
 
@@ -91,13 +89,10 @@ class DWDPRuntime:
         self._thread = threading.local()  # has an attribute in each thread in which the driver is current
         self._enter_thread()
         self._assembly = make_assembly(config, rank, self._driver, self.ledger)
-        self._layers: list[Layer] = []
-        self._membership = Membership(config, rank, self._driver, self.ledger, rendezvous, self._assembly, self._layers)
-        self._index: dict[int, int] = {}
-        self._weights: dict[Mode, list[Weights]] = {}
-        self._chooser: ModeChooser | None = None  # where either mode can be had
-        self._staging: Staging | None = None
-        self._in_place: InPlace | None = None
+        self._layers = Layers()
+        layers = self._layers.in_order
+        self._membership = Membership(config, rank, self._driver, self.ledger, rendezvous, self._assembly, layers)
+        self._passes = Passes(self._driver, self.ledger, self._assembly, layers, config)
         self._published = False
         self._closed = False
 
@@ -117,16 +112,15 @@ class DWDPRuntime:
             StateError: after `publish`.
         """
         self._require_setup("add_layer")
-        if layer in self._index:
+        if layer in self._layers:
             raise ConfigError(f"layer {layer} was added already")
         described = describe_layer(layer, weights, self.config, self.rank, self._assembly.granularity)
         self._assembly.add(described)
-        self._index[layer] = len(self._layers)
-        self._layers.append(described)
+        self._layers.add(described)
 
     def local_experts(self, layer: int, owner: Owner | None = None) -> range:
         """The experts that this rank, or ``owner``, holds of ``layer``."""
-        return self._described(layer).placement.experts(self.rank if owner is None else owner)
+        return self._layers.numbered(layer).placement.experts(self.rank if owner is None else owner)
 
     def local_shard(self, layer: int, weight: str, owner: Owner | None = None) -> torch.Tensor:
         """A tensor ``[n, ...]`` over this rank's own pages of a weight: fill it with the experts `local_experts`.
@@ -141,7 +135,7 @@ class DWDPRuntime:
             StateError: after `publish`.
         """
         self._require_setup("local_shard")
-        described = self._with_weight(layer, weight)
+        described = self._layers.with_weight(layer, weight)
         owner = self.rank if owner is None else owner
         self._membership.require_held(owner)
         with self._closed_on_failure():
@@ -167,12 +161,8 @@ class DWDPRuntime:
             DriverError: memory could not be had.
             StateError: published before.
         """
-        self._require_setup("publish")
-        if not self._layers:
-            raise ConfigError("publish needs at least one layer")
-        with self._closed_on_failure():
+        with self._ready_afterwards("publish"):
             self._membership.publish(timeout)
-            self._start()
 
     def rejoin(self, timeout: float = 60.0) -> None:
         """Instead of filling shards and `publish`: take the place of a rank of the same number that has died.
@@ -186,32 +176,22 @@ class DWDPRuntime:
             StateError: a rank of this number is alive; or published before; or with ``assembly: tensor_list``, whose
                 memory goes with the process that created it.
         """
-        self._require_setup("rejoin")
-        if not self._layers:
-            raise ConfigError("rejoin needs at least one layer")
-        with self._closed_on_failure():
+        with self._ready_afterwards("rejoin"):
             self._membership.rejoin(timeout)
-            self._start()
 
-    def _start(self) -> None:
-        for mode in self._modes:
-            self._weights[mode] = [self._assembly.weights(described, mode) for described in self._layers]
-        if self.config.prefetch_depth:
-            self._staging = Staging(self._driver, self.ledger, self._assembly, self._layers, self.config)
-        if len(self._modes) > 1:
-            most = max(described.placement.num_experts for described in self._layers)
-            self._chooser = ModeChooser(self._driver, self.ledger, most, len(self._layers))
-        if self.config.reads_in_place:
-            self._in_place = InPlace(self._driver, self._assembly, self._layers, self.config)
+    @contextmanager
+    def _ready_afterwards(self, call: str) -> Iterator[None]:
+        """The body gives this rank all the memory that it needs: then passes can begin."""
+        self._require_setup(call)
+        if not self._layers.in_order:
+            raise ConfigError(f"{call} needs at least one layer")
+        with self._closed_on_failure():
+            yield
+            self._passes.start()
         self._published = True
+        ready = len(self._layers.in_order)
         memory = tuple(nbytes >> 20 for nbytes in (self._assembly.resident_nbytes, self._assembly.staged_nbytes))
-        _log.info("rank %d: %d layers ready, %d MiB resident, %d MiB staged", self.rank, len(self._layers), *memory)
-
-    @property
-    def _modes(self) -> tuple[Mode, ...]:
-        """The modes in which `acquire` can give a layer."""
-        staged: tuple[Mode, ...] = ("staged",) if self.config.prefetch_depth else ()
-        return (*staged, "in_place") if self.config.reads_in_place else staged
+        _log.info("rank %d: %d layers ready, %d MiB resident, %d MiB staged", self.rank, ready, *memory)
 
     # -- what only owners write --------------------------------------------------------------------------------------
     def update(self, shards: Mapping[ShardKey, torch.Tensor], timeout: float = 60.0) -> None:
@@ -232,17 +212,9 @@ class DWDPRuntime:
         """
         self._require_running()
         for (layer, weight, owner), value in shards.items():
-            self._membership.require_fits(self._with_weight(layer, weight), weight, owner, value)
-        if self._in_place is not None:
-            self._in_place.require_idle()
-        if self._staging is not None:
-            self._staging.drain()
-        self._driver.synchronize()
-        self._membership.update(shards, time.monotonic() + timeout)
-        if self._staging is not None:
-            self._staging.refill(self._driver.current_stream())
-        if self._in_place is not None:
-            self._in_place.refill_cache()
+            self._membership.require_fits(self._layers.with_weight(layer, weight), weight, owner, value)
+        with self._passes.suspended():
+            self._membership.update(shards, time.monotonic() + timeout)
 
     def check_integrity(self, *, verify: bool = False) -> None:
         """Check that what is mapped and what the slots hold is what the layouts say; meant for moments of idleness.
@@ -257,12 +229,10 @@ class DWDPRuntime:
         """
         self._require_running()
         self._assembly.check_integrity()
-        if self._staging is not None:
-            self._staging.check_integrity()
+        self._passes.check_integrity()
         if verify:
             self._membership.verify()
-            if self._in_place is not None:
-                self._in_place.verify_cache()
+            self._passes.verify_cache()
 
     # -- a pass ------------------------------------------------------------------------------------------------------
     @_between_compiled
@@ -305,35 +275,13 @@ class DWDPRuntime:
         """
         self._require_running()
         self._membership.require_updated()
-        index = self._number(layer)
-        mode = mode or self.config.mode
-        if self._chooser is None if mode == "auto" else mode not in self._weights:
-            raise ConfigError(f"the config does not provide for mode {mode}, only for {', '.join(self._modes)}")
-        if self._in_place is not None and self._in_place.is_acquired(index):
-            raise StateError(f"layer {layer} is acquired already, and was not released")
-        if self._chooser is not None:
-            mode = self._chooser.choose(index, mode, tokens, top_k, self._stream(stream))
-        assert mode != "auto"
-        if mode == "in_place":
-            assert self._in_place is not None
-            self._in_place.acquire(index, chosen, stream)
-        elif self._staging is not None:
-            self._staging.acquire(index, self._stream(stream), tokens)
-        if self._chooser is not None:
-            self._chooser.acquired(index, mode)
-        return self._weights[mode][index]
+        return self._passes.acquire(self._layers.place(layer), mode, tokens, top_k, chosen, stream)
 
     @_between_compiled
     def release(self, layer: int, *, stream: torch.cuda.Stream | None = None) -> None:
         """All work that reads ``layer`` has been given to ``stream`` (default: the current one): fetch the next."""
         self._require_running()
-        index = self._number(layer)
-        if self._in_place is not None and self._in_place.is_acquired(index):
-            self._in_place.release(index)
-        elif self._staging is not None:
-            self._staging.release(index, self._stream(stream))
-        if self._chooser is not None:
-            self._chooser.release(index, self._stream(stream))
+        self._passes.release(self._layers.place(layer), stream)
 
     @contextmanager
     def layer(
@@ -356,10 +304,7 @@ class DWDPRuntime:
     def reset(self, *, stream: torch.cuda.Stream | None = None) -> None:
         """Give up a pass that ended early: release what is acquired and refetch the first layers."""
         self._require_running()
-        if self._in_place is not None:
-            self._in_place.reset()
-        if self._staging is not None:
-            self._staging.reset(self._stream(stream))
+        self._passes.reset(stream)
 
     def refresh_cache(self) -> None:
         """Keep copies of the remote experts on this GPU to which `acquire` was told that most tokens were routed.
@@ -376,43 +321,18 @@ class DWDPRuntime:
         """
         self._require_running()
         self._membership.require_updated()
-        if self._in_place is None:
-            raise ConfigError("there is no cache to refresh: the config has no resident_cache")
-        self._in_place.refresh_cache()
+        self._passes.refresh_cache()
 
     def tensor_list(self, layer: int, weight: str) -> list[torch.Tensor]:
         """The same bytes as `acquire` returns, as at most three contiguous tensors ``[E_i, ...]`` in expert order: the
         experts before this rank's own, its own, and those after. Valid between `acquire` and `release`."""
         self._require_running()
-        described = self._with_weight(layer, weight)
-        return self._assembly.tensor_list(described, weight)
-
-    def _stream(self, stream: torch.cuda.Stream | None) -> int:
-        """Raises `StateError` if ``stream`` is captured and the current one, by which captures are told, is not."""
-        if stream is None:
-            return self._driver.current_stream()
-        if self._driver.capture(stream.cuda_stream) and not self._driver.capturing():
-            raise StateError(f"stream {stream.cuda_stream:#x} is captured into a graph: make it the current stream")
-        return stream.cuda_stream
+        return self._assembly.tensor_list(self._layers.with_weight(layer, weight), weight)
 
     # -- what it tells -----------------------------------------------------------------------------------------------
     def stats(self) -> Stats:
         """Bytes, hits, misses and waits since publish. Does not wait for the device."""
-        staging = self._staging
-        staged = [LayerStats() for _ in self._layers] if staging is None else staging.layer_stats()
-        in_place = [0] * len(self._layers) if self._in_place is None else self._in_place.counts
-        return Stats(
-            resident_bytes=self._assembly.resident_nbytes,
-            staged_bytes=self._assembly.staged_nbytes,
-            layers={
-                described.number: replace(layer, in_place=count)
-                for described, layer, count in zip(self._layers, staged, in_place, strict=True)
-            },
-            copy_path=None if staging is None else staging.copy_path,
-            advice=None if staging is None else staging.guard.advice,
-            mode_choice=None if self._chooser is None else self._chooser.choice(),
-            cache=None if self._assembly.cache is None else self._assembly.cache.stats(),
-        )
+        return self._passes.stats()
 
     @contextmanager
     def trace(self) -> Iterator[Trace]:
@@ -426,10 +346,8 @@ class DWDPRuntime:
             StateError: not published, nothing is staged, or a trace is being recorded already.
         """
         self._require_running()
-        if self._staging is None:
-            raise StateError("there is nothing to trace: with prefetch_depth 0 nothing is copied")
         trace = Trace(self.rank, time.time())
-        with self._staging.traced(trace, self._stream(None)):
+        with self._passes.traced(trace):
             yield trace
 
     def peers(self, timeout: float = 5.0) -> dict[int, bool]:
@@ -447,12 +365,7 @@ class DWDPRuntime:
         """
         self._closed = True
         self._enter_thread()
-        self._weights = {}
-        if self._staging is not None:
-            self._staging.close()
-        self._driver.synchronize()
-        if self._chooser is not None:
-            self._chooser.close()
+        self._passes.close()
         self._membership.close()
         self._assembly.close()
         return self.ledger
@@ -474,7 +387,7 @@ class DWDPRuntime:
                 failure.add_note(f"and then, while closing: {error}")
             raise
 
-    # -- which calls are allowed when --------------------------------------------------------------------------------
+    # -- which calls are allowed when: set-up until publish, passes and what they need from then on, close at any time
     def _require_setup(self, call: str) -> None:
         if self._closed:
             raise StateError(f"{call} after close")
@@ -494,18 +407,3 @@ class DWDPRuntime:
         if not hasattr(self._thread, "entered"):
             self._driver.activate()
             self._thread.entered = True
-
-    def _number(self, layer: int) -> int:
-        try:
-            return self._index[layer]
-        except KeyError:
-            raise ConfigError(f"there is no layer {layer}; the layers are {', '.join(map(str, self._index))}") from None
-
-    def _described(self, layer: int) -> Layer:
-        return self._layers[self._number(layer)]
-
-    def _with_weight(self, layer: int, weight: str) -> Layer:
-        described = self._described(layer)
-        if weight not in described.weights:
-            raise ConfigError(f"layer {layer} has no weight {weight!r}; it has {', '.join(described.weights)}")
-        return described

@@ -453,7 +453,7 @@ def test_what_is_another_rank_s_cannot_be_written(tmp_path: Path, owner: Any) ->
     with published(config, tmp_path, model) as runtimes:
         for rank, runtime in enumerate(runtimes):
             killer = 0 if owner == rank else signal.SIGSEGV
-            assert writing_kills(runtime._assembly.shard(runtime._layers[0], "w", owner)) == killer
+            assert writing_kills(runtime._assembly.shard(runtime._layers.in_order[0], "w", owner)) == killer
             assert writing_kills(runtime.acquire(0, mode="in_place")["w"]) == signal.SIGSEGV
             runtime.release(0)
 

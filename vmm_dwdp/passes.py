@@ -1,0 +1,177 @@
+"""Passes through the layers, in each mode that the config provides for: what `publish` and `rejoin` start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from vmm_dwdp.allocator.driver import Driver
+from vmm_dwdp.allocator.handles import Ledger
+from vmm_dwdp.assembly import Assembly, Weights
+from vmm_dwdp.config import DWDPConfig, Mode, ModeSetting
+from vmm_dwdp.errors import ConfigError, StateError
+from vmm_dwdp.in_place import InPlace
+from vmm_dwdp.layer import Layer
+from vmm_dwdp.mode_choice import ModeChooser
+from vmm_dwdp.staging import Staging
+from vmm_dwdp.stats import LayerStats, Stats
+from vmm_dwdp.trace import Trace
+
+
+class Passes:
+    """The weights of every layer, from its `acquire` to its `release`.
+
+    Layers are numbered by their place in a pass. Calls come from one thread at a time. ``stream=None`` is the current
+    one.
+    """
+
+    def __init__(
+        self, driver: Driver, ledger: Ledger, assembly: Assembly, layers: Sequence[Layer], config: DWDPConfig
+    ) -> None:
+        """Takes nothing. ``assembly`` stays the caller's; ``layers`` may become more until `start`."""
+        self._driver = driver
+        self._ledger = ledger
+        self._assembly = assembly
+        self._layers = layers
+        self._config = config
+        self._weights: dict[Mode, list[Weights]] = {}  # of all layers, in the modes that the config provides for
+        self._staging: Staging | None = None
+        self._in_place: InPlace | None = None
+        self._chooser: ModeChooser | None = None  # where either mode can be had
+
+    def start(self) -> None:
+        """Make the weights of the built assembly, and fetch the first layers. If it raises, `close` undoes that."""
+        if self._config.prefetch_depth:
+            self._weights["staged"] = [self._assembly.weights(layer, "staged") for layer in self._layers]
+            self._staging = Staging(self._driver, self._ledger, self._assembly, self._layers, self._config)
+        if self._config.reads_in_place:
+            self._weights["in_place"] = [self._assembly.weights(layer, "in_place") for layer in self._layers]
+            self._in_place = InPlace(self._driver, self._assembly, self._layers, self._config)
+        if len(self._weights) > 1:
+            most = max(layer.placement.num_experts for layer in self._layers)
+            self._chooser = ModeChooser(self._driver, self._ledger, most, len(self._layers))
+
+    def acquire(
+        self,
+        index: int,
+        mode: ModeSetting | None,
+        tokens: int | None,
+        top_k: int | None,
+        chosen: torch.Tensor | None,
+        stream: torch.cuda.Stream | None,
+    ) -> Weights:
+        """See `DWDPRuntime.acquire`."""
+        mode = mode or self._config.mode
+        if self._chooser is None if mode == "auto" else mode not in self._weights:
+            raise ConfigError(f"the config does not provide for mode {mode}, only for {', '.join(self._weights)}")
+        if self._in_place is not None and self._in_place.is_acquired(index):
+            raise StateError(f"layer {self._layers[index].number} is acquired already, and was not released")
+        if self._chooser is not None:
+            mode = self._chooser.choose(index, mode, tokens, top_k, self._stream(stream))
+        assert mode != "auto"
+        if mode == "in_place":
+            assert self._in_place is not None
+            self._in_place.acquire(index, chosen, stream)
+        elif self._staging is not None:
+            self._staging.acquire(index, self._stream(stream), tokens)
+        if self._chooser is not None:
+            self._chooser.acquired(index, mode)
+        return self._weights[mode][index]
+
+    def release(self, index: int, stream: torch.cuda.Stream | None) -> None:
+        """See `DWDPRuntime.release`."""
+        if self._in_place is not None and self._in_place.is_acquired(index):
+            self._in_place.release(index)
+        elif self._staging is not None:
+            self._staging.release(index, self._stream(stream))
+        if self._chooser is not None:
+            self._chooser.release(index, self._stream(stream))
+
+    def reset(self, stream: torch.cuda.Stream | None) -> None:
+        """Give up a pass that ended early."""
+        if self._in_place is not None:
+            self._in_place.reset()
+        if self._staging is not None:
+            self._staging.reset(self._stream(stream))
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Nothing is read or copied while the body runs; if it succeeds, slots and cache are filled anew.
+
+        Raises `StateError` if a layer is acquired.
+        """
+        if self._in_place is not None:
+            self._in_place.require_idle()
+        if self._staging is not None:
+            self._staging.drain()
+        self._driver.synchronize()
+        yield
+        if self._staging is not None:
+            self._staging.refill(self._driver.current_stream())
+        if self._in_place is not None:
+            self._in_place.refill_cache()
+
+    def refresh_cache(self) -> None:
+        """See `DWDPRuntime.refresh_cache`."""
+        if self._in_place is None:
+            raise ConfigError("there is no cache to refresh: the config has no resident_cache")
+        self._in_place.refresh_cache()
+
+    def verify_cache(self) -> None:
+        """Raise `StateError` unless what is cached has its owner's bytes."""
+        if self._in_place is not None:
+            self._in_place.verify_cache()
+
+    def check_integrity(self) -> None:
+        """Raise `StateError` unless slots, layers and readers agree."""
+        if self._staging is not None:
+            self._staging.check_integrity()
+
+    def stats(self) -> Stats:
+        """See `DWDPRuntime.stats`."""
+        staging = self._staging
+        staged = [LayerStats() for _ in self._layers] if staging is None else staging.layer_stats()
+        in_place = [0] * len(self._layers) if self._in_place is None else self._in_place.counts
+        return Stats(
+            resident_bytes=self._assembly.resident_nbytes,
+            staged_bytes=self._assembly.staged_nbytes,
+            layers={
+                described.number: replace(layer, in_place=count)
+                for described, layer, count in zip(self._layers, staged, in_place, strict=True)
+            },
+            copy_path=None if staging is None else staging.copy_path,
+            advice=None if staging is None else staging.guard.advice,
+            mode_choice=None if self._chooser is None else self._chooser.choice(),
+            cache=None if self._assembly.cache is None else self._assembly.cache.stats(),
+        )
+
+    @contextmanager
+    def traced(self, trace: Trace) -> Iterator[None]:
+        """Fill ``trace`` with what happens while the body runs.
+
+        Raises `StateError` if nothing is staged, or another trace is being recorded.
+        """
+        if self._staging is None:
+            raise StateError("there is nothing to trace: with prefetch_depth 0 nothing is copied")
+        with self._staging.traced(trace, self._driver.current_stream()):
+            yield
+
+    def close(self) -> None:
+        """Stop copying, wait until the device is idle, and let go of the weights. Another call tries again."""
+        self._weights = {}
+        if self._staging is not None:
+            self._staging.close()
+        self._driver.synchronize()
+        if self._chooser is not None:
+            self._chooser.close()
+
+    def _stream(self, stream: torch.cuda.Stream | None) -> int:
+        """Raises `StateError` if ``stream`` is captured and the current one, by which captures are told, is not."""
+        if stream is None:
+            return self._driver.current_stream()
+        if self._driver.capture(stream.cuda_stream) and not self._driver.capturing():
+            raise StateError(f"stream {stream.cuda_stream:#x} is captured into a graph: make it the current stream")
+        return stream.cuda_stream
