@@ -4,7 +4,9 @@ The machine is calibrated first, with the shapes of each of three models; then l
 runtime, with different numbers of tokens, experts in host memory and slots. No prediction is told anything of the run
 it predicts.
 
-pass      milliseconds of a forward pass: predicted, measured, and their ratio
+pass      milliseconds of a forward pass: predicted, measured, and their ratio. Measured as the machine was calibrated:
+          passes follow one another for a second, as in serving, and the median of the second half counts. Each of them
+          is printed to stderr.
 memory    bytes that the runtime takes of the GPU: predicted, and what the driver says is gone; the last row is a
           group of four processes that share the GPU. Nobody else may use it meanwhile.
 """
@@ -12,12 +14,11 @@ memory    bytes that the runtime takes of the GPU: predicted, and what the drive
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import multiprocessing
-import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from multiprocessing.synchronize import Barrier
 
@@ -26,7 +27,7 @@ from common import Row, parser, report
 
 from vmm_dwdp import DWDPConfig, DWDPRuntime
 from vmm_dwdp.layer import describe_layer
-from vmm_dwdp.planning.calibrate import calibrate, preset_of
+from vmm_dwdp.planning.calibrate import calibrate, preset_of, settled, sustained
 from vmm_dwdp.planning.estimate import Estimate
 from vmm_dwdp.planning.gpus import GpuSpec, load_gpu
 from vmm_dwdp.planning.memory import expert_memory
@@ -35,7 +36,6 @@ from vmm_dwdp.planning.roofline import Batch
 from vmm_dwdp.planning.torch_layer import TorchLayer, fill
 from vmm_dwdp.testing import run_group
 
-PASSES = 5
 GROUP_SIZE, GROUP_LAYERS = 4, 4  # of the group whose memory is measured
 REQUEST = 4096  # tokens
 
@@ -92,25 +92,33 @@ def run(gpu: GpuSpec, name: str, host_experts: int, tokens: int, depth: int, dev
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         taken = free_before - torch.cuda.mem_get_info(device)[0]
-        ends = [torch.cuda.Event(enable_timing=True) for _ in range(PASSES + 1)]
+
         hidden = layer.hidden
-        for end in ends:
+
+        def forward() -> Iterator[str]:
+            nonlocal hidden
+            hidden = layer.hidden
             for index in range(layers):
                 _, routed = layer.before(hidden)
+                yield "compute"
                 with runtime.layer(index) as weights:
-                    outputs = layer.experts(routed, weights)
-                hidden = layer.combine(outputs)
-            end.record()
-        del weights  # so that the runtime's ranges can go
-        torch.cuda.synchronize()
-        spans = [start.elapsed_time(end) for start, end in itertools.pairwise(ends)]
-        waited = runtime.stats().exposed_wait_s / (PASSES + 1) * 1e3
-    measured = statistics.median(spans)
+                    yield "wait"
+                    hidden = layer.combine(layer.experts(routed, weights))
+                yield "compute"
+
+        spans = sustained(forward)
+        if not hidden.isfinite().all():
+            raise SystemExit("a pass gave values that are not finite: products of such take another time")
+    milliseconds = [sum(span.values()) * 1e3 for span in spans]
+    say(f"ms of each pass, from rest on: {' '.join(f'{each:.2f}' for each in milliseconds)}")
+    parts = settled(spans)
+    measured = sum(parts.values()) * 1e3
     predicted = estimate.dwdp_seconds * 1e3
     row = {
         "model": name, "in host memory": host_experts, "tokens": tokens, "depth": depth, "layers": layers,
         "copy ms": estimate.prefetch_seconds * 1e3, "compute ms": estimate.work.seconds * 1e3,
-        "predicted ms": predicted, "measured ms": measured, "ratio": predicted / measured, "waited ms": waited,
+        "predicted ms": predicted, "measured ms": measured, "ratio": predicted / measured,
+        "waited ms": parts["wait"] * 1e3,
     }  # fmt: skip
     experts = estimate.memory.experts
     return row, memory_row(name, config, experts.resident + experts.staged, taken)

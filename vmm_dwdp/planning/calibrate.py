@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import statistics
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Final
 
 import torch
 
@@ -21,10 +21,13 @@ from vmm_dwdp.planning.roofline import ACTIVATION, Batch, layer_operations
 from vmm_dwdp.planning.torch_layer import TorchLayer
 
 TOKENS: Final = 8192
+REQUEST: Final = 4096  # tokens, where there are so many
 TOKENS_PER_EXPERT: Final = (16, 64, 256, 1024, 4096)
 COPIED: Final = 256 << 20  # bytes
+COPIES: Final = 50  # of which the median counts
 REPEATS: Final = 7
-SUSTAINED: Final = 0.2  # seconds for which products run: at first, a GPU has clocks that it cannot keep
+AHEAD: Final = 3  # repetitions that the device is given before it has done the first of them
+SUSTAINED: Final = 1.0  # seconds of work, of which the second half counts: at first, a GPU has clocks it cannot keep
 
 
 def preset_of(product: str) -> str:
@@ -47,40 +50,22 @@ def calibrate(base: GpuSpec, model: ModelSpec, device: torch.device) -> GpuSpec:
     if device.type != "cuda":
         raise ConfigError("calibration measures a GPU, and there is none here")
     perfect = dataclasses.replace(base, efficiency=Efficiency(**dict.fromkeys(_SHARES, 1.0)))
-    half = max(1, TOKENS // 2)
-    batch = Batch.of(2 * half, half)
-    layer = TorchLayer(model, batch, device)
-    ideal = {operation.name: operation for operation in layer_operations(model, perfect, batch)}
-    hidden = layer.hidden
-    query, key, value = layer.project(hidden)
-    attended = layer.attend(query, key, value)
-    routed = layer.gather(hidden)
-    gate_up = torch.randn(len(routed), 2 * model.expert_intermediate, dtype=torch.bfloat16, device=device)
-
-    def elementwise() -> None:
-        layer.norm(layer.norm(hidden, hidden), hidden)
-        layer.gather(hidden)
-        layer.activate(gate_up)
-        layer.combine(routed)
-
-    seconds = {
-        "projections": _time(lambda: (layer.project(hidden), layer.output(attended))),
-        "attention": _time(lambda: layer.attend(query, key, value)),
-        "elementwise": _time(elementwise),
-        "memory": _time(lambda: torch.add(gate_up, 1)),
+    weights = {
+        name: torch.randn(spec.shape, dtype=spec.dtype, device=device).mul_(spec.shape[-1] ** -0.5)
+        for name, spec in model.expert_weights.items()
     }
-    moved = 2 * gate_up.numel() * ACTIVATION
-    grouped = {tokens: _grouped_gemm(model, perfect, tokens, device) for tokens in TOKENS_PER_EXPERT}
+    grouped: dict[float, float] = {}
+    shares: dict[str, float] = {}
+    for tokens in (TOKENS, *(each * model.num_experts // model.top_k for each in TOKENS_PER_EXPERT)):
+        length = max(1, min(tokens, REQUEST))
+        batch = Batch.of(max(1, tokens // length) * length, length)
+        found = _layer_shares(model, perfect, TorchLayer(model, batch, device), batch, weights)
+        grouped[batch.tokens * model.top_k / model.num_experts] = found.pop("grouped_gemm")
+        shares = shares or found
     driver = open_driver(device)
-    shares = {
-        "dense_gemm": (ideal["projections"].seconds + ideal["output projection"].seconds) / seconds["projections"],
-        "attention": ideal["attention"].seconds / seconds["attention"],
-        "elementwise": sum(ideal[name].seconds for name in ("norms", "routing", "combine")) / seconds["elementwise"],
-        "memory": moved / seconds["memory"] / base.memory_bandwidth,
-        "host": COPIED / _copy_from_host(driver) / base.host_bandwidth,
-    }
+    shares |= {"memory": _memory_rate(device) / base.memory_bandwidth, "host": _host_rate(driver) / base.host_bandwidth}
     efficiency = Efficiency(
-        grouped_gemm={float(tokens): round(min(1.0, share), 3) for tokens, share in grouped.items()},
+        grouped_gemm={tokens: round(min(1.0, share), 3) for tokens, share in sorted(grouped.items())},
         link=base.efficiency.link,
         **{name: round(min(1.0, share), 3) for name, share in shares.items()},
     )
@@ -90,41 +75,92 @@ def calibrate(base: GpuSpec, model: ModelSpec, device: torch.device) -> GpuSpec:
 _SHARES: Final = ("dense_gemm", "grouped_gemm", "attention", "memory", "elementwise", "link", "host")
 
 
-def _grouped_gemm(model: ModelSpec, perfect: GpuSpec, tokens_per_expert: int, device: torch.device) -> float:
-    """The share of the arithmetic peak that the two grouped products of a layer reach."""
-    tokens = max(1, tokens_per_expert * model.num_experts // model.top_k)
-    layer = TorchLayer(model, Batch.of(tokens), device)
-    weights = {
-        name: torch.randn(spec.shape, dtype=spec.dtype, device=device) for name, spec in model.expert_weights.items()
-    }
-    routed = layer.gather(layer.hidden)
-    gate_up = layer.product(routed, weights["w13"])
-    activated = layer.activate(gate_up)
-    seconds = _time(lambda: (layer.product(routed, weights["w13"]), layer.product(activated, weights["w2"])))
-    products = 3 * model.hidden * model.expert_intermediate * len(routed)
-    return 2 * products / seconds / perfect.peak("bf16")
+def _layer_shares(
+    model: ModelSpec, perfect: GpuSpec, layer: TorchLayer, batch: Batch, weights: Mapping[str, torch.Tensor]
+) -> dict[str, float]:
+    """By efficiency, the ideal time of a layer's operations over the time they take in layer after layer.
+
+    Not one by one: the clocks that a GPU keeps within its power depend on what runs before and after, and so does what
+    is found in its caches.
+    """
+
+    def forward() -> Iterator[str]:
+        normed = layer.norm(layer.hidden, layer.hidden)
+        yield "elementwise"
+        projected = layer.project(normed)
+        yield "dense_gemm"
+        attended = layer.attend(*projected)
+        yield "attention"
+        attended = layer.output(attended)
+        yield "dense_gemm"
+        routed = layer.gather(layer.norm(attended, layer.hidden))
+        yield "elementwise"
+        gate_up = layer.product(routed, weights["w13"])
+        yield "grouped_gemm"
+        activated = layer.activate(gate_up)
+        yield "elementwise"
+        outputs = layer.product(activated, weights["w2"])
+        yield "grouped_gemm"
+        layer.combine(outputs)
+        yield "elementwise"
+
+    seconds = settled(sustained(forward))
+    ideal = dict.fromkeys(seconds, 0.0)
+    for operation in layer_operations(model, perfect, batch):
+        ideal["elementwise" if operation.kind == "memory" else operation.kind] += operation.seconds
+    products = batch.tokens * model.top_k * 3 * model.hidden * model.expert_intermediate
+    ideal["grouped_gemm"] = 2 * products / perfect.peak("bf16")  # whatever bounds them: a share of the arithmetic peak
+    return {kind: ideal[kind] / seconds[kind] for kind in seconds}
 
 
-def _time(work: Callable[[], Any]) -> float:
-    """Median seconds of ``work`` on the device, which has done it for `SUSTAINED` seconds."""
-    work()
-    repeats = max(REPEATS, int(SUSTAINED / statistics.median(_spans(work, 3))))
-    return statistics.median(_spans(work, repeats)[repeats // 2 :])
+def sustained(work: Callable[[], Iterable[str]]) -> list[Mapping[str, float]]:
+    """Seconds that the parts of ``work`` take on the device, in one repetition after another, for `SUSTAINED` seconds.
 
+    Args:
+        work: yields a name after it has given the device a part; parts of one name are added up.
+    """
 
-def _spans(work: Callable[[], Any], repeats: int) -> list[float]:
-    """Seconds of each of so many repetitions, one right after another."""
-    ends = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]  # type: ignore[no-untyped-call]
-    ends[0].record()
-    for end in ends[1:]:
-        work()
-        end.record()
+    def mark() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    begin = last = mark()
+    marks: list[list[tuple[str, torch.cuda.Event]]] = []
+    while len(marks) < REPEATS or begin.elapsed_time(marks[-AHEAD][-1][1]) < SUSTAINED * 1e3:
+        marks.append([(name, mark()) for name in work()])
+        if len(marks) >= AHEAD:
+            marks[-AHEAD][-1][1].synchronize()
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(ends)]
+    spans: list[Mapping[str, float]] = []
+    for parts in marks:
+        span: dict[str, float] = {}
+        for name, end in parts:
+            span[name] = span.get(name, 0.0) + last.elapsed_time(end) / 1e3
+            last = end
+        spans.append(span)
+    return spans
 
 
-def _copy_from_host(driver: Driver) -> float:
-    """Median seconds of one copy of `COPIED` bytes from host memory."""
+def settled(spans: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The median of each part in the second half of repetitions."""
+    latter = spans[len(spans) // 2 :]
+    return {name: statistics.median(span[name] for span in latter) for name in latter[0]}
+
+
+def _memory_rate(device: torch.device) -> float:
+    """Bytes a second that an elementwise kernel reads and writes."""
+    values = torch.ones(COPIED // ACTIVATION, dtype=torch.bfloat16, device=device)
+
+    def add() -> Iterator[str]:
+        torch.add(values, 1)
+        yield "add"
+
+    return 2 * COPIED / settled(sustained(add))["add"]
+
+
+def _host_rate(driver: Driver) -> float:
+    """Bytes a second that copies from host memory reach, the median."""
     ledger = Ledger()
     with ResourceStack() as stack:
         addresses = []
@@ -136,7 +172,7 @@ def _copy_from_host(driver: Driver) -> float:
             addresses.append(mapped.address)
         stream = stack.push(Stream(driver, ledger)).stream
         copies = driver.prepare([Copy(addresses[0], addresses[1], COPIED)])
-        events = [driver.create_event(timed=True) for _ in range(REPEATS + 1)]
+        events = [driver.create_event(timed=True) for _ in range(COPIES + 1)]
         for event in events:
             driver.record(event, stream)
             driver.copy(copies, stream)
@@ -144,4 +180,4 @@ def _copy_from_host(driver: Driver) -> float:
         spans = [driver.elapsed(start, end) for start, end in itertools.pairwise(events)]
         for event in events:
             driver.destroy_event(event)
-    return statistics.median(spans)
+    return COPIED / statistics.median(spans)
