@@ -9,8 +9,7 @@ import torch
 
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.assembly import Assembly
-from vmm_dwdp.config import DWDPConfig
-from vmm_dwdp.errors import ConfigError, StateError
+from vmm_dwdp.errors import StateError
 from vmm_dwdp.layer import Layer
 from vmm_dwdp.routing_counts import RoutingCounts
 
@@ -24,14 +23,14 @@ class InPlace:
         counts: by layer, how often it was acquired.
     """
 
-    def __init__(self, driver: Driver, assembly: Assembly, layers: Sequence[Layer], config: DWDPConfig) -> None:
+    def __init__(self, driver: Driver, assembly: Assembly, layers: Sequence[Layer]) -> None:
         self.counts = [0] * len(layers)
         self._driver = driver
         self._layers = layers
         self._cache = assembly.cache
         self._acquired: set[int] = set()
-        self._routing: RoutingCounts | None = None
-        if config.resident_cache:
+        self._routing: RoutingCounts | None = None  # by which the cache goes
+        if self._cache is not None:
             num_experts = {layer.number: layer.placement.num_experts for layer in layers}
             self._routing = RoutingCounts(num_experts, driver.device)
 
@@ -63,13 +62,11 @@ class InPlace:
 
     def refresh_cache(self) -> None:
         """See `DWDPRuntime.refresh_cache`."""
-        if self._routing is None:
-            raise ConfigError("there is no cache to refresh: the config has no resident_cache")
         self.require_idle()
         if self._driver.capture(self._driver.current_stream()):
             raise StateError("the cache is refreshed between replays of a graph, not in a capture")
-        self._driver.synchronize()
-        if self._cache is not None:
+        if self._cache is not None and self._routing is not None:
+            self._driver.synchronize()
             self._cache.refresh(self._routing.take())
 
     def refill_cache(self) -> None:

@@ -49,7 +49,7 @@ class Passes:
             self._staging = Staging(self._driver, self._ledger, self._assembly, self._layers, self._config)
         if self._config.reads_in_place:
             self._weights["in_place"] = [self._assembly.weights(layer, "in_place") for layer in self._layers]
-            self._in_place = InPlace(self._driver, self._assembly, self._layers, self._config)
+            self._in_place = InPlace(self._driver, self._assembly, self._layers)
         if len(self._weights) > 1:
             most = max(layer.placement.num_experts for layer in self._layers)
             self._chooser = ModeChooser(self._driver, self._ledger, most, len(self._layers))
@@ -116,8 +116,9 @@ class Passes:
 
     def refresh_cache(self) -> None:
         """See `DWDPRuntime.refresh_cache`."""
-        if self._in_place is None:
+        if not self._config.resident_cache:
             raise ConfigError("there is no cache to refresh: the config has no resident_cache")
+        assert self._in_place is not None, "a resident cache needs a mode that reads in place"
         self._in_place.refresh_cache()
 
     def verify_cache(self) -> None:

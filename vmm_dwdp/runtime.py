@@ -150,9 +150,8 @@ class DWDPRuntime:
         """Serve this rank's shards, map those of the others, and start prefetching.
 
         Waits for the device, and at most ``timeout`` seconds for the other ranks; as long may a request of another rank
-        take from then on. When it returns, every rank has what
-        it needs, and none depends on another's being alive. If it raises, the runtime is closed and nothing stays
-        allocated.
+        take from then on. When it returns, every rank has what it needs, and none depends on another's being alive. If
+        it raises, the runtime is closed and nothing stays allocated.
 
         Raises:
             ConfigError: there is no layer; the layers need more mappings or descriptors than a process can have; or the

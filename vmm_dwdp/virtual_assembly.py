@@ -56,7 +56,7 @@ class VirtualAssembly(Assembly):
         self._handle_type = handle_type
         self._host_location = host_location
         self._cache_nbytes = cache_nbytes
-        self._remote_tiles: list[RemoteTile] = []  # of the in-place ranges
+        self._remote_tiles: list[RemoteTile] = []  # of the in-place ranges, if there is to be a cache
         self._own: dict[_Key, TensorMemory[Reservation]] = {}
         self._views: dict[tuple[int, str, Owner], TensorMemory[Reservation]] = {}
         self._tiles: dict[tuple[int, str, Owner], list[Allocation]] = {}
@@ -272,21 +272,21 @@ class VirtualAssembly(Assembly):
         span = range(layout.num_pages * layout.granularity)
         memory = self._reserve(len(span), f"layer {layer.number}, {weight}, in place")
         mappings = _map(memory, span, tiles, Access.READ)
-        for owner, tile, handle, mapping in zip(owners, layout.tiles, tiles, mappings, strict=True):
-            if owner != self.rank:
-                offset = tile.pages.start * layout.granularity
-                self._remote_tiles.append(
-                    RemoteTile(
-                        label=memory.memory.label,
-                        layer=layer.number,
-                        experts=layout.experts_in(tile),
-                        memory=memory.memory,
-                        offset=offset,
-                        handle=handle,
-                        source=self._source(layer, weight, owner, offset),
-                        mappings=[mapping],
-                    )
+        if self._cache_nbytes:
+            self._remote_tiles += [
+                RemoteTile(
+                    label=memory.memory.label,
+                    layer=layer.number,
+                    experts=layout.experts_in(tile),
+                    memory=memory.memory,
+                    offset=(offset := tile.pages.start * layout.granularity),
+                    handle=handle,
+                    source=self._source(layer, weight, owner, offset),
+                    mappings=[mapping],
                 )
+                for owner, tile, handle, mapping in zip(owners, layout.tiles, tiles, mappings, strict=True)
+                if owner != self.rank
+            ]
         return memory
 
     def _build_slot(self, slot: int, layers: Sequence[Layer]) -> None:
