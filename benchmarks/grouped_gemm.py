@@ -7,10 +7,13 @@ provider, assembled       the same on a range over four physical handles
 list of n                 our kernel for lists, the weight split into n tensors
 merge 4 + provider        four tensors copied into one, then the provider: what a runtime without either does
 
-All are timed one after another in every repetition; times are medians, and a ratio is the median of the ratios within
-one repetition: how many times as fast the method is as the one it is compared with. The error is relative to fp64
-products over 64 rows; `same bits` compares a whole result with that of the method compared with. Cases are measured in
-the order of `--tokens`, and each row goes to stderr as soon as it is known.
+and, as a control, the first provider once more, on the same memory: its ratio would be 1 if times had no scatter.
+
+A method runs in turns with the one it is compared with (`in_turns.py`). `ratio` is how many times as fast it is, the
+median of all pairs, which lies at 95 % between `from` and `to`. Pairs are timed until these are within 0.2 % of each
+other's middle where both are the same kernel, else 1 %, but no longer than `--seconds`. Milliseconds are medians. The
+error is relative to fp64 products over 64 rows; `same bits` compares a whole result with that of the method compared
+with. Cases are measured in the order of `--tokens`, and each row goes to stderr as soon as it is known.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from typing import NamedTuple
 
 import torch
 from common import Row, parser, report, seen
+from in_turns import Turns, in_turns, interval, sustained
 
 from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.driver import Access
@@ -38,9 +42,8 @@ from vmm_dwdp.kernels.testing import Operands, random_operands, reference, some_
 
 SHARDS = 4
 CHECKED_ROWS = 64
-LEAST_REPEATS, MOST_REPEATS = 7, 25
+SAME_KERNEL, ANOTHER = 0.002, 0.01  # how precisely a ratio should be known
 DENSE = 8192  # rows, columns and depth of the dense product that gives the matrix rate
-AHEAD = 10_000_000  # clock ticks for which the GPU waits while the host issues a repetition
 
 
 class Model(NamedTuple):
@@ -104,6 +107,8 @@ def methods(operands: Operands, copy: torch.Tensor, providers: list[str], entrie
 
         found[provider.name] = Method(lambda call=call: call(weight))
         found[f"{provider.name}, assembled"] = Method(lambda call=call: call(copy), provider.name, exact=True)
+        if len(found) == 2:
+            found[f"{provider.name}, again"] = Method(found[provider.name].run, provider.name, exact=True)
     if "deep-gemm" in found:
         found["deep-gemm, rows in place"] = Method(deep_gemm_alone(operands), "deep-gemm")
     baseline = next(iter(found), None)
@@ -159,33 +164,6 @@ def deep_gemm_alone(operands: Operands) -> Callable[[], torch.Tensor]:
     return run
 
 
-def measure(runs: Mapping[str, Callable[[], object]], seconds: float) -> list[dict[str, float]]:
-    """Milliseconds of each run in every repetition, after one that does not count; as many as ``seconds`` allow.
-
-    A repetition goes through the runs forwards and then backwards, and takes the mean. Each begins with another run: a
-    clock that drifts under the card's power limit, or is slower in the middle of a repetition, then favours nobody.
-    """
-    names = list(runs)
-    once = repetition(runs, names)
-    repeats = min(max(round(1e3 * seconds / (2 * sum(once.values()))), LEAST_REPEATS), MOST_REPEATS)
-    firsts = (number % len(names) for number in range(repeats))
-    return [repetition(runs, names[first:] + names[:first]) for first in firsts]
-
-
-def repetition(runs: Mapping[str, Callable[[], object]], order: Sequence[str]) -> dict[str, float]:
-    """One repetition of `measure`."""
-    torch.cuda._sleep(AHEAD)
-    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in order}
-    for name in [*order, *reversed(order)]:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        runs[name]()
-        end.record()
-        events[name].append((start, end))
-    torch.cuda.synchronize()
-    return {name: statistics.mean(start.elapsed_time(end) for start, end in both) for name, both in events.items()}
-
-
 def compare(operands: Operands, found: Mapping[str, Method], seconds: float) -> Iterator[dict[str, object]]:
     """A row for each method."""
     some, picks = some_rows(operands, CHECKED_ROWS)
@@ -204,26 +182,37 @@ def compare(operands: Operands, found: Mapping[str, Method], seconds: float) -> 
             results[name] = out
         del out
     results.clear()
-    times = measure({name: method.run for name, method in found.items()}, seconds)
     operations = 2 * used * operands.weights[0].shape[1] * operands.x.shape[1]
+    turns: dict[str, Turns] = {}
+    times: dict[str, list[float]] = {name: [] for name in found}
     for name, method in found.items():
-        milliseconds = statistics.median(time[name] for time in times)
-        other = method.compared_with
+        if method.compared_with:
+            precision = SAME_KERNEL if method.exact else ANOTHER
+            other = found[method.compared_with]
+            turns[name] = in_turns(method.run, other.run, seconds=seconds, precision=precision)
+            times[name] += turns[name].method
+            times[method.compared_with] += turns[name].other
+    for name, method in found.items():
+        milliseconds = statistics.median(times[name]) if times[name] else sustained(method.run, seconds=seconds)
+        ratio: dict[str, object] = dict.fromkeys(("ratio", "from", "to", "pairs"), "-")
+        if name in turns:
+            known = turns[name].ratios
+            least, most = interval(known)
+            ratio = {"ratio": statistics.median(known), "from": least, "to": most, "pairs": len(known)}
         yield {
             "method": name,
             "ms": milliseconds,
             "TFLOP/s": operations / milliseconds / 1e9,
-            "compared with": other or "-",
-            "ratio": statistics.median(time[other] / time[name] for time in times) if other else "-",
+            "compared with": method.compared_with or "-",
+            **ratio,
             **checked[name],
         }
 
 
 def dense_rate(device: torch.device, seconds: float) -> float:
-    """TFLOP/s of torch's product of two bf16 matrices of `DENSE` rows and columns."""
+    """TFLOP/s of torch's product of two bf16 matrices of `DENSE` rows and columns, one after another."""
     left, right = (torch.randn(DENSE, DENSE, device=device).bfloat16() for _ in range(2))
-    times = measure({"dense": lambda: left @ right.T}, seconds)
-    return 2 * DENSE**3 / statistics.median(time["dense"] for time in times) / 1e9
+    return 2 * DENSE**3 / sustained(lambda: left @ right.T, seconds=seconds) / 1e9
 
 
 def ratios(rows: Sequence[Row]) -> list[Row]:
@@ -251,7 +240,9 @@ def main() -> None:
     names = [provider.name for provider in contiguous.PROVIDERS]
     arguments.add_argument("--providers", nargs="*", choices=names, default=names, help="of those that are usable")
     arguments.add_argument("--entries", nargs="+", type=int, default=[1, 2, 4, 8])
-    arguments.add_argument("--seconds", type=float, default=1.0, help="of timing for each case (default: 1)")
+    arguments.add_argument(
+        "--seconds", type=float, default=1.0, help="of timing for each comparison at most (default: 1)"
+    )
     arguments.add_argument(
         "--limit", type=float, default=math.inf, help="seconds after which no case begins (no limit)"
     )

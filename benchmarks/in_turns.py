@@ -1,0 +1,100 @@
+"""Two functions timed in turns on one GPU, until the ratio of their times is known.
+
+A GPU at its power limit changes its clock all the time, and most within a tenth of a second after it was idle. So the
+two run in turns, one after another without a pause, and a run is only compared with the two of the other around it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+AHEAD = 10_000_000  # clock ticks for which the GPU waits while the host issues the first rounds
+ROUND_PAIRS = 3  # in a round, or as many as take this long:
+ROUND_MILLISECONDS = 20
+LEAST_RATIOS = 5  # fewer have no interval
+DEVIATIONS = 1.96  # of a normal distribution, to either side of its mean: 95 % lie between
+
+
+class Turns(NamedTuple):
+    """What `in_turns` saw: milliseconds of each run, and how many times as fast ``method`` was as ``other``."""
+
+    method: list[float]
+    other: list[float]
+    ratios: list[float]
+
+
+def in_turns(method: Callable[[], object], other: Callable[[], object], *, seconds: float, precision: float) -> Turns:
+    """Run ``other``, ``method``, ``other``, ``method``, ... on the current stream.
+
+    Rounds of pairs follow each other, and each is issued before the one before it is looked at, so that the GPU never
+    waits. The first one does not count: in it the clock settles. No round is issued any more once `interval` of the
+    ratios reaches at most ``precision`` to either side of its middle, or ``seconds`` are over.
+    """
+    begin = time.perf_counter()
+    other()
+    method()
+    torch.cuda.synchronize()
+    pairs = max(ROUND_PAIRS, round(ROUND_MILLISECONDS / (1e3 * (time.perf_counter() - begin))))
+    begins: list[torch.cuda.Event] = []
+
+    def issue() -> None:
+        for _ in range(pairs):
+            for run in (other, method):
+                begins.append(torch.cuda.Event(enable_timing=True))
+                begins[-1].record()
+                run()
+
+    torch.cuda._sleep(AHEAD)
+    issue()
+    issue()
+    begins = begins[2 * pairs :]
+    times: list[float] = []
+    begin = time.perf_counter()
+    done = False
+    while not done:
+        issue()
+        begins[-2 * pairs].synchronize()  # the round before the one just issued has ended
+        times += durations(begins[len(times) : 1 - 2 * pairs])
+        known = ratios(times)
+        least, most = interval(known)
+        done = (most - least) / 2 <= precision or time.perf_counter() - begin > seconds
+    torch.cuda.synchronize()
+    times += durations(begins[len(times) :])
+    return Turns(times[1::2], times[::2], ratios(times))
+
+
+def durations(begins: Sequence[torch.cuda.Event]) -> list[float]:
+    """Milliseconds of runs of which one begins where another ends, but the last."""
+    return [begin.elapsed_time(end) for begin, end in itertools.pairwise(begins)]
+
+
+def ratios(times: Sequence[float]) -> list[float]:
+    """Of times in turns, each second one against the mean of those before and after it: even drift cancels."""
+    return [(times[i - 1] + times[i + 1]) / 2 / times[i] for i in range(1, len(times) - 1, 2)]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Where the median of what ``values`` were drawn from lies, at about 95 %, if they were drawn independently.
+
+    By their order alone: of ``n``, the number below the median is binomial, with mean ``n / 2`` and deviation
+    ``sqrt(n) / 2``. (Ratios beside each other have a run in common: they are a little less independent.)
+    """
+    count = len(values)
+    if count < LEAST_RATIOS:
+        return -math.inf, math.inf
+    ordered = sorted(values)
+    outside = max(0, math.floor((count - DEVIATIONS * math.sqrt(count)) / 2))
+    return ordered[outside], ordered[-1 - outside]
+
+
+def sustained(run: Callable[[], object], *, seconds: float) -> float:
+    """Milliseconds of a run among others like it, after the GPU's clock has settled: the median."""
+    turns = in_turns(run, run, seconds=seconds, precision=0)
+    return statistics.median(turns.method + turns.other)
