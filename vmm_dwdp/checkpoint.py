@@ -7,12 +7,12 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from vmm_dwdp.allocator.handles import Owned
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.runtime import DWDPRuntime
 
@@ -20,11 +20,11 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
-class Checkpoint:
+class Checkpoint(Owned):
     """The safetensors files of one model directory, in the ordinary Hugging Face layout.
 
     Opening reads headers only; `read` reads the bytes that were asked for and keeps none. The files stay open (and
-    mapped) until `close`; a context manager.
+    mapped) until `close`, or the end of a ``with`` block.
 
     Raises:
         ConfigError: the directory has no safetensors files, or one that the index names is missing or unreadable, or
@@ -102,14 +102,6 @@ class Checkpoint:
         """Close the files."""
         self._slices.clear()
         self._files.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def fill_shards(runtime: DWDPRuntime, layer: int, weight: str, read: Callable[[int], torch.Tensor]) -> None:

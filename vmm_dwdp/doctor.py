@@ -142,7 +142,7 @@ def _examine_device(device: torch.device) -> Device:
         locations, product = [DEVICE], platform.processor() or platform.machine()
     else:
         free, total = torch.cuda.mem_get_info(device)
-        locations, product = [DEVICE, Location(numa_node=0)], torch.cuda.get_device_name(device)
+        locations, product = [DEVICE, Location(driver.numa_node)], torch.cuda.get_device_name(device)
     memory = {}
     for location in locations:
         try:

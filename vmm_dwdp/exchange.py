@@ -331,7 +331,7 @@ class Exchange:
             answer: dict[str, Any] = {"error": self._refusal(request)}
             if answer["error"] is not None:
                 self._fail(ExchangeError(f"rank {request.get('rank')} cannot be answered: {answer['error']}"))
-            if answer["error"] is None:
+            else:
                 try:
                     match request["ask"]:
                         case "shares":

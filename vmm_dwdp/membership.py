@@ -18,11 +18,11 @@ from vmm_dwdp.allocator.handles import Ledger, ResourceStack, Stream
 from vmm_dwdp.assembly import Assembly, Share
 from vmm_dwdp.checksum import checksum
 from vmm_dwdp.config import DWDPConfig
-from vmm_dwdp.errors import ConfigError, ExchangeError, StateError
+from vmm_dwdp.errors import ConfigError, DriverError, ExchangeError, StateError
 from vmm_dwdp.exchange import Exchange
 from vmm_dwdp.layer import Layer
 from vmm_dwdp.limits import allow_descriptors
-from vmm_dwdp.placement import HOST, Owner
+from vmm_dwdp.placement import HOST, Owner, in_words
 from vmm_dwdp.rendezvous import Rendezvous
 
 HOST_CREATOR: Final = 0  # the rank that creates, fills and serves the pool of host memory
@@ -74,7 +74,7 @@ class Membership:
     def require_held(self, owner: Owner) -> None:
         """Raise `ConfigError` unless this rank creates the memory of ``owner``."""
         if owner not in self.held_owners:
-            raise ConfigError(f"rank {self._rank} does not hold the shards of {owner!r}")
+            raise ConfigError(f"rank {self._rank} does not hold the shards of {in_words(owner)}")
 
     def require_fits(self, layer: Layer, weight: str, owner: Owner, value: torch.Tensor) -> None:
         """Raise `ConfigError` unless `update` can write ``value`` to the shard of ``owner``."""
@@ -84,7 +84,9 @@ class Membership:
         if tuple(value.shape) != shape or value.dtype != spec.dtype:
             found = f"{tuple(value.shape)} of {value.dtype}"
             stated = f"{shape} of {spec.dtype}"
-            raise ConfigError(f"layer {layer.number}, {weight}: the shard of {owner} is {stated}, not {found}")
+            raise ConfigError(
+                f"layer {layer.number}, {weight}: the shard of {in_words(owner)} is {stated}, not {found}"
+            )
 
     def require_updated(self) -> None:
         """Raise `StateError` if weights may be partly old and partly new."""
@@ -163,7 +165,8 @@ class Membership:
         for owner, published in self._checksums.items():
             for (layer, weight), expected in zip(self._weights(), published, strict=True):
                 if checksum(self._assembly.shard(layer, weight, owner)) != expected:
-                    raise StateError(f"layer {layer.number}, {weight}: the bytes of {owner} are not those it published")
+                    whose = f"layer {layer.number}, {weight}: the bytes of {in_words(owner)}"
+                    raise StateError(f"{whose} are not those that were published")
 
     def peers(self, timeout: float) -> dict[int, bool]:
         """For every other rank, whether it answers in so many seconds."""
@@ -226,7 +229,7 @@ class Membership:
     def _shares(self, owner: Owner) -> list[Share]:
         """Runs in a thread of the exchange."""
         if owner not in self.held_owners and not self._assembly.keeps(owner):
-            raise ExchangeError(f"rank {self._rank} does not hold the memory of {owner!r}")
+            raise ExchangeError(f"rank {self._rank} does not hold the memory of {in_words(owner)}")
         self._driver.activate()
         return self._assembly.shares(owner)
 
@@ -234,7 +237,11 @@ class Membership:
         """Get the memory of ``owner`` from rank ``holder``: to read, or, if it was this rank's before, to hold."""
         shares = exchange.collect(owner, holder, self._assembly.num_shares(owner), deadline)
         take = self._assembly.adopt if owner in self.held_owners else self._assembly.attach
-        take(owner, shares)
+        try:
+            take(owner, shares)
+        except DriverError as error:  # where the GPUs cannot reach each other, only this tells which ones
+            attempt = f"use the memory of {in_words(owner)} on {self._driver.device}: {error.attempt}"
+            raise DriverError(error.call, error.code, attempt) from error
         self._learn_checksums(exchange, owner, holder, deadline)
 
     def _fill_edges(self) -> None:

@@ -125,6 +125,11 @@ class ExpertPlacement:
         )
 
 
+def in_words(owner: Owner) -> str:
+    """``owner`` as messages and labels name it."""
+    return "host memory" if owner == HOST else f"rank {owner}"
+
+
 def nearest_first(owners: Iterable[Owner], rank: int, group_size: int) -> list[Owner]:
     """``owners`` in the order in which ``rank`` turns to them: itself, the ranks after it in cyclic order, then `HOST`.
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 from vmm_dwdp.errors import StateError
 from vmm_dwdp.figures import new_figure
 from vmm_dwdp.layer import Layer
-from vmm_dwdp.placement import HOST
+from vmm_dwdp.placement import in_words
 from vmm_dwdp.tracer import Mark
 
 COMPUTE: Final = "compute"
@@ -75,7 +75,7 @@ def spans_of(marks: Iterable[Mark], layers: Sequence[Layer], num_slots: int) -> 
         if what == "copies end":
             if (start := began.pop(("copies begin", layer, lane), None)) is not None:
                 copies = streams[layer][lane]
-                owners = sorted({"host memory" if piece.owner == HOST else f"rank {piece.owner}" for piece in copies})
+                owners = sorted({in_words(piece.owner) for piece in copies})
                 nbytes = sum(len(piece.bytes) for piece in copies)
                 spans.append(Span(f"copies from {', '.join(owners)}", layer, slot, start, seconds - start, nbytes))
             continue

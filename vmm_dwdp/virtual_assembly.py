@@ -21,7 +21,7 @@ from vmm_dwdp.config import Mode
 from vmm_dwdp.errors import StateError
 from vmm_dwdp.layer import Layer
 from vmm_dwdp.layout import RangeLayout, Tile
-from vmm_dwdp.placement import HOST, Owner, nearest_first
+from vmm_dwdp.placement import HOST, Owner, in_words, nearest_first
 from vmm_dwdp.resident_cache import RemoteTile, ResidentCache
 from vmm_dwdp.slots import SlotBlocks, divide
 from vmm_dwdp.tensor_memory import TensorMemory
@@ -235,7 +235,7 @@ class VirtualAssembly(Assembly):
         for (number, weight, owner), held in self._tiles.items():
             layout = next(layer.layouts[weight] for layer in self._layers if layer.number == number)
             if sum(tile.nbytes for tile in held) != len(layout.resident_bytes(owner)):
-                raise StateError(f"layer {number}, {weight}: the handles of {owner} do not make up its resident span")
+                raise StateError(f"layer {number}, {weight}: the handles of {in_words(owner)} do not make up its span")
 
     def build(self) -> None:
         for layer, weight in self._weights_of_layers():
@@ -357,4 +357,4 @@ def _allow(memory: TensorMemory[Reservation], span: range, access: Access) -> No
 
 
 def _label(layer: Layer, weight: str, owner: Owner) -> str:
-    return f"layer {layer.number}, {weight}, of {'host memory' if owner == HOST else f'rank {owner}'}"
+    return f"layer {layer.number}, {weight}, of {in_words(owner)}"

@@ -115,9 +115,9 @@ def test_what_does_not_fit_is_refused_before_others_hear_of_it(tmp_path: Path) -
         for key, value, sentence in [
             ((9, "a", 0), good, "there is no layer 9"),
             ((0, "c", 0), good, "layer 0 has no weight 'c'"),
-            ((0, "a", 1), good, "does not hold the shards of 1"),
-            ((0, "a", 0), good[:3], r"the shard of 0 is \(7, 1777\)"),
-            ((0, "a", HOST), good.float(), r"the shard of host is \(4, 1777\) of torch.bfloat16, not .* torch.float32"),
+            ((0, "a", 1), good, "does not hold the shards of rank 1"),
+            ((0, "a", 0), good[:3], r"the shard of rank 0 is \(7, 1777\)"),
+            ((0, "a", HOST), good.float(), r"the shard of host memory is \(4, 1777\) of torch.bfloat16, not .* torch.float32"),
         ]:
             with pytest.raises(ConfigError, match=sentence):
                 runtime.update({key: value})  # type: ignore[dict-item]
@@ -135,7 +135,7 @@ def test_integrity_tells_of_a_byte_that_changed(tmp_path: Path) -> None:
             assert isinstance(weights["b"], torch.Tensor)
             weights["b"].view(torch.uint8)[3, 17] ^= 1  # an expert of this rank's own
         del weights
-        with pytest.raises(StateError, match="layer 2, b: the bytes of 0 are not those it published"):
+        with pytest.raises(StateError, match="layer 2, b: the bytes of rank 0 are not those that were published"):
             runtime.check_integrity(verify=True)
 
 

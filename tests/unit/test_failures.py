@@ -121,6 +121,16 @@ def test_a_failing_call_is_named_and_everything_is_undone(device: str, scenario:
             assert ledger.open() == [], f"{call} number {at}"
 
 
+@pytest.mark.parametrize("scenario", ["pair", "list"])
+def test_another_rank_whose_memory_cannot_be_used_is_named(scenario: str) -> None:
+    """As between GPUs that cannot reach each other: the driver refuses what it imported, and names addresses only."""
+    call = {"pair": "set_access", "list": "open_allocation"}[scenario]
+    first = {"pair": len(MODELS["cpu"]) + 1, "list": 1}[scenario]  # after the rank's own shards
+    sentence = f"{call} failed with INJECTED while trying to use the memory of rank 1 on cpu: make its use number"
+    with pytest.raises(DriverError, match=sentence):
+        _lives(SCENARIOS[scenario], FaultyDriver(call, first))
+
+
 @pytest.mark.parametrize(("device", "scenario"), CASES)
 def test_a_failing_undo_leaves_what_a_second_close_can_finish(device: str, scenario: str) -> None:
     uses = _uses(device, scenario)

@@ -167,7 +167,7 @@ def test_layers_that_cannot_be(unpublished: DWDPRuntime) -> None:
         unpublished.add_layer(2, {})
     with pytest.raises(ConfigError, match="host_experts is 4, but a layer has only 3"):
         unpublished.add_layer(3, {"w": WeightSpec((3, 4), torch.int8)})
-    with pytest.raises(ConfigError, match="does not hold the shards of 1"):
+    with pytest.raises(ConfigError, match="does not hold the shards of rank 1"):
         unpublished.local_shard(0, "w", 1)
 
 

@@ -67,7 +67,7 @@ class RankMemory:
 
 def expert_memory(layer: Layer, num_layers: int, rank: Owner, prefetch_depth: int) -> ExpertMemory:
     """The memory of ``num_layers`` layers like ``layer``, one page size for all of it."""
-    resident = edges = staged = own = host = 0
+    resident = staged = own = host = 0
     for layout in layer.layouts.values():
         resident += len(layout.resident_bytes(rank))
         own += len(layout.shard_bytes(rank))
