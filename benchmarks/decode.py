@@ -2,21 +2,24 @@
 
 A pass is a number of MoE layers of a model's shapes, a grouped GEMM, the gate and another grouped GEMM each, without
 the rest of the model. Every pass has another routing, and every token chooses its experts without repetition: all
-alike, or expert i of a random order in proportion to 1 / i (zipf). Milliseconds are medians of whole passes. The
-resident cache is empty at first; for its columns it is filled after the routing of 1,024 other tokens of the same kind.
-On the CPU the same runs on the host driver, which says nothing about a link.
+alike, or expert i of a random order in proportion to 1 / i (zipf). Milliseconds are medians of whole passes, and all
+columns but the cache's take turns, there and back, because the link of a shared host drifts. The resident cache is
+empty at first; for its columns it is filled after the routing of 1,024 other tokens of the same kind. On the CPU the
+same runs on the host driver, which says nothing about a link.
 
 kernel       of the pass that reads in place: torch's grouped GEMM, or ours over lists of tensors, in Triton
 active       part of the experts that a pass uses
 gpu          ms, all experts in the GPU's own memory
 staged       ms, all experts copied into slots
 in place     ms, experts read where they are
-graph        ms, the same, replayed from a CUDA graph
+graph        ms, the same, replayed from a CUDA graph, of up to 256 tokens
 auto         ms, each pass in the mode that the runtime chooses, after the passes that it takes to find out
-of link      bytes of the experts used in place, a second, divided by the rate of copies from host memory
+auto chose   that mode
+link         GB/s of a copy from host memory
+of link      bytes of the experts used in place, a second, divided by that
 speed-up     staged / the faster of in place and graph
 of ideal     that, divided by the number of experts / experts used
-auto behind  auto / the faster of staged and in place, less 1
+auto behind  auto / the faster of staged and in place, less 1: the median over turns
 cached       ms, in place with the cache
 cached graph ms, the same, replayed from a CUDA graph
 gain         in place / cached, of each the faster of eager and graph
@@ -44,13 +47,17 @@ from vmm_dwdp.kernels import Scales, grouped_gemm, tensor_list_grouped_gemm
 
 WARM_UP = 12  # passes in which mode auto finds out which mode is faster, near the crossover
 HISTORY = 1024  # tokens by whose routing the cache is filled
+DECODE = 256  # tokens, up to which a pass may be one of decoding
+LONG = 1000  # milliseconds: what takes longer is timed in the first turn only
+COPIED = 1 << 30  # bytes, at most, by which the link is timed
 
 Gemm = Callable[[Tensor, Tensor, Tensor, "Scales | None"], Tensor]
 Weights = dict[str, Tensor]
 
 
 class Shape(NamedTuple):
-    """MoE layers of a model; ``depth`` slots for ``layers`` layers."""
+    """MoE layers of a model; ``depth`` slots for ``layers`` layers, several for each slot: else one would keep its slot
+    for good, and staged passes would not copy it."""
 
     experts: int
     top_k: int
@@ -63,9 +70,9 @@ class Shape(NamedTuple):
 
 SHAPES = {
     "Qwen3-30B-A3B": Shape(128, 8, 2048, 768, torch.bfloat16, layers=6, depth=2),
-    "gpt-oss-120b": Shape(128, 4, 2880, 2880, torch.bfloat16, layers=3, depth=2),
+    "gpt-oss-120b": Shape(128, 4, 2880, 2880, torch.bfloat16, layers=2, depth=1),
     "DeepSeek-R1": Shape(256, 8, 7168, 2048, torch.float8_e4m3fn, layers=2, depth=1),
-    "tiny": Shape(16, 2, 256, 128, torch.bfloat16, layers=3, depth=2),
+    "tiny": Shape(16, 2, 256, 128, torch.bfloat16, layers=4, depth=2),
 }
 
 
@@ -173,16 +180,23 @@ class Passes:
             out = self.layer(weights, self.ends[number], gemm)
         return out
 
-    def time(self, runs: Mapping[str, Callable[[], object]], routing: Routing) -> dict[str, float]:
-        """Milliseconds of one pass of each of ``runs``, in turns, the medians. A pass after one of another mode finds
-        other layers in the slots: so each turn is of two passes, and the first does not count."""
-        found: dict[str, list[float]] = {name: [] for name in runs}
+    def time(self, runs: Mapping[str, Callable[[], object]], routing: Routing) -> list[dict[str, float]]:
+        """Milliseconds of one pass of each of ``runs``, in one turn for each routing.
+
+        A staged pass leaves copies for the next one on the link when it ends, and other layers in the slots than it
+        found after a pass in place. So each of ``runs`` begins when they are done, and its first pass does not count.
+        """
+        turns: list[dict[str, float]] = []
         for number in range(len(routing.ends)):
             self.route(routing, number)
-            for name, run in runs.items():
-                run()
-                found[name].append(elapsed(run, self.x.device) * 1e3)
-        return {name: statistics.median(milliseconds) for name, milliseconds in found.items()}
+            names = [name for name in runs if not turns or turns[0][name] < LONG]
+            turn = {}
+            for name in reversed(names) if number % 2 else names:
+                synchronize(self.x.device)
+                runs[name]()
+                turn[name] = elapsed(runs[name], self.x.device) * 1e3
+            turns.append(turn)
+        return turns
 
     def route(self, routing: Routing, number: int) -> None:
         """The routing of one pass for the passes from now on, those of graphs too."""
@@ -193,6 +207,12 @@ class Passes:
         """Stop if two ways to run a pass give other bits."""
         if not torch.equal(run(), expected()):
             raise SystemExit("read in place, weights give other bits than on the GPU")
+
+    def mode_of(self, run: Callable[[], object]) -> str:
+        """In which mode ``run`` makes a pass."""
+        before = self.runtime.stats().in_place
+        run()
+        return "in place" if self.runtime.stats().in_place > before else "staged"
 
     def settle(self, run: Callable[[], object]) -> None:
         """Passes in mode auto, ``run``, until it has tried what it wants to try."""
@@ -224,10 +244,13 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def copy_rate(weight: Tensor) -> float:
-    """Bytes a second of a copy from ``weight``, in host memory, by the copy engine."""
-    to = torch.empty_like(weight)
-    return weight.nbytes / min(elapsed(lambda: to.copy_(weight), weight.device) for _ in range(3))
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def medians(turns: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(turn[name] for turn in turns if name in turn) for name in turns[0]}
 
 
 def copied(shape: Shape, runtime: DWDPRuntime) -> dict[int, Weights]:
@@ -250,8 +273,9 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """The rows of one kind of routing, with nothing in the cache."""
     with runtime.layer(0, mode="in_place") as weights:
-        link = copy_rate(weights["w13"])
+        source = weights["w13"].view(-1)[: COPIED // shape.dtype.itemsize]
     del weights
+    copy = partial(torch.empty_like(source).copy_, source)
     expert_bytes = sum(weight.nbytes for weights in whole.values() for weight in weights.values())
     for batch in batches:
         routing = Routing(shape, batch, kind, passes, runtime.device)
@@ -264,26 +288,36 @@ def measure(
             in_place = partial(run.spread, KERNELS[kernel], "in_place")
             run.require_equal(in_place, on_gpu)
             runs = {"gpu": on_gpu, "staged": partial(run.spread, torch_gemm, "staged"), "in place": in_place}
-            if run.x.is_cuda:
+            if run.x.is_cuda and batch <= DECODE:
                 runs["graph"] = captured(in_place)
             if kernel == "torch":
                 runs["auto"] = chosen
-            ms = run.time(runs, routing)
+            turns = run.time(runs | {"copy": copy}, routing)
+            ms = medians(turns)
             quickest = min(ms["in place"], ms.get("graph", ms["in place"]))
-            used = routing.active * expert_bytes
+            link = source.nbytes / ms["copy"] / 1e6
             row = {
                 "routing": kind,
                 "batch": batch,
                 "kernel": kernel,
                 "active": routing.active,
                 **{name: ms.get(name) for name in ("gpu", "staged", "in place", "graph", "auto")},
-                "of link": used / quickest * 1e3 / link,
+                "auto chose": run.mode_of(chosen) if "auto" in ms else None,
+                "link": link,
+                "of link": routing.active * expert_bytes / quickest / 1e6 / link,
                 "speed-up": ms["staged"] / quickest,
                 "of ideal": ms["staged"] / quickest * routing.active,
-                "auto behind": ms["auto"] / min(ms["staged"], ms["in place"]) - 1 if "auto" in ms else None,
+                "auto behind": behind(turns) if "auto" in ms else None,
             }
             seen(row)
             yield row
+
+
+def behind(turns: Sequence[Mapping[str, float]]) -> float:
+    """By what part mode auto took longer than the mode that was faster in all, the median over turns."""
+    ms = medians(turns)
+    faster = min(("staged", "in place"), key=lambda name: ms[name])
+    return statistics.median(turn["auto"] / turn[faster] for turn in turns if {"auto", faster} <= turn.keys()) - 1
 
 
 def fill_cache(shape: Shape, runtime: DWDPRuntime, kind: str) -> None:
@@ -310,7 +344,7 @@ def measure_cached(
         runs: dict[str, Callable[[], object]] = {"cached": in_place}
         if run.x.is_cuda:
             runs["cached graph"] = captured(in_place)
-        ms = run.time(runs, routing)
+        ms = medians(run.time(runs, routing))
         without = [row[name] for name in ("in place", "graph") if row[name] is not None]
         row |= {"cached": ms["cached"], "cached graph": ms.get("cached graph"), "gain": min(without) / min(ms.values())}
         seen(row)
