@@ -34,6 +34,7 @@ from vmm_dwdp import ConfigError, DWDPConfig, ExpertPlacement, WeightSpec
         ({"group_size": 2, "mode": "auto", "resident_cache": "4 GiB"}, "resident_cache must be a whole number, not"),
         ({"group_size": 2, "mode": "auto", "resident_cache": True}, "resident_cache must be a whole number, not True"),
         ({"group_size": 2, "resident_cache": 1 << 30}, "resident_cache needs mode: in_place or auto"),
+        ({"group_size": 2, "checksums": "yes"}, "checksums must be true or false, not 'yes'"),
         ({"groupsize": 2}, "unknown key 'groupsize'"),
         ({}, "states no group_size"),
     ],
@@ -81,6 +82,19 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
 def test_experts_that_cannot_be_spread(num_experts: int, values: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         ExpertPlacement(num_experts, DWDPConfig(**values))
+
+
+def test_owners_and_experts_that_are_not_there() -> None:
+    placement = ExpertPlacement(16, DWDPConfig(group_size=2))
+    with pytest.raises(ConfigError, match="there is no rank 2 in a group of 2"):
+        placement.experts(2)
+    with pytest.raises(ConfigError, match="there is no expert 16 in a layer of 16"):
+        placement.locate(16)
+
+
+def test_a_dtype_that_is_none() -> None:
+    with pytest.raises(ConfigError, match=r"must be a torch\.dtype, not 'bf16'"):
+        WeightSpec((4, 4), "bf16")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shape", [(), (0, 4), (4, 0)])

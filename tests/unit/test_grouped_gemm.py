@@ -119,6 +119,12 @@ BAD = {
         plain(x=torch.ones(8, 12, dtype=torch.bfloat16), weights=weights((4, 16, 12))),
         "K = 12 .* multiple of 8",
     ),
+    "misaligned K of packed weights": (
+        random_operands(Format.MXFP4, num_rows=8, experts=[4], n=16, k=32)._replace(
+            x=torch.ones(8, 48, dtype=torch.bfloat16), weights=weights((4, 16, 24), dtype=torch.uint8)
+        ),
+        "K = 48 of weights .* multiple of 32",
+    ),
     "another dtype of x": (plain(x=torch.ones(8, 32)), "x is torch.float32 and the weights are torch.bfloat16"),
     "an unknown dtype": (
         plain(x=torch.ones(8, 32, dtype=torch.int8), weights=weights((4, 16, 32), dtype=torch.int8)),

@@ -216,6 +216,8 @@ def test_a_descriptor_that_somebody_else_closed(open_descriptors: None) -> None:
     ledger = Ledger()
     descriptor = Descriptor(ledger, os.open("/dev/null", os.O_RDONLY), "the descriptor")
     os.close(descriptor.fd)
+    with pytest.raises(DriverError, match="dup failed with EBADF while trying to duplicate the descriptor"):
+        descriptor.duplicate()
     with pytest.raises(DriverError, match="close failed with EBADF while trying to close the descriptor"):
         descriptor.close()
     assert ledger.open() == ["descriptors: the descriptor"]

@@ -192,6 +192,20 @@ def test_a_token_that_names_no_allocation(host: HostDriver, token: bytes) -> Non
         host.open_allocation(token, PAGE)
 
 
+@pytest.mark.parametrize(
+    ("call", "arguments", "sentence"),
+    [
+        ("reserve", (PAGE + 1,), "reserve 4097 bytes, no multiple of 4096"),
+        ("allocate", (0,), "allocate 0 bytes"),
+        ("close_allocation", (PAGE,), "close 0x1000, which was not opened"),
+        ("record", (7, 0), "use 7, which is no event"),
+    ],
+)
+def test_what_cannot_be_is_refused(host: HostDriver, call: str, arguments: tuple[int, ...], sentence: str) -> None:
+    with pytest.raises(DriverError, match=sentence):
+        getattr(host, call)(*arguments)
+
+
 def test_an_allocation_is_opened_with_its_own_size(host: HostDriver, open_descriptors: None) -> None:
     address = host.allocate(100)
     token = host.export_allocation(address)

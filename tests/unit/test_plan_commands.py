@@ -1,6 +1,7 @@
 """``vmm-dwdp plan`` and ``simulate`` as a user meets them."""
 
 import json
+import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -44,6 +45,35 @@ def test_plan_refuses_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["plan", "kimi-k2", "--gpu", "h100", "--group-size", "8", "--tokens", "1000"]) == 2
 
     assert "kimi-k2 does not fit on H100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (["plan", *GROUP[:-1], "0"], "a forward pass needs at least one token"),
+        (["plan", *GROUP, "--request-tokens", "0"], "needs at least one token, and so does a request"),
+        (["simulate", *GROUP, "--passes", "0"], "--passes and --in-flight must be at least 1"),
+        (["simulate", *GROUP, "--spread", "1"], "--spread at least 0 and less than 1"),
+        (["trace", "--layers", "0"], "--layers and --passes must be at least 1"),
+    ],
+)
+def test_options_that_cannot_be(command: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(command) == 2
+
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("package", "command"), [("matplotlib.figure", ["plan", *GROUP, "--plot", "x.png"]), ("transformers", ["demo"])]
+)
+def test_a_package_that_is_not_there_is_named(
+    package: str, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+
+    assert cli.main(command) == 2
+
+    assert f"needs {package.partition('.')[0]}: pip install" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [[], ["--resolution", "copies", "--in-flight", "2", "--slice-bytes", "4194304"]])

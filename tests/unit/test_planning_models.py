@@ -131,6 +131,19 @@ def test_a_gpu_that_cannot_be_is_refused(change: dict[str, Any], sentence: str) 
         gpu_from_dict(load_preset("gpus", "h100") | change)
 
 
+def test_a_gpu_that_states_too_little_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the GPU states no memory_bytes"):
+        gpu_from_dict({k: value for k, value in load_preset("gpus", "h100").items() if k != "memory_bytes"})
+
+
+@pytest.mark.parametrize(("text", "sentence"), [("- h100", "must hold a mapping"), ("{", "cannot read")])
+def test_a_file_that_is_no_gpu_is_refused(tmp_path: Path, text: str, sentence: str) -> None:
+    path = tmp_path / "gpu.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=sentence):
+        load_gpu(str(path))
+
+
 @pytest.mark.parametrize("kind", WeightFormat)
 def test_formats_count_their_scales(kind: WeightFormat) -> None:
     bits = {"bf16": 16, "fp8": 8 + 32 / 128**2, "nvfp4": 4.5, "mxfp4": 4.25}[kind.value]

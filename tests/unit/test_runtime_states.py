@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from support.faults import FaultyDriver
-from support.groups import PAGE, add_layers, check_pass, fill_shards, join, random_model, same_bytes
+from support.groups import PAGE, add_layers, check_pass, fill_shards, in_threads, join, random_model, same_bytes
 
-from vmm_dwdp import ConfigError, DWDPConfig, DWDPRuntime, ExchangeError, StateError, WeightSpec
+from vmm_dwdp import HOST, ConfigError, DWDPConfig, DWDPRuntime, ExchangeError, StateError, WeightSpec
+from vmm_dwdp.allocator.handles import Allocation
 from vmm_dwdp.allocator.host_driver import HostDriver
+from vmm_dwdp.prefetch import Slot
 from vmm_dwdp.stats import CacheStats
+from vmm_dwdp.virtual_assembly import VirtualAssembly
 
 MODEL = random_model({number: {"w": ((6, 1000), torch.float32)} for number in range(5)})
 ALONE = DWDPConfig(group_size=1, host_experts=4)  # two slots, so the layers in flight are limited
@@ -95,6 +98,8 @@ def test_in_place_alone_stages_nothing(tmp_path: Path) -> None:
     check_pass(runtime, MODEL)
     with pytest.raises(ConfigError, match="does not provide for mode staged, only for in_place"):
         runtime.acquire(0, mode="staged")
+    with pytest.raises(StateError, match="there is nothing to trace"), runtime.trace():
+        pass
     assert runtime.ledger.counts()["mappings"] == runtime._assembly.num_mappings()
     assert runtime.close().open() == []
 
@@ -129,12 +134,13 @@ def test_unknown_names(runtime: DWDPRuntime) -> None:
         runtime.tensor_list(0, "v")
 
 
-@pytest.mark.parametrize("call", ["add_layer", "local_shard", "publish"])
+@pytest.mark.parametrize("call", ["add_layer", "local_shard", "publish", "rejoin"])
 def test_setup_after_publish(runtime: DWDPRuntime, call: str) -> None:
     calls = {
         "add_layer": lambda: runtime.add_layer(7, {"w": WeightSpec((6, 4), torch.int8)}),
         "local_shard": lambda: runtime.local_shard(0, "w"),
         "publish": runtime.publish,
+        "rejoin": runtime.rejoin,
     }
     with pytest.raises(StateError, match=f"{call} after publish"):
         calls[call]()
@@ -187,6 +193,65 @@ def test_more_layers_than_a_process_can_map(unpublished: DWDPRuntime, monkeypatc
     add_layers(unpublished, MODEL)
     with pytest.raises(ConfigError, match=r"5 layers need \d+ mappings, but a process can have 10"):
         unpublished.publish()
+
+
+def test_more_shares_than_a_process_can_have_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda _: (5, 5))
+    runtime = DWDPRuntime(DWDPConfig(group_size=2), 0, "cpu", tmp_path, driver=HostDriver(PAGE))
+    add_layers(runtime, MODEL)
+    with pytest.raises(ConfigError, match=r"takes \d+ file descriptors, but a process may open 5"):
+        runtime.publish()
+    assert runtime.ledger.open() == []
+
+
+def test_lists_of_tensors_cannot_rejoin(tmp_path: Path) -> None:
+    config = DWDPConfig(group_size=2, assembly="tensor_list")
+    alive, gone = in_threads(lambda rank: join(config, rank, tmp_path, MODEL), 2)
+    gone.close()
+    successor = DWDPRuntime(config, 1, "cpu", tmp_path, driver=HostDriver(PAGE))
+    add_layers(successor, MODEL)
+    with pytest.raises(StateError, match="assembly: tensor_list cannot rejoin"):
+        successor.rejoin(timeout=10)
+    assert successor.ledger.open() == []
+    assert alive.close().open() == []
+
+
+SPOILS: dict[str, Callable[[DWDPRuntime], object]] = {
+    r"slot 0 holds layer 1, which is not its own": lambda runtime: setattr(first_slot(runtime), "holds", 1),
+    r"slot 0 is read as layer 2, which it is not": lambda runtime: setattr(first_slot(runtime), "reader", 2),
+    r"the slots have 1 bytes, but the layouts need \d+": lambda runtime: setattr(runtime._assembly, "staged_nbytes", 1),
+    r"counts \d+ handles, but the layouts have": lambda runtime: runtime.ledger.add("handles", "nobody's"),
+    r"the handles of host memory do not make up": lambda runtime: setattr(tile(runtime), "nbytes", PAGE // 2),
+}
+
+
+def first_slot(runtime: DWDPRuntime) -> Slot:
+    assert runtime._passes._staging is not None
+    return runtime._passes._staging._prefetcher.slots[0]
+
+
+def tile(runtime: DWDPRuntime) -> Allocation:
+    assert isinstance(runtime._assembly, VirtualAssembly)
+    return runtime._assembly._tiles[0, "w", HOST][0]
+
+
+@pytest.mark.parametrize("sentence", SPOILS)
+def test_what_disagrees_is_found(tmp_path: Path, sentence: str) -> None:
+    with join(ALONE, 0, tmp_path / "rendezvous", MODEL) as runtime:
+        check_pass(runtime, MODEL)
+        runtime.check_integrity()
+        SPOILS[sentence](runtime)
+        with pytest.raises(StateError, match=sentence):
+            runtime.check_integrity()
+
+
+def test_lists_of_tensors_that_disagree_are_found(tmp_path: Path) -> None:
+    config = DWDPConfig(group_size=1, assembly="tensor_list")
+    with join(config, 0, tmp_path / "rendezvous", MODEL) as runtime:
+        runtime.check_integrity()
+        runtime.ledger.add("allocations", "nobody's")
+        with pytest.raises(StateError, match="the ledger counts 6 allocations, but the layouts have 5"):
+            runtime.check_integrity()
 
 
 def test_mappings_are_counted_before_they_are_made(tmp_path: Path) -> None:
