@@ -37,7 +37,7 @@ from vmm_dwdp.timing import Span
 DOUBLING: Final = 8  # buckets
 SAMPLES: Final = 3  # passes that make a measurement: the fastest of the latest ones
 TRIAL: Final = 16  # passes of a bucket, after which it is not tried further for now: none was timed
-RETRY: Final = 256  # passes of a bucket, after which its slower mode is tried again
+RETRY: Final = 256  # passes of a bucket, after which its slower mode is tried again, if it is hardly slower
 FORGET: Final = 16 * RETRY  # passes of other buckets, after which what is known of a bucket is not used any more
 SUPPOSED_TOP_K: Final = 8  # where the caller does not tell
 SUPPOSED_RATE: Final = 0.8  # of the rate of copies: at what kernels were seen to read in place over PCIe
@@ -86,6 +86,15 @@ class _Bucket:
     def by_speed(self) -> list[Mode]:
         """The faster mode first, once both are tried."""
         return sorted(self.seconds, key=lambda mode: min(self.seconds[mode]))
+
+    @property
+    def retry(self) -> float:
+        """Passes after which the slower mode is tried again: the longer it takes, the more, so that trials cost no more
+        than a hundredth or two of the time however slow it is."""
+        if self.untried:
+            return RETRY
+        faster, slower = (min(self.seconds[mode]) for mode in self.by_speed)
+        return RETRY * slower / faster
 
 
 class ModeChooser(Owned):
@@ -177,7 +186,7 @@ class ModeChooser(Owned):
             return self._supposed(bucket)
         tried = self._buckets.setdefault(bucket, _Bucket())
         tried.passes += 1
-        if tried.passes > RETRY:
+        if tried.passes > tried.retry:
             tried.passes = 1
             if not tried.untried:
                 tried.seconds[tried.by_speed[1]].clear()
