@@ -142,7 +142,7 @@ class Report:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of a Hugging Face model (%(default)s)")
-    parser.add_argument("--config", type=Path, help="YAML file of a DWDPConfig; the options below go before it")
+    parser.add_argument("--config", type=Path, help="YAML file of a DWDPConfig; the options below override it")
     parser.add_argument("--group-size", type=int, help="number of ranks (4)")
     parser.add_argument("--num-local-experts", type=int, help="experts each rank holds of every layer (just enough)")
     parser.add_argument("--prefetch-depth", type=int, help="layers whose experts are fetched ahead (2)")

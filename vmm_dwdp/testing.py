@@ -35,16 +35,16 @@ def run_group(function: Callable[[int], T], group_size: int, device: str | torch
     threads = torch.get_num_threads()
     processes = []
     results: dict[Connection, int] = {}
-    for rank in range(group_size):
-        receiver, sender = context.Pipe(duplex=False)
-        arguments = (sender, function, rank, torch.device(device).type, threads)
-        process = context.Process(target=_run_rank, args=arguments, name=f"rank {rank}")
-        process.start()
-        sender.close()  # so that the receiver sees the end of a rank that dies
-        processes.append(process)
-        results[receiver] = rank
     returned: dict[int, T] = {}
     try:
+        for rank in range(group_size):
+            receiver, sender = context.Pipe(duplex=False)
+            arguments = (sender, function, rank, torch.device(device).type, threads)
+            process = context.Process(target=_run_rank, args=arguments, name=f"rank {rank}")
+            process.start()
+            sender.close()  # so that the receiver sees the end of a rank that dies
+            processes.append(process)
+            results[receiver] = rank
         while results:
             for ready in wait(list(results)):
                 assert isinstance(ready, Connection)

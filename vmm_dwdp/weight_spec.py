@@ -19,7 +19,7 @@ class WeightSpec:
         dtype: any dtype of whole bytes per element; packed ones (``float4_e2m1fn_x2``) count elements as torch does.
 
     Raises:
-        ConfigError: a shape without experts or with an empty expert.
+        ConfigError: a shape without experts or with an empty expert, or a dtype that is none of torch's.
     """
 
     shape: tuple[int, ...]

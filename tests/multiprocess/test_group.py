@@ -143,6 +143,28 @@ def test_run_group_tells_of_a_rank_that_died() -> None:
         run_group(_die, 2)
 
 
+class _SentOnce:
+    """Waits in rank 0; cannot be sent to another."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+
+    def __call__(self, rank: int) -> None:
+        signal.pause()
+
+    def __reduce__(self) -> tuple[type[_SentOnce], tuple[()]]:
+        self.sent += 1
+        if self.sent > 1:
+            raise ValueError("cannot be sent again")
+        return _SentOnce, ()
+
+
+def test_run_group_ends_the_ranks_that_run_if_another_cannot_start() -> None:
+    with pytest.raises(ValueError, match="cannot be sent again"):
+        run_group(_SentOnce(), 2)
+    assert multiprocessing.active_children() == []
+
+
 def _tell_and_wait(folder: Path, rank: int) -> None:
     (folder / f"rank-{rank}").write_text(str(os.getpid()))
     signal.pause()
