@@ -1,7 +1,7 @@
 """Two functions timed in turns on one GPU, until the ratio of their times is known.
 
 A GPU at its power limit changes its clock all the time, and most within a tenth of a second after it was idle. So the
-two run in turns, one after another without a pause, and a run is only compared with the two of the other around it.
+two run in turns, one after another without a pause, and a run is only compared with one beside it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from typing import NamedTuple
 import torch
 
 AHEAD = 10_000_000  # clock ticks for which the GPU waits while the host issues the first rounds
-ROUND_PAIRS = 3  # in a round, or as many as take this long:
-ROUND_MILLISECONDS = 20
-LEAST_RATIOS = 5  # fewer have no interval
+ROUND_MILLISECONDS = 20  # of a round, which has at least two pairs
+LEAST_RATIOS = 8  # fewer have no interval
 DEVIATIONS = 1.96  # of a normal distribution, to either side of its mean: 95 % lie between
 
 
@@ -31,60 +30,62 @@ class Turns(NamedTuple):
 
 
 def in_turns(method: Callable[[], object], other: Callable[[], object], *, seconds: float, precision: float) -> Turns:
-    """Run ``other``, ``method``, ``other``, ``method``, ... on the current stream.
+    """Run ``other, method, method, other``, and so on, on the current stream.
 
-    Rounds of pairs follow each other, and each is issued before the one before it is looked at, so that the GPU never
-    waits. The first one does not count: in it the clock settles. No round is issued any more once `interval` of the
-    ratios reaches at most ``precision`` to either side of its middle, or ``seconds`` are over.
+    That way drift counts for the one in one pair and for the other in the next, and where the two are the same, nothing
+    tells them apart. Rounds of pairs follow each other, and each is issued before the one before it is looked at, so
+    that the GPU never waits. The first one does not count: in it the clock settles. No round is issued any more once
+    `interval` of the ratios reaches at most ``precision`` to either side of its middle, or ``seconds`` are over.
     """
     begin = time.perf_counter()
     other()
     method()
     torch.cuda.synchronize()
-    pairs = max(ROUND_PAIRS, round(ROUND_MILLISECONDS / (1e3 * (time.perf_counter() - begin))))
+    order = [other, method, method, other]
+    order *= max(1, round(ROUND_MILLISECONDS / (2e3 * (time.perf_counter() - begin))))
     begins: list[torch.cuda.Event] = []
 
-    def issue() -> None:
-        for _ in range(pairs):
-            for run in (other, method):
-                begins.append(torch.cuda.Event(enable_timing=True))
-                begins[-1].record()
-                run()
+    def issue(runs: Sequence[Callable[[], object]]) -> None:
+        for run in runs:
+            begins.append(torch.cuda.Event(enable_timing=True))
+            begins[-1].record()
+            run()
 
     torch.cuda._sleep(AHEAD)
-    issue()
-    issue()
-    begins = begins[2 * pairs :]
+    issue(order)
+    issue(order)
+    del begins[: len(order)]
     times: list[float] = []
     begin = time.perf_counter()
     done = False
     while not done:
-        issue()
-        begins[-2 * pairs].synchronize()  # the round before the one just issued has ended
-        times += durations(begins[len(times) : 1 - 2 * pairs])
-        known = ratios(times)
-        least, most = interval(known)
+        issue(order)
+        begins[-len(order)].synchronize()  # the round before the one just issued has ended
+        times += durations(begins[len(times) : 1 - len(order)])
+        least, most = interval(turns(times).ratios)
         done = (most - least) / 2 <= precision or time.perf_counter() - begin > seconds
+    issue([lambda: None])
     torch.cuda.synchronize()
-    times += durations(begins[len(times) :])
-    return Turns(times[1::2], times[::2], ratios(times))
+    return turns(times + durations(begins[len(times) :]))
 
 
 def durations(begins: Sequence[torch.cuda.Event]) -> list[float]:
-    """Milliseconds of runs of which one begins where another ends, but the last."""
+    """Milliseconds of runs of which one begins where another ends; the last event is no run's."""
     return [begin.elapsed_time(end) for begin, end in itertools.pairwise(begins)]
 
 
-def ratios(times: Sequence[float]) -> list[float]:
-    """Of times in turns, each second one against the mean of those before and after it: even drift cancels."""
-    return [(times[i - 1] + times[i + 1]) / 2 / times[i] for i in range(1, len(times) - 1, 2)]
+def turns(times: Sequence[float]) -> Turns:
+    """What `in_turns` saw, of times in its order."""
+    method = [time for first in range(1, len(times), 4) for time in times[first : first + 2]]
+    other = [time for first in range(0, len(times), 4) for time in (times[first], times[first + 3])]
+    return Turns(method, other, [theirs / ours for theirs, ours in zip(other, method, strict=True)])
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Where the median of what ``values`` were drawn from lies, at about 95 %, if they were drawn independently.
 
     By their order alone: of ``n``, the number below the median is binomial, with mean ``n / 2`` and deviation
-    ``sqrt(n) / 2``. (Ratios beside each other have a run in common: they are a little less independent.)
+    ``sqrt(n) / 2``.
     """
     count = len(values)
     if count < LEAST_RATIOS:
@@ -96,5 +97,5 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def sustained(run: Callable[[], object], *, seconds: float) -> float:
     """Milliseconds of a run among others like it, after the GPU's clock has settled: the median."""
-    turns = in_turns(run, run, seconds=seconds, precision=0)
-    return statistics.median(turns.method + turns.other)
+    seen = in_turns(run, run, seconds=seconds, precision=0)
+    return statistics.median(seen.method + seen.other)

@@ -84,10 +84,11 @@ def test_the_ratio_is_found_while_the_clock_drifts(gpu: Gpu, milliseconds: float
 
     assert (most - least) / 2 <= 0.0025
     assert sorted(turns.ratios)[len(turns.ratios) // 2] == pytest.approx(ratio, rel=0.004)
-    assert gpu.ran == ["other", "method"] * (len(gpu.ran) // 2)
-    assert len(turns.other) == len(turns.method) + 1 == len(turns.ratios) + 1
+    assert gpu.ran[:2] == ["other", "method"]
+    assert gpu.ran[2:] == ["other", "method", "method", "other"] * (len(gpu.ran) // 4)
+    assert len(turns.other) == len(turns.method) == len(turns.ratios)
     (ahead,) = set(gpu.issued_behind)
-    assert ahead >= 6  # runs, of 20 ms when the clock was fastest
+    assert ahead >= 4  # runs, of 20 ms when the clock was fastest
     assert ahead * milliseconds * (1 + 1 / ratio) / 2 > 15
 
 
@@ -97,12 +98,11 @@ def test_as_many_pairs_as_needed_but_no_longer_than_asked(gpu: Gpu) -> None:
         begin = gpu.now
         turns = in_turns.in_turns(gpu.kernel("method", 10), gpu.kernel("other", 10), seconds=2, precision=0.002)
         pairs[gpu.wobble] = len(turns.ratios)
-        assert gpu.now - begin < 1e3 * (2 + 4 * 3 * 2 * 10 * 1.5 / 1e3)  # and a few rounds
-    assert pairs[0.0] == 8
-    assert pairs[0.0] <= pairs[0.002] < pairs[0.02]
+        assert gpu.now - begin < 1e3 * (2 + 5 * 4 * 10 * 1.5 / 1e3)  # and a few rounds
+    assert pairs[0.0] <= pairs[0.002] <= 20 < pairs[0.02]
 
 
-@pytest.mark.parametrize("count", range(5, 120))
+@pytest.mark.parametrize("count", range(8, 120))
 def test_the_interval_holds_the_median_as_often_as_it_says(count: int) -> None:
     least, most = in_turns.interval(range(count))
     inside = sum(math.comb(count, below) for below in range(int(least) + 1, int(most) + 1)) / 2**count
@@ -112,7 +112,7 @@ def test_the_interval_holds_the_median_as_often_as_it_says(count: int) -> None:
 
 
 def test_few_ratios_have_no_interval() -> None:
-    assert in_turns.interval([1.0] * 4) == (-math.inf, math.inf)
+    assert in_turns.interval([1.0] * 7) == (-math.inf, math.inf)
 
 
 @pytest.mark.parametrize("form", [Format.PLAIN, Format.NVFP4])
