@@ -17,7 +17,8 @@ already, or the link is still busy with them. A pass whose first layer is refuse
 
 Before anything was measured, the crossover is supposed to be where the experts that are expected to be used, at the
 rate of reading in place, take as long as all experts take at the rate of copies. ``T`` tokens that choose ``k`` of
-``E`` experts evenly are expected to use ``E * (1 - (1 - k / E)**T)`` of them.
+``E`` experts evenly are expected to use ``E * (1 - (1 - k / E)**T)`` of them. Of what is in a resident cache nothing
+crosses the link, so there are two supposed crossovers then, with the cache empty and with it full.
 """
 
 from __future__ import annotations
@@ -103,12 +104,14 @@ class ModeChooser(Owned):
     Layers are numbered by their place in a pass. The first one begins it, and its mode is that of the others.
     """
 
-    def __init__(self, driver: Driver, ledger: Ledger, num_experts: int, num_layers: int) -> None:
-        """``num_experts``: of the layer that has most."""
+    def __init__(self, driver: Driver, ledger: Ledger, num_experts: int, num_layers: int, cached: float = 0.0) -> None:
+        """``num_experts``: of the layer that has most. ``cached``: for what part of the remote bytes the resident cache
+        has room."""
         self._driver = driver
         self._num_experts = num_experts
         self._last_layer = num_layers - 1
-        self._crossover: float | None = None  # the supposed one, as a bucket; known when the first pass tells its top_k
+        self._remote = max(1 - cached, 1e-9)  # the part that crosses the link when the cache is full
+        self._crossovers: tuple[float, float] | None = None  # supposed ones, as buckets; known when top_k is
         self._borders = 0.0, 0.0
         self._buckets: dict[int, _Bucket] = {}
         self._passes = 0
@@ -132,10 +135,13 @@ class ModeChooser(Owned):
         if tokens is None:
             raise ConfigError("mode auto goes by the number of tokens: tell it when the first layer is acquired")
         bucket = math.floor(DOUBLING * math.log2(max(tokens, 1)))
-        if self._crossover is None:
-            tokens_there = crossover(self._num_experts, top_k or SUPPOSED_TOP_K, SUPPOSED_RATE)
-            self._crossover = DOUBLING * math.log2(tokens_there)
-            self._borders = _borders(self._crossover, [], [])
+        if self._crossovers is None:
+            empty, full = (
+                DOUBLING * math.log2(crossover(self._num_experts, top_k or SUPPOSED_TOP_K, rate))
+                for rate in (SUPPOSED_RATE, SUPPOSED_RATE / self._remote)
+            )
+            self._crossovers = empty, full
+            self._borders = _borders(self._crossovers, [], [])
         if self._driver.capture(stream):
             return self._best(bucket)
         self._read()
@@ -159,7 +165,7 @@ class ModeChooser(Owned):
 
     def choice(self) -> ModeChoice | None:
         """What is known so far; None before the first pass."""
-        if self._crossover is None:
+        if self._crossovers is None:
             return None
         lower, upper = map(_least_tokens, self._borders)
         seconds = {
@@ -210,19 +216,19 @@ class ModeChooser(Owned):
         for number, bucket in self._buckets.items():
             if not bucket.untried and self._passes - bucket.latest <= FORGET:
                 won[bucket.by_speed[0]].append(number)
-        assert self._crossover is not None
-        self._borders = _borders(self._crossover, won["in_place"], won["staged"])
+        assert self._crossovers is not None
+        self._borders = _borders(self._crossovers, won["in_place"], won["staged"])
 
     def close(self) -> None:
         self._span.close()
 
 
-def _borders(crossover: float, in_place: Sequence[int], staged: Sequence[int]) -> tuple[float, float]:
-    """The borders around ``crossover``, as the buckets in which either mode was faster move them."""
-    lower, upper = crossover - SUPPOSED_WITHIN, crossover + SUPPOSED_WITHIN
+def _borders(crossovers: tuple[float, float], in_place: Sequence[int], staged: Sequence[int]) -> tuple[float, float]:
+    """The borders around ``crossovers``, as the buckets in which either mode was faster move them."""
+    lower, upper = crossovers[0] - SUPPOSED_WITHIN, crossovers[1] + SUPPOSED_WITHIN
     if in_place:
         lower = max(in_place)
-        upper = max(upper, lower + DOUBLING)
+        upper = max(upper, lower + DOUBLING + 1)
     if staged:
         upper = min(staged) + 1
         lower = min(lower, min(staged) - (0 if in_place else DOUBLING))

@@ -52,7 +52,9 @@ class Passes:
             self._in_place = InPlace(self._driver, self._assembly, self._layers)
         if len(self._weights) > 1:
             most = max(layer.placement.num_experts for layer in self._layers)
-            self._chooser = ModeChooser(self._driver, self._ledger, most, len(self._layers))
+            remote = sum(layer.plan.fetched_bytes for layer in self._layers)
+            cached = min(1.0, self._config.resident_cache / max(remote, 1))
+            self._chooser = ModeChooser(self._driver, self._ledger, most, len(self._layers), cached)
 
     def acquire(
         self,

@@ -119,6 +119,18 @@ def test_auto_is_as_fast_as_the_faster_mode(
             assert takes(tokens, chosen) <= 1.05 * better, (tokens, chosen)
 
 
+@pytest.mark.parametrize("filled", [0.0, 0.25])
+@pytest.mark.parametrize("tokens", [1, 8, 24, 48, 96, 256, 1024, 8192])
+def test_auto_tries_where_the_cache_can_make_a_difference(clock: Clock, tokens: int, filled: float) -> None:
+    """With a quarter of the experts in it, reading in place is faster for hundreds of tokens."""
+    takes = device(0.9, skew=1 - filled)
+    with ModeChooser(clock, Ledger(), EXPERTS, LAYERS, cached=0.25) as chooser:  # type: ignore[arg-type]
+        for _ in range(4 * SAMPLES):
+            run_pass(chooser, clock, tokens, takes)
+        better = min(takes(tokens, "staged"), takes(tokens, "in_place"))
+        assert takes(tokens, run_pass(chooser, clock, tokens, takes)) <= 1.05 * better
+
+
 def test_what_surely_is_slower_is_never_tried(chooser: ModeChooser, clock: Clock) -> None:
     takes = device(0.8)
     assert {run_pass(chooser, clock, tokens, takes) for tokens in (1, 2, 4) for _ in range(RETRY)} == {"in_place"}
