@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = DWDPConfig(
         group_size=arguments.group_size, prefetch_depth=arguments.depth, host_experts=arguments.host_experts
     )
-    batch = Batch.of(arguments.tokens or TOKENS[arguments.device])
+    batch = Batch.of(TOKENS[arguments.device] if arguments.tokens is None else arguments.tokens)
     with tempfile.TemporaryDirectory() as rendezvous:
         rank = functools.partial(record, model, config, batch, arguments.passes, arguments.device, rendezvous)
         traces = run_group(rank, config.group_size, arguments.device)

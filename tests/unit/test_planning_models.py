@@ -122,6 +122,10 @@ def test_every_number_of_a_gpu_has_a_source(name: str) -> None:
     [
         ({"memory": 1}, "unknown key 'memory'"),
         ({"peak_flops": {"fp8": 1e15}}, "must state bf16"),
+        ({"peak_flops": 1e15}, "must state bf16"),
+        ({"peak_flops": {"bf16": "fast"}}, "peak_flops of the GPU must be more than 0, not 'fast'"),
+        ({"memory_bytes": "80e9"}, "memory_bytes of the GPU must be more than 0, not '80e9'; YAML takes"),
+        ({"max_group": 0}, "max_group of the GPU must be more than 0, not 0"),
         ({"efficiency": {"link": 1.2}}, "efficiency.link must be"),
         ({"efficiency": {"luck": 0.5}}, "luck"),
     ],

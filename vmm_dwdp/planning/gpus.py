@@ -129,10 +129,21 @@ def gpu_from_dict(values: Mapping[str, Any]) -> GpuSpec:
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if required and name not in stated:
             raise ConfigError(f"the GPU states no {name}")
-    if "bf16" not in stated["peak_flops"]:
+    for name in stated.keys() - {"name", "efficiency"}:
+        _require_numbers(name, stated[name])
+    if not isinstance(stated["peak_flops"], Mapping) or "bf16" not in stated["peak_flops"]:
         raise ConfigError("the GPU's peak_flops must state bf16")
     try:
         stated["efficiency"] = Efficiency(**(stated.get("efficiency") or {}))
     except TypeError as error:
         raise ConfigError(f"the GPU's efficiency is not one: {error}") from error
     return GpuSpec(**stated)
+
+
+def _require_numbers(name: str, value: object) -> None:
+    """Raise `ConfigError` unless it is a number above 0, a mapping to such, or nothing."""
+    for number in value.values() if isinstance(value, Mapping) else (value,):
+        if number is not None and not (isinstance(number, int | float) and number > 0):
+            raise ConfigError(
+                f"{name} of the GPU must be more than 0, not {number!r}; YAML takes 80.0e+9 for a number, and 80e9 not"
+            )

@@ -9,6 +9,7 @@ from typing import Any
 
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.console import print_table, size
+from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.planning.estimate import Estimate, recommend
 from vmm_dwdp.planning.gpus import load_gpu
 from vmm_dwdp.planning.memory import CONTEXT
@@ -34,11 +35,13 @@ def add_group_arguments(parser: argparse.ArgumentParser) -> None:
 
 def estimate_from(arguments: argparse.Namespace, imbalance: float = 0.0) -> Estimate:
     """The estimate that the arguments of `add_group_arguments` ask for; raises `ConfigError`."""
+    if imbalance < 0:
+        raise ConfigError(f"--imbalance must be at least 0, not {imbalance}")
     config = DWDPConfig(
         group_size=arguments.group_size,
         num_local_experts=arguments.local_experts,
         prefetch_depth=arguments.depth,
-        slice_bytes=arguments.slice_bytes or "auto",
+        slice_bytes="auto" if arguments.slice_bytes is None else arguments.slice_bytes,
         host_experts=arguments.host_experts,
     )
     batch = Batch.of(arguments.tokens, arguments.request_tokens)

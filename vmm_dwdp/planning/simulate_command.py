@@ -41,10 +41,12 @@ def run(arguments: argparse.Namespace) -> int:
     estimate.require_fit()
     if arguments.passes < 1 or arguments.in_flight < 1 or not 0 <= arguments.spread < 1:
         raise ConfigError("--passes and --in-flight must be at least 1, and --spread at least 0 and less than 1")
+    if arguments.slow_rank is not None and arguments.slow_rank <= 0:
+        raise ConfigError(f"--slow-rank must be more than 0, not {arguments.slow_rank}")
     random = np.random.default_rng(arguments.seed)
     shape = (arguments.group_size, arguments.passes)
     tokens = np.rint(arguments.tokens * random.uniform(1 - arguments.spread, 1 + arguments.spread, shape)).astype(int)
-    slow = {0: arguments.slow_rank} if arguments.slow_rank else {}
+    slow = {0: arguments.slow_rank} if arguments.slow_rank is not None else {}
     group = Group(
         config=estimate.config,
         weights=estimate.model.expert_weights,
