@@ -1,14 +1,19 @@
 """The parts of the SGLang plugin that need no SGLang: per-expert tensors, the table of schemes, and the environment."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from support.groups import PAGE
 
+from vmm_dwdp import DWDPConfig, DWDPRuntime
+from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.integrations.sglang import settings
+from vmm_dwdp.integrations.sglang.expert_layer import ExpertLayer
 from vmm_dwdp.integrations.sglang.expert_tensor import ExpertBlocks, find, replace
 from vmm_dwdp.integrations.sglang.schemes import scheme_of, supported
 
@@ -99,6 +104,77 @@ def test_a_layer_has_the_scheme_of_its_method_and_runner() -> None:
 def test_what_is_not_in_the_table_is_refused_by_name(layer: SimpleNamespace, sentence: str) -> None:
     with pytest.raises(ConfigError, match=f"DWDP cannot spread {sentence}; it can: bf16 with triton"):
         scheme_of(layer)
+
+
+def _fused_moe(num_experts: int, num_loaded: int, **weights: torch.Tensor) -> Any:
+    """What `ExpertLayer` reads of a `FusedMoE` in bf16."""
+    module: Any = torch.nn.Module()
+    for name, tensor in weights.items():
+        module.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+    counts = {"moe_ep_size": 1, "moe_ep_rank": 0, "num_local_experts": num_loaded}
+    dispatcher = dict.fromkeys(("num_local_routed_experts", "local_expert_mapping", "expert_mask_gpu"))
+    vars(module).update(
+        layer_id=3,
+        num_experts=num_experts,
+        _num_local_routed=num_loaded,
+        _dwdp_bound=False,
+        **counts,
+        dispatcher=SimpleNamespace(**counts, **dispatcher),
+        moe_runner_config=SimpleNamespace(num_local_experts=num_loaded),
+        **vars(_layer("UnquantizedFusedMoEMethod", "triton")),
+    )
+    return module
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Iterator[DWDPRuntime]:
+    """Of one GPU with all of four experts in host memory."""
+    config = DWDPConfig(group_size=1, host_experts=4)
+    with DWDPRuntime(config, 0, "cpu", tmp_path / "group", driver=HostDriver(PAGE)) as runtime:
+        yield runtime
+
+
+def _weight(experts: int, rows: int = 64) -> torch.Tensor:
+    return torch.zeros(experts, rows, 64, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("weights", "sentence"),
+    [
+        ({"w13_weight": _weight(4)}, "layer 3 has no tensor w2_weight, which its kernels read"),
+        ({"w13_weight": _weight(3), "w2_weight": _weight(4)}, "w13_weight of layer 3 has 3 experts, not 4"),
+        (
+            {"w13_weight": _weight(4, 1), "w2_weight": _weight(4, 1)},
+            "experts of layer 3 are smaller than a page",
+        ),
+    ],
+)
+def test_a_layer_that_is_not_as_the_table_says_is_refused(
+    runtime: DWDPRuntime, weights: dict[str, torch.Tensor], sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        ExpertLayer(_fused_moe(4, 4, **weights), runtime, 0, PAGE)
+
+
+def test_post_processing_that_the_table_does_not_know_is_refused(runtime: DWDPRuntime) -> None:
+    module = _fused_moe(4, 4, w13_weight=_weight(4), w2_weight=_weight(4))
+    layer = ExpertLayer(module, runtime, 0, PAGE)
+    module.w13_weight.data = _weight(4, 65)
+    sentence = "an expert of w13_weight in layer 3 8320 bytes long; it was declared with 8192"
+    with pytest.raises(ConfigError, match=sentence):
+        layer.finish()
+    del module.w13_weight
+    with pytest.raises(ConfigError, match="post-processing of layer 3 removed w13_weight"):
+        layer.finish()
+
+
+def test_a_per_expert_tensor_that_the_table_does_not_know_is_refused(tmp_path: Path) -> None:
+    module = _fused_moe(4, 2, w13_weight=_weight(2), w2_weight=_weight(2), w2_luck=torch.zeros(2))
+    with DWDPRuntime(DWDPConfig(group_size=2), 0, "cpu", tmp_path / "group", driver=HostDriver(PAGE)) as runtime:
+        layer = ExpertLayer(module, runtime, 0, PAGE)
+        with pytest.raises(ConfigError, match="layer 3 has a per-expert tensor w2_luck that DWDP does not know"):
+            layer.finish()
+        del module.w13_weight, module.w2_weight
 
 
 @pytest.mark.parametrize(
