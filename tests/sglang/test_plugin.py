@@ -127,6 +127,14 @@ def run_rank(rank: int, *, port: int, config: str) -> dict[str, Any]:
 
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
+    model = experts.model("bf16")
+    experts.load(model)
+    manager = hooks.manager()
+    assert manager is not None
+    beam = type("Beam", (torch.nn.Module,), {"__module__": "sglang.srt.models.beam"})
+    seen["own kernels"] = sentence(partial(engine_process.init_dwdp, beam()))
+    seen["left after that"] = manager.runtime.ledger.open()
+
     small = partial(FusedMoE, hidden_size=512, intermediate_size=512, top_k=2)
     kept = [small(num_experts=8, layer_id=0)]
     seen["counts"] = sentence(lambda: small(num_experts=16, layer_id=1))
@@ -134,6 +142,13 @@ def run_rank(rank: int, *, port: int, config: str) -> dict[str, Any]:
     engine_process.use_runner("flashinfer_cutlass", 0, 1)
     seen["scheme"] = sentence(lambda: small(num_experts=8, layer_id=2))
     engine_process.init_dwdp(torch.nn.ModuleList(kept))
+    engine_process.shut_down()
+
+    engine_process.use_runner("triton", 0, 1)
+    kept = [small(num_experts=8, layer_id=0)]
+    with patch.object(hooks.settings, "wanted", return_value=False):  # the plugin comes later than this layer
+        kept.append(small(num_experts=8, layer_id=1))
+    seen["unknown layer"] = sentence(partial(engine_process.init_dwdp, torch.nn.ModuleList(kept)))
     engine_process.shut_down()
     return seen
 
@@ -194,6 +209,9 @@ def test_one_rank(tmp_path: Path) -> None:
         "loader": f"ConfigError: {no_updates}",
         "setup": "ExchangeError: rank 1 did not come",
         "left after it": [[], 0],
+        "own kernels": "ConfigError: Beam runs its experts by kernels of its own, which DWDP cannot serve",
+        "left after that": [],
+        "unknown layer": "ConfigError: 1 was constructed before vmm-dwdp was loaded, so its experts cannot be spread",
         "updates": {(False, no_updates)},
         "counts": "ConfigError: DWDP needs as many experts in every MoE layer: layer 0 has 8, layer 1 has 16",
         "number": "ConfigError: two MoE layers have the number 0; DWDP needs a number of its own for each",

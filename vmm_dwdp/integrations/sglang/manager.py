@@ -77,19 +77,14 @@ class ExpertManager:
     def setup(self, model: torch.nn.Module) -> None:
         """Publish the loaded shards, and give every layer the assembled tensors of all experts. Collective.
 
-        Raises:
-            ConfigError: the model has MoE layers that were not adopted.
-            DWDPError: memory could not be had or a rank did not come; the layers are then as after `cleanup`.
-        """
-        from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+        If it raises, the layers are as after `cleanup`.
 
-        if type(model).__module__ in _OWN_KERNELS:
-            raise ConfigError(f"{type(model).__name__} runs its experts by kernels of its own, which DWDP cannot serve")
-        adopted = {id(layer.module) for layer in self._layers.values()}
-        for name, module in model.named_modules():
-            if isinstance(module, FusedMoE) and id(module) not in adopted:
-                raise ConfigError(f"{name} was constructed before vmm-dwdp was loaded, so its experts cannot be spread")
+        Raises:
+            ConfigError: the model has MoE layers that were not adopted, or runs them by kernels of its own.
+            DWDPError: memory could not be had, or a rank did not come.
+        """
         try:
+            self._require_served(model)
             for layer in self._layers.values():
                 layer.finish()
             self._replicate()
@@ -100,6 +95,17 @@ class ExpertManager:
         except BaseException:
             self.cleanup()
             raise
+
+    def _require_served(self, model: torch.nn.Module) -> None:
+        """Raise `ConfigError` if some experts of ``model`` would be read past this manager."""
+        from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+
+        if type(model).__module__ in _OWN_KERNELS:
+            raise ConfigError(f"{type(model).__name__} runs its experts by kernels of its own, which DWDP cannot serve")
+        adopted = {id(layer.module) for layer in self._layers.values()}
+        for name, module in model.named_modules():
+            if isinstance(module, FusedMoE) and id(module) not in adopted:
+                raise ConfigError(f"{name} was constructed before vmm-dwdp was loaded, so its experts cannot be spread")
 
     def prefetch_first_layers(self) -> None:
         """A pass begins. The first layers are already being fetched, unless the last pass ended early."""
