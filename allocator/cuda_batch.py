@@ -40,8 +40,9 @@ class CopyBatch:
         self._arguments = (*(ctypes.addressof(array) for array in self._arrays), count, *call.attributes)
         self._call = call  # which owns the attributes
 
-    def give(self, stream: int) -> cuda.CUresult:
-        return cuda.CUresult(self._call.function(*self._arguments, stream))
+    def give(self, stream: int) -> int:
+        """The driver's result; 0 is success."""
+        return int(self._call.function(*self._arguments, stream))
 
 
 class BatchCall:

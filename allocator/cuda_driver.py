@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
 from cuda.bindings import driver as cuda
 
 from vmm_dwdp.allocator.cuda_batch import BatchCall, CopyBatch
+from vmm_dwdp.allocator.cuda_events import EventCalls
 from vmm_dwdp.allocator.driver import DEVICE, Access, Copy, HandleType, Location
 from vmm_dwdp.errors import DriverError
 
@@ -23,8 +25,8 @@ _ACCESS: Final = {
     Access.READ: cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READ,
     Access.READ_WRITE: cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
 }
-_RECORD_EXTERNAL: Final = cuda.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL
-_WAIT_EXTERNAL: Final = cuda.CUevent_wait_flags.CU_EVENT_WAIT_EXTERNAL
+_RECORD_EXTERNAL: Final = int(cuda.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL)
+_WAIT_EXTERNAL: Final = int(cuda.CUevent_wait_flags.CU_EVENT_WAIT_EXTERNAL)
 _NOT_CAPTURING: Final = cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
 _SUCCESS: Final = cuda.CUresult.CUDA_SUCCESS
 _NOT_READY: Final = cuda.CUresult.CUDA_ERROR_NOT_READY
@@ -66,7 +68,10 @@ class CudaDriver:
         nearest = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID
         self.numa_node = max(0, _check(attempt, cuda.cuDeviceGetAttribute, nearest, self._ordinal))  # -1: no NUMA here
         self._batch_call = BatchCall.find()
-        self.capturing = torch._C._cuda_isCurrentStreamCapturing  # without a call of ours around it
+        self._events = EventCalls.find()
+        # Calls that every layer of every pass makes, without one of ours around them
+        self.current_stream = partial(torch._C._cuda_getCurrentRawStream, self.device.index)
+        self.capturing = torch._C._cuda_isCurrentStreamCapturing
         self.activate()
 
     # -- this thread -------------------------------------------------------------------------------------------------
@@ -169,9 +174,6 @@ class CudaDriver:
         _check(f"close the allocation at {address:#x}", cuda.cuIpcCloseMemHandle, address)
 
     # -- streams, events, copies -------------------------------------------------------------------------------------
-    def current_stream(self) -> int:
-        return torch._C._cuda_getCurrentRawStream(self.device.index)  # a tenth of the time of current_stream()
-
     def create_stream(self) -> int:
         attempt = "create a stream"
         _, highest = _check(attempt, cuda.cuCtxGetStreamPriorityRange)
@@ -192,14 +194,16 @@ class CudaDriver:
 
     # Calls that every layer of every pass makes: a message is put together only where it is needed.
     def record(self, event: int, stream: int, *, external: bool = False) -> None:
-        (result,) = cuda.cuEventRecordWithFlags(event, stream, _RECORD_EXTERNAL if external else 0)
-        if result != _SUCCESS:
-            raise DriverError("cuEventRecordWithFlags", result.name, f"record event {event:#x} on stream {stream:#x}")
+        result = self._events.record(event, stream, _RECORD_EXTERNAL if external else 0)
+        if result:
+            attempt = f"record event {event:#x} on stream {stream:#x}"
+            raise DriverError("cuEventRecordWithFlags", cuda.CUresult(result).name, attempt)
 
     def wait(self, stream: int, event: int, *, external: bool = False) -> None:
-        (result,) = cuda.cuStreamWaitEvent(stream, event, _WAIT_EXTERNAL if external else 0)
-        if result != _SUCCESS:
-            raise DriverError("cuStreamWaitEvent", result.name, f"let stream {stream:#x} wait for event {event:#x}")
+        result = self._events.wait(stream, event, _WAIT_EXTERNAL if external else 0)
+        if result:
+            attempt = f"let stream {stream:#x} wait for event {event:#x}"
+            raise DriverError("cuStreamWaitEvent", cuda.CUresult(result).name, attempt)
 
     def complete(self, event: int) -> bool:
         (result,) = cuda.cuEventQuery(event)
@@ -218,14 +222,15 @@ class CudaDriver:
         return _Copies(tuple(copies), tuple(CopyBatch(call, copies[start : start + _BATCH]) for start in starts))
 
     def copy(self, prepared: _Copies, stream: int) -> None:
-        attempt = f"give {len(prepared.copies)} copies to stream {stream:#x}"
         # A batch given to a stream that is captured would be missing from the graph, which is otherwise fine.
         if prepared.batches and stream != _DEFAULT_STREAM and not self.capture(stream):
             for batch in prepared.batches:
                 result = batch.give(stream)
-                if result != _SUCCESS:
-                    raise DriverError("cuMemcpyBatchAsync", result.name, attempt)
+                if result:
+                    attempt = f"give {len(prepared.copies)} copies to stream {stream:#x}"
+                    raise DriverError("cuMemcpyBatchAsync", cuda.CUresult(result).name, attempt)
         else:
+            attempt = f"give {len(prepared.copies)} copies to stream {stream:#x}"
             for dst, src, nbytes in prepared.copies:
                 _check(attempt, cuda.cuMemcpyAsync, dst, src, nbytes, stream)
 

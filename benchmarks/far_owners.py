@@ -7,21 +7,19 @@ host's NUMA node, exported, imported again and mapped to be read. All layers sha
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from vmm_dwdp import DWDPConfig, WeightSpec
+from vmm_dwdp import DWDPConfig, DWDPRuntime, WeightSpec
 from vmm_dwdp.allocator import open_driver
-from vmm_dwdp.allocator.driver import DEVICE, HandleType, Location
+from vmm_dwdp.allocator.driver import DEVICE, Driver, HandleType, Location
 from vmm_dwdp.allocator.handles import Ledger
-from vmm_dwdp.assembly import Assembly, Share, Weights
-from vmm_dwdp.config import AssemblyKind
-from vmm_dwdp.layer import describe_layer
-from vmm_dwdp.staging import Staging
-from vmm_dwdp.tensor_list_assembly import TensorListAssembly
-from vmm_dwdp.virtual_assembly import VirtualAssembly
+from vmm_dwdp.assembly import Assembly, Share
+from vmm_dwdp.assembly_choice import make_assembly
+from vmm_dwdp.layer import Layer, describe_layer
 
 FP8, BF16 = torch.float8_e4m3fn, torch.bfloat16
 SHAPES: dict[str, dict[str, WeightSpec]] = {
@@ -51,7 +49,8 @@ class _OneProcess:
         self._pinned: dict[int, torch.Tensor] = {}
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._driver, name)
+        found = self.__dict__[name] = getattr(self._driver, name)  # as fast as the driver's own from now on
+        return found
 
     def create(self, nbytes: int, location: Location = DEVICE, handle_type: HandleType | None = None) -> int:
         there = Location(self._driver.numa_node) if self._far else location
@@ -78,52 +77,56 @@ class _OneProcess:
         pass
 
 
-class FarOwners:
-    """``staging`` and ``weights`` of rank 0, over random bytes. Close it when done."""
+class FarOwners(DWDPRuntime):
+    """Rank 0, over random bytes, ready for passes. Close it when done.
+
+    Attributes:
+        far: the memory of the other ranks.
+    """
 
     def __init__(
         self, device: torch.device, config: DWDPConfig, weights: Mapping[str, WeightSpec], num_layers: int
     ) -> None:
-        self.driver = open_driver(device)
-        self.ledger = Ledger()
+        driver: Any = open_driver(device)
         self.far: list[Assembly] = []
-        near = self._assembly(_OneProcess(self.driver, far=False), config, rank=0)
-        self.layers = [describe_layer(n, weights, config, 0, near.granularity) for n in range(num_layers)]
-        for layer in self.layers:
-            near.add(layer)
+        with tempfile.TemporaryDirectory() as directory:  # in which nobody looks for this rank
+            super().__init__(config, 0, device, f"{directory}/rendezvous", driver=_OneProcess(driver, far=False))
+        for number in range(num_layers):
+            self.add_layer(number, weights)
             for weight in weights:
-                near.shard(layer, weight, 0).view(torch.uint8).random_()
-        for owner in range(1, config.group_size):
-            near.attach(owner, self._shares(config, weights, owner, num_layers))
-        near.build()
-        self.assembly = near
-        self.weights: list[Weights] = [near.weights(layer, "staged") for layer in self.layers]
-        self.staging = Staging(self.driver, self.ledger, near, self.layers, config)
+                self.local_shard(number, weight).view(torch.uint8).random_()
+        with self._ready_afterwards("publish"):
+            for owner in range(1, config.group_size):
+                far = make_assembly(config, owner, _OneProcess(driver, far=True), self.ledger)
+                self.far.append(far)
+                self.assembly.attach(owner, _shares(far, config, weights, num_layers))
+            self.assembly.build()
 
-    def _assembly(self, driver: Any, config: DWDPConfig, rank: int) -> Assembly:
-        kinds: dict[AssemblyKind, Any] = {
-            "vmm": lambda: VirtualAssembly(
-                driver, self.ledger, rank, config.prefetch_depth, HandleType.POSIX_FD, DEVICE, in_place=False
-            ),
-            "tensor_list": lambda: TensorListAssembly(driver, self.ledger, rank, config.prefetch_depth),
-        }
-        made: Assembly = kinds[config.assembly]()
-        return made
+    @property
+    def driver(self) -> Driver:
+        return self._driver
 
-    def _shares(
-        self, config: DWDPConfig, weights: Mapping[str, WeightSpec], owner: int, num_layers: int
-    ) -> list[Share]:
-        far = self._assembly(_OneProcess(self.driver, far=True), config, owner)
-        self.far.append(far)
-        layer = describe_layer(0, weights, config, owner, far.granularity)
-        far.add(layer)
-        for weight in weights:
-            far.shard(layer, weight, owner).view(torch.uint8).random_()
-        return [share for _ in range(num_layers) for share in far.shares(owner)]
+    @property
+    def assembly(self) -> Assembly:
+        return self._assembly
 
-    def close(self) -> None:
-        self.weights.clear()
-        self.staging.close()
-        for assembly in (self.assembly, *self.far):
-            assembly.close()
+    @property
+    def layers(self) -> list[Layer]:
+        """In the order of a pass."""
+        return self._layers.in_order
+
+    def close(self) -> Ledger:
+        super().close()
+        for far in self.far:
+            far.close()
         assert not any(self.ledger.counts().values()), self.ledger.open()
+        return self.ledger
+
+
+def _shares(far: Assembly, config: DWDPConfig, weights: Mapping[str, WeightSpec], num_layers: int) -> list[Share]:
+    """What ``far`` has, once for every layer."""
+    layer = describe_layer(0, weights, config, far.rank, far.granularity)
+    far.add(layer)
+    for weight in weights:
+        far.shard(layer, weight, far.rank).view(torch.uint8).random_()
+    return [share for _ in range(num_layers) for share in far.shares(far.rank)]

@@ -118,11 +118,9 @@ def launched(
 
 def cost(rig: FarOwners) -> dict[str, float]:
     """Microseconds of the launching thread for a layer, which is launched when the device has come to it."""
-    stream = torch.cuda.current_stream().cuda_stream
-    rig.staging.reset(stream)
+    rig.reset()
     layers = list(range(len(rig.layers))) * (FIRST + EVERY)
-    acquire = partial(rig.staging.acquire, stream=stream, tokens=None)
-    found = launched(layers, acquire, partial(rig.staging.release, stream=stream))[FIRST * len(rig.layers) :]
+    found = launched(layers, rig.acquire, rig.release)[FIRST * len(rig.layers) :]
     torch.cuda.synchronize()
     alone = [every for _, _, every in launched(range(len(found)), lambda index: None, lambda index: None)]
     return {
@@ -139,7 +137,6 @@ def cost(rig: FarOwners) -> dict[str, float]:
 def launch(rig: FarOwners, rounds: int) -> dict[str, float]:
     """Microseconds of one kernel launch, alone and while a layer is prefetched."""
     x = torch.zeros(1024, device="cuda")
-    stream = torch.cuda.current_stream().cuda_stream
 
     def launches(duration: float) -> list[float]:
         found = []
@@ -155,11 +152,11 @@ def launch(rig: FarOwners, rounds: int) -> dict[str, float]:
     alone, first, rest = [], [], []
     for index in range(rounds):
         layer = index % len(rig.layers)
-        rig.staging.acquire(layer, stream, None)
+        rig.acquire(layer)
         torch.cuda.synchronize()  # both slots are full, and nothing is under way
         alone += launches(0.02)
         torch.cuda.synchronize()
-        rig.staging.release(layer, stream)
+        rig.release(layer)
         first += launches(0.005)
         rest += launches(0.03)
     return {
@@ -192,11 +189,10 @@ class Passes:
             self.products(products)
 
     def run(self, products: int) -> None:
-        stream = torch.cuda.current_stream().cuda_stream
         for index in range(len(self.rig.layers)):
-            self.rig.staging.acquire(index, stream, None)
+            self.rig.acquire(index)
             self.products(products)
-            self.rig.staging.release(index, stream)
+            self.rig.release(index)
 
 
 def device_seconds(work: Callable[[], object], passes: int) -> float:
@@ -317,7 +313,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[Row]]:
 
 
 def about(rig: FarOwners, shape: str, plan: str) -> dict[str, object]:
-    path = rig.staging.copy_path
+    path = rig.stats().copy_path
+    assert path is not None
     return {"shape": shape, "plan": plan, "copies": path.num_copies, "streams": path.num_streams, "by": path.issued_by}
 
 

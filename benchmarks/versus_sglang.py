@@ -183,16 +183,14 @@ def iteration(sglang: SGLang, shape: str, layers: int, passes: int) -> list[Row]
 
 def check_bytes(theirs: Any, rig: FarOwners) -> None:
     """Both fetch the same bytes: rank 0 has the first experts, and those of the others lie behind."""
-    stream = torch.cuda.current_stream().cuda_stream
     theirs.prefetch_first_layers()
     theirs.wait_prefetch(0)
-    rig.staging.acquire(0, stream, None)
-    for name, ours in rig.weights[0].items():
+    for name, ours in rig.acquire(0).items():
         fetched = slice(len(rig.layers[0].placement.experts(0)), None)
         same = theirs.weight_buffer.get_full_tensor(0, name)[fetched].view(torch.uint8)
         if not torch.equal(same, ours[fetched].view(torch.uint8)):
             raise SystemExit(f"SGLang's {name} is not ours")
-    rig.staging.release(0, stream)
+    rig.release(0)
 
 
 def cost(sglang: SGLang, shape: str, layers: int) -> tuple[Row, Row]:
@@ -202,7 +200,6 @@ def cost(sglang: SGLang, shape: str, layers: int) -> tuple[Row, Row]:
     theirs = beside(sglang, rig, weights, layers)
     torch.cuda.synchronize()
     their_bytes = free - torch.cuda.mem_get_info()[0]
-    stream = torch.cuda.current_stream().cuda_stream
 
     def measure(first: Callable[[], object], before: Callable[[int], object], after: Callable[[int], object]) -> float:
         """Median microseconds of ``before`` and ``after`` together, in passes of which one is timed."""
@@ -215,11 +212,7 @@ def cost(sglang: SGLang, shape: str, layers: int) -> tuple[Row, Row]:
         return statistics.median(found[len(found) // (FIRST + EVERY) * FIRST :]) * 1e6
 
     their_us = measure(theirs.prefetch_first_layers, theirs.wait_prefetch, theirs.record_compute_and_prefetch_next)
-    our_us = measure(
-        lambda: None,
-        lambda layer: rig.staging.acquire(layer, stream, None),
-        lambda layer: rig.staging.release(layer, stream),
-    )
+    our_us = measure(lambda: None, rig.acquire, rig.release)
     costs = {"shape": shape, "sglang us": their_us, "ours us": our_us, "sglang / ours": their_us / our_us}
     resident = layers * sum(len(layout.resident_bytes(0)) for layout in rig.layers[0].layouts.values())
     memory = {

@@ -39,6 +39,7 @@ class Passes:
         self._config = config
         self._weights: dict[Mode, list[Weights]] = {}  # of all layers, in the modes that the config provides for
         self._staging: Staging | None = None
+        self._only_staged: Staging | None = None  # where no other mode can be had
         self._in_place: InPlace | None = None
         self._chooser: ModeChooser | None = None  # where either mode can be had
 
@@ -55,6 +56,8 @@ class Passes:
             remote = sum(layer.plan.fetched_bytes for layer in self._layers)
             cached = min(1.0, self._config.resident_cache / max(remote, 1))
             self._chooser = ModeChooser(self._driver, self._ledger, most, len(self._layers), cached)
+        elif self._staging is not None:
+            self._only_staged = self._staging
 
     def acquire(
         self,
@@ -66,6 +69,10 @@ class Passes:
         stream: torch.cuda.Stream | None,
     ) -> Weights:
         """See `DWDPRuntime.acquire`."""
+        if mode is None and self._only_staged is not None:  # see [Note: The path of the launching thread]
+            at = self._driver.current_stream() if stream is None else self._stream(stream)
+            self._only_staged.acquire(index, at, tokens)
+            return self._weights["staged"][index]
         mode = mode or self._config.mode
         if self._chooser is None if mode == "auto" else mode not in self._weights:
             raise ConfigError(f"the config does not provide for mode {mode}, only for {', '.join(self._weights)}")
@@ -85,6 +92,9 @@ class Passes:
 
     def release(self, index: int, stream: torch.cuda.Stream | None) -> None:
         """See `DWDPRuntime.release`."""
+        if self._only_staged is not None:
+            self._only_staged.release(index, self._driver.current_stream() if stream is None else self._stream(stream))
+            return
         if self._in_place is not None and self._in_place.is_acquired(index):
             self._in_place.release(index)
         elif self._staging is not None:

@@ -6,9 +6,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.assembly import Weights
 from vmm_dwdp.assembly_choice import make_assembly
+from vmm_dwdp.compiled_models import between_regions
 from vmm_dwdp.config import DWDPConfig, ModeSetting
 from vmm_dwdp.errors import ConfigError, DWDPError, StateError
 from vmm_dwdp.layer import describe_layer
@@ -30,19 +31,6 @@ from vmm_dwdp.trace import Trace
 from vmm_dwdp.weight_spec import WeightSpec
 
 _log = logging.getLogger("vmm_dwdp")
-
-Call = TypeVar("Call", bound=Callable[..., Any])
-
-
-def _between_compiled(call: Call) -> Call:
-    """``torch.compile`` ends a region before ``call`` and begins another after it.
-
-    A compiler knows of no operation after which a tensor's bytes are others although nothing wrote to it: told that
-    acquire and release write to the weights, inductor copies the weights, and moves both.
-    """
-    reason = "acquire and release stand between compiled regions, in program order"
-    disabled: Call = torch.compiler.disable(call, reason=reason)  # type: ignore[no-untyped-call]
-    return disabled
 
 
 class DWDPRuntime:
@@ -86,7 +74,7 @@ class DWDPRuntime:
         self.rank = rank
         self.ledger = Ledger()
         self._driver = driver or open_driver(torch.device(device))
-        self._thread = threading.local()  # has an attribute in each thread in which the driver is current
+        self._thread = threading.local()  # what `_enter_thread` and `_enter_passes` left in each thread
         self._enter_thread()
         self._assembly = make_assembly(config, rank, self._driver, self.ledger)
         self._layers = Layers()
@@ -210,6 +198,7 @@ class DWDPRuntime:
             StateError: a layer is acquired.
         """
         self._require_running()
+        self._thread = threading.local()  # so that the next acquire asks whether weights are whole
         for (layer, weight, owner), value in shards.items():
             self._membership.require_fits(self._layers.with_weight(layer, weight), weight, owner, value)
         with self._passes.suspended():
@@ -234,7 +223,7 @@ class DWDPRuntime:
             self._passes.verify_cache()
 
     # -- a pass ------------------------------------------------------------------------------------------------------
-    @_between_compiled
+    @between_regions
     def acquire(
         self,
         layer: int,
@@ -272,15 +261,14 @@ class DWDPRuntime:
                 capture does not begin between passes; or ``stream`` is captured, and not the current one either.
             DriverError: a copy could not be issued; the call may be repeated.
         """
-        self._require_running()
-        self._membership.require_updated()
-        return self._passes.acquire(self._layers.place(layer), mode, tokens, top_k, chosen, stream)
+        passes = getattr(self._thread, "passes", None) or self._enter_passes()
+        return passes.acquire(self._layers.places[layer], mode, tokens, top_k, chosen, stream)
 
-    @_between_compiled
+    @between_regions
     def release(self, layer: int, *, stream: torch.cuda.Stream | None = None) -> None:
         """All work that reads ``layer`` has been given to ``stream`` (default: the current one): fetch the next."""
-        self._require_running()
-        self._passes.release(self._layers.place(layer), stream)
+        passes = getattr(self._thread, "passes", None) or self._enter_passes()
+        passes.release(self._layers.places[layer], stream)
 
     @contextmanager
     def layer(
@@ -363,6 +351,7 @@ class DWDPRuntime:
         undoing call fails, its error is raised, and the next `close` tries again.
         """
         self._closed = True
+        self._thread = threading.local()  # so that no thread goes on with passes
         self._enter_thread()
         self._passes.close()
         self._membership.close()
@@ -406,3 +395,10 @@ class DWDPRuntime:
         if not hasattr(self._thread, "entered"):
             self._driver.activate()
             self._thread.entered = True
+
+    def _enter_passes(self) -> Passes:
+        """What the calling thread needs for passes, if they are allowed: kept for it until `update` or `close`."""
+        self._require_running()
+        self._membership.require_updated()
+        self._thread.passes = self._passes
+        return self._passes

@@ -148,7 +148,7 @@ def _choose(plans: Sequence[LayerPlan], config: DWDPConfig) -> CopyPath:
         why = "long copies on a stream for each owner are few, and few copies do not hold up kernel launches"
     else:
         why = "there is one owner to copy from" if plan.streams else "nothing is remote"
-    thread = pays_to_wake_a_thread(plan.num_copies, plan.fetched_bytes)
+    thread = pays_to_wake_a_thread(plan.num_copies)
     return CopyPath(
         plan="streams" if config.slice_bytes == "auto" else "slices",
         why=why,

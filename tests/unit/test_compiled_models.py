@@ -11,6 +11,7 @@ import torch
 from support.groups import join, random_model
 
 from vmm_dwdp import DWDPConfig, DWDPRuntime
+from vmm_dwdp.compiled_models import between_regions
 
 MODEL = random_model({number: {"w": ((4, 64, 64), torch.bfloat16)} for number in range(5)}, seed=3)
 
@@ -25,13 +26,21 @@ def runtime(tmp_path: Path) -> Iterator[DWDPRuntime]:
     assert runtime.close().open() == []
 
 
-def forward(runtime: DWDPRuntime, x: torch.Tensor) -> torch.Tensor:
-    for number in MODEL:
-        w: Any = runtime.acquire(number)["w"]
-        alone = w.float().sum(0)  # reads the weight and nothing else: what a scheduler would like to move
-        x = torch.tanh(torch.einsum("th,ehi->ti", x, w.float())) + x @ alone
-        runtime.release(number)
+def layer(runtime: DWDPRuntime, number: int, x: torch.Tensor) -> torch.Tensor:
+    w: Any = runtime.acquire(number)["w"]
+    alone = w.float().sum(0)  # reads the weight and nothing else: what a scheduler would like to move
+    x = torch.tanh(torch.einsum("th,ehi->ti", x, w.float())) + x @ alone
+    runtime.release(number)
     return x
+
+
+def forward(runtime: DWDPRuntime, x: torch.Tensor) -> torch.Tensor:
+    """Without a loop, of which torch compiles nothing if a region would end in it."""
+    x = layer(runtime, 0, x)
+    x = layer(runtime, 1, x)
+    x = layer(runtime, 2, x)
+    x = layer(runtime, 3, x)
+    return layer(runtime, 4, x)
 
 
 def test_a_compiled_model_reads_each_layer_between_its_acquire_and_its_release(runtime: DWDPRuntime) -> None:
@@ -49,3 +58,20 @@ def test_a_compiled_model_reads_each_layer_between_its_acquire_and_its_release(r
 def test_one_graph_of_a_whole_model_is_refused_with_the_reason(runtime: DWDPRuntime) -> None:
     with pytest.raises(RuntimeError, match="acquire and release stand between compiled regions"):
         torch.compile(forward, backend="aot_eager", fullgraph=True)(runtime, torch.randn(3, 64))
+
+
+def test_regions_end_at_acquire_and_release_and_nothing_in_them_is_compiled(runtime: DWDPRuntime) -> None:
+    told = torch._dynamo.explain(forward)(runtime, torch.randn(3, 64))
+    assert told.graph_count >= 1
+    assert {frame.filename for reason in told.break_reasons for frame in reason.user_stack} == {__file__}
+
+
+def test_a_torch_without_these_marks_gets_a_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(self: object, x: int, *, y: int = 2) -> int:
+        return x + y
+
+    assert between_regions(call) is call
+    monkeypatch.delattr(torch._C._dynamo.eval_frame, "set_code_exec_strategy")
+    wrapper = between_regions(call)
+    assert wrapper is not call
+    assert wrapper(None, 1, y=3) == 4

@@ -18,6 +18,8 @@ from cuda.bindings import driver as cuda
 from vmm_dwdp.allocator import cuda_driver
 from vmm_dwdp.allocator.cuda_batch import _CALL, BatchCall
 from vmm_dwdp.allocator.cuda_driver import CudaDriver
+from vmm_dwdp.allocator.cuda_events import _CALL as EVENT_CALL
+from vmm_dwdp.allocator.cuda_events import EventCalls
 
 COPIES = [Copy(dst=1000 + n, src=5000 + n, nbytes=16 * n) for n in range(1, 150)]
 CAPTURED, REFUSING = 77, 88  # streams
@@ -116,18 +118,25 @@ def answer(monkeypatch: pytest.MonkeyPatch, call: str, *answers: tuple[Any, ...]
     return given
 
 
-def test_events_are_recorded_and_waited_for_inside_a_graph_or_across_its_border(
-    bare: CudaDriver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    records = answer(monkeypatch, "cuEventRecordWithFlags", *[(SUCCESS,)] * 2, (REFUSED,))
-    waits = answer(monkeypatch, "cuStreamWaitEvent", *[(SUCCESS,)] * 2, (REFUSED,))
+def test_events_are_recorded_and_waited_for_inside_a_graph_or_across_its_border(bare: CudaDriver) -> None:
+    given: dict[str, list[tuple[int, ...]]] = {"record": [], "wait": []}
+
+    def function(name: str) -> Any:
+        def answering(*arguments: int) -> int:
+            given[name].append(arguments)
+            return int(SUCCESS if len(given[name]) <= 2 else REFUSED)
+
+        return EVENT_CALL(answering)
+
+    functions = {name: function(name) for name in given}
+    addresses = {name: ctypes.cast(function, ctypes.c_void_p).value or 0 for name, function in functions.items()}
+    bare._events = EventCalls(**addresses)
     bare.record(11, 12)
     bare.record(11, 12, external=True)
     bare.wait(12, 11)
     bare.wait(12, 11, external=True)
     external = cuda.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL, cuda.CUevent_wait_flags.CU_EVENT_WAIT_EXTERNAL
-    assert records == [(11, 12, 0), (11, 12, external[0])]
-    assert waits == [(12, 11, 0), (12, 11, external[1])]
+    assert given == {"record": [(11, 12, 0), (11, 12, external[0])], "wait": [(12, 11, 0), (12, 11, external[1])]}
     with pytest.raises(DriverError, match="INVALID_HANDLE while trying to record event 0xb on stream 0xc"):
         bare.record(11, 12)
     with pytest.raises(DriverError, match="INVALID_HANDLE while trying to let stream 0xc wait for event 0xb"):

@@ -22,14 +22,14 @@ def test_rank_0_reads_what_the_far_owners_have(assembly: AssemblyKind, slice_byt
     config = DWDPConfig(group_size=4, slice_bytes=slice_bytes, assembly=assembly)  # type: ignore[arg-type]
     weights = SHAPES["tiny-bf16"]
     rig = FarOwners(torch.device("cpu"), config, weights, num_layers=3)
-    for index, layer in [*enumerate(rig.layers)] * 2:
-        rig.staging.acquire(index, 0, None)
+    for layer in rig.layers * 2:
+        acquired = rig.acquire(layer.number)
         for name in weights:
-            found = rig.weights[index][name]
+            found = acquired[name]
             whole = torch.cat(found) if isinstance(found, list) else found
             own = rig.assembly.shard(layer, name, 0)
             expected = [own, *(far.shard(rig.layers[0], name, far.rank) for far in rig.far)]
             assert torch.equal(whole.view(torch.uint8), torch.cat(expected).view(torch.uint8))
-        rig.staging.release(index, 0)
-    del found, whole, own, expected
+        rig.release(layer.number)
+    del acquired, found, whole, own, expected
     rig.close()

@@ -127,6 +127,15 @@ def test_calls_may_come_from_another_thread(runtime: DWDPRuntime) -> None:
         assert other.submit(runtime.close).result().open() == []
 
 
+def test_what_one_thread_closes_is_closed_for_another_that_ran_passes(runtime: DWDPRuntime) -> None:
+    check_pass(runtime, MODEL)
+    with ThreadPoolExecutor(1) as other:
+        other.submit(runtime.close).result()
+    for call in (runtime.acquire, runtime.release):
+        with pytest.raises(StateError, match="the runtime is closed"):
+            call(0)
+
+
 def test_unknown_names(runtime: DWDPRuntime) -> None:
     with pytest.raises(ConfigError, match="there is no layer 9; the layers are 0, 1, 2, 3, 4"):
         runtime.acquire(9)

@@ -1,0 +1,44 @@
+"""``cuEventRecordWithFlags`` and ``cuStreamWaitEvent``, called without the bindings.
+
+Every layer of every pass makes these calls, with integers for arguments and an integer for a result. The bindings make
+objects of them, and give up the interpreter's lock meanwhile: where another thread takes it, to get it back takes
+longer than the calls, which only write to a queue.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, Final
+
+from cuda.bindings import driver as cuda
+
+from vmm_dwdp.errors import DriverError
+
+_CALL: Final = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)  # keeps the lock
+_SINCE: Final = {"cuEventRecordWithFlags": 11010, "cuStreamWaitEvent": 3020}  # the driver version that brought it
+
+
+class EventCalls:
+    """The two functions; 0 is success.
+
+    Attributes:
+        record: ``(event, stream, flags) -> CUresult``.
+        wait: ``(stream, event, flags) -> CUresult``.
+    """
+
+    def __init__(self, record: int, wait: int) -> None:
+        """``record``, ``wait``: the functions' addresses."""
+        self.record: Any = _CALL(record)
+        self.wait: Any = _CALL(wait)
+
+    @classmethod
+    def find(cls) -> EventCalls:
+        """Of the driver that is loaded."""
+        return cls(*map(_address, _SINCE))
+
+
+def _address(call: str) -> int:
+    result, address, _ = cuda.cuGetProcAddress(call.encode(), _SINCE[call], 0)
+    if result != cuda.CUresult.CUDA_SUCCESS:
+        raise DriverError("cuGetProcAddress", result.name, f"find {call}")
+    return int(address)
