@@ -5,7 +5,7 @@ runtime, with different numbers of tokens, experts in host memory and slots. No 
 it predicts.
 
 pass      milliseconds of a forward pass: predicted, measured, and their ratio. Measured as the machine was calibrated:
-          passes follow one another for a second, as in serving, and the median of the second half counts. Each of them
+          passes follow one another for 0.6 s, as in serving, and the median of the second half counts. Each of them
           is printed to stderr.
 memory    bytes that the runtime takes of the GPU: predicted, and what the driver says is gone; the last row is a
           group of four processes that share the GPU. Nobody else may use it meanwhile.
@@ -18,7 +18,7 @@ import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from functools import partial
 from multiprocessing.synchronize import Barrier
 
@@ -27,7 +27,7 @@ from common import Row, parser, report
 
 from vmm_dwdp import DWDPConfig, DWDPRuntime
 from vmm_dwdp.layer import describe_layer
-from vmm_dwdp.planning.calibrate import calibrate, preset_of, settled, sustained
+from vmm_dwdp.planning.calibrate import Part, calibrate, preset_of, settled, sustained
 from vmm_dwdp.planning.estimate import Estimate
 from vmm_dwdp.planning.gpus import GpuSpec, load_gpu
 from vmm_dwdp.planning.memory import expert_memory
@@ -93,35 +93,40 @@ def run(gpu: GpuSpec, name: str, host_experts: int, tokens: int, depth: int, dev
         torch.cuda.empty_cache()
         taken = free_before - torch.cuda.mem_get_info(device)[0]
 
+        parts = [part for index in range(layers) for part in layer_parts(layer, runtime, index)]
+        spans = sustained(parts, layer.hidden)
         hidden = layer.hidden
-
-        def forward() -> Iterator[str]:
-            nonlocal hidden
-            hidden = layer.hidden
-            for index in range(layers):
-                _, routed = layer.before(hidden)
-                yield "compute"
-                with runtime.layer(index) as weights:
-                    yield "wait"
-                    hidden = layer.combine(layer.experts(routed, weights))
-                yield "compute"
-
-        spans = sustained(forward)
+        for _, part in parts:
+            hidden = part(hidden)
         if not hidden.isfinite().all():
             raise SystemExit("a pass gave values that are not finite: products of such take another time")
     milliseconds = [sum(span.values()) * 1e3 for span in spans]
     say(f"ms of each pass, from rest on: {' '.join(f'{each:.2f}' for each in milliseconds)}")
-    parts = settled(spans)
-    measured = sum(parts.values()) * 1e3
+    settled_at = settled(spans)
+    measured = sum(settled_at.values()) * 1e3
     predicted = estimate.dwdp_seconds * 1e3
     row = {
         "model": name, "in host memory": host_experts, "tokens": tokens, "depth": depth, "layers": layers,
         "copy ms": estimate.prefetch_seconds * 1e3, "compute ms": estimate.work.seconds * 1e3,
         "predicted ms": predicted, "measured ms": measured, "ratio": predicted / measured,
-        "waited ms": parts["wait"] * 1e3,
+        "waited ms": settled_at["wait"] * 1e3,
     }  # fmt: skip
     experts = estimate.memory.experts
     return row, memory_row(name, config, experts.resident + experts.staged, taken)
+
+
+def layer_parts(layer: TorchLayer, runtime: DWDPRuntime, index: int) -> list[Part]:
+    """One layer of a pass: what runs before its weights are needed, the wait for them, and what reads them."""
+
+    def acquire(routed: torch.Tensor) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        return routed, runtime.acquire(index)
+
+    def compute(acquired: tuple[torch.Tensor, Mapping[str, torch.Tensor]]) -> torch.Tensor:
+        outputs = layer.experts(*acquired)
+        runtime.release(index)
+        return layer.combine(outputs)
+
+    return [("compute", lambda hidden: layer.before(hidden)[1]), ("wait", acquire), ("compute", compute)]
 
 
 def memory_row(name: str, config: DWDPConfig, planned: int, taken: int) -> Row:

@@ -8,6 +8,7 @@ import torch
 
 from vmm_dwdp import bench_command, cli
 from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.planning import calibrate
 from vmm_dwdp.planning.calibrate import preset_of
 from vmm_dwdp.planning.gpus import Efficiency, load_gpu, write_gpu
 
@@ -59,7 +60,10 @@ def test_calibration_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.gpu
-def test_calibration_writes_what_plan_takes(tmp_path: Path) -> None:
+def test_calibration_writes_what_plan_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "SUSTAINED", 0.0)
+    monkeypatch.setattr(calibrate, "TOKENS_PER_EXPERT", (16, 1024))
+    monkeypatch.setattr(calibrate, "MOST_TOKENS", 8192)
     output = tmp_path / "gpu.yaml"
 
     assert cli.main(["bench", "--calibrate", "--output", str(output)]) == 0

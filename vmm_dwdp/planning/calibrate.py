@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 
@@ -23,11 +23,12 @@ from vmm_dwdp.planning.torch_layer import TorchLayer
 TOKENS: Final = 8192
 REQUEST: Final = 4096  # tokens, where there are so many
 TOKENS_PER_EXPERT: Final = (16, 64, 256, 1024, 4096)
+MOST_TOKENS: Final = 32768  # whose activations take a few GiB
 COPIED: Final = 256 << 20  # bytes
 COPIES: Final = 50  # of which the median counts
 REPEATS: Final = 7
 AHEAD: Final = 3  # repetitions that the device is given before it has done the first of them
-SUSTAINED: Final = 1.0  # seconds of work, of which the second half counts: at first, a GPU has clocks it cannot keep
+SUSTAINED: Final = 0.6  # seconds of work, of which the second half counts: at first, a GPU has clocks it cannot keep
 
 
 def preset_of(product: str) -> str:
@@ -56,9 +57,10 @@ def calibrate(base: GpuSpec, model: ModelSpec, device: torch.device) -> GpuSpec:
     }
     grouped: dict[float, float] = {}
     shares: dict[str, float] = {}
-    for tokens in (TOKENS, *(each * model.num_experts // model.top_k for each in TOKENS_PER_EXPERT)):
-        length = max(1, min(tokens, REQUEST))
-        batch = Batch.of(max(1, tokens // length) * length, length)
+    wanted = (max(1, each * model.num_experts // model.top_k) for each in TOKENS_PER_EXPERT)
+    for tokens in dict.fromkeys((TOKENS, *(min(tokens, MOST_TOKENS) for tokens in wanted))):
+        length = min(tokens, REQUEST)
+        batch = Batch.of(tokens // length * length, length)
         found = _layer_shares(model, perfect, TorchLayer(model, batch, device), batch, weights)
         grouped[batch.tokens * model.top_k / model.num_experts] = found.pop("grouped_gemm")
         shares = shares or found
@@ -72,6 +74,8 @@ def calibrate(base: GpuSpec, model: ModelSpec, device: torch.device) -> GpuSpec:
     return dataclasses.replace(base, efficiency=efficiency)
 
 
+Part = tuple[str, Callable[[Any], Any]]
+
 _SHARES: Final = ("dense_gemm", "grouped_gemm", "attention", "memory", "elementwise", "link", "host")
 
 
@@ -84,27 +88,18 @@ def _layer_shares(
     is found in its caches.
     """
 
-    def forward() -> Iterator[str]:
-        normed = layer.norm(layer.hidden, layer.hidden)
-        yield "elementwise"
-        projected = layer.project(normed)
-        yield "dense_gemm"
-        attended = layer.attend(*projected)
-        yield "attention"
-        attended = layer.output(attended)
-        yield "dense_gemm"
-        routed = layer.gather(layer.norm(attended, layer.hidden))
-        yield "elementwise"
-        gate_up = layer.product(routed, weights["w13"])
-        yield "grouped_gemm"
-        activated = layer.activate(gate_up)
-        yield "elementwise"
-        outputs = layer.product(activated, weights["w2"])
-        yield "grouped_gemm"
-        layer.combine(outputs)
-        yield "elementwise"
-
-    seconds = settled(sustained(forward))
+    parts: list[Part] = [
+        ("elementwise", lambda hidden: layer.norm(hidden, hidden)),
+        ("dense_gemm", layer.project),
+        ("attention", lambda projected: layer.attend(*projected)),
+        ("dense_gemm", layer.output),
+        ("elementwise", lambda attended: layer.gather(layer.norm(attended, layer.hidden))),
+        ("grouped_gemm", lambda routed: layer.product(routed, weights["w13"])),
+        ("elementwise", layer.activate),
+        ("grouped_gemm", lambda activated: layer.product(activated, weights["w2"])),
+        ("elementwise", layer.combine),
+    ]
+    seconds = settled(sustained(parts, layer.hidden))
     ideal = dict.fromkeys(seconds, 0.0)
     for operation in layer_operations(model, perfect, batch):
         ideal["elementwise" if operation.kind == "memory" else operation.kind] += operation.seconds
@@ -113,11 +108,12 @@ def _layer_shares(
     return {kind: ideal[kind] / seconds[kind] for kind in seconds}
 
 
-def sustained(work: Callable[[], Iterable[str]]) -> list[Mapping[str, float]]:
-    """Seconds that the parts of ``work`` take on the device, in one repetition after another, for `SUSTAINED` seconds.
+def sustained(parts: Sequence[Part], given: torch.Tensor) -> list[Mapping[str, float]]:
+    """Seconds that ``parts`` take on the device, by name, in one repetition after another, for `SUSTAINED` seconds.
 
     Args:
-        work: yields a name after it has given the device a part; parts of one name are added up.
+        parts: each is called with what the one before it gave, the first with ``given``, and its result is kept no
+            longer than that; parts of one name are added up.
     """
 
     def mark() -> torch.cuda.Event:
@@ -128,14 +124,18 @@ def sustained(work: Callable[[], Iterable[str]]) -> list[Mapping[str, float]]:
     begin = last = mark()
     marks: list[list[tuple[str, torch.cuda.Event]]] = []
     while len(marks) < REPEATS or begin.elapsed_time(marks[-AHEAD][-1][1]) < SUSTAINED * 1e3:
-        marks.append([(name, mark()) for name in work()])
+        value: Any = given
+        marks.append([])
+        for name, part in parts:
+            value = part(value)
+            marks[-1].append((name, mark()))
         if len(marks) >= AHEAD:
             marks[-AHEAD][-1][1].synchronize()
     torch.cuda.synchronize()
     spans: list[Mapping[str, float]] = []
-    for parts in marks:
+    for repetition in marks:
         span: dict[str, float] = {}
-        for name, end in parts:
+        for name, end in repetition:
             span[name] = span.get(name, 0.0) + last.elapsed_time(end) / 1e3
             last = end
         spans.append(span)
@@ -151,12 +151,7 @@ def settled(spans: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def _memory_rate(device: torch.device) -> float:
     """Bytes a second that an elementwise kernel reads and writes."""
     values = torch.ones(COPIED // ACTIVATION, dtype=torch.bfloat16, device=device)
-
-    def add() -> Iterator[str]:
-        torch.add(values, 1)
-        yield "add"
-
-    return 2 * COPIED / settled(sustained(add))["add"]
+    return 2 * COPIED / settled(sustained([("add", lambda values: torch.add(values, 1))], values))["add"]
 
 
 def _host_rate(driver: Driver) -> float:
