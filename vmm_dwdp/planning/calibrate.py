@@ -12,7 +12,7 @@ import torch
 
 from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.driver import Access, Copy, Driver, Location
-from vmm_dwdp.allocator.handles import Allocation, Ledger, Reservation, ResourceStack, Stream
+from vmm_dwdp.allocator.handles import Allocation, Event, Ledger, Reservation, ResourceStack, Stream
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.planning.gpus import Efficiency, GpuSpec
 from vmm_dwdp.planning.models import ModelSpec
@@ -167,12 +167,10 @@ def _host_rate(driver: Driver) -> float:
             addresses.append(mapped.address)
         stream = stack.push(Stream(driver, ledger)).stream
         copies = driver.prepare([Copy(addresses[0], addresses[1], COPIED)])
-        events = [driver.create_event(timed=True) for _ in range(COPIES + 1)]
+        events = [stack.push(Event(driver, ledger, timed=True)).event for _ in range(COPIES + 1)]
         for event in events:
             driver.record(event, stream)
             driver.copy(copies, stream)
         driver.synchronize(stream)
         spans = [driver.elapsed(start, end) for start, end in itertools.pairwise(events)]
-        for event in events:
-            driver.destroy_event(event)
     return COPIED / statistics.median(spans)
