@@ -17,7 +17,7 @@ import torch
 
 AHEAD = 10_000_000  # clock ticks for which the GPU waits while the host issues the first rounds
 ROUND_MILLISECONDS = 20  # of a round, which has at least two pairs
-LEAST_RATIOS = 8  # fewer have no interval
+LEAST_RATIOS = 8  # whatever they are
 DEVIATIONS = 1.96  # of a normal distribution, to either side of its mean: 95 % lie between
 
 
@@ -62,8 +62,10 @@ def in_turns(method: Callable[[], object], other: Callable[[], object], *, secon
         issue(order)
         begins[-len(order)].synchronize()  # the round before the one just issued has ended
         times += durations(begins[len(times) : 1 - len(order)])
-        least, most = interval(turns(times).ratios)
-        done = (most - least) / 2 <= precision or time.perf_counter() - begin > seconds
+        known = turns(times).ratios
+        if len(known) >= LEAST_RATIOS:
+            least, most = interval(known)
+            done = (most - least) / 2 <= precision or time.perf_counter() - begin > seconds
     issue([lambda: None])
     torch.cuda.synchronize()
     return turns(times + durations(begins[len(times) :]))
@@ -88,8 +90,6 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     ``sqrt(n) / 2``.
     """
     count = len(values)
-    if count < LEAST_RATIOS:
-        return -math.inf, math.inf
     ordered = sorted(values)
     outside = max(0, math.floor((count - DEVIATIONS * math.sqrt(count)) / 2))
     return ordered[outside], ordered[-1 - outside]

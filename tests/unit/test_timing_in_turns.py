@@ -111,8 +111,10 @@ def test_the_interval_holds_the_median_as_often_as_it_says(count: int) -> None:
     assert 0.92 < inside < 0.985
 
 
-def test_few_ratios_have_no_interval() -> None:
-    assert in_turns.interval([1.0] * 7) == (-math.inf, math.inf)
+def test_there_are_always_enough_ratios_for_an_interval(gpu: Gpu) -> None:
+    seen = in_turns.in_turns(gpu.kernel("method", 300), gpu.kernel("other", 300), seconds=0, precision=0)
+
+    assert len(seen.ratios) == 10
 
 
 @pytest.mark.parametrize("form", [Format.PLAIN, Format.NVFP4])
