@@ -45,9 +45,11 @@ class InPlace:
         self.counts[index] += 1
 
     def is_acquired(self, index: int) -> bool:
+        """Whether layer ``index`` is being read."""
         return index in self._acquired
 
     def release(self, index: int) -> None:
+        """Layer ``index``, which is acquired, is not read any more."""
         self._acquired.remove(index)
 
     def reset(self) -> None:
@@ -68,13 +70,3 @@ class InPlace:
         if self._cache is not None and self._routing is not None:
             self._driver.synchronize()
             self._cache.refresh(self._routing.take())
-
-    def refill_cache(self) -> None:
-        """After an update: copy what is cached again."""
-        if self._cache is not None:
-            self._cache.refill()
-
-    def verify_cache(self) -> None:
-        """Raise `StateError` unless what is cached has its owner's bytes."""
-        if self._cache is not None:
-            self._cache.verify()

@@ -123,8 +123,8 @@ class Passes:
         yield
         if self._staging is not None:
             self._staging.refill(self._driver.current_stream())
-        if self._in_place is not None:
-            self._in_place.refill_cache()
+        if self._assembly.cache is not None:
+            self._assembly.cache.refill()
 
     def refresh_cache(self) -> None:
         """See `DWDPRuntime.refresh_cache`."""
@@ -133,15 +133,12 @@ class Passes:
         assert self._in_place is not None, "a resident cache needs a mode that reads in place"
         self._in_place.refresh_cache()
 
-    def verify_cache(self) -> None:
-        """Raise `StateError` unless what is cached has its owner's bytes."""
-        if self._in_place is not None:
-            self._in_place.verify_cache()
-
-    def check_integrity(self) -> None:
-        """Raise `StateError` unless slots, layers and readers agree."""
+    def check_integrity(self, *, verify: bool) -> None:
+        """Raise `StateError` unless slots, layers and readers agree, and with ``verify`` what is cached and its owner."""
         if self._staging is not None:
             self._staging.check_integrity()
+        if verify and self._assembly.cache is not None:
+            self._assembly.cache.verify()
 
     def stats(self) -> Stats:
         """See `DWDPRuntime.stats`."""

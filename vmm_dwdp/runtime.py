@@ -107,7 +107,7 @@ class DWDPRuntime:
         self._layers.add(described)
 
     def local_experts(self, layer: int, owner: Owner | None = None) -> range:
-        """The experts that this rank, or ``owner``, holds of ``layer``."""
+        """The experts that this rank, or ``owner``, holds of ``layer``; raises `ConfigError` if there is no such."""
         return self._layers.numbered(layer).placement.experts(self.rank if owner is None else owner)
 
     def local_shard(self, layer: int, weight: str, owner: Owner | None = None) -> torch.Tensor:
@@ -196,6 +196,7 @@ class DWDPRuntime:
             ExchangeError: a rank, which is named, did not come in time. If it says that nothing was written, the group
                 is as it was. Otherwise a rank left midway, and no layer can be acquired until an `update` succeeds.
             StateError: a layer is acquired.
+            DriverError: a call failed; where that was midway, as above.
         """
         self._require_running()
         self._thread = threading.local()  # so that the next acquire asks whether weights are whole
@@ -217,10 +218,9 @@ class DWDPRuntime:
         """
         self._require_running()
         self._assembly.check_integrity()
-        self._passes.check_integrity()
         if verify:
             self._membership.verify()
-            self._passes.verify_cache()
+        self._passes.check_integrity(verify=verify)
 
     # -- a pass ------------------------------------------------------------------------------------------------------
     @between_regions
@@ -266,7 +266,15 @@ class DWDPRuntime:
 
     @between_regions
     def release(self, layer: int, *, stream: torch.cuda.Stream | None = None) -> None:
-        """All work that reads ``layer`` has been given to ``stream`` (default: the current one): fetch the next."""
+        """All work that reads ``layer`` has been given to ``stream`` (default: the current one): fetch the next.
+
+        Does not wait for the device.
+
+        Raises:
+            ConfigError: no such layer.
+            StateError: the layer is not acquired, or was on the other side of a capture's border.
+            DriverError: a call failed; `reset` makes the slots ready again.
+        """
         passes = getattr(self._thread, "passes", None) or self._enter_passes()
         passes.release(self._layers.places[layer], stream)
 
@@ -289,7 +297,10 @@ class DWDPRuntime:
             self.release(layer, stream=stream)
 
     def reset(self, *, stream: torch.cuda.Stream | None = None) -> None:
-        """Give up a pass that ended early: release what is acquired and refetch the first layers."""
+        """Give up a pass that ended early: release what is acquired and refetch the first layers.
+
+        Raises `StateError` if the current stream is captured, and `DriverError` if a call failed; it may be repeated.
+        """
         self._require_running()
         self._passes.reset(stream)
 
@@ -312,7 +323,8 @@ class DWDPRuntime:
 
     def tensor_list(self, layer: int, weight: str) -> list[torch.Tensor]:
         """The same bytes as `acquire` returns, as at most three contiguous tensors ``[E_i, ...]`` in expert order: the
-        experts before this rank's own, its own, and those after. Valid between `acquire` and `release`."""
+        experts before this rank's own, its own, and those after. Valid between `acquire` and `release`.
+        Raises `ConfigError` if there is no such layer or weight."""
         self._require_running()
         return self._assembly.tensor_list(self._layers.with_weight(layer, weight), weight)
 

@@ -316,9 +316,9 @@ BUGS: Final = (
     ),
     Bug(
         "the cache keeps old bytes after an update",
-        "vmm_dwdp/in_place.py",
-        "            self._cache.refill()\n",
-        "            self._cache.stats()\n",
+        "vmm_dwdp/passes.py",
+        "            self._assembly.cache.refill()\n",
+        "            self._assembly.cache.stats()\n",
         _UPDATE,
     ),
     Bug(
