@@ -136,14 +136,14 @@ class Routing:
         if kind == "zipf":
             order = torch.rand(popular.shape, generator=torch.Generator().manual_seed(0)).argsort(1)
             popular = 1 / (order + 1)
-        chances = popular.repeat_interleave(batch, 0).repeat(passes, 1)
-        chosen = torch.multinomial(chances, shape.top_k, generator=torch.Generator().manual_seed(batch))
-        self.chosen = chosen.view(passes, shape.layers, batch, shape.top_k).to(device)
-        counts = torch.zeros(passes * shape.layers, shape.experts, dtype=torch.long)
-        rows = chosen.view(passes * shape.layers, -1)
+        chances = popular.to(device).repeat_interleave(batch, 0).repeat(passes, 1)
+        rows = torch.multinomial(chances, shape.top_k, generator=torch.Generator(device).manual_seed(batch))
+        self.chosen = rows.view(passes, shape.layers, batch, shape.top_k)
+        rows = rows.view(passes * shape.layers, -1)
+        counts = torch.zeros(len(rows), shape.experts, dtype=torch.long, device=device)
         counts.scatter_add_(1, rows, torch.ones_like(rows))
         self.active = (counts > 0).float().mean().item()
-        self.ends = counts.cumsum(1).int().view(passes, shape.layers, -1).to(device)
+        self.ends = counts.cumsum(1).int().view(passes, shape.layers, -1)
 
 
 class Passes:
