@@ -65,9 +65,11 @@ def test_calibration_writes_what_plan_takes(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(calibrate, "TOKENS_PER_EXPERT", (16, 1024))
     monkeypatch.setattr(calibrate, "MOST_TOKENS", 8192)
     output = tmp_path / "gpu.yaml"
+    torch.cuda.reset_peak_memory_stats()
 
     assert cli.main(["bench", "--calibrate", "--output", str(output)]) == 0
 
+    assert torch.cuda.max_memory_allocated() < 4 << 30, "activations of more than one layer are kept"
     measured = load_gpu(str(output))
     assert 0.2 < measured.efficiency.host <= 1
     assert 0.2 < measured.efficiency.grouped_gemm_at(1024) <= 1
