@@ -134,7 +134,7 @@ class Passes:
         self._in_place.refresh_cache()
 
     def check_integrity(self, *, verify: bool) -> None:
-        """Raise `StateError` unless slots, layers and readers agree, and with ``verify`` what is cached and its owner."""
+        """Raise `StateError` unless slots, layers and readers agree; with ``verify``, unless the cache is true, too."""
         if self._staging is not None:
             self._staging.check_integrity()
         if verify and self._assembly.cache is not None:

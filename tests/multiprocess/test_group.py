@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.groups import PAGE, Model, check_pass, join, random_model
+import torch.distributed as dist
+from support.groups import PAGE, Model, add_layers, check_pass, fill_shards, join, random_model
 
-from vmm_dwdp import DWDPConfig
+from vmm_dwdp import DWDPConfig, DWDPRuntime
+from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.testing import RankFailed, run_group
 
 
@@ -49,6 +51,29 @@ def test_every_byte_in_every_process(config: DWDPConfig, tmp_path: Path) -> None
     assert [counts["misses"] for counts in told] == [0] * config.group_size
     assert all(counts["fetched"] > 0 for counts in told)
     assert list(tmp_path.iterdir()) == []
+
+
+def _in_a_process_group(store: Path, rank: int) -> str:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=store.as_uri(), rank=rank, world_size=2)
+    world = dist.group.WORLD
+    assert world is not None
+    try:
+        driver = HostDriver(PAGE)
+        with DWDPRuntime(DWDPConfig(group_size=2), rank, driver.device, world, driver=driver) as runtime:
+            add_layers(runtime, _model())
+            fill_shards(runtime, _model())
+            runtime.publish()
+            check_pass(runtime, _model())
+            return str(runtime._membership._rendezvous.directory)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ranks_of_a_process_group_meet_in_a_directory_of_their_own(tmp_path: Path) -> None:
+    first, second = run_group(partial(_in_a_process_group, tmp_path / "store"), 2)
+    assert first == second
+    assert not Path(first).exists(), "it was made for the group"
 
 
 def _cached_passes(rendezvous: Path, rank: int) -> int:
