@@ -4,8 +4,10 @@ Weights are random, in bf16, 61 GB with all 48 layers. Every figure is of forwar
 that warms up; a sequence of one token is what a step of decoding reads of the weights. The link is PCIe, from host
 memory. On the CPU the same runs on the host driver, which says nothing about a link.
 
-seconds     of a forward pass, the median: all experts in GPU memory; with this library in mode auto, all, half and an
-            eighth of the experts in host memory; with accelerate's CPU offload of the experts (``--offload``)
+seconds     from the output of one forward pass to that of the next, the median: all experts in GPU memory; with this
+            library in mode auto, all, half and an eighth of the experts in host memory; with accelerate's CPU offload
+            of the experts (``--offload``). While an output is waited for and looked at, the copies for the next pass go
+            on
 link s      what the experts in host memory take at the rate of one large copy from pinned memory, made before and after
             the passes, because the link of a shared host drifts
 of limit    of staged passes: the longer of that and of all experts in GPU memory, divided by the seconds
@@ -85,14 +87,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def forward_s(model: Qwen3MoeForCausalLM, tokens: int, passes: int) -> float:
-    """Seconds of a forward pass over a sequence of ``tokens``."""
-    device = model.lm_head.weight.device
-    ids = torch.randint(VOCABULARY, (1, tokens), device=device)
+    """Seconds of a forward pass over a sequence of ``tokens``, among others like it."""
+    ids = torch.randint(VOCABULARY, (1, tokens), device=model.lm_head.weight.device)
 
     def forward() -> float:
         start = time.perf_counter()
-        model(ids, use_cache=False, logits_to_keep=1)
-        synchronize(device)
+        model(ids, use_cache=False, logits_to_keep=1).logits.argmax().item()
         return time.perf_counter() - start
 
     with torch.no_grad():

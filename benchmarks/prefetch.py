@@ -5,9 +5,10 @@ the link of every figure is PCIe, from host memory to one GPU: a real copy engin
 
 link      GB/s of one large copy, of one layer's copies as they are planned, and the second divided by the first
 cost      microseconds of the launching thread for `acquire` and `release` of a layer, the medians, the mean of both,
-          and the longest; for all that it does for a layer with 40 kernels; and for these kernels without a runtime.
-          Until the device is done with the layer before, the thread launches kernels on another stream, as one at work
-          does. One pass in eight is one whose waits the runtime times
+          and the longest; for all that it does for a layer with 60 kernels, the last 20 of them after `release`, beside
+          a thread that issues copies; and for these kernels without a runtime. Until the device is done with the layer
+          before, the thread launches kernels on another stream, as one at work does. One pass in eight is one whose
+          waits the runtime times
 launch    microseconds of a kernel launch, median and longest: with nothing else going on, while a layer is prefetched,
           and while the copies of that layer are given to the driver
 overlap   milliseconds of a pass over all layers, several passes in a row, for several ratios of compute to copies: of
@@ -39,7 +40,7 @@ from vmm_dwdp.timing import EVERY, FIRST
 
 RATIOS = [0.2, 0.5, 0.8, 1.1, 1.5, 2.0, 5.0]  # of compute to copies
 PLANS = {"slices of 2 MiB": 2 << 20, "auto": "auto"}
-LAUNCHES = 20  # kernels before `acquire`, and after it, where launching them is what is looked at
+LAUNCHES = 20  # kernels before `acquire`, after it, and after `release`
 PACE = 30e-6  # seconds from one launch to the next of a thread that is at work
 
 
@@ -95,23 +96,27 @@ def launched(
         while time.perf_counter() < until:
             pass
 
+    def kernels() -> None:
+        for _ in range(LAUNCHES):
+            x.add_(1)
+
     def layer(index: int) -> tuple[float, float, float]:
         work()
         while not reached.query():
             work()
         begin = time.perf_counter()
-        for _ in range(LAUNCHES):
-            x.add_(1)
+        kernels()
         at_acquire = time.perf_counter()
         before(index)
         acquired = time.perf_counter()
-        for _ in range(LAUNCHES):
-            x.add_(1)
+        kernels()
         at_release = time.perf_counter()
         after(index)
         released = time.perf_counter()
+        kernels()
+        end = time.perf_counter()
         reached.record()
-        return acquired - at_acquire, released - at_release, time.perf_counter() - begin
+        return acquired - at_acquire, released - at_release, end - begin
 
     return [layer(index) for index in layers]
 

@@ -7,8 +7,8 @@ the GPU. SGLang streams the two expert weights and no scales, so both have these
 iteration  milliseconds of a pass over all layers for several ratios of compute to copies: SGLang's, ours, and ours
            divided by SGLang's, the median of the ratios of pairs
 cost       microseconds of the launching thread for what SGLang calls `wait_prefetch` and
-           `record_compute_and_prefetch_next`, and we `acquire` and `release`, in layers after which one is fetched; as
-           prefetch.py measures it
+           `record_compute_and_prefetch_next`, and we `acquire` and `release`, in layers after which one is fetched; and
+           for all that it does for such a layer with 60 kernels; as prefetch.py measures both. For our two plans
 memory     MiB that stage remote experts
 set-up     seconds from weights in torch's memory until layers can be prefetched, the slowest rank's; the median of the
            ratios of pairs
@@ -39,7 +39,7 @@ import torch.distributed as dist
 from common import Row, parser, report, seen
 from cuda.bindings import driver
 from far_owners import SHAPES, FarOwners
-from prefetch import Passes, device_seconds, launched, link
+from prefetch import PLANS, Passes, device_seconds, launched, link
 
 from vmm_dwdp import DWDPConfig, DWDPRuntime, WeightSpec
 from vmm_dwdp.allocator.tensors import tensor_at
@@ -47,7 +47,7 @@ from vmm_dwdp.testing import run_group
 from vmm_dwdp.timing import EVERY, FIRST
 
 GROUP_SIZE = 4
-RATIOS = [0.2, 0.5, 0.8, 1.0, 1.1, 1.5, 2.0]
+RATIOS = [0.2, 0.8, 1.0, 1.1, 1.5]
 PAIRS = 7  # of set-ups, and of passes for every ratio
 PREFETCH_DEPTH = 2  # SGLang's, and our default
 Weights = dict[str, WeightSpec]
@@ -193,30 +193,48 @@ def check_bytes(theirs: Any, rig: FarOwners) -> None:
     rig.release(0)
 
 
-def cost(sglang: SGLang, shape: str, layers: int) -> tuple[Row, Row]:
+def cost(sglang: SGLang, shape: str, plan: str, layers: int) -> tuple[Row, Row]:
     weights = _streamed(shape)
-    rig = FarOwners(torch.device("cuda"), DWDPConfig(group_size=GROUP_SIZE), weights, layers)
+    config = DWDPConfig(group_size=GROUP_SIZE, prefetch_depth=PREFETCH_DEPTH, slice_bytes=PLANS[plan])
+    rig = FarOwners(torch.device("cuda"), config, weights, layers)
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     theirs = beside(sglang, rig, weights, layers)
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     their_bytes = free - torch.cuda.mem_get_info()[0]
 
-    def measure(first: Callable[[], object], before: Callable[[int], object], after: Callable[[int], object]) -> float:
-        """Median microseconds of ``before`` and ``after`` together, in passes of which one is timed."""
-        found = []
-        for _ in range(FIRST + EVERY):
-            first()
-            costs = launched(range(layers), before, after)
-            found += [acquire + release for acquire, release, _ in costs[: layers - PREFETCH_DEPTH]]
+    def a_pass(
+        first: Callable[[], object], before: Callable[[int], object], after: Callable[[int], object]
+    ) -> list[tuple[float, float]]:
+        """Microseconds of ``before`` and ``after`` together, and of all for a layer, where one is fetched after it."""
+        first()
+        costs = launched(range(layers), before, after)
         torch.cuda.synchronize()
-        return statistics.median(found[len(found) // (FIRST + EVERY) * FIRST :]) * 1e6
+        return [
+            ((acquire + release) * 1e6, whole * 1e6) for acquire, release, whole in costs[: layers - PREFETCH_DEPTH]
+        ]
 
-    their_us = measure(theirs.prefetch_first_layers, theirs.wait_prefetch, theirs.record_compute_and_prefetch_next)
-    our_us = measure(lambda: None, rig.acquire, rig.release)
-    costs = {"shape": shape, "sglang us": their_us, "ours us": our_us, "sglang / ours": their_us / our_us}
+    def middle(passes: list[list[tuple[float, float]]]) -> tuple[float, float]:
+        both, whole = (statistics.median(figures) for figures in zip(*itertools.chain(*passes), strict=True))
+        return both, whole
+
+    sglang_pass = theirs.prefetch_first_layers, theirs.wait_prefetch, theirs.record_compute_and_prefetch_next
+    our_pass = (lambda: None), rig.acquire, rig.release
+    their_us, their_layer_us = middle([a_pass(*sglang_pass) for _ in range(5)][1:])
+    our_us, our_layer_us = middle([a_pass(*our_pass) for _ in range(FIRST + EVERY)][FIRST:])  # one of them is timed
+    about = {"shape": shape, "ours": plan}
+    costs = {
+        **about,
+        "sglang us": their_us,
+        "ours us": our_us,
+        "sglang / ours": their_us / our_us,
+        "sglang layer us": their_layer_us,
+        "ours layer us": our_layer_us,
+    }
     resident = layers * sum(len(layout.resident_bytes(0)) for layout in rig.layers[0].layouts.values())
     memory = {
-        "shape": shape,
+        **about,
         "sglang MiB": (their_bytes - resident) / 2**20,
         "ours MiB": rig.assembly.staged_nbytes / 2**20,
     }
@@ -301,10 +319,10 @@ def main() -> None:
     if arguments.device.type != "cuda":
         arguments_of.error("SGLang's classes need a GPU")
     sglang = SGLang()
-    costs, memory = cost(sglang, arguments.cost_shape, layers=4)
+    costs, memory = zip(*(cost(sglang, arguments.cost_shape, plan, layers=4) for plan in PLANS), strict=True)
     iterations = iteration(sglang, arguments.shape, arguments.layers, arguments.passes)
     prepared = set_up_row(arguments.shape, arguments.layers)
-    report(arguments, {"iteration": iterations, "cost": [costs], "memory": [memory], "set-up": [prepared]})
+    report(arguments, {"iteration": iterations, "cost": costs, "memory": memory, "set-up": [prepared]})
 
 
 if __name__ == "__main__":
