@@ -13,6 +13,7 @@ from support.groups import PAGE, Model, check_pass, in_threads, join, published,
 
 from vmm_dwdp import HOST, ConfigError, DriverError, DWDPConfig, DWDPRuntime, ExchangeError, StateError
 from vmm_dwdp.allocator.tensors import tensor_at
+from vmm_dwdp.config import Mode
 from vmm_dwdp.stats import CacheStats
 
 CONFIG = DWDPConfig(group_size=3, host_experts=2, mode="in_place", checksums=True)
@@ -125,10 +126,17 @@ def test_what_does_not_fit_is_refused_before_others_hear_of_it(tmp_path: Path) -
         ]:
             with pytest.raises(ConfigError, match=sentence):
                 runtime.update({key: value})  # type: ignore[dict-item]
-        runtime.acquire(3)
-        with pytest.raises(StateError, match="layer 3 was acquired"):
+
+
+@pytest.mark.parametrize("mode", ["staged", "in_place"])
+def test_an_update_is_made_between_passes(tmp_path: Path, mode: Mode) -> None:
+    with published(DWDPConfig(group_size=1, host_experts=4, mode="in_place"), tmp_path, OLD) as (runtime,):
+        runtime.acquire(3, mode=mode)
+        with pytest.raises(StateError, match="layer 3 was acquired, and was not released"):
             runtime.update({})
         runtime.release(3)
+        runtime.update({})
+        check_pass(runtime, OLD, mode=mode)
 
 
 def test_integrity_tells_of_a_byte_that_changed(tmp_path: Path) -> None:

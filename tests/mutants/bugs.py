@@ -315,6 +315,13 @@ BUGS: Final = (
         _CACHE,
     ),
     Bug(
+        "an update is made while a layer is read in place",
+        "vmm_dwdp/passes.py",
+        "            self._in_place.require_idle()\n",
+        "            pass\n",
+        _UPDATE,
+    ),
+    Bug(
         "the cache keeps old bytes after an update",
         "vmm_dwdp/passes.py",
         "            self._assembly.cache.refill()\n",

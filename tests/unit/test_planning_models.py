@@ -12,6 +12,8 @@ from vmm_dwdp.planning.formats import WeightFormat
 from vmm_dwdp.planning.gpus import gpu_from_dict, load_gpu
 from vmm_dwdp.planning.models import load_model, model_from_config
 from vmm_dwdp.planning.presets import load_preset, preset_names
+from vmm_dwdp.planning.roofline import Batch
+from vmm_dwdp.planning.torch_layer import TorchLayer
 
 # Parameters in billions as the model cards give them: all, and of the routed experts' bits per parameter.
 PUBLISHED = {
@@ -146,6 +148,14 @@ def test_a_file_that_is_no_gpu_is_refused(tmp_path: Path, text: str, sentence: s
     path.write_text(text)
     with pytest.raises(ConfigError, match=sentence):
         load_gpu(str(path))
+
+
+def test_a_layer_that_torch_does_not_run_is_refused() -> None:
+    cpu = torch.device("cpu")
+    with pytest.raises(ConfigError, match="grouped-query attention, which deepseek-r1-fp8 has not"):
+        TorchLayer(load_model("deepseek-r1-fp8"), Batch.of(4), cpu)
+    with pytest.raises(ConfigError, match="requests all have one length"):
+        TorchLayer(load_model("qwen3-30b-a3b"), Batch((3, 4)), cpu)
 
 
 @pytest.mark.parametrize("kind", WeightFormat)
