@@ -266,6 +266,19 @@ def test_a_runtime_chooses_for_whole_passes(tmp_path: Path) -> None:
     assert runtime.close().open() == []
 
 
+def test_a_runtime_times_its_trials(tmp_path: Path) -> None:
+    config = DWDPConfig(group_size=1, host_experts=12, mode="auto")
+    with join(config, 0, tmp_path / "rendezvous", MODEL) as runtime:
+        check_pass(runtime, MODEL, tokens=1)
+        choice = runtime.stats().mode_choice
+        assert choice is not None
+        for _ in range(TRIAL):
+            check_pass(runtime, MODEL, tokens=(choice.in_place_below + choice.staged_from) // 2)
+        choice = runtime.stats().mode_choice
+        assert choice is not None
+        assert {"staged", "in_place"} in [set(seconds) for seconds in choice.seconds.values()]
+
+
 def test_trials_are_no_reason_for_advice(tmp_path: Path) -> None:
     runtime = join(DWDPConfig(group_size=1, host_experts=12, mode="auto"), 0, tmp_path / "rendezvous", MODEL)
     with mock.patch.object(Guard, "observe", side_effect=AssertionError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import torch
 from support.faults import FaultyDriver
 from support.groups import PAGE, add_layers, check_pass, fill_shards, in_threads, join, random_model, same_bytes
 
-from vmm_dwdp import HOST, ConfigError, DWDPConfig, DWDPRuntime, ExchangeError, StateError, WeightSpec
+from vmm_dwdp import HOST, ConfigError, DriverError, DWDPConfig, DWDPRuntime, ExchangeError, StateError, WeightSpec
 from vmm_dwdp.allocator.handles import Allocation
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.prefetch import Slot
@@ -155,13 +156,32 @@ def test_setup_after_publish(runtime: DWDPRuntime, call: str) -> None:
         calls[call]()
 
 
-def test_a_pass_before_publish_and_after_close(unpublished: DWDPRuntime) -> None:
+RUNNING: dict[str, Callable[[DWDPRuntime], object]] = {
+    "acquire": lambda runtime: runtime.acquire(0),
+    "release": lambda runtime: runtime.release(0),
+    "reset": lambda runtime: runtime.reset(),
+    "update": lambda runtime: runtime.update({}),
+    "check_integrity": lambda runtime: runtime.check_integrity(),
+    "refresh_cache": lambda runtime: runtime.refresh_cache(),
+    "tensor_list": lambda runtime: runtime.tensor_list(0, "w"),
+    "peers": lambda runtime: runtime.peers(),
+    "trace": lambda runtime: runtime.trace().__enter__(),
+}
+
+
+@pytest.mark.parametrize("call", RUNNING)
+def test_a_call_before_publish_and_after_close(unpublished: DWDPRuntime, tmp_path: Path, call: str) -> None:
     add_layers(unpublished, MODEL)
     with pytest.raises(StateError, match="not published yet"):
-        unpublished.acquire(0)
-    unpublished.close()
+        RUNNING[call](unpublished)
+    with join(ALONE, 0, tmp_path / "another", MODEL) as published:
+        check_pass(published, MODEL)
     with pytest.raises(StateError, match="the runtime is closed"):
-        unpublished.acquire(0)
+        RUNNING[call](published)
+
+
+def test_set_up_after_close(unpublished: DWDPRuntime) -> None:
+    unpublished.close()
     with pytest.raises(StateError, match="publish after close"):
         unpublished.publish()
 
@@ -184,6 +204,13 @@ def test_layers_that_cannot_be(unpublished: DWDPRuntime) -> None:
         unpublished.add_layer(3, {"w": WeightSpec((3, 4), torch.int8)})
     with pytest.raises(ConfigError, match="does not hold the shards of rank 1"):
         unpublished.local_shard(0, "w", 1)
+
+
+def test_the_log_tells_that_layers_are_ready(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="vmm_dwdp"), join(ALONE, 0, tmp_path / "rendezvous", MODEL):
+        assert [record.getMessage() for record in caplog.records] == [
+            "rank 0: 5 layers ready, 0 MiB resident, 0 MiB staged"
+        ]
 
 
 def test_publish_without_layers(unpublished: DWDPRuntime) -> None:
@@ -370,6 +397,24 @@ def test_a_cache_is_not_refreshed_while_it_may_be_read(cached: DWDPRuntime) -> N
         cached.refresh_cache()
     cached.release(2)
     cached.refresh_cache()
+
+
+@pytest.mark.parametrize("call", ["update", "refresh_cache", "close"])
+def test_kernels_that_read_in_place_are_waited_for(tmp_path: Path, call: str) -> None:
+    """Here they run in the launching thread; so a device that cannot be waited for tells whether somebody would."""
+    driver = FaultyDriver()
+    runtime = join(replace(CACHED, prefetch_depth=0), 0, tmp_path / "rendezvous", MODEL, driver)
+    driver.fail("synchronize", 1)
+    calls: dict[str, Callable[[], object]] = {
+        "update": lambda: runtime.update({}),
+        "refresh_cache": runtime.refresh_cache,
+        "close": runtime.close,
+    }
+    with pytest.raises(DriverError, match="synchronize failed with INJECTED"):
+        calls[call]()
+    if call != "close":
+        check_pass(runtime, MODEL)
+    assert runtime.close().open() == []
 
 
 def test_a_cache_is_not_refreshed_in_a_capture(cached: DWDPRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
