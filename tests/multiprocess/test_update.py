@@ -109,6 +109,8 @@ def test_a_rank_that_leaves_midway_bars_others_from_reading(tmp_path: Path, monk
         for runtime in runtimes:
             with pytest.raises(StateError, match="weights are partly old and partly new"):
                 runtime.acquire(0)
+            with pytest.raises(StateError, match="weights are partly old and partly new"):
+                runtime.refresh_cache()
 
 
 def test_what_does_not_fit_is_refused_before_others_hear_of_it(tmp_path: Path) -> None:
