@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from support.doors import answer_to, request
 from support.faults import FaultyDriver
 from support.groups import PAGE, Model, check_pass, in_threads, join, published, random_model
 
 from vmm_dwdp import HOST, ConfigError, DriverError, DWDPConfig, DWDPRuntime, ExchangeError, StateError
+from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.allocator.tensors import tensor_at
 from vmm_dwdp.config import Mode
 from vmm_dwdp.stats import CacheStats
@@ -111,6 +114,20 @@ def test_a_rank_that_leaves_midway_bars_others_from_reading(tmp_path: Path, monk
                 runtime.acquire(0)
             with pytest.raises(StateError, match="weights are partly old and partly new"):
                 runtime.refresh_cache()
+
+
+def test_a_stranger_to_the_group_does_not_disturb_it_once_it_is_published(tmp_path: Path) -> None:
+    with published(replace(CONFIG, group_size=2), tmp_path, OLD) as runtimes:
+        asked = json.dumps(request(tmp_path, fingerprint="of another group")).encode()
+        told = answer_to(tmp_path, asked, Ledger())
+        assert told["error"] == "the configs or the layers of the two ranks differ"
+        with pytest.raises(
+            ExchangeError, match="nothing was written: not ready before the deadline, though there: rank 1"
+        ):
+            runtimes[0].update({}, timeout=0.5)  # it is rank 1 that does not come, and nobody else's fault
+        in_threads(lambda rank: updated(runtimes[rank], NEW), 2)
+        for runtime in runtimes:
+            check_pass(runtime, NEW)
 
 
 def test_what_does_not_fit_is_refused_before_others_hear_of_it(tmp_path: Path) -> None:
