@@ -9,7 +9,8 @@ mkdir -p "$out"
 shift || true
 wanted=" $* "
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-memcheck="compute-sanitizer --tool memcheck --launch-timeout 0 --report-api-errors no --error-exitcode 9"
+# No backtraces of the host: to make them the sanitizer keeps frames of Python, and with them the tensors in them.
+memcheck="compute-sanitizer --tool memcheck --launch-timeout 0 --report-api-errors no --error-exitcode 9 --show-backtrace device"
 racecheck="compute-sanitizer --tool racecheck --launch-timeout 0 --target-processes application-only --show-backtrace device"
 kernels=tests/gpu/test_grouped_gemm_on_gpu.py
 lines=()
