@@ -101,6 +101,7 @@ class FarOwners(DWDPRuntime):
                 self.far.append(far)
                 self.assembly.attach(owner, _shares(far, config, weights, num_layers))
             self.assembly.build()
+            driver.synchronize()  # copies begin next, on streams that do not wait for what fills the memory
 
     @property
     def driver(self) -> Driver:

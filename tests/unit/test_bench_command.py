@@ -71,8 +71,8 @@ def test_calibration_writes_what_plan_takes(tmp_path: Path, monkeypatch: pytest.
 
     assert torch.cuda.max_memory_allocated() < 4 << 30, "activations of more than one layer are kept"
     measured = load_gpu(str(output))
-    assert 0.2 < measured.efficiency.host <= 1
-    assert 0.2 < measured.efficiency.grouped_gemm_at(1024) <= 1
+    assert 0 < measured.efficiency.host <= 1
+    assert 0 < measured.efficiency.grouped_gemm_at(1024) <= 1
 
 
 @pytest.mark.parametrize(
