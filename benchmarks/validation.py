@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -411,16 +412,18 @@ byte, without a GPU.
 {table(("what", "planned", "taken", "off by"), rows)}"""
 
 
-def measured() -> str:
-    results = RESULTS / "predicted-h100.json"
-    if not results.exists():
-        return """## Predicted against measured, compute too
+def ratios_of(found: dict[str, Any]) -> list[float]:
+    """Predicted over measured, of each pass of benchmarks/predicted.py."""
+    return [row["predicted ms"] / row["measured ms"] for row in found["pass"]]
 
-Not measured yet. `python benchmarks/predicted.py --json > benchmarks/results/predicted-h100.json` calibrates a GPU and
-runs ten combinations of shape, tokens, experts in host memory and prefetch depth over the runtime; this page then
-shows them, and the memory that the driver says is gone beside the memory that was planned.
-"""
-    found = json.loads(results.read_text())
+
+def within(ratios: list[float]) -> int:
+    return sum(abs(ratio - 1) <= 0.1 for ratio in ratios)
+
+
+def measured() -> str:
+    found = json.loads((RESULTS / "predicted-h200.json").read_text())
+    before = ratios_of(json.loads((RESULTS / "predicted-h100.json").read_text()))
     about = found["machine"]
     runs = [
         (r["model"], r["in host memory"], r["tokens"], r["depth"], r["predicted ms"], r["measured ms"],
@@ -432,8 +435,7 @@ shows them, and the memory that the driver says is gone beside the memory that w
          percent(r["predicted"], r["measured"]))
         for r in found["memory"]
     ]  # fmt: skip
-    ratios = [r["predicted ms"] / r["measured ms"] for r in found["pass"]]
-    within = sum(abs(ratio - 1) <= 0.1 for ratio in ratios)
+    ratios = ratios_of(found)
     calibrated = [
         shares
         | {"grouped_gemm": ", ".join(f"{tokens[:-2]}: {share}" for tokens, share in shares["grouped_gemm"].items())}
@@ -444,9 +446,13 @@ shows them, and the memory that the driver says is gone beside the memory that w
     columns = ("model", "experts in host memory", "tokens", "depth", "predicted ms", "measured ms", "off by")
     return f"""## Predicted against measured, compute too
 
-{about["gpu"]}, driver {about["driver"]}, torch {about["torch"]}, {about["date"]}: `{about["command"]}`. The
-machine was calibrated first, with the shapes of each model; no prediction was told anything of its run. Within 10 %:
-{within} of {len(runs)}; predicted passes take {min(ratios):.2f} to {max(ratios):.2f} times as long as measured ones.
+{about["gpu"]}, driver {about["driver"]}, torch {about["torch"]}, {about["date"]}: `{about["command"]}`
+([results](../benchmarks/results/predicted-h200.json)). The machine had {about["cpu cores"]} cores and a second GPU,
+which ran other benchmarks that do not use this GPU's link. It was calibrated first, with the shapes of each model; no
+prediction was told anything of its run. Within 10 %: {within(ratios)} of {len(runs)}; predicted passes take
+{min(ratios):.3f} to {max(ratios):.3f} times as long as measured ones. With an earlier calibration, on an H100
+([results](../benchmarks/results/predicted-h100.json)), it was {within(before)} of {len(before)}, from
+{min(before):.2f} to {max(before):.2f} times.
 
 {table(columns, runs)}
 Shares of the peaks that were reached, for grouped products by tokens per expert:
