@@ -3,9 +3,10 @@
 A pass is a number of MoE layers of a model's shapes, a grouped GEMM, the gate and another grouped GEMM each, without
 the rest of the model. Every pass has another routing, and every token chooses its experts without repetition: all
 alike, or expert i of a random order in proportion to 1 / i (zipf). Milliseconds are medians of whole passes, and all
-columns but the cache's take turns, there and back, because the link of a shared host drifts. The resident cache is
-empty at first; for its columns it is filled after the routing of 1,024 other tokens of the same kind. On the CPU the
-same runs on the host driver, which says nothing about a link.
+columns but the cache's take turns, there and back, because the link of a shared host drifts. Each kind of routing has a
+new runtime, so that mode auto has learnt from no other. The resident cache is empty at first; for its columns it is
+filled after the routing of 1,024 other tokens of the same kind. On the CPU the same runs on the host driver, which says
+nothing about a link.
 
 kernel       of the pass that reads in place: torch's grouped GEMM, or ours over lists of tensors, in Triton
 active       part of the experts that a pass uses
@@ -262,6 +263,24 @@ def copied(shape: Shape, runtime: DWDPRuntime) -> dict[int, Weights]:
     return whole
 
 
+def rows_of(
+    shape: Shape,
+    device: torch.device,
+    cached: float,
+    kind: str,
+    batches: list[int],
+    passes: int,
+    kernels: list[str],
+) -> list[dict[str, Any]]:
+    """All rows of one kind of routing, of a runtime of their own: another's mode auto has learnt from other routing."""
+    with published(shape, device, cached) as runtime:
+        whole = copied(shape, runtime)
+        rows = list(measure(shape, runtime, whole, kind, batches, passes, kernels))
+        if cached:
+            measure_cached(shape, runtime, whole, kind, rows, passes)
+    return rows
+
+
 def measure(
     shape: Shape,
     runtime: DWDPRuntime,
@@ -321,13 +340,12 @@ def behind(turns: Sequence[Mapping[str, float]]) -> float:
 
 
 def fill_cache(shape: Shape, runtime: DWDPRuntime, kind: str) -> None:
-    """After tokens of this kind, and so many that what was counted of another does not matter."""
+    """After tokens of this kind."""
     history = Routing(shape, HISTORY, kind, 1, runtime.device).chosen[0]
-    for _ in range(4):
-        for number in range(shape.layers):
-            runtime.acquire(number, mode="in_place", chosen=history[number])
-            runtime.release(number)
-        runtime.refresh_cache()
+    for number in range(shape.layers):
+        runtime.acquire(number, mode="in_place", chosen=history[number])
+        runtime.release(number)
+    runtime.refresh_cache()
 
 
 def measure_cached(
@@ -366,13 +384,8 @@ def main() -> None:
         rows: list[dict[str, Any]] = []
         kinds, kernels = arguments.routing or ["uniform", "zipf"], arguments.kernel or list(KERNELS)
         batches = arguments.batch or [2**power for power in range(9)]
-        with published(shape, arguments.device, arguments.cached) as runtime:
-            whole = copied(shape, runtime)
-            for kind in kinds:
-                rows += measure(shape, runtime, whole, kind, batches, arguments.passes, kernels)
-            for kind in kinds if arguments.cached else ():
-                of_kind = [row for row in rows if row["routing"] == kind]
-                measure_cached(shape, runtime, whole, kind, of_kind, arguments.passes)
+        for kind in kinds:
+            rows += rows_of(shape, arguments.device, arguments.cached, kind, batches, arguments.passes, kernels)
         about = f"{name}: {shape.layers} layers of {shape.experts} experts, {shape.dtype}, {shape.depth} slots"
         tables[about] = rows
     report(arguments, tables)

@@ -38,7 +38,9 @@ from vmm_dwdp.timing import Span
 DOUBLING: Final = 8  # buckets
 SAMPLES: Final = 3  # passes that make a measurement: the fastest of the latest ones
 TRIAL: Final = 16  # passes of a bucket, after which it is not tried further for now: none was timed
-RETRY: Final = 256  # passes of a bucket, after which its slower mode is tried again, if it is hardly slower
+RETRY: Final = 256  # passes of a bucket, after which it is tried again, if none was timed
+RETRY_TRIED: Final = 32  # passes of a bucket, at least, after which its slower mode is tried again
+TRIALS: Final = 0.01  # of the time: what trying slower modes again may cost, while routing stays
 FORGET: Final = 16 * RETRY  # passes of other buckets, after which what is known of a bucket is not used any more
 SUPPOSED_TOP_K: Final = 8  # where the caller does not tell
 SUPPOSED_RATE: Final = 0.8  # of the rate of copies: at what kernels were seen to read in place over PCIe
@@ -90,12 +92,13 @@ class _Bucket:
 
     @property
     def retry(self) -> float:
-        """Passes after which the slower mode is tried again: the longer it takes, the more, so that trials cost no more
-        than a hundredth or two of the time however slow it is."""
+        """Passes after which the slower mode is tried again: the more it loses, the more, so that trials cost `TRIALS`
+        of the time however slow it is, and near the crossover a change of the routing is noticed soon."""
         if self.untried:
             return RETRY
         faster, slower = (min(self.seconds[mode]) for mode in self.by_speed)
-        return RETRY * slower / faster
+        lost = (SAMPLES + 1) * (slower / faster - 1)  # passes; the first one of a trial does not count
+        return max(RETRY_TRIED, lost / TRIALS)
 
 
 class ModeChooser(Owned):

@@ -15,7 +15,7 @@ from vmm_dwdp import ConfigError, DWDPConfig
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.config import Mode, ModeSetting
 from vmm_dwdp.guard import Guard
-from vmm_dwdp.mode_choice import RETRY, SAMPLES, TRIAL, ModeChooser, crossover
+from vmm_dwdp.mode_choice import RETRY, RETRY_TRIED, SAMPLES, TRIAL, ModeChooser, crossover
 
 EXPERTS, TOP_K, LAYERS = 128, 8, 3
 PassTime = Callable[[int, Mode], float]
@@ -138,14 +138,14 @@ def test_what_surely_is_slower_is_never_tried(chooser: ModeChooser, clock: Clock
 
 
 @pytest.mark.parametrize("tokens", [8, 12, 60])
-@pytest.mark.parametrize("slower", [1.1, 2.0, 8.0])
+@pytest.mark.parametrize("slower", [1.02, 1.1, 2.0, 8.0])
 @pytest.mark.parametrize("better", ["staged", "in_place"])
 def test_trials_cost_little_where_the_routing_stays(
     chooser: ModeChooser, clock: Clock, tokens: int, slower: float, better: Mode
 ) -> None:
     modes = [run_pass(chooser, clock, tokens, lambda _, mode: 1.0 if mode == better else slower) for _ in range(9000)]
     assert set(modes[RETRY:]) == {"staged", "in_place"}
-    assert clock.now < 1.02 * len(modes)
+    assert clock.now < 1.015 * len(modes)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1.0, 0.1), (0.1, 1.0)])
@@ -157,6 +157,19 @@ def test_a_change_of_the_routing_is_noticed(chooser: ModeChooser, clock: Clock, 
         modes = [run_pass(chooser, clock, 64, takes) for _ in range(RETRY)]
         better = min(("staged", "in_place"), key=lambda mode: takes(64, mode))
         assert modes.count(better) > 0.95 * len(modes)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1.0, 0.75), (0.75, 1.0)])
+def test_near_the_crossover_a_change_of_the_routing_is_noticed_soon(
+    chooser: ModeChooser, clock: Clock, before: float, after: float
+) -> None:
+    """With even routing, staged passes of 48 tokens are 2 % faster; with skewed routing, those in place by a third."""
+    for skew in (before, after):
+        takes = device(0.935, skew=skew)
+        better = min(("staged", "in_place"), key=lambda mode: takes(48, mode))
+        modes = [run_pass(chooser, clock, 48, takes) for _ in range(2 * RETRY_TRIED)]
+        settled = modes[RETRY_TRIED + 2 * SAMPLES :]
+        assert len(settled) - settled.count(better) <= SAMPLES + 1  # one trial
 
 
 def test_only_passes_that_follow_one_of_their_own_mode_count(chooser: ModeChooser, clock: Clock) -> None:
