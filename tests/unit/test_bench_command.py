@@ -71,8 +71,9 @@ def test_calibration_writes_what_plan_takes(tmp_path: Path, monkeypatch: pytest.
 
     assert torch.cuda.max_memory_allocated() < 4 << 30, "activations of more than one layer are kept"
     measured = load_gpu(str(output))
-    assert 0 < measured.efficiency.host <= 1
-    assert 0 < measured.efficiency.grouped_gemm_at(1024) <= 1
+    assert 0.2 < measured.efficiency.host <= 1
+    few, many = (measured.efficiency.grouped_gemm[tokens] for tokens in (16.0, 512.0))
+    assert 0 < few < many <= 1, "what is slow under a sanitizer too is slower with fewer tokens an expert"
 
 
 @pytest.mark.parametrize(

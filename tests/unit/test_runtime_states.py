@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -204,6 +206,45 @@ def test_layers_that_cannot_be(unpublished: DWDPRuntime) -> None:
         unpublished.add_layer(3, {"w": WeightSpec((3, 4), torch.int8)})
     with pytest.raises(ConfigError, match="does not hold the shards of rank 1"):
         unpublished.local_shard(0, "w", 1)
+
+
+def copy_in_time(
+    reached: threading.Event, published: threading.Event, target: torch.Tensor, source: torch.Tensor
+) -> None:
+    assert reached.wait(timeout=10)
+    if not published.is_set():  # then the memory is others' to read
+        target.copy_(source)
+
+
+def test_publish_waits_for_what_still_fills_a_shard(tmp_path: Path) -> None:
+    """By a copy that does not end before somebody waits for the device, as a loader's on a stream of its own."""
+    waited, published = threading.Event(), threading.Event()
+
+    class Device(HostDriver):
+        def synchronize(self, stream: int | None = None) -> None:
+            if stream is None:
+                waited.set()
+            super().synchronize(stream)
+
+    driver = Device(PAGE)
+    with DWDPRuntime(ALONE, 0, "cpu", tmp_path / "rendezvous", driver=driver) as runtime:
+        add_layers(runtime, MODEL)
+        fill_shards(runtime, MODEL)
+        shard = runtime.local_shard(0, "w", HOST)
+        right = shard.clone()
+        shard.zero_()
+        stream = driver.create_stream()
+        waited.clear()
+        driver._stream("copy", stream).submit(partial(copy_in_time, waited, published, shard, right))
+        runtime.publish()
+        published.set()
+
+        with runtime.layer(0) as weights:
+            complete = same_bytes(weights["w"], MODEL[0]["w"])
+        driver.synchronize()
+        driver.destroy_stream(stream)
+        del shard, weights
+    assert complete
 
 
 def test_the_log_tells_that_layers_are_ready(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
