@@ -5,8 +5,9 @@ A staged pass copies all remote experts, beside the compute; in place, those cro
 So few tokens are faster in place, many are faster staged, and there is one crossover between them. Numbers of tokens
 are told apart by buckets, eight to a doubling. Two borders enclose the crossover: below the lower one passes are in
 place, from the upper one on they are staged, and a bucket between them is tried in both modes. What is measured there
-moves the borders, so few buckets are ever tried. Now and then the slower mode of such a bucket is tried again, because
-the routing may have changed.
+moves the borders, so few buckets are tried. Now and then the slower mode of such a bucket is tried again, because the
+routing may have changed. Where all passes are beyond the borders, nothing would tell: so what is known is forgotten
+after some hundred passes, and the borders are again where they were at first.
 
     tokens     1              lower             crossover            upper
                |-- in place --|-- tried: in place --|-- tried: staged --|-- staged --->
@@ -41,7 +42,7 @@ TRIAL: Final = 16  # passes of a bucket, after which it is not tried further for
 RETRY: Final = 256  # passes of a bucket, after which it is tried again, if none was timed
 RETRY_TRIED: Final = 32  # passes of a bucket, at least, after which its slower mode is tried again
 TRIALS: Final = 0.01  # of the time: what trying slower modes again may cost, while routing stays
-FORGET: Final = 16 * RETRY  # passes of other buckets, after which what is known of a bucket is not used any more
+FORGET: Final = 2 * RETRY  # passes of other buckets, after which what is known of a bucket moves no border any more
 SUPPOSED_TOP_K: Final = 8  # where the caller does not tell
 SUPPOSED_RATE: Final = 0.8  # of the rate of copies: at what kernels were seen to read in place over PCIe
 SUPPOSED_WITHIN: Final = 2 * DOUBLING  # buckets from the supposed crossover to the first borders
@@ -115,9 +116,10 @@ class ModeChooser(Owned):
         self._last_layer = num_layers - 1
         self._remote = max(1 - cached, 1e-9)  # the part that crosses the link when the cache is full
         self._crossovers: tuple[float, float] | None = None  # supposed ones, as buckets; known when top_k is
-        self._borders = 0.0, 0.0
+        self._borders = self._first_borders = 0.0, 0.0
         self._buckets: dict[int, _Bucket] = {}
         self._passes = 0
+        self._latest = 0  # of all passes, the number of the latest that was timed
         self._mode: Mode = "staged"  # of the pass in progress, or the latest
         self._chosen: int | None = None  # the bucket of the pass that may begin, if it is to be timed
         self._bucket: int | None = None  # of the pass in progress, if it is timed
@@ -144,7 +146,7 @@ class ModeChooser(Owned):
                 for rate in (SUPPOSED_RATE, SUPPOSED_RATE / self._remote)
             )
             self._crossovers = empty, full
-            self._borders = _borders(self._crossovers, [], [])
+            self._borders = self._first_borders = _borders(self._crossovers, [], [])
         if self._driver.capture(stream):
             return self._best(bucket)
         self._read()
@@ -210,11 +212,13 @@ class ModeChooser(Owned):
         """Take over what was measured, if the device is past it."""
         seconds = self._span.read()
         if seconds is None:
+            if self._passes - self._latest > FORGET:
+                self._borders = self._first_borders
             return
         number, mode = self._timed
         bucket = self._buckets[number]
         bucket.seconds[mode].append(seconds)
-        bucket.latest = self._passes
+        bucket.latest = self._latest = self._passes
         won: dict[Mode, list[int]] = {"in_place": [], "staged": []}
         for number, bucket in self._buckets.items():
             if not bucket.untried and self._passes - bucket.latest <= FORGET:

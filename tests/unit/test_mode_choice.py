@@ -15,7 +15,7 @@ from vmm_dwdp import ConfigError, DWDPConfig
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.config import Mode, ModeSetting
 from vmm_dwdp.guard import Guard
-from vmm_dwdp.mode_choice import RETRY, RETRY_TRIED, SAMPLES, TRIAL, ModeChooser, crossover
+from vmm_dwdp.mode_choice import FORGET, RETRY, RETRY_TRIED, SAMPLES, TRIAL, ModeChooser, crossover
 
 EXPERTS, TOP_K, LAYERS = 128, 8, 3
 PassTime = Callable[[int, Mode], float]
@@ -170,6 +170,34 @@ def test_near_the_crossover_a_change_of_the_routing_is_noticed_soon(
         modes = [run_pass(chooser, clock, 48, takes) for _ in range(2 * RETRY_TRIED)]
         settled = modes[RETRY_TRIED + 2 * SAMPLES :]
         assert len(settled) - settled.count(better) <= SAMPLES + 1  # one trial
+
+
+@pytest.mark.parametrize(("before", "after"), [((48, 1.0), (64, 0.75)), ((64, 0.75), (48, 1.0))])
+def test_beyond_a_border_a_change_of_the_routing_is_noticed(
+    chooser: ModeChooser, clock: Clock, before: tuple[int, float], after: tuple[int, float]
+) -> None:
+    """Passes of one number of tokens move a border, and from then on there are only others, beyond it, for which the
+    other mode is faster by an eighth with their routing."""
+    for tokens, skew in (before, after):
+        takes = device(0.85, skew=skew)
+        better = min(("staged", "in_place"), key=lambda mode: takes(tokens, mode))
+        modes = [run_pass(chooser, clock, tokens, takes) for _ in range(2 * FORGET)]
+        settled = modes[FORGET + 2 * (SAMPLES + 1) :]
+        assert settled.count(better) > 0.9 * len(settled)
+
+
+@pytest.mark.parametrize("in_place_rate", [0.2, 0.5, 0.8, 0.95])
+@pytest.mark.parametrize("stays", [FORGET // 8, FORGET + 1])
+def test_trials_cost_little_where_the_number_of_tokens_changes(
+    chooser: ModeChooser, clock: Clock, in_place_rate: float, stays: int
+) -> None:
+    """So slowly, too, that what was known of it is forgotten each time."""
+    takes = device(in_place_rate)
+    best = 0.0
+    for tokens in [tokens for tokens in (8, 48, 16, 96, 24, 64, 32, 12) * 4 for _ in range(stays)]:
+        run_pass(chooser, clock, tokens, takes)
+        best += min(takes(tokens, "staged"), takes(tokens, "in_place"))
+    assert clock.now < 1.01 * best
 
 
 def test_only_passes_that_follow_one_of_their_own_mode_count(chooser: ModeChooser, clock: Clock) -> None:
