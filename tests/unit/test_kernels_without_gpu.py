@@ -27,10 +27,10 @@ from vmm_dwdp.kernels.problem import check
 from vmm_dwdp.kernels.testing import ROUTINGS, random_operands, relative_error
 from vmm_dwdp.kernels.triton.grouped_gemm import run
 
-for form, routing in itertools.product(Format, ROUTINGS):
-    operands = random_operands(form, num_rows=70, experts=[3, 1, 2], n=136, k=160, routing=routing, dtype=torch.float16)
+for form, routing, n in itertools.product(Format, ROUTINGS, (128, 136)):
+    operands = random_operands(form, num_rows=70, experts=[3, 1, 2], n=n, k=160, routing=routing, dtype=torch.float16)
     error = relative_error(run(check(*operands)), operands)
-    print(json.dumps([form.value, routing, error]))
+    print(json.dumps([form.value, routing, n, error]))
 """
 
 READS = """
@@ -49,6 +49,34 @@ operands = random_operands(Format.PLAIN, num_rows=256, experts=[30, 2], n=136, k
 counts = torch.tensor([64, 17, 1, 0, 63, 16, 33, *[2] * 24, 14])
 operands.offsets.copy_(counts.cumsum(0))
 grouped_gemm.run(check(*operands))
+"""
+
+LOADS = """
+import collections, json, torch
+from triton.runtime.interpreter import InterpreterBuilder
+from vmm_dwdp.kernels import Format
+from vmm_dwdp.kernels.problem import check
+from vmm_dwdp.kernels.testing import random_operands
+from vmm_dwdp.kernels.triton.grouped_gemm import run
+
+loaded = collections.Counter()  # by address
+load = InterpreterBuilder.create_masked_load
+
+def count_and_load(self, pointers, mask, *rest):
+    loaded.update(pointers.data[mask.data].tolist())
+    return load(self, pointers, mask, *rest)
+
+InterpreterBuilder.create_masked_load = count_and_load
+for form in Format:
+    operands = random_operands(form, num_rows=8, experts=[3], n=136, k=160, routing="one", dtype=torch.float16)
+    loaded.clear()
+    run(check(*operands))
+    _, (weight,), _, scales = operands
+    for name, tensor in {"weight": weight, **({"scale": scales.weight[0]} if scales else {})}.items():
+        size, begin = tensor.element_size(), tensor.data_ptr()
+        times = [loaded[begin + size * i] for i in range(tensor.numel())]
+        one = tensor[0].numel()
+        print(json.dumps([form.value, name, [sorted(set(times[i * one : (i + 1) * one])) for i in range(3)]]))
 """
 
 COMPILE = """
@@ -78,8 +106,8 @@ kernel, grouped_gemm._kernel = grouped_gemm._kernel, Compile()
 driver.set_active(Driver())
 fp8 = (Format.FP8_BLOCK, Format.FP8_ROWWISE) if capability >= 89 else ()
 for form in (Format.PLAIN, Format.NVFP4, Format.MXFP4, *fp8):
-    for num_rows in (60, 1000):
-        grouped_gemm.run(check(*random_operands(form, num_rows=num_rows, experts=[3, 1, 2], n=136, k=160)))
+    for num_rows, n in ((60, 136), (1000, 128)):
+        grouped_gemm.run(check(*random_operands(form, num_rows=num_rows, experts=[3, 1, 2], n=n, k=160)))
         print(json.dumps([form.value, num_rows]))
 """
 
@@ -100,16 +128,19 @@ def python(script: str, *arguments: str, **environment: str) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def interpreted() -> Mapping[tuple[object, ...], float]:
-    """Relative error of the interpreted Triton kernel, by format and routing."""
+    """Relative error of the interpreted Triton kernel, by format, routing and N."""
     return {tuple(key): error for *key, error in python(INTERPRET, TRITON_INTERPRET="1")}
 
 
+@pytest.mark.parametrize("n", [128, 136])  # whole tiles, and one that N ends in
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("form", Format)
-def test_triton_kernel_interpreted(form: Format, routing: str, interpreted: Mapping[tuple[object, ...], float]) -> None:
+def test_triton_kernel_interpreted(
+    form: Format, routing: str, n: int, interpreted: Mapping[tuple[object, ...], float]
+) -> None:
     # fp8 gives bf16, which the interpreter rounds toward zero.
     tolerance = 4e-3 if form in (Format.FP8_BLOCK, Format.FP8_ROWWISE) else 5e-4
-    assert interpreted[form.value, routing] < tolerance
+    assert interpreted[form.value, routing, n] < tolerance
 
 
 def test_triton_kernel_reads_weights_of_few_rows_once() -> None:
@@ -117,6 +148,14 @@ def test_triton_kernel_reads_weights_of_few_rows_once() -> None:
     assert {end - start for _, start, end, _ in tiles} == {64, 17, 1, 63, 16, 33, 2, 14}
     assert len(tiles) == 31 * 2  # experts with rows, tiles along N
     assert len({(weight, column) for weight, _, _, column in tiles}) == len(tiles)
+
+
+def test_triton_kernel_loads_each_number_of_an_expert_once() -> None:
+    """Also where N ends within a tile: what is loaded again over a link crosses it again."""
+    loads = python(LOADS, TRITON_INTERPRET="1")
+    assert len(loads) == 2 * len(Format) - 1  # plain weights have no scales
+    for form, name, times in loads:
+        assert times == [[0], [1], [0]], (form, name)  # of three experts the second has all rows
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
