@@ -66,7 +66,7 @@ dist-test: dist
 	status=$$?; rm -r $$away; exit $$status
 
 clean:
-	rm -rf $(VENV)* build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV)* build dist site *.egg-info allocator/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(INSTALLED): pyproject.toml
 	@echo "Installing into $(VENV): a few minutes, once"

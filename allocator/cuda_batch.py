@@ -28,7 +28,11 @@ _CALL: Final = ctypes.CFUNCTYPE(
 
 
 class CopyBatch:
-    """Some copies, ready to be given to any stream."""
+    """Some copies, ready to be given to any stream.
+
+    Attributes:
+        arguments: of the call, but for the stream.
+    """
 
     def __init__(self, call: BatchCall, copies: Sequence[Copy]) -> None:
         count = len(copies)
@@ -37,18 +41,19 @@ class CopyBatch:
             (ctypes.c_uint64 * count)(*(copy.src for copy in copies)),
             (ctypes.c_size_t * count)(*(copy.nbytes for copy in copies)),
         )
-        self._arguments = (*(ctypes.addressof(array) for array in self._arrays), count, *call.attributes)
+        self.arguments = (*(ctypes.addressof(array) for array in self._arrays), count, *call.attributes)
         self._call = call  # which owns the attributes
 
     def give(self, stream: int) -> int:
         """The driver's result; 0 is success."""
-        return int(self._call.function(*self._arguments, stream))
+        return int(self._call.function(*self.arguments, stream))
 
 
 class BatchCall:
     """The function, and what it is told of every copy: in stream order, beside kernels if the device can."""
 
     def __init__(self, address: int) -> None:
+        self.address = address
         self.function: Any = _CALL(address)
         self._attributes = cuda.CUmemcpyAttributes()
         self._attributes.srcAccessOrder = cuda.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM

@@ -11,8 +11,10 @@ from typing import Any, Final
 import torch
 from cuda.bindings import driver as cuda
 
+from vmm_dwdp.allocator import HAS_NATIVE_THREAD
 from vmm_dwdp.allocator.cuda_batch import BatchCall, CopyBatch
 from vmm_dwdp.allocator.cuda_events import EventCalls
+from vmm_dwdp.allocator.cuda_issue import CudaIssuingThread
 from vmm_dwdp.allocator.driver import DEVICE, Access, Copy, HandleType, Location
 from vmm_dwdp.errors import DriverError
 
@@ -233,6 +235,11 @@ class CudaDriver:
             attempt = f"give {len(prepared.copies)} copies to stream {stream:#x}"
             for dst, src, nbytes in prepared.copies:
                 _check(attempt, cuda.cuMemcpyAsync, dst, src, nbytes, stream)
+
+    def issuing_thread(self) -> CudaIssuingThread | None:
+        if self._batch_call is None or not HAS_NATIVE_THREAD:
+            return None
+        return CudaIssuingThread(int(self._context), self._events, self._batch_call)
 
     def capture(self, stream: int) -> int:
         result, status = cuda.cuStreamIsCapturing(stream)

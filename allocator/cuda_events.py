@@ -24,21 +24,24 @@ class EventCalls:
     Attributes:
         record: ``(event, stream, flags) -> CUresult``.
         wait: ``(stream, event, flags) -> CUresult``.
+        record_at, wait_at: where they are.
     """
 
     def __init__(self, record: int, wait: int) -> None:
         """``record``, ``wait``: the functions' addresses."""
+        self.record_at, self.wait_at = record, wait
         self.record: Any = _CALL(record)
         self.wait: Any = _CALL(wait)
 
     @classmethod
     def find(cls) -> EventCalls:
         """Of the driver that is loaded."""
-        return cls(*map(_address, _SINCE))
+        return cls(*(address(call, since) for call, since in _SINCE.items()))
 
 
-def _address(call: str) -> int:
-    result, address, _ = cuda.cuGetProcAddress(call.encode(), _SINCE[call], 0)
+def address(call: str, since: int) -> int:
+    """Where the loaded driver has ``call``, in the form of version ``since``. Raises `DriverError` if it does not."""
+    result, found, _ = cuda.cuGetProcAddress(call.encode(), since, 0)
     if result != cuda.CUresult.CUDA_SUCCESS:
         raise DriverError("cuGetProcAddress", result.name, f"find {call}")
-    return int(address)
+    return int(found)

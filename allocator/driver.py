@@ -62,6 +62,42 @@ class Copy(NamedTuple):
     nbytes: int
 
 
+class Lane(NamedTuple):
+    """What one stream is given: it waits for the event ``after``, copies, and records ``then``."""
+
+    stream: int
+    after: int
+    copies: Any  # as `Driver.prepare` made them
+    then: int
+
+
+class Given(Protocol):
+    """Lanes that `IssuingThread.submit` gives to the driver, again and again.
+
+    Attributes:
+        done: whether the driver has been given everything since the latest `IssuingThread.submit`.
+    """
+
+    @property
+    def done(self) -> bool: ...
+
+    def result(self) -> None:
+        """Wait until the driver has been given everything, and raise `DriverError` if it refused something."""
+
+
+class IssuingThread(Protocol):
+    """A thread that calls the driver and never takes the interpreter's lock."""
+
+    def job(self, lanes: Sequence[Lane]) -> Given:
+        """For this thread only."""
+
+    def submit(self, job: Any) -> None:
+        """Give the lanes of ``job`` to the driver, after all that was submitted before. It is not under way already."""
+
+    def close(self) -> None:
+        """Finish what was submitted, and end the thread. A second call does nothing."""
+
+
 class Driver(Protocol):
     """One device of one process."""
 
@@ -165,6 +201,9 @@ class Driver(Protocol):
 
         While ``stream`` is captured, each becomes a node of the graph.
         """
+
+    def issuing_thread(self) -> IssuingThread | None:
+        """A new one, or ``None`` where there is none: then a thread of Python's has to do."""
 
     def capture(self, stream: int) -> int:
         """Which capture into a graph ``stream`` takes part in, a number that no other capture has; 0 if none.

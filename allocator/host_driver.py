@@ -351,6 +351,9 @@ class HostDriver:
         else:
             self._stream("copy", stream).submit(functools.partial(_copy_later, prepared, uses))
 
+    def issuing_thread(self) -> None:
+        return None
+
     def capture(self, stream: int) -> int:
         return 0  # the host has no graphs
 

@@ -15,7 +15,8 @@ set-up     seconds from weights in torch's memory until layers can be prefetched
 
 SGLang's package initialisers, which import a serving engine, are left out, and a function that logs is replaced. So is
 its choice of handle types, as versions of cuda-bindings refuse the number by which it asks for two at once: handles are
-descriptors, which it falls back to on any machine without a fabric.
+descriptors, which it falls back to on any machine without a fabric. It takes bf16 weights for fp16 ones on both sides
+of a copy, which moves the same bytes; so the tensors that it copies from are made by its own function here.
 """
 
 from __future__ import annotations
@@ -42,7 +43,6 @@ from far_owners import SHAPES, FarOwners
 from prefetch import PLANS, Passes, device_seconds, launched, link
 
 from vmm_dwdp import DWDPConfig, DWDPRuntime, WeightSpec
-from vmm_dwdp.allocator.tensors import tensor_at
 from vmm_dwdp.testing import run_group
 from vmm_dwdp.timing import EVERY, FIRST
 
@@ -132,7 +132,7 @@ def beside(sglang: SGLang, rig: FarOwners, weights: Weights, layers: int) -> Any
                     experts = layer.placement.experts(peer)
                     run = layer.layouts[name].shard_bytes(peer)
                     address = rig.assembly._source(layer, name, peer, run.start)
-                    view = tensor_at(address, spec.of(len(experts)), spec.dtype, rig.driver.device)
+                    view = sglang.vmm.tensor_from_ptr(address, spec.of(len(experts)), spec.dtype, 0)  # as its own
                     made._peer_views[peer, layer.number, name] = view
         return made
 
@@ -319,7 +319,7 @@ def main() -> None:
     if arguments.device.type != "cuda":
         arguments_of.error("SGLang's classes need a GPU")
     sglang = SGLang()
-    costs, memory = zip(*(cost(sglang, arguments.cost_shape, plan, layers=4) for plan in PLANS), strict=True)
+    costs, memory = zip(*(cost(sglang, arguments.cost_shape, plan, layers=5) for plan in PLANS), strict=True)
     iterations = iteration(sglang, arguments.shape, arguments.layers, arguments.passes)
     prepared = set_up_row(arguments.shape, arguments.layers)
     report(arguments, {"iteration": iterations, "cost": costs, "memory": memory, "set-up": [prepared]})

@@ -14,7 +14,7 @@ from typing import Final
 
 import torch
 
-from vmm_dwdp.allocator import open_driver
+from vmm_dwdp.allocator import HAS_NATIVE_THREAD, open_driver
 from vmm_dwdp.allocator.driver import DEVICE, Location
 from vmm_dwdp.allocator.probe import supported_handle_types
 from vmm_dwdp.console import print_table, size
@@ -78,6 +78,7 @@ class Report:
     devices: dict[str, Device]
     descriptor_limit: int  # open files a process may have; each imported handle takes one
     mapping_limit: int | None  # mappings a process may have on the host; None where the kernel does not say
+    native_thread: Finding  # which gives copies to a GPU's driver without the interpreter
     kernels: dict[str, Kernel]  # by function and provider, in the order in which provider="auto" tries them
     host_memory: dict[str, HostMemory]  # by device; empty unless asked for
 
@@ -115,6 +116,7 @@ def examine(*, calibrate: bool) -> Report:
         devices=devices,
         descriptor_limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         mapping_limit=int(mapping_limit.read_text()) if mapping_limit.exists() else None,
+        native_thread=Finding(None if HAS_NATIVE_THREAD else "there was no C compiler when vmm-dwdp was installed"),
         kernels={
             provider.name: Kernel(None, provider.reason) if provider.usable else Kernel(provider.reason)
             for provider in providers()
@@ -223,6 +225,11 @@ def _print(report: Report) -> None:
         "Limits of a process",
         ("limit", "value"),
         [("open files", str(report.descriptor_limit)), ("mappings", str(report.mapping_limit or "unknown"))],
+    )
+    print_table(
+        "Giving copies to a GPU's driver",
+        ("by", "possible"),
+        [("a thread that needs no interpreter", outcome(report.native_thread)), ("a thread of Python's", "yes")],
     )
     print_table(
         "Grouped GEMMs",

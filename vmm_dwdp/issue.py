@@ -1,23 +1,27 @@
-"""Who gives copies to the driver: the thread that launches kernels, or one of our own.
+"""Who gives copies to the driver: a thread of the driver's, one of Python's, or the one that launches kernels.
 
-Giving the driver thousands of slices takes milliseconds, which the launching thread does not have; giving it a few
-copies takes less time than it loses to another thread, which has to be woken and then takes the interpreter's lock,
-again and again, from a thread that launches kernels.
+Giving the driver thousands of slices takes milliseconds, which the launching thread does not have. A thread of the
+driver's own needs no interpreter, and is best for any number of copies. Where there is none, a thread of Python's gives
+many; few take the launching thread less time than it loses to such a thread, which has to be woken and then takes the
+interpreter's lock, again and again, from a thread that launches kernels.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
-from typing import Final, Protocol
+from collections.abc import Callable, Sequence
+from typing import Final, Literal, Protocol
 
-from vmm_dwdp.allocator.driver import Driver
+from vmm_dwdp.allocator.driver import Driver, Given, IssuingThread, Lane
 from vmm_dwdp.allocator.handles import Ledger
 
-# Copies that the launching thread gives the driver itself: six take it 0.1 ms (on an H200's host); where a thread gave
-# them, acquire, release and 60 kernels took 0.5 ms longer than the kernels alone (on an H100's). See docs/copy-path.md.
+# Copies that the launching thread gives the driver itself rather than wake a thread of Python's: six take it 0.1 ms (on
+# an H200's host); where a thread gave them, acquire, release and 60 kernels took 0.5 ms longer than the kernels alone
+# (on an H100's). See docs/copy-path.md.
 _FEW: Final = 32
+
+IssuedBy = Literal["native thread", "thread", "launching thread"]
 
 
 class Ticket(Protocol):
@@ -27,7 +31,8 @@ class Ticket(Protocol):
         done: whether the driver has been given everything: then `result` has nothing to wait for and nothing to raise.
     """
 
-    done: bool
+    @property
+    def done(self) -> bool: ...
 
     def result(self) -> None:
         """Wait until the driver has been given everything, and raise what it raised."""
@@ -39,8 +44,11 @@ class Job:
     Made once, because the launching thread, which submits it at every layer, is to make nothing anew.
     """
 
-    def __init__(self, work: Callable[[], None]) -> None:
+    def __init__(self, work: Callable[[], None], lanes: Sequence[Lane] = ()) -> None:
+        """``work`` gives ``lanes`` to the driver."""
         self.work = work
+        self.lanes = lanes
+        self.native: Given | None = None  # the same for a thread that needs no interpreter
         self.done = False
         self.running = threading.Lock()  # held from `submit` until the work is over
         self._error: Exception | None = None
@@ -65,19 +73,25 @@ class Job:
 class Issuer(Protocol):
     """Runs jobs one after another, in the order in which they were submitted."""
 
+    issued_by: IssuedBy
+
     def submit(self, job: Job) -> Ticket: ...
 
     def close(self) -> None:
         """Finish what was submitted. A second call does nothing."""
 
 
-def pays_to_wake_a_thread(num_copies: int) -> bool:
-    """Whether the launching thread gets on sooner if another thread gives the driver a layer's ``num_copies``."""
-    return num_copies > _FEW
+def open_issuer(driver: Driver, ledger: Ledger, num_copies: int) -> Issuer:
+    """The one from which the launching thread has least to wait for, where a layer has ``num_copies``."""
+    if num_copies and (thread := driver.issuing_thread()) is not None:
+        return NativeIssuer(thread, ledger)
+    return ThreadIssuer(driver, ledger) if num_copies > _FEW else InlineIssuer()
 
 
 class InlineIssuer:
     """Runs each job in the thread that submits it."""
+
+    issued_by: IssuedBy = "launching thread"
 
     def submit(self, job: Job) -> Ticket:
         job.done = False
@@ -92,12 +106,14 @@ class InlineIssuer:
 class ThreadIssuer:
     """Runs jobs in a thread of its own, which the ledger counts."""
 
+    issued_by: IssuedBy = "thread"
+
     def __init__(self, driver: Driver, ledger: Ledger) -> None:
         self._ledger = ledger
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="vmm-dwdp-issue", daemon=True)
         self._thread.start()
-        self._token: int | None = ledger.add("threads", "the thread that issues copies")
+        self._token: int | None = ledger.add("threads", _LABEL)
         try:
             self.submit(Job(driver.activate)).result()
         except BaseException:
@@ -120,3 +136,31 @@ class ThreadIssuer:
             self._thread.join()
             self._ledger.remove(self._token)
             self._token = None
+
+
+class NativeIssuer:
+    """Has the lanes of jobs given by a thread that needs no interpreter, which the ledger counts."""
+
+    issued_by: IssuedBy = "native thread"
+
+    def __init__(self, thread: IssuingThread, ledger: Ledger) -> None:
+        """Takes over ``thread``."""
+        self._thread = thread
+        self._ledger = ledger
+        self._token: int | None = ledger.add("threads", _LABEL)
+
+    def submit(self, job: Job) -> Ticket:
+        given = job.native
+        if given is None:
+            given = job.native = self._thread.job(job.lanes)
+        self._thread.submit(given)
+        return given
+
+    def close(self) -> None:
+        if self._token is not None:
+            self._thread.close()
+            self._ledger.remove(self._token)
+            self._token = None
+
+
+_LABEL: Final = "the thread that issues copies"

@@ -37,12 +37,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from vmm_dwdp.allocator.driver import Driver
+from vmm_dwdp.allocator.driver import Driver, Lane
 from vmm_dwdp.allocator.handles import Event, Ledger, ResourceStack, Stream
 from vmm_dwdp.errors import DriverError, StateError
-from vmm_dwdp.issue import Issuer, Job, Ticket
+from vmm_dwdp.issue import InlineIssuer, Issuer, Job, Ticket
 from vmm_dwdp.timing import PassTimer
-from vmm_dwdp.tracer import Tracer, What
+from vmm_dwdp.tracer import Tracer
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,9 @@ class Prefetcher:
             depth = len(self.slots)
             # By layer, see [Note: The path of the launching thread]
             self._slot_of = [self.slots[index % depth] for index in range(len(fetches))]
+            lanes = [self._lanes(slot, fetch) for slot, fetch in zip(self._slot_of, fetches, strict=True)]
             self._jobs = [
-                Job(partial(self._issue, slot, fetch)) for slot, fetch in zip(self._slot_of, fetches, strict=True)
+                Job(partial(self._issue, each, fetch.number), each) for each, fetch in zip(lanes, fetches, strict=True)
             ]
             self.following = [i + depth if i + depth < len(fetches) else i % depth for i in range(len(fetches))]
             self.reset(driver.current_stream())
@@ -159,7 +160,7 @@ class Prefetcher:
         if timer.timed:
             timer.arrive(index, stream)
         if self.tracer is not None:
-            self._mark("arrived", self._fetches[index].number, stream)
+            self.tracer.mark("arrived", self._fetches[index].number, 0, stream)
         if not hit:
             self._fetch(slot, index, stream)
         if slot.ticket is not None and not slot.ticket.done:
@@ -169,7 +170,7 @@ class Prefetcher:
         if timer.timed:
             timer.resume(index, stream)
         if self.tracer is not None:
-            self._mark("resumed", self._fetches[index].number, stream)
+            self.tracer.mark("resumed", self._fetches[index].number, 0, stream)
         self._latest = slot.reader = index
         slot.read = True
         counts = self.counts[index]
@@ -183,7 +184,7 @@ class Prefetcher:
             raise StateError(f"layer {self._fetches[index].number} is released, but was not acquired")
         self._driver.record(slot.consumed.event, stream)
         if self.tracer is not None:
-            self._mark("released", self._fetches[index].number, stream)
+            self.tracer.mark("released", self._fetches[index].number, 0, stream)
         slot.reader = None
         following = self.following[index]
         if slot.holds != following:
@@ -256,24 +257,28 @@ class Prefetcher:
             self._driver.record(slot.consumed.event, stream)
         slot.holds = index
         slot.read = False
-        slot.ticket = self._issuer.submit(self._jobs[index])
+        if self.tracer is None:
+            slot.ticket = self._issuer.submit(self._jobs[index])
+        else:
+            traced = partial(self._issue, self._jobs[index].lanes, self._fetches[index].number, self.tracer)
+            slot.ticket = InlineIssuer().submit(Job(traced))
         self.counts[index].fetched_bytes += self._fetches[index].nbytes
 
-    def _issue(self, slot: Slot, fetch: Fetch) -> None:
-        """Runs wherever the issuer runs jobs."""
-        for lane, (stream, copies, ready) in enumerate(zip(self._streams, fetch.streams, slot.ready, strict=False)):
-            self._driver.wait(stream.stream, slot.consumed.event)
-            if self.tracer is not None:
-                self._mark("copies begin", fetch.number, stream.stream, lane)
-            self._driver.copy(copies, stream.stream)
-            self._driver.record(ready.event, stream.stream)
-            if self.tracer is not None:
-                self._mark("copies end", fetch.number, stream.stream, lane)
+    def _lanes(self, slot: Slot, fetch: Fetch) -> list[Lane]:
+        return [
+            Lane(stream.stream, slot.consumed.event, copies, ready.event)
+            for stream, copies, ready in zip(self._streams, fetch.streams, slot.ready, strict=False)
+        ]
 
-    def _mark(self, what: What, number: int, stream: int, lane: int = 0) -> None:
-        tracer = self.tracer  # which another thread may take away
-        if tracer is not None:
-            tracer.mark(what, number, lane, stream)
+    def _issue(self, lanes: Sequence[Lane], layer: int, tracer: Tracer | None = None) -> None:
+        for number, lane in enumerate(lanes):
+            self._driver.wait(lane.stream, lane.after)
+            if tracer is not None:
+                tracer.mark("copies begin", layer, number, lane.stream)
+            self._driver.copy(lane.copies, lane.stream)
+            self._driver.record(lane.then, lane.stream)
+            if tracer is not None:
+                tracer.mark("copies end", layer, number, lane.stream)
 
     def _await_issue(self, slot: Slot) -> None:
         if slot.ticket is not None:

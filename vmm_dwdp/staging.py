@@ -12,7 +12,7 @@ from vmm_dwdp.capture import CapturedPasses
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import StateError
 from vmm_dwdp.guard import Guard
-from vmm_dwdp.issue import InlineIssuer, Issuer, ThreadIssuer, pays_to_wake_a_thread
+from vmm_dwdp.issue import Issuer, open_issuer
 from vmm_dwdp.layer import Layer
 from vmm_dwdp.plan import LayerPlan, plan_layer
 from vmm_dwdp.prefetch import Fetch, Prefetcher
@@ -43,7 +43,6 @@ class Staging:
         plans = [layer.plan for layer in layers]
         # A graph launches each copy as a node, which takes longer than a batch: so it has no slices.
         whole = [plan_layer(layer.layouts, assembly.rank, None) for layer in layers]
-        self.copy_path = _choose(plans, config)
 
         def fetches(plans: Sequence[LayerPlan]) -> list[Fetch]:
             return [
@@ -56,7 +55,9 @@ class Staging:
             ]
 
         eager, captured = fetches(plans), fetches(whole)
-        issuer: Issuer = ThreadIssuer(driver, ledger) if self.copy_path.issued_by == "thread" else InlineIssuer()
+        most = max(plans, key=lambda plan: plan.num_copies)
+        issuer = open_issuer(driver, ledger, most.num_copies)
+        self.copy_path = _describe(most, config, issuer)
         self._prefetcher = Prefetcher(driver, ledger, issuer, eager, config.prefetch_depth)
         try:
             self._captured = CapturedPasses(driver, ledger, self._prefetcher, captured)
@@ -139,20 +140,18 @@ class Staging:
         self._captured.close()
 
 
-def _choose(plans: Sequence[LayerPlan], config: DWDPConfig) -> CopyPath:
-    """How the copies of the layer that has most get to the driver."""
-    plan = max(plans, key=lambda plan: plan.num_copies)
+def _describe(plan: LayerPlan, config: DWDPConfig, issuer: Issuer) -> CopyPath:
+    """How the copies of ``plan``, which has most, get to the driver."""
     if config.slice_bytes != "auto":
         why = f"slice_bytes is {config.slice_bytes}"
     elif len(plan.streams) > 1:
         why = "long copies on a stream for each owner are few, and few copies do not hold up kernel launches"
     else:
         why = "there is one owner to copy from" if plan.streams else "nothing is remote"
-    thread = pays_to_wake_a_thread(plan.num_copies)
     return CopyPath(
         plan="streams" if config.slice_bytes == "auto" else "slices",
         why=why,
         num_streams=len(plan.streams),
         num_copies=plan.num_copies,
-        issued_by="thread" if thread else "launching thread",
+        issued_by=issuer.issued_by,
     )

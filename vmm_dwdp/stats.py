@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from vmm_dwdp.issue import IssuedBy
 from vmm_dwdp.mode_choice import ModeChoice
 
 
@@ -41,15 +42,16 @@ class CopyPath:
         why: what decided it.
         num_streams: copy streams.
         num_copies: of the layer that has most.
-        issued_by: ``"thread"``: one of the runtime's own, where that takes the launching thread less time than to give
-            the copies to the driver itself.
+        issued_by: ``"native thread"``: one that needs no interpreter, on CUDA, where a C compiler was there when this
+            package was installed. Otherwise ``"thread"``: one of Python's, where that takes the launching thread less
+            time than to give the copies to the driver itself; or else ``"launching thread"``.
     """
 
     plan: Literal["slices", "streams"]
     why: str
     num_streams: int
     num_copies: int
-    issued_by: Literal["launching thread", "thread"]
+    issued_by: IssuedBy
 
 
 @dataclass(frozen=True)

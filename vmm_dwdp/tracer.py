@@ -6,7 +6,6 @@ read, so that a trace may stay on for as long as one likes.
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from typing import Final, Literal, NamedTuple
 
@@ -36,20 +35,18 @@ class Mark(NamedTuple):
 
 
 class Tracer(Owned):
-    """Marks of one rank. `mark` may be called from the launching thread and from the one that issues copies."""
+    """Marks of one rank, all made by the launching thread: while it traces, it issues the copies, too."""
 
     def __init__(self, driver: Driver, ledger: Ledger, stream: int) -> None:
         """Time 0 is when ``stream`` comes to this point."""
         self._driver = driver
         self._ledger = ledger
-        self._lock = threading.Lock()
         self._resources = ResourceStack()
         self._free: list[Event] = []
         self._pending: deque[tuple[Event, What, int, int]] = deque()
         self._marks: list[Mark] = []
         self._ranges: dict[int, int] = {}  # NVTX range of each acquired layer
         self._nvtx = driver.device.type == "cuda"
-        self._finished = False
         try:
             self._base, self._base_seconds = self._event(), 0.0
             driver.record(self._base.event, stream)
@@ -68,14 +65,11 @@ class Tracer(Owned):
         """``what`` happens when ``stream`` comes to this point."""
         if self._nvtx and lane == 0:
             self._mark_range(what, layer)
-        with self._lock:
-            if self._finished:
-                return
-            event = self._event()
-            self._driver.record(event.event, stream)
-            self._pending.append((event, what, layer, lane))
-            if len(self._pending) % READ_AFTER == 0:
-                self._read()
+        event = self._event()
+        self._driver.record(event.event, stream)
+        self._pending.append((event, what, layer, lane))
+        if len(self._pending) % READ_AFTER == 0:
+            self._read()
 
     def _mark_range(self, what: What, layer: int) -> None:
         """A range of the launching thread from acquire to release, for Nsight Systems."""
@@ -99,11 +93,9 @@ class Tracer(Owned):
             self._base, self._base_seconds = event, seconds
 
     def finish(self) -> list[Mark]:
-        """Take no more marks, wait for the device, and return those that were made."""
-        with self._lock:
-            self._finished = True
-            self._driver.synchronize()
-            self._read()
+        """Wait for the device, and return those that were made."""
+        self._driver.synchronize()
+        self._read()
         for layer in list(self._ranges):
             self._end_range(layer)
         return self._marks

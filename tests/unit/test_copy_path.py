@@ -13,11 +13,11 @@ import torch
 from support.groups import PAGE, join, published, random_model, same_bytes
 
 from vmm_dwdp import DriverError, DWDPConfig
-from vmm_dwdp.allocator.driver import Copy
+from vmm_dwdp.allocator.driver import Copy, Lane
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.guard import PASSES, Guard
-from vmm_dwdp.issue import InlineIssuer, Issuer, Job, ThreadIssuer, pays_to_wake_a_thread
+from vmm_dwdp.issue import InlineIssuer, Issuer, Job, ThreadIssuer, open_issuer
 from vmm_dwdp.timing import EVERY, FIRST, PassTimer, PassTimes
 
 MODEL = random_model({number: {"w": ((8, 3000), torch.float32)} for number in range(3)})
@@ -75,9 +75,63 @@ def test_a_thread_that_cannot_use_the_driver_is_not_left_behind(ledger: Ledger) 
         ThreadIssuer(Refusing(PAGE), ledger)
 
 
-def test_few_copies_are_not_worth_waking_a_thread() -> None:
-    assert not pays_to_wake_a_thread(12)
-    assert pays_to_wake_a_thread(400)
+@pytest.mark.parametrize(("num_copies", "by"), [(0, "launching thread"), (12, "launching thread"), (400, "thread")])
+def test_few_copies_are_not_worth_waking_a_thread_of_pythons(num_copies: int, by: str, ledger: Ledger) -> None:
+    issuer = open_issuer(HostDriver(PAGE), ledger, num_copies)
+    assert issuer.issued_by == by
+    issuer.close()
+
+
+class WithThread(HostDriver):
+    """Has a thread that gives lanes to it."""
+
+    def __init__(self) -> None:
+        super().__init__(PAGE)
+        self.threads: list[FakeThread] = []
+
+    def issuing_thread(self) -> FakeThread:  # type: ignore[override]
+        self.threads.append(FakeThread())
+        return self.threads[-1]
+
+
+class FakeThread:
+    def __init__(self) -> None:
+        self.given: list[Sequence[Lane]] = []
+        self.closed = 0
+
+    def job(self, lanes: Sequence[Lane]) -> FakeJob:
+        return FakeJob(lanes)
+
+    def submit(self, job: FakeJob) -> None:
+        self.given.append(job.lanes)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class FakeJob:
+    done = True
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self.lanes = lanes
+
+    def result(self) -> None: ...
+
+
+def test_a_thread_of_the_drivers_gives_any_number_of_copies(ledger: Ledger) -> None:
+    driver = WithThread()
+    assert open_issuer(driver, ledger, 0).issued_by == "launching thread"
+    assert not driver.threads
+    issuer = open_issuer(driver, ledger, 1)
+    assert issuer.issued_by == "native thread"
+    assert ledger.counts()["threads"] == 1
+    first, second = (Job(pytest.fail, [Lane(stream, 5, "copies", 6)]) for stream in (1, 2))
+    tickets = [issuer.submit(job) for job in (first, second, first)]
+    assert tickets[0] is tickets[2]
+    assert driver.threads[0].given == [first.lanes, second.lanes, first.lanes]
+    issuer.close()
+    issuer.close()
+    assert driver.threads[0].closed == 1
 
 
 class Failing(HostDriver):

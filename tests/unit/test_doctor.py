@@ -2,11 +2,12 @@
 
 import json
 import resource
+from pathlib import Path
 
 import pytest
 import torch
 
-from vmm_dwdp import cli
+from vmm_dwdp import allocator, cli
 
 
 @pytest.fixture
@@ -32,6 +33,12 @@ def test_host_driver_says_why_it_has_no_fabric_handles(report: dict) -> None:
 def test_missing_gpu_is_a_finding(report: dict) -> None:
     assert "cuda" in report["devices"]["cuda"]["why_not"]
     assert report["devices"]["cuda"]["memory"] == {}
+
+
+def test_the_native_thread_is_there_if_it_was_compiled(report: dict) -> None:
+    compiled = list(Path(allocator.__file__).parent.glob("_issue*.so"))
+
+    assert (report["native_thread"]["why_not"] is None) == bool(compiled)
 
 
 def test_nothing_is_measured_unless_asked_for(report: dict) -> None:

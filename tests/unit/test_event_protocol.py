@@ -8,8 +8,9 @@ from functools import partial
 import pytest
 from support.explorer import Launch, explore, record
 
+from vmm_dwdp.allocator.driver import Lane
 from vmm_dwdp.issue import Ticket
-from vmm_dwdp.prefetch import Fetch, Prefetcher
+from vmm_dwdp.prefetch import Fetch, Prefetcher, Slot
 
 Run = Callable[[int], None]
 
@@ -69,21 +70,17 @@ def test_the_explorer_reaches_orders_in_which_copies_and_kernels_overlap() -> No
 class _SwappedConsumed(Prefetcher):
     """Waits for the other slot's event before it overwrites a slot."""
 
-    def _issue(self, slot, fetch: Fetch) -> None:  # type: ignore[no-untyped-def]
+    def _lanes(self, slot: Slot, fetch: Fetch) -> list[Lane]:
         other = self.slots[(self.slots.index(slot) + 1) % len(self.slots)]
-        self._driver.wait(self._streams[0].stream, other.consumed.event)
-        self._driver.copy(fetch.streams[0], self._streams[0].stream)
-        self._driver.record(slot.ready[0].event, self._streams[0].stream)
+        return [lane._replace(after=other.consumed.event) for lane in super()._lanes(slot, fetch)]
 
 
 class _SwappedReady(Prefetcher):
     """Tells the other slot's readers that this slot is filled."""
 
-    def _issue(self, slot, fetch: Fetch) -> None:  # type: ignore[no-untyped-def]
+    def _lanes(self, slot: Slot, fetch: Fetch) -> list[Lane]:
         other = self.slots[(self.slots.index(slot) + 1) % len(self.slots)]
-        self._driver.wait(self._streams[0].stream, slot.consumed.event)
-        self._driver.copy(fetch.streams[0], self._streams[0].stream)
-        self._driver.record(other.ready[0].event, self._streams[0].stream)
+        return [lane._replace(then=other.ready[0].event) for lane in super()._lanes(slot, fetch)]
 
 
 class _EarlyAtTheWrap(Prefetcher):

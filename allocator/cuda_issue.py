@@ -1,0 +1,41 @@
+"""A thread that gives copies to the driver without the interpreter: ``_issue.c``, which is compiled at installation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from cuda.bindings import driver as cuda
+
+from vmm_dwdp.allocator import HAS_NATIVE_THREAD
+from vmm_dwdp.allocator.cuda_batch import BatchCall
+from vmm_dwdp.allocator.cuda_events import EventCalls, address
+from vmm_dwdp.allocator.driver import Lane
+from vmm_dwdp.errors import DriverError
+
+if HAS_NATIVE_THREAD:
+    from vmm_dwdp.allocator import _issue
+
+_SET_CURRENT_SINCE: Final = 4000  # the driver version that brought cuCtxSetCurrent
+
+
+class CudaIssuingThread:
+    """See `vmm_dwdp.allocator.driver.IssuingThread`."""
+
+    def __init__(self, context: int, events: EventCalls, batch: BatchCall) -> None:
+        """Raises `DriverError` if the thread cannot use ``context``."""
+        set_current = address("cuCtxSetCurrent", _SET_CURRENT_SINCE)
+        self._thread = _issue.Issuer(set_current, events.wait_at, batch.address, events.record_at, context, _failure)
+        self.submit = self._thread.submit
+        self.close = self._thread.close
+
+    def job(self, lanes: Sequence[Lane]) -> _issue.Job:
+        stated = tuple(
+            (lane.stream, lane.after, tuple(batch.arguments for batch in lane.copies.batches), lane.then)
+            for lane in lanes
+        )
+        return self._thread.job(stated, tuple(lanes))
+
+
+def _failure(call: str, result: int) -> DriverError:
+    return DriverError(call, cuda.CUresult(result).name, "give a layer's copies to the driver")
