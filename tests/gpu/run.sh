@@ -32,7 +32,7 @@ grouped="--ignore tests/gpu/test_group_on_gpu.py --ignore tests/gpu/test_transfo
 step memcheck 240 "$memcheck --port 50100 --target-processes application-only python3 -m pytest -q -p no:cacheprovider -m 'gpu and not faults' tests/unit tests/multiprocess/test_memory_between_processes.py tests/gpu $grouped --ignore $kernels"
 step memgroup 240 "$memcheck --port 50300 --target-processes all python3 -m pytest -q -p no:cacheprovider -m gpu tests/gpu/test_group_on_gpu.py"
 step memmodels 300 "$memcheck --port 50500 --target-processes all python3 -m pytest -q -p no:cacheprovider -m gpu tests/gpu/test_transformers_on_gpu.py"
-step memdemo 400 "$memcheck --port 50700 --target-processes all python3 -m vmm_dwdp.cli demo --device cuda --json"
+step memdemo 300 "$memcheck --port 50700 --target-processes all python3 -m vmm_dwdp.cli demo --device cuda --group-size 2 --generate 8 --json"
 step memkernels 240 "$memcheck --port 50900 --target-processes application-only python3 -m pytest -q -p no:cacheprovider -m gpu $kernels -k 'cute or triton'"
 # Hazards of our CuTe kernels beside those of stock TMA/WGMMA kernels on the same operands: torch's for bf16, DeepGEMM's for fp8.
 race() {  # race NAME PORT TESTS
