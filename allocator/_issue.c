@@ -129,6 +129,7 @@ static Job *next_job(Issuer *issuer) {
 
 static void *serve(void *argument) {
     Issuer *issuer = argument;
+    prctl(PR_SET_NAME, "vmm-dwdp-issue");
     prctl(PR_SET_TIMERSLACK, 1000); /* or a nap would take twice as long */
     pthread_mutex_lock(&issuer->lock);
     issuer->start_result = issuer->set_current(issuer->context);

@@ -6,6 +6,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,9 @@ def _in_use() -> Counter[str]:
             continue  # the descriptor of this very directory
     counts["mapped memory files"] = Path("/proc/self/maps").read_text().count("memfd:vmm_dwdp")
     counts["threads"] = sum(thread.name.startswith("vmm-dwdp") for thread in threading.enumerate())
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            counts["native threads"] += (task / "comm").read_text().startswith("vmm-dwdp")
     return counts
 
 

@@ -29,6 +29,7 @@ DOING: Final = (
     "wait",
     "prepare",
     "copy",
+    "issuing_thread",
     "synchronize",
 )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.groups import PAGE, join, published, random_model, same_bytes
+from support.groups import PAGE, in_threads, join, published, random_model, same_bytes
 
 from vmm_dwdp import DriverError, DWDPConfig
 from vmm_dwdp.allocator.driver import Copy, Lane
@@ -83,39 +83,53 @@ def test_few_copies_are_not_worth_waking_a_thread_of_pythons(num_copies: int, by
 
 
 class WithThread(HostDriver):
-    """Has a thread that gives lanes to it."""
+    """Has a thread that gives lanes to it: here the one that submits them."""
 
     def __init__(self) -> None:
         super().__init__(PAGE)
         self.threads: list[FakeThread] = []
 
     def issuing_thread(self) -> FakeThread:  # type: ignore[override]
-        self.threads.append(FakeThread())
+        self.threads.append(FakeThread(self))
         return self.threads[-1]
 
 
 class FakeThread:
-    def __init__(self) -> None:
-        self.given: list[Sequence[Lane]] = []
+    def __init__(self, driver: HostDriver) -> None:
+        self._driver = driver
+        self.submitted: list[FakeJob] = []
         self.closed = 0
 
     def job(self, lanes: Sequence[Lane]) -> FakeJob:
         return FakeJob(lanes)
 
     def submit(self, job: FakeJob) -> None:
-        self.given.append(job.lanes)
+        self.submitted.append(job)
+        job.error = None
+        try:
+            for lane in job.lanes:
+                self._driver.wait(lane.stream, lane.after)
+                self._driver.copy(lane.copies, lane.stream)
+                self._driver.record(lane.then, lane.stream)
+        except DriverError as error:
+            job.error = error
 
     def close(self) -> None:
         self.closed += 1
 
 
 class FakeJob:
-    done = True
-
     def __init__(self, lanes: Sequence[Lane]) -> None:
         self.lanes = lanes
+        self.error: DriverError | None = None
 
-    def result(self) -> None: ...
+    @property
+    def done(self) -> bool:
+        return self.error is None
+
+    def result(self) -> None:
+        if self.error is not None:
+            raise self.error
 
 
 def test_a_thread_of_the_drivers_gives_any_number_of_copies(ledger: Ledger) -> None:
@@ -125,21 +139,23 @@ def test_a_thread_of_the_drivers_gives_any_number_of_copies(ledger: Ledger) -> N
     issuer = open_issuer(driver, ledger, 1)
     assert issuer.issued_by == "native thread"
     assert ledger.counts()["threads"] == 1
-    first, second = (Job(pytest.fail, [Lane(stream, 5, "copies", 6)]) for stream in (1, 2))
+    first, second = (Job(pytest.fail, []) for _ in range(2))
     tickets = [issuer.submit(job) for job in (first, second, first)]
-    assert tickets[0] is tickets[2]
-    assert driver.threads[0].given == [first.lanes, second.lanes, first.lanes]
+    assert tickets[0] is tickets[2] is not tickets[1]
+    assert driver.threads[0].submitted == tickets
     issuer.close()
     issuer.close()
     assert driver.threads[0].closed == 1
 
 
-class Failing(HostDriver):
+class Failing(WithThread):
     """Refuses the copies whose turn it is."""
 
-    def __init__(self, refused: int) -> None:
-        super().__init__(PAGE)
-        self.calls_to_refusal = refused
+    def __init__(self, *, native: bool) -> None:
+        super().__init__()
+        self.calls_to_refusal = 0
+        if not native:
+            self.issuing_thread = lambda: None  # type: ignore[method-assign,assignment]
 
     def copy(self, prepared: Sequence[Copy], stream: int) -> None:
         self.calls_to_refusal -= 1
@@ -148,13 +164,21 @@ class Failing(HostDriver):
         super().copy(prepared, stream)
 
 
-@pytest.mark.parametrize("slice_bytes", ["auto", 1024], ids=["streams, inline", "slices, in a thread"])
-@pytest.mark.parametrize("refused", [3, 4, 5, 6])
+@pytest.mark.parametrize(
+    ("slice_bytes", "issued_by"),
+    [("auto", "launching thread"), (1024, "thread"), ("auto", "native thread"), (1024, "native thread")],
+)
+@pytest.mark.parametrize("refused", [1, 2, 3, 4])
 def test_a_copy_that_cannot_be_issued_is_told_at_acquire_which_may_be_repeated(
-    tmp_path: Path, slice_bytes: int | str, refused: int
+    tmp_path: Path, slice_bytes: int | str, issued_by: str, refused: int
 ) -> None:
-    config = DWDPConfig(group_size=1, host_experts=6, slice_bytes=slice_bytes)
-    runtime = join(config, 0, tmp_path / "rendezvous", MODEL, Failing(refused))
+    config = DWDPConfig(group_size=2, host_experts=3, slice_bytes=slice_bytes)  # two owners, who take turns
+    drivers = [Failing(native=issued_by == "native thread"), HostDriver(PAGE)]
+    runtime, other = in_threads(lambda rank: join(config, rank, tmp_path / "group", MODEL, drivers[rank]), 2)
+    drivers[0].calls_to_refusal = refused
+    path = runtime.stats().copy_path
+    assert path is not None
+    assert path.issued_by == issued_by
     failures = []
     for number in [*MODEL] * 3:
         try:
@@ -167,7 +191,7 @@ def test_a_copy_that_cannot_be_issued_is_told_at_acquire_which_may_be_repeated(
         runtime.release(number)
     assert failures == ["INJECTED"]
     del weights
-    assert runtime.close().open() == []
+    assert [each.close().open() for each in (runtime, other)] == [[], []]
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ DRIVERS = {"cpu": FaultyDriver, "cuda": FaultyCudaDriver}
 SCENARIOS = {
     "host": DWDPConfig(group_size=1, host_experts=3, mode="in_place"),
     "cache": DWDPConfig(group_size=1, host_experts=3, mode="in_place", prefetch_depth=1, resident_cache=4 * PAGE),
-    "pair": DWDPConfig(group_size=2, slice_bytes=64),
+    "pair": DWDPConfig(group_size=2, host_experts=2, slice_bytes=64),  # two other owners, whose slices a thread gives
     "list": DWDPConfig(group_size=2, assembly="tensor_list"),
 }
 CASES = [
@@ -125,7 +125,7 @@ def test_a_failing_call_is_named_and_everything_is_undone(device: str, scenario:
 def test_another_rank_whose_memory_cannot_be_used_is_named(scenario: str) -> None:
     """As between GPUs that cannot reach each other: the driver refuses what it imported, and names addresses only."""
     call = {"pair": "set_access", "list": "open_allocation"}[scenario]
-    first = {"pair": len(MODELS["cpu"]) + 1, "list": 1}[scenario]  # after the rank's own shards
+    first = {"pair": 2 * len(MODELS["cpu"]) + 1, "list": 1}[scenario]  # after the shards of rank 0 and of the host
     sentence = f"{call} failed with INJECTED while trying to use the memory of rank 1 on cpu: make its use number"
     with pytest.raises(DriverError, match=sentence):
         _lives(SCENARIOS[scenario], FaultyDriver(call, first))
