@@ -239,7 +239,7 @@ class CudaDriver:
     def issuing_thread(self) -> CudaIssuingThread | None:
         if self._batch_call is None or not HAS_NATIVE_THREAD:
             return None
-        return CudaIssuingThread(int(self._context), self._events, self._batch_call)
+        return CudaIssuingThread.start(int(self._context), self._events, self._batch_call)
 
     def capture(self, stream: int) -> int:
         result, status = cuda.cuStreamIsCapturing(stream)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 from cuda.bindings import driver as cuda
 
@@ -16,18 +15,20 @@ from vmm_dwdp.errors import DriverError
 if HAS_NATIVE_THREAD:
     from vmm_dwdp.allocator import _issue
 
-_SET_CURRENT_SINCE: Final = 4000  # the driver version that brought cuCtxSetCurrent
-
 
 class CudaIssuingThread:
     """See `vmm_dwdp.allocator.driver.IssuingThread`."""
 
-    def __init__(self, context: int, events: EventCalls, batch: BatchCall) -> None:
-        """Raises `DriverError` if the thread cannot use ``context``."""
-        set_current = address("cuCtxSetCurrent", _SET_CURRENT_SINCE)
+    def __init__(self, context: int, set_current: int, events: EventCalls, batch: BatchCall) -> None:
+        """``set_current``: the address of cuCtxSetCurrent. Raises `DriverError` if the thread cannot use ``context``."""
         self._thread = _issue.Issuer(set_current, events.wait_at, batch.address, events.record_at, context, _failure)
         self.submit = self._thread.submit
         self.close = self._thread.close
+
+    @classmethod
+    def start(cls, context: int, events: EventCalls, batch: BatchCall) -> CudaIssuingThread:
+        """With the driver that is loaded."""
+        return cls(context, address("cuCtxSetCurrent", 4000), events, batch)
 
     def job(self, lanes: Sequence[Lane]) -> _issue.Job:
         stated = tuple(

@@ -9,17 +9,18 @@ from typing import Any
 import pytest
 
 from vmm_dwdp import DriverError
-from vmm_dwdp.allocator.driver import Copy
+from vmm_dwdp.allocator.driver import Copy, Lane
 
 pytest.importorskip("cuda.bindings.driver")
 
 from cuda.bindings import driver as cuda
 
-from vmm_dwdp.allocator import cuda_driver
+from vmm_dwdp.allocator import HAS_NATIVE_THREAD, cuda_driver
 from vmm_dwdp.allocator.cuda_batch import _CALL, BatchCall
 from vmm_dwdp.allocator.cuda_driver import CudaDriver
 from vmm_dwdp.allocator.cuda_events import _CALL as EVENT_CALL
 from vmm_dwdp.allocator.cuda_events import EventCalls
+from vmm_dwdp.allocator.cuda_issue import CudaIssuingThread
 
 COPIES = [Copy(dst=1000 + n, src=5000 + n, nbytes=16 * n) for n in range(1, 150)]
 CAPTURED, REFUSING = 77, 88  # streams
@@ -93,6 +94,35 @@ def test_a_batch_that_is_refused_is_an_error(driver: CudaDriver, calls: Recorder
     with pytest.raises(DriverError, match=r"cuMemcpyBatchAsync failed with CUDA_ERROR_INVALID_VALUE .* 149 copies"):
         driver.copy(driver.prepare(COPIES), REFUSING)
     assert len(calls.batches) == 1
+
+
+@pytest.mark.skipif(not HAS_NATIVE_THREAD, reason="there was no C compiler when this package was installed")
+def test_the_native_thread_gives_the_same_batches(driver: CudaDriver, calls: Recorder) -> None:
+    events: list[tuple[int, ...]] = []
+
+    def answering(*arguments: int) -> int:
+        events.append((*arguments, len(calls.batches)))
+        return 0
+
+    function = EVENT_CALL(answering)
+    address = ctypes.cast(function, ctypes.c_void_p).value or 0
+    # Its context is set by a function of the same form: the arguments that it is not given mean nothing
+    thread = CudaIssuingThread(3, address, EventCalls(address, address), BatchCall(calls.address))
+    del events[:]
+    good, bad = (
+        thread.job([Lane(stream, 20, driver.prepare(COPIES), 30), Lane(stream, 21, driver.prepare([]), 31)])
+        for stream in (9, REFUSING)
+    )
+    thread.submit(good)
+    good.result()
+    assert [copy for batch, _, _ in calls.batches for copy in batch] == COPIES
+    assert {(number, stream) for _, number, stream in calls.batches} == {(1, 9)}
+    assert events == [(9, 20, 0, 0), (30, 9, 0, 3), (9, 21, 0, 3), (31, 9, 0, 3)]
+    thread.submit(bad)
+    with pytest.raises(DriverError, match="cuMemcpyBatchAsync failed with CUDA_ERROR_INVALID_VALUE"):
+        bad.result()
+    assert len(calls.batches) == 4
+    thread.close()
 
 
 SUCCESS, NOT_READY = cuda.CUresult.CUDA_SUCCESS, cuda.CUresult.CUDA_ERROR_NOT_READY
