@@ -20,7 +20,7 @@ class CudaIssuingThread:
     """See `vmm_dwdp.allocator.driver.IssuingThread`."""
 
     def __init__(self, context: int, set_current: int, events: EventCalls, batch: BatchCall) -> None:
-        """``set_current``: the address of cuCtxSetCurrent. Raises `DriverError` if the thread cannot use ``context``."""
+        """``set_current``: where cuCtxSetCurrent is. Raises `DriverError` if the thread cannot use ``context``."""
         self._thread = _issue.Issuer(set_current, events.wait_at, batch.address, events.record_at, context, _failure)
         self.submit = self._thread.submit
         self.close = self._thread.close
