@@ -16,6 +16,7 @@ class Bug(NamedTuple):
 
 
 _EVENTS = ("tests/unit/test_event_protocol.py",)
+_NATIVE = ("tests/unit/test_native_issue.py",)
 _PLANS = ("tests/property/test_placement_and_layout.py",)
 _BYTES = ("tests/property/test_assembled_bytes.py",)
 _HANDLES = ("tests/unit/test_handles.py",)
@@ -31,20 +32,52 @@ BUGS: Final = (
     Bug(
         "copies wait for the event of another slot",
         "vmm_dwdp/prefetch.py",
-        "self._driver.wait(stream.stream, slot.consumed.event)",
-        "self._driver.wait(stream.stream, self.slots[0].consumed.event)",
+        "Lane(stream.stream, slot.consumed.event, copies, ready.event)",
+        "Lane(stream.stream, self.slots[0].consumed.event, copies, ready.event)",
         _EVENTS,
     ),
     Bug(
         "ready is recorded before the copies",
         "vmm_dwdp/prefetch.py",
-        """            self._driver.copy(copies, stream.stream)
-            self._driver.record(ready.event, stream.stream)
+        """            self._driver.copy(lane.copies, lane.stream)
+            self._driver.record(lane.then, lane.stream)
 """,
-        """            self._driver.record(ready.event, stream.stream)
-            self._driver.copy(copies, stream.stream)
+        """            self._driver.record(lane.then, lane.stream)
+            self._driver.copy(lane.copies, lane.stream)
 """,
         _EVENTS,
+    ),
+    Bug(
+        "the native thread goes on after a batch that the driver refused",
+        "allocator/_issue.c",
+        """                return "cuMemcpyBatchAsync";
+""",
+        """                continue;
+""",
+        _NATIVE,
+    ),
+    Bug(
+        "a job that the native thread is at can be freed",
+        "allocator/_issue.c",
+        """    if (job->issuer)
+        await(job);
+""",
+        "",
+        _NATIVE,
+    ),
+    Bug(
+        "what a job's addresses point into is not kept",
+        "allocator/_issue.c",
+        "job->kept = Py_NewRef(kept);",
+        "job->kept = Py_NewRef(Py_None);",
+        _NATIVE,
+    ),
+    Bug(
+        "a refused job of the native thread counts as done",
+        "allocator/_issue.c",
+        "call ? FAILED : DONE",
+        "DONE",
+        _NATIVE,
     ),
     Bug(
         "acquire does not wait for the thread that issues copies",

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 def test_there_is_one_place_for_the_bug_and_tests_to_find_it(bug: Bug) -> None:
     source = (ROOT / bug.file).read_text(encoding="utf-8")
     assert source.count(bug.old) == 1
-    compile(source.replace(bug.old, bug.new), bug.file, "exec")
+    if bug.file.endswith(".py"):  # of C, a bug that the compiler finds counts as one that the tests find
+        compile(source.replace(bug.old, bug.new), bug.file, "exec")
     for test in bug.tests:
         file, *name = test.split("::")
         assert all(f"def {part}(" in (ROOT / file).read_text(encoding="utf-8") for part in name)
