@@ -55,7 +55,7 @@ typedef struct Job {
     Lane *lanes;
     size_t num_lanes;
     struct Job *next; /* in the list of what was submitted */
-    int state;        /* written under the issuer's lock */
+    int state;        /* written under the issuer's lock, read without it too */
     const char *call; /* the one that failed */
     int result;
 } Job;
@@ -321,10 +321,10 @@ static PyObject *issuer_submit(PyObject *self, PyObject *argument) {
     Job *job = (Job *)argument;
     if (!PyObject_TypeCheck(argument, job_type) || job->issuer != issuer)
         return PyErr_SetString(PyExc_TypeError, "not a job of this issuer"), NULL;
-    if (!issuer->running || job->state == SUBMITTED)
+    if (!issuer->running || __atomic_load_n(&job->state, __ATOMIC_RELAXED) == SUBMITTED)
         return PyErr_SetString(PyExc_RuntimeError, issuer->running ? "submitted already" : "closed"), NULL;
     pthread_mutex_lock(&issuer->lock);
-    job->state = SUBMITTED;
+    __atomic_store_n(&job->state, SUBMITTED, __ATOMIC_RELAXED);
     job->next = NULL;
     if (issuer->last)
         issuer->last->next = job;
