@@ -339,7 +339,8 @@ class DWDPRuntime:
 
         The trace is filled when the body ends, which waits for the device. Times are the device's own; they cost an
         event record for each acquire, release and copy stream, so a trace may span many passes. On a GPU, each layer
-        is also an NVTX range from acquire to release. Replays of CUDA graphs are not seen.
+        is also an NVTX range from acquire to release. Replays of CUDA graphs are not seen. Meanwhile the calling thread
+        of `release` gives the copies to the driver itself, which takes it milliseconds a layer if they are slices.
 
         Raises:
             StateError: not published, nothing is staged, or a trace is being recorded already.
