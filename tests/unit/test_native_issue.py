@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -20,6 +21,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vmm_dwdp import allocator
+
 SOURCE = Path(__file__).parents[2] / "allocator/_issue.c"
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 
@@ -33,6 +36,14 @@ Lane = tuple[int, int, tuple[Batch, ...], int]
 
 class Refused(Exception):
     pass
+
+
+def test_installation_compiles_it() -> None:
+    try:
+        importlib.metadata.distribution("vmm-dwdp")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package is not installed: these are its files")
+    assert allocator.HAS_NATIVE_THREAD
 
 
 def compiled(folder: Path, *options: str) -> Path:
