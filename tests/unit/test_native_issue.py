@@ -284,4 +284,6 @@ def test_sanitizers_find_nothing_while_jobs_and_issuers_come_and_go(sanitizer: s
     run = subprocess.run(
         [sys.executable, "-c", STRESS, str(library)], env=environment, capture_output=True, text=True, check=False
     )
+    if "unexpected memory mapping" in run.stderr:
+        pytest.skip("this kernel places memory where this compiler's sanitizer cannot watch it")
     assert (run.returncode, run.stdout) == (0, "True\n"), run.stderr
