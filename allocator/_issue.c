@@ -23,7 +23,9 @@
 #include <time.h>
 
 #define NAP_NS 50000
+#ifndef LINGER_NS
 #define LINGER_NS 20000000
+#endif
 #define PAUSE 3
 
 /* cuCtxSetCurrent, cuStreamWaitEvent, cuMemcpyBatchAsync and cuEventRecordWithFlags; 0 is success */

@@ -71,25 +71,25 @@ class Lane(NamedTuple):
     then: int
 
 
-class Given(Protocol):
-    """Lanes that `IssuingThread.submit` gives to the driver, again and again.
+class Ticket(Protocol):
+    """What was submitted, to be given to the driver by whoever gives it.
 
     Attributes:
-        done: whether the driver has been given everything since the latest `IssuingThread.submit`.
+        done: whether the driver has been given everything: then `result` has nothing to wait for and nothing to raise.
     """
 
     @property
     def done(self) -> bool: ...
 
     def result(self) -> None:
-        """Wait until the driver has been given everything, and raise `DriverError` if it refused something."""
+        """Wait until the driver has been given everything, and raise what it refused."""
 
 
 class IssuingThread(Protocol):
     """A thread that calls the driver and never takes the interpreter's lock."""
 
-    def job(self, lanes: Sequence[Lane]) -> Given:
-        """For this thread only."""
+    def job(self, lanes: Sequence[Lane]) -> Ticket:
+        """Lanes that `submit` gives to the driver, again and again; for this thread only."""
 
     def submit(self, job: Any) -> None:
         """Give the lanes of ``job`` to the driver, after all that was submitted before. It is not under way already."""

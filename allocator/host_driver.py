@@ -25,7 +25,7 @@ from typing import Final, NamedTuple
 import torch
 
 from vmm_dwdp.allocator import host_pages
-from vmm_dwdp.allocator.driver import DEVICE, Access, Copy, HandleType, Location
+from vmm_dwdp.allocator.driver import DEVICE, Access, Copy, HandleType, IssuingThread, Location
 from vmm_dwdp.allocator.host_stream import HostStream, Record
 from vmm_dwdp.allocator.numa import numa_nodes
 from vmm_dwdp.errors import ConfigError, DriverError
@@ -351,7 +351,7 @@ class HostDriver:
         else:
             self._stream("copy", stream).submit(functools.partial(_copy_later, prepared, uses))
 
-    def issuing_thread(self) -> None:
+    def issuing_thread(self) -> IssuingThread | None:
         return None
 
     def capture(self, stream: int) -> int:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from typing import Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
-from vmm_dwdp.allocator.driver import Driver, Given, IssuingThread, Lane
+from vmm_dwdp.allocator.driver import Driver, IssuingThread, Lane, Ticket
 from vmm_dwdp.allocator.handles import Ledger
 
 # Copies that the launching thread gives the driver itself rather than wake a thread of Python's: six take it 0.1 ms (on
@@ -24,31 +24,11 @@ _FEW: Final = 32
 IssuedBy = Literal["native thread", "thread", "launching thread"]
 
 
-class Ticket(Protocol):
-    """A job that was submitted.
-
-    Attributes:
-        done: whether the driver has been given everything: then `result` has nothing to wait for and nothing to raise.
-    """
-
-    @property
-    def done(self) -> bool: ...
-
-    def result(self) -> None:
-        """Wait until the driver has been given everything, and raise what it raised."""
-
-
 class Job:
-    """Work that is submitted again and again, each time after the time before is over, and how it ended: a `Ticket`.
+    """Work of Python's that an issuer runs, and how it ended: a `Ticket`."""
 
-    Made once, because the launching thread, which submits it at every layer, is to make nothing anew.
-    """
-
-    def __init__(self, work: Callable[[], None], lanes: Sequence[Lane] = ()) -> None:
-        """``work`` gives ``lanes`` to the driver."""
+    def __init__(self, work: Callable[[], None]) -> None:
         self.work = work
-        self.lanes = lanes
-        self.native: Given | None = None  # the same for a thread that needs no interpreter
         self.done = False
         self.running = threading.Lock()  # held from `submit` until the work is over
         self._error: Exception | None = None
@@ -75,7 +55,12 @@ class Issuer(Protocol):
 
     issued_by: IssuedBy
 
-    def submit(self, job: Job) -> Ticket: ...
+    def job(self, work: Callable[[], None], lanes: Sequence[Lane]) -> Any:
+        """What gives ``lanes`` to the driver, as ``work`` does. Made once, because the launching thread, which submits
+        it at every layer, is to make nothing anew."""
+
+    def submit(self, job: Any) -> Ticket:
+        """Run what `job` made, which is not under way already."""
 
     def close(self) -> None:
         """Finish what was submitted. A second call does nothing."""
@@ -92,6 +77,9 @@ class InlineIssuer:
     """Runs each job in the thread that submits it."""
 
     issued_by: IssuedBy = "launching thread"
+
+    def job(self, work: Callable[[], None], lanes: Sequence[Lane]) -> Job:
+        return Job(work)
 
     def submit(self, job: Job) -> Ticket:
         job.done = False
@@ -124,6 +112,9 @@ class ThreadIssuer:
         for job in iter(self._jobs.get, None):
             job.run()
 
+    def job(self, work: Callable[[], None], lanes: Sequence[Lane]) -> Job:
+        return Job(work)
+
     def submit(self, job: Job) -> Ticket:
         job.done = False
         job.running.acquire()
@@ -149,12 +140,12 @@ class NativeIssuer:
         self._ledger = ledger
         self._token: int | None = ledger.add("threads", _LABEL)
 
-    def submit(self, job: Job) -> Ticket:
-        given = job.native
-        if given is None:
-            given = job.native = self._thread.job(job.lanes)
-        self._thread.submit(given)
-        return given
+    def job(self, work: Callable[[], None], lanes: Sequence[Lane]) -> Ticket:
+        return self._thread.job(lanes)
+
+    def submit(self, job: Ticket) -> Ticket:
+        self._thread.submit(job)
+        return job
 
     def close(self) -> None:
         if self._token is not None:

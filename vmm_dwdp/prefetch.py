@@ -37,10 +37,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from vmm_dwdp.allocator.driver import Driver, Lane
+from vmm_dwdp.allocator.driver import Driver, Lane, Ticket
 from vmm_dwdp.allocator.handles import Event, Ledger, ResourceStack, Stream
 from vmm_dwdp.errors import DriverError, StateError
-from vmm_dwdp.issue import InlineIssuer, Issuer, Job, Ticket
+from vmm_dwdp.issue import InlineIssuer, Issuer, Job
 from vmm_dwdp.timing import PassTimer
 from vmm_dwdp.tracer import Tracer
 
@@ -136,9 +136,10 @@ class Prefetcher:
             depth = len(self.slots)
             # By layer, see [Note: The path of the launching thread]
             self._slot_of = [self.slots[index % depth] for index in range(len(fetches))]
-            lanes = [self._lanes(slot, fetch) for slot, fetch in zip(self._slot_of, fetches, strict=True)]
+            self._lanes_of = [self._lanes(slot, fetch) for slot, fetch in zip(self._slot_of, fetches, strict=True)]
             self._jobs = [
-                Job(partial(self._issue, each, fetch.number), each) for each, fetch in zip(lanes, fetches, strict=True)
+                issuer.job(partial(self._issue, lanes, fetch.number), lanes)
+                for lanes, fetch in zip(self._lanes_of, fetches, strict=True)
             ]
             self.following = [i + depth if i + depth < len(fetches) else i % depth for i in range(len(fetches))]
             self.reset(driver.current_stream())
@@ -260,7 +261,7 @@ class Prefetcher:
         if self.tracer is None:
             slot.ticket = self._issuer.submit(self._jobs[index])
         else:
-            traced = partial(self._issue, self._jobs[index].lanes, self._fetches[index].number, self.tracer)
+            traced = partial(self._issue, self._lanes_of[index], self._fetches[index].number, self.tracer)
             slot.ticket = InlineIssuer().submit(Job(traced))
         self.counts[index].fetched_bytes += self._fetches[index].nbytes
 

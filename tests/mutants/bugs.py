@@ -66,6 +66,22 @@ BUGS: Final = (
         _NATIVE,
     ),
     Bug(
+        "a native thread that sleeps is not woken",
+        "allocator/_issue.c",
+        """    if (asleep)
+        pthread_cond_signal(&issuer->work);
+""",
+        "    (void)asleep;\n",
+        ("tests/unit/test_native_issue.py::test_submit_does_not_wait",),
+    ),
+    Bug(
+        "copies are given by the native thread while a trace is recorded",
+        "vmm_dwdp/prefetch.py",
+        "        if self.tracer is None:\n",
+        "        if True:\n",
+        ("tests/unit/test_copy_path.py",),
+    ),
+    Bug(
         "what a job's addresses point into is not kept",
         "allocator/_issue.c",
         "job->kept = Py_NewRef(kept);",

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from vmm_dwdp.allocator.driver import Copy
+from vmm_dwdp.allocator.driver import Copy, Lane
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.issue import InlineIssuer, Job
 from vmm_dwdp.prefetch import Fetch, Prefetcher
@@ -117,6 +117,9 @@ class RecordingIssuer:
 
     def __init__(self, driver: RecordingDriver) -> None:
         self._driver = driver
+
+    def job(self, work: Callable[[], None], lanes: Sequence[Lane]) -> Job:
+        return Job(work)
 
     def submit(self, job: Job) -> _Ticket:
         program = self._driver.program

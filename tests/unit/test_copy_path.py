@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.groups import PAGE, in_threads, join, published, random_model, same_bytes
+from support.groups import PAGE, check_pass, in_threads, join, published, random_model, same_bytes
 
 from vmm_dwdp import DriverError, DWDPConfig
 from vmm_dwdp.allocator.driver import Copy, Lane
@@ -89,7 +89,7 @@ class WithThread(HostDriver):
         super().__init__(PAGE)
         self.threads: list[FakeThread] = []
 
-    def issuing_thread(self) -> FakeThread:  # type: ignore[override]
+    def issuing_thread(self) -> FakeThread | None:
         self.threads.append(FakeThread(self))
         return self.threads[-1]
 
@@ -139,10 +139,9 @@ def test_a_thread_of_the_drivers_gives_any_number_of_copies(ledger: Ledger) -> N
     issuer = open_issuer(driver, ledger, 1)
     assert issuer.issued_by == "native thread"
     assert ledger.counts()["threads"] == 1
-    first, second = (Job(pytest.fail, []) for _ in range(2))
-    tickets = [issuer.submit(job) for job in (first, second, first)]
-    assert tickets[0] is tickets[2] is not tickets[1]
-    assert driver.threads[0].submitted == tickets
+    first, second = (issuer.job(pytest.fail, []) for _ in range(2))
+    assert [issuer.submit(job) for job in (first, second, first)] == [first, second, first]
+    assert driver.threads[0].submitted == [first, second, first]
     issuer.close()
     issuer.close()
     assert driver.threads[0].closed == 1
@@ -154,8 +153,10 @@ class Failing(WithThread):
     def __init__(self, *, native: bool) -> None:
         super().__init__()
         self.calls_to_refusal = 0
-        if not native:
-            self.issuing_thread = lambda: None  # type: ignore[method-assign,assignment]
+        self._native = native
+
+    def issuing_thread(self) -> FakeThread | None:
+        return super().issuing_thread() if self._native else None
 
     def copy(self, prepared: Sequence[Copy], stream: int) -> None:
         self.calls_to_refusal -= 1
@@ -192,6 +193,22 @@ def test_a_copy_that_cannot_be_issued_is_told_at_acquire_which_may_be_repeated(
     assert failures == ["INJECTED"]
     del weights
     assert [each.close().open() for each in (runtime, other)] == [[], []]
+
+
+def test_while_a_trace_is_recorded_the_launching_thread_gives_the_copies(tmp_path: Path) -> None:
+    driver = WithThread()
+    runtime = join(DWDPConfig(group_size=1, host_experts=6), 0, tmp_path / "rendezvous", MODEL, driver)
+    (thread,) = driver.threads
+    check_pass(runtime, MODEL)
+    submitted = len(thread.submitted)
+    assert submitted == 2 + 2  # at publish, and in a pass: of three layers one has a slot of its own
+    with runtime.trace() as trace:
+        check_pass(runtime, MODEL)
+    assert len(thread.submitted) == submitted
+    assert len([span for span in trace.spans if span.track.startswith("copies from")]) == 2
+    check_pass(runtime, MODEL)
+    assert len(thread.submitted) == submitted + 2
+    assert runtime.close().open() == []
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------

@@ -8,8 +8,7 @@ from functools import partial
 import pytest
 from support.explorer import Launch, explore, record
 
-from vmm_dwdp.allocator.driver import Lane
-from vmm_dwdp.issue import Ticket
+from vmm_dwdp.allocator.driver import Lane, Ticket
 from vmm_dwdp.prefetch import Fetch, Prefetcher, Slot
 
 Run = Callable[[int], None]

@@ -55,9 +55,11 @@ def compiled(folder: Path, *options: str) -> Path:
     return library
 
 
-@pytest.fixture(scope="session")
-def native(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    return loaded(compiled(tmp_path_factory.mktemp("native")))
+@pytest.fixture(scope="session", params=["looks for work", "has to be woken"])
+def native(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """Whose threads look for work by themselves at first, as they are, or sleep at once until they are woken."""
+    options = ["-DLINGER_NS=0"] if request.param == "has to be woken" else []
+    return loaded(compiled(tmp_path_factory.mktemp("native"), *options))
 
 
 def loaded(library: Path) -> ModuleType:
