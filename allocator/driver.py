@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -109,6 +110,12 @@ class Driver(Protocol):
     # -- this thread -------------------------------------------------------------------------------------------------
     def activate(self) -> None:
         """Make this device current in the calling thread. Every thread calls it before its first other call."""
+
+    def is_current(self) -> bool:
+        """Cheap."""
+
+    def current(self) -> AbstractContextManager[None]:
+        """This device is current in the calling thread while the body runs."""
 
     # -- physical memory ---------------------------------------------------------------------------------------------
     def granularity(self, location: Location = DEVICE) -> int:

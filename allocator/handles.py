@@ -13,10 +13,13 @@ import errno
 import itertools
 import os
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
 from vmm_dwdp.allocator.driver import DEVICE, Access, Driver, HandleType, Location
+from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.errors import DriverError
 
 KINDS: Final = (
@@ -67,6 +70,17 @@ class Ledger:
             return [f"{kind}: {label}" for kind, label in self._entries.values()]
 
 
+def undo_after(error: BaseException | None, undo: Callable[[], object]) -> None:
+    """Call ``undo`` after something that raised ``error``, which stays what is raised: a failure of ``undo`` becomes a
+    note on it. Without an ``error`` the failure is raised."""
+    try:
+        undo()
+    except Exception as failure:
+        if error is None:
+            raise
+        error.add_note(f"and then: {failure}")
+
+
 class Owned(abc.ABC):
     """Something that its owner closes, at the latest at the end of a ``with`` block."""
 
@@ -80,7 +94,33 @@ class Owned(abc.ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        undo_after(error, self.close)
+
+
+class Failures:
+    """What went wrong in steps of which none is to stop the others."""
+
+    def __init__(self) -> None:
+        self._failures: list[Exception] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._failures)
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """One step."""
+        try:
+            yield
+        except Exception as failure:
+            self._failures.append(failure)
+
+    def raise_first(self, *notes: str) -> None:
+        """Raise the first failure, with the others and ``notes`` as notes on it; do nothing if there is none."""
+        if self._failures:
+            first, *others = self._failures
+            for note in (*(f"and then: {other}" for other in others), *notes):
+                first.add_note(note)
+            raise first
 
 
 class ResourceStack(Owned):
@@ -95,27 +135,24 @@ class ResourceStack(Owned):
         return owned
 
     def close_one(self, owned: Owned) -> None:
-        """Close one of them before its turn; it stays if that fails."""
-        owned.close()
-        self._resources.remove(owned)
+        """Close one of them before its turn; it stays if that fails. A second call does nothing."""
+        with uninterrupted():
+            owned.close()
+            if owned in self._resources:
+                self._resources.remove(owned)
 
     def close(self) -> None:
         """Close all of them. One that fails is kept for the next `close`, and does not stop the others.
 
         Raises the first failure, with the others as notes on it.
         """
-        failures: list[Exception] = []
-        for index in reversed(range(len(self._resources))):
-            try:
-                self._resources[index].close()
-            except Exception as failure:
-                failures.append(failure)
-            else:
-                del self._resources[index]
-        if failures:
-            for other in failures[1:]:
-                failures[0].add_note(f"and then: {other}")
-            raise failures[0]
+        failures = Failures()
+        with uninterrupted():
+            for index in reversed(range(len(self._resources))):
+                with failures.noted():
+                    self._resources[index].close()
+                    del self._resources[index]
+        failures.raise_first()
 
 
 class _Counted(Owned):
@@ -129,9 +166,10 @@ class _Counted(Owned):
     def close(self) -> None:
         if self._token is None:
             return
-        self._undo()
-        self._ledger.remove(self._token)
-        self._token = None
+        with uninterrupted():
+            self._undo()
+            self._ledger.remove(self._token)
+            self._token = None
 
     @abc.abstractmethod
     def _undo(self) -> None:

@@ -18,7 +18,8 @@ import operator
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -132,6 +133,14 @@ class HostDriver:
     # -- this thread -------------------------------------------------------------------------------------------------
     def activate(self) -> None:
         self._thread.active = True
+
+    def is_current(self) -> bool:
+        return getattr(self._thread, "active", False)
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        self.activate()
+        yield
 
     # -- physical memory ---------------------------------------------------------------------------------------------
     def granularity(self, location: Location = DEVICE) -> int:

@@ -12,18 +12,22 @@ import abc
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from vmm_dwdp.allocator.driver import Copy, Driver
 from vmm_dwdp.allocator.handles import Descriptor, Ledger, ResourceStack
+from vmm_dwdp.allocator.tensors import tensor_at
 from vmm_dwdp.config import Mode
+from vmm_dwdp.errors import StateError
 from vmm_dwdp.layer import Layer
-from vmm_dwdp.placement import Owner
+from vmm_dwdp.placement import Owner, in_words
 from vmm_dwdp.plan import Segment
 from vmm_dwdp.resident_cache import ResidentCache
 from vmm_dwdp.tensor_memory import TensorMemory
+
+_COMPARED_NBYTES: Final = 64 << 20  # at one time, because comparing takes memory, too
 
 Weights = dict[str, torch.Tensor] | dict[str, list[torch.Tensor]]
 Share = Descriptor | bytes  # physical memory on its way to another process
@@ -145,8 +149,9 @@ class Assembly(abc.ABC):
         """What `acquire` returns for the layer, in a mode that the config allows."""
 
     @abc.abstractmethod
-    def tensor_list(self, layer: Layer, weight: str) -> list[torch.Tensor]:
-        """One weight as contiguous tensors in expert order: before the rank's own experts, its own, and after them."""
+    def tensor_list(self, layer: Layer, weight: str, mode: Mode) -> list[torch.Tensor]:
+        """What `weights` has in this mode of one weight, as contiguous tensors in expert order: before the rank's own
+        experts, its own, and after them."""
 
     def copies(self, layer: Layer, segments: Sequence[Segment]) -> list[Copy]:
         """The addresses of planned segments."""
@@ -158,6 +163,19 @@ class Assembly(abc.ABC):
             )
             for weight, owner, run in segments
         ]
+
+    def require_copied(self, layer: Layer, segments: Sequence[Segment]) -> None:
+        """Raise `StateError` unless planned segments have their owners' bytes; no copy of them is under way."""
+        for (weight, owner, run), copy in zip(segments, self.copies(layer, segments), strict=True):
+            for offset in range(0, copy.nbytes, _COMPARED_NBYTES):
+                shape = (min(_COMPARED_NBYTES, copy.nbytes - offset),)
+                held, owned = (
+                    tensor_at(address + offset, shape, torch.uint8, self._driver.device)
+                    for address in (copy.dst, copy.src)
+                )
+                if not torch.equal(held, owned):
+                    whose = f"layer {layer.number}, {weight}: what this rank has of {in_words(owner)}"
+                    raise StateError(f"{whose}, from byte {run.start + offset} on, are other bytes than its owner's")
 
     @abc.abstractmethod
     def _destination(self, layer: Layer, weight: str, byte: int) -> int: ...

@@ -94,14 +94,18 @@ class CapturedPasses:
         if all(slot.reader is None and slot.holds == first for first, slot in enumerate(self._slots)):
             self._join(stream)
 
+    def is_acquired(self, index: int) -> bool:
+        """Whether layer ``index`` is being read in the capture in progress."""
+        return self._slots[index % len(self._slots)].reader == index
+
     def _enter(self, capture: int) -> None:
         """On the first call in a capture: see that the slots are as a replay will find them."""
         if capture == self._capture:
             return
         self._prefetcher.settle()
-        self._capture = capture
         for first, slot in enumerate(self._slots):
             slot.holds, slot.fetched, slot.reader = first, False, None
+        self._capture = capture
 
     def _fetch(self, slot: _CapturedSlot, index: int, stream: int) -> None:
         self._driver.record(slot.consumed.event, stream)

@@ -403,6 +403,12 @@ class Exchange:
                 thread.join()
         self._listener = None
 
+    def forget(self) -> None:
+        """In a forked child, which does not answer: whoever looks for this rank is not to find the child's socket."""
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
 
 class _QueueFull(ExchangeError):
     """A process listens, and the kernel's queue of those who wait for it is full."""

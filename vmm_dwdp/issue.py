@@ -30,24 +30,29 @@ class Job:
     def __init__(self, work: Callable[[], None]) -> None:
         self.work = work
         self.done = False
-        self.running = threading.Lock()  # held from `submit` until the work is over
+        self._over = threading.Event()
         self._error: Exception | None = None
+
+    def begin(self) -> None:
+        """It is about to be submitted."""
+        self.done = False
+        self._error = None
+        self._over.clear()
 
     def run(self) -> None:
         try:
             self.work()
-            self._error = None
             self.done = True
         except Exception as error:
             # Without its traceback: the caller's frames in it would hold on to the caller's tensors.
             self._error = error.with_traceback(None)
         finally:
-            self.running.release()
+            self._over.set()
 
     def result(self) -> None:
-        with self.running:
-            if self._error is not None:
-                raise self._error
+        self._over.wait()
+        if self._error is not None:
+            raise self._error
 
 
 class Issuer(Protocol):
@@ -60,7 +65,11 @@ class Issuer(Protocol):
         it at every layer, is to make nothing anew."""
 
     def submit(self, job: Any) -> Ticket:
-        """Run what `job` made, which is not under way already."""
+        """Run what `job` made, which is not under way already. Where this is interrupted, it may have been handed over
+        or not: `flush` before it is submitted again."""
+
+    def flush(self) -> None:
+        """Wait until nothing that was submitted is under way, however it ended."""
 
     def close(self) -> None:
         """Finish what was submitted. A second call does nothing."""
@@ -82,10 +91,12 @@ class InlineIssuer:
         return Job(work)
 
     def submit(self, job: Job) -> Ticket:
-        job.done = False
-        job.running.acquire()
+        job.begin()
         job.run()
         return job
+
+    def flush(self) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -103,7 +114,7 @@ class ThreadIssuer:
         self._thread.start()
         self._token: int | None = ledger.add("threads", _LABEL)
         try:
-            self.submit(Job(driver.activate)).result()
+            self._run_now(driver.activate)
         except BaseException:
             self.close()
             raise
@@ -116,10 +127,16 @@ class ThreadIssuer:
         return Job(work)
 
     def submit(self, job: Job) -> Ticket:
-        job.done = False
-        job.running.acquire()
+        job.begin()
         self._jobs.put(job)
         return job
+
+    def flush(self) -> None:
+        self._run_now(lambda: None)
+
+    def _run_now(self, work: Callable[[], None]) -> None:
+        """Run ``work`` after all that was submitted, and wait for it."""
+        self.submit(Job(work)).result()
 
     def close(self) -> None:
         if self._token is not None:
@@ -146,6 +163,9 @@ class NativeIssuer:
     def submit(self, job: Ticket) -> Ticket:
         self._thread.submit(job)
         return job
+
+    def flush(self) -> None:
+        self._thread.flush()
 
     def close(self) -> None:
         if self._token is not None:

@@ -173,12 +173,20 @@ class Membership:
         assert self._exchange is not None
         return {rank: self._exchange.alive(rank, time.monotonic() + timeout) for rank in self._others}
 
-    def close(self) -> None:
-        """Stop answering others. The device is idle. A second call goes on where one stopped."""
+    def leave(self) -> None:
+        """Stop answering others, which needs no device. A second call goes on where one stopped."""
         if self._exchange is None:
             self._rendezvous.leave(None)
         else:
             self._exchange.close()
+
+    def forget(self) -> None:
+        """In a forked child: nothing that the parent keeps open is to look open when the parent is gone."""
+        if self._exchange is not None:
+            self._exchange.forget()
+
+    def close(self) -> None:
+        """Free what updates need; the device is idle."""
         self._resources.close()
 
     def _weights(self) -> Iterator[tuple[Layer, str]]:

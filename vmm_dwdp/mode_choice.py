@@ -83,6 +83,12 @@ class _Bucket:
         self.latest = 0  # of all passes, the number of the latest that was timed
 
     @property
+    def fastest(self) -> dict[Mode, float]:
+        """What the fastest pass of each mode took, in those that were timed."""
+        samples = {mode: tuple(seconds) for mode, seconds in self.seconds.items()}
+        return {mode: min(seconds) for mode, seconds in samples.items() if seconds}
+
+    @property
     def untried(self) -> list[Mode]:
         return [mode for mode, seconds in self.seconds.items() if len(seconds) < SAMPLES]
 
@@ -173,10 +179,8 @@ class ModeChooser(Owned):
         if self._crossovers is None:
             return None
         lower, upper = map(_least_tokens, self._borders)
-        seconds = {
-            _least_tokens(number): {mode: min(samples) for mode, samples in bucket.seconds.items() if samples}
-            for number, bucket in sorted(self._buckets.items())
-        }
+        buckets = sorted(self._buckets.items())  # at once, as passes may go on in another thread
+        seconds = {_least_tokens(number): bucket.fastest for number, bucket in buckets}
         return ModeChoice(lower, upper, seconds)
 
     def _is_tried(self, bucket: int) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from vmm_dwdp.allocator.driver import Driver
-from vmm_dwdp.allocator.handles import Ledger
+from vmm_dwdp.allocator.handles import Failures, Ledger, undo_after
 from vmm_dwdp.assembly import Assembly, Weights
 from vmm_dwdp.config import DWDPConfig, Mode, ModeSetting
 from vmm_dwdp.errors import ConfigError, StateError
@@ -18,7 +18,7 @@ from vmm_dwdp.layer import Layer
 from vmm_dwdp.mode_choice import ModeChooser
 from vmm_dwdp.staging import Staging
 from vmm_dwdp.stats import LayerStats, Stats
-from vmm_dwdp.trace import Trace
+from vmm_dwdp.trace import Span
 
 
 class Passes:
@@ -76,7 +76,7 @@ class Passes:
         mode = mode or self._config.mode
         if self._chooser is None if mode == "auto" else mode not in self._weights:
             raise ConfigError(f"the config does not provide for mode {mode}, only for {', '.join(self._weights)}")
-        if self._in_place is not None and self._in_place.is_acquired(index):
+        if self._mode_of(index) is not None:
             raise StateError(f"layer {self._layers[index].number} is acquired already, and was not released")
         if self._chooser is not None:
             mode = self._chooser.choose(index, mode, tokens, top_k, self._stream(stream))
@@ -102,6 +102,19 @@ class Passes:
         if self._chooser is not None:
             self._chooser.release(index, self._stream(stream))
 
+    def tensor_list(self, index: int, weight: str) -> list[torch.Tensor]:
+        """See `DWDPRuntime.tensor_list`."""
+        mode = self._mode_of(index)
+        if mode is None:
+            raise StateError(f"layer {self._layers[index].number} is not acquired: its tensors may be another layer's")
+        return self._assembly.tensor_list(self._layers[index], weight, mode)
+
+    def _mode_of(self, index: int) -> Mode | None:
+        """How layer ``index`` is acquired; ``None`` if it is not."""
+        if self._in_place is not None and self._in_place.is_acquired(index):
+            return "in_place"
+        return "staged" if self._staging is not None and self._staging.is_acquired(index) else None
+
     def reset(self, stream: torch.cuda.Stream | None) -> None:
         """Give up a pass that ended early."""
         if self._in_place is not None:
@@ -111,7 +124,8 @@ class Passes:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Nothing is read or copied while the body runs; if it succeeds, slots and cache are filled anew.
+        """Nothing is read or copied while the body runs, and slots and cache hold nothing; afterwards they are filled
+        anew, whether it succeeds or not.
 
         Raises `StateError` if a layer is acquired.
         """
@@ -120,9 +134,20 @@ class Passes:
         if self._staging is not None:
             self._staging.drain()
         self._driver.synchronize()
-        yield
         if self._staging is not None:
-            self._staging.refill(self._driver.current_stream())
+            self._staging.forget()
+        if self._assembly.cache is not None:
+            self._assembly.cache.forget()
+        try:
+            yield
+        except BaseException as error:
+            undo_after(error, self._refill)
+            raise
+        self._refill()
+
+    def _refill(self) -> None:
+        if self._staging is not None:
+            self._staging.reset(self._driver.current_stream())
         if self._assembly.cache is not None:
             self._assembly.cache.refill()
 
@@ -134,16 +159,23 @@ class Passes:
         self._in_place.refresh_cache()
 
     def check_integrity(self, *, verify: bool) -> None:
-        """Raise `StateError` unless slots, layers and readers agree; with ``verify``, unless the cache is true, too."""
+        """Raise `StateError` unless slots, layers and readers agree; with ``verify``, unless edges, slots and cache
+        have their owners' bytes, too."""
         if self._staging is not None:
             self._staging.check_integrity()
-        if verify and self._assembly.cache is not None:
-            self._assembly.cache.verify()
+        if verify:
+            for layer in self._layers:
+                self._assembly.require_copied(layer, layer.plan.edges)
+            for index in [] if self._staging is None else self._staging.held():
+                for segments in self._layers[index].plan.streams:
+                    self._assembly.require_copied(self._layers[index], segments)
+            if self._assembly.cache is not None:
+                self._assembly.cache.verify()
 
-    def stats(self) -> Stats:
-        """See `DWDPRuntime.stats`."""
+    def stats(self, *, read: bool) -> Stats:
+        """See `DWDPRuntime.stats`. ``read``: what the device has timed since, as the thread that runs passes may."""
         staging = self._staging
-        staged = [LayerStats() for _ in self._layers] if staging is None else staging.layer_stats()
+        staged = [LayerStats() for _ in self._layers] if staging is None else staging.layer_stats(read=read)
         in_place = [0] * len(self._layers) if self._in_place is None else self._in_place.counts
         return Stats(
             resident_bytes=self._assembly.resident_nbytes,
@@ -158,30 +190,42 @@ class Passes:
             cache=None if self._assembly.cache is None else self._assembly.cache.stats(),
         )
 
-    @contextmanager
-    def traced(self, trace: Trace) -> Iterator[None]:
-        """Fill ``trace`` with what happens while the body runs.
-
-        Raises `StateError` if nothing is staged, or another trace is being recorded.
-        """
+    def start_trace(self) -> None:
+        """Mark what happens from now on. Raises `StateError` if nothing is staged, or that is done already."""
         if self._staging is None:
             raise StateError("there is nothing to trace: with prefetch_depth 0 nothing is copied")
-        with self._staging.traced(trace, self._driver.current_stream()):
-            yield
+        self._staging.start_trace(self._driver.current_stream())
 
-    def close(self) -> None:
-        """Stop copying, wait until the device is idle, and let go of the weights. Another call tries again."""
+    def finish_trace(self) -> list[Span]:
+        """What happened since `start_trace`; waits for the device."""
+        assert self._staging is not None, "only what is staged is traced"
+        return self._staging.finish_trace()
+
+    def stop(self) -> None:
+        """Copy nothing more, and wait until the device is idle. Another call tries again."""
         self._weights = {}
         if self._staging is not None:
-            self._staging.close()
+            self._staging.stop()
         self._driver.synchronize()
-        if self._chooser is not None:
-            self._chooser.close()
+
+    def close(self) -> None:
+        """Free streams and events, after `stop`. Another call tries again."""
+        failures = Failures()
+        for part in self._staging, self._chooser:
+            if part is not None:
+                with failures.noted():
+                    part.close()
+        failures.raise_first()
 
     def _stream(self, stream: torch.cuda.Stream | None) -> int:
-        """Raises `StateError` if ``stream`` is captured and the current one, by which captures are told, is not."""
+        """Raises `StateError` if ``stream`` is of another device, or is captured and the current one, by which captures
+        are told, is not."""
         if stream is None:
             return self._driver.current_stream()
+        if stream.device != self._driver.device:
+            raise StateError(
+                f"stream {stream.cuda_stream:#x} is of {stream.device}, the weights are on {self._driver.device}"
+            )
         if self._driver.capture(stream.cuda_stream) and not self._driver.capturing():
             raise StateError(f"stream {stream.cuda_stream:#x} is captured into a graph: make it the current stream")
         return stream.cuda_stream

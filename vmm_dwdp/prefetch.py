@@ -21,6 +21,12 @@ Copy streams do not wait for each other, so one that is ahead goes on with the n
 before anything read it, the compute stream waits for `ready` and records `consumed` all the same: otherwise copies of
 the new fetch on one stream could meet those of the old one on another.
 
+[Note: A slot that holds nothing]
+Anything may end between two steps of the launching thread: by Ctrl-C, a signal handler's exception, or a call that the
+driver refuses. So a slot says "nothing" before the job that fills it is handed over, and names the layer only after.
+What ends in between leaves "nothing", with some of the job's copies under way or none. Whoever fills such a slot first
+waits for all that was handed over, and for the copy streams.
+
 [Note: The path of the launching thread]
 The launching thread comes to `acquire` and `release` from launching kernels, which drives whatever it ran before out of
 its caches: on an H100's host a function of ours then takes it 2 to 5 microseconds to call, and the first wait, the
@@ -31,15 +37,14 @@ before it is called.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 from vmm_dwdp.allocator.driver import Driver, Lane, Ticket
-from vmm_dwdp.allocator.handles import Event, Ledger, ResourceStack, Stream
-from vmm_dwdp.errors import DriverError, StateError
+from vmm_dwdp.allocator.handles import Event, Ledger, ResourceStack, Stream, undo_after
+from vmm_dwdp.errors import StateError
 from vmm_dwdp.issue import InlineIssuer, Issuer, Job
 from vmm_dwdp.timing import PassTimer
 from vmm_dwdp.tracer import Tracer
@@ -81,7 +86,7 @@ class SlotEvents:
 class Slot(SlotEvents):
     """The memory that some layers share, at this point of the launching thread's program."""
 
-    holds: int | None = None  # the layer that it holds or is being filled with
+    holds: int | None = None  # the layer that it holds or is being filled with; see [Note: A slot that holds nothing]
     reader: int | None = None  # the layer that was acquired and not yet released
     read: bool = True  # whether what it holds was acquired since it was fetched
     ticket: Ticket | None = None  # the latest fetch into it
@@ -143,8 +148,8 @@ class Prefetcher:
             ]
             self.following = [i + depth if i + depth < len(fetches) else i % depth for i in range(len(fetches))]
             self.reset(driver.current_stream())
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            undo_after(error, self.abandon)
             raise
 
     def acquire(self, index: int, stream: int) -> None:
@@ -210,17 +215,20 @@ class Prefetcher:
         for slot in self.slots:
             if slot.reader is not None:
                 raise StateError(f"layer {self._fetches[slot.reader].number} was acquired, and was not released")
+        self.held()
+
+    def held(self) -> list[int]:
+        """The layers that slots hold; waits until every copy that was asked for is done."""
         for slot in self.slots:
             self._await_issue(slot)
         for stream in self._streams:
             self._driver.synchronize(stream.stream)
+        return [slot.holds for slot in self.slots if slot.holds is not None]
 
-    def refill(self, stream: int) -> None:
-        """After `drain`: what the slots hold is not true any more; fetch it again."""
+    def forget(self) -> None:
+        """After `drain`: what the slots hold will not be true any more. `reset` fetches it again."""
         for slot in self.slots:
             slot.holds = None
-            slot.read = True
-        self.reset(stream)
 
     def check_integrity(self) -> None:
         """Raise `StateError` unless every slot holds a layer of its own, and its reader's if it has one."""
@@ -251,18 +259,21 @@ class Prefetcher:
             self._await_issue(slot)
 
     def _fetch(self, slot: Slot, index: int, stream: int) -> None:
-        if not slot.read:
+        if slot.holds is None:
+            self._await_issue(slot)
+        elif not slot.read:
             self._await_issue(slot)
             for ready in slot.ready:
                 self._driver.wait(stream, ready.event)
             self._driver.record(slot.consumed.event, stream)
-        slot.holds = index
-        slot.read = False
+        slot.holds = None
         if self.tracer is None:
             slot.ticket = self._issuer.submit(self._jobs[index])
         else:
             traced = partial(self._issue, self._lanes_of[index], self._fetches[index].number, self.tracer)
             slot.ticket = InlineIssuer().submit(Job(traced))
+        slot.read = False
+        slot.holds = index
         self.counts[index].fetched_bytes += self._fetches[index].nbytes
 
     def _lanes(self, slot: Slot, fetch: Fetch) -> list[Lane]:
@@ -282,21 +293,34 @@ class Prefetcher:
                 tracer.mark("copies end", layer, number, lane.stream)
 
     def _await_issue(self, slot: Slot) -> None:
-        if slot.ticket is not None:
+        """Wait until the driver has been given the copies into ``slot``; into one that holds nothing, until none are
+        under way. Raises what the driver refused, and the slot holds nothing then."""
+        if slot.holds is None:
+            self._issuer.flush()
+            for stream in self._streams:
+                self._driver.synchronize(stream.stream)
+        elif slot.ticket is not None:
             try:
                 slot.ticket.result()
-            except BaseException:
-                slot.holds = None  # so that the next acquire tries again, after what was issued of this fetch
-                slot.read = True
-                for stream in self._streams:
-                    with contextlib.suppress(DriverError):
-                        self._driver.synchronize(stream.stream)
+            except Exception:
+                slot.holds = None
                 raise
-            finally:
-                slot.ticket = None
+        slot.ticket = None
+
+    def is_acquired(self, index: int) -> bool:
+        """Whether layer ``index`` is being read."""
+        return self._slot_of[index].reader == index
+
+    def stop(self) -> None:
+        """Stop issuing; what was issued may still run. A second call does nothing."""
+        self._issuer.close()
 
     def close(self) -> None:
-        """Stop issuing, wait until the device is idle, and free stream and events."""
-        self._issuer.close()
-        self._driver.synchronize()
+        """Free streams and events, after `stop`; the device is idle."""
         self._resources.close()
+
+    def abandon(self) -> None:
+        """`stop`, wait for the device, and `close`."""
+        self.stop()
+        self._driver.synchronize()
+        self.close()

@@ -23,6 +23,7 @@ from vmm_dwdp.allocator import handles
 from vmm_dwdp.allocator.driver import Access, Copy, Driver
 from vmm_dwdp.allocator.handles import Allocation, Ledger, Reservation, ResourceStack
 from vmm_dwdp.allocator.tensors import tensor_at
+from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.errors import ConfigError, DriverError, StateError
 from vmm_dwdp.hot_tiles import Candidate, hottest
 from vmm_dwdp.stats import CacheStats
@@ -81,8 +82,8 @@ class ResidentCache:
         self._driver = driver
         self._tiles = tiles
         self._page_nbytes = page_nbytes
-        self._torn: list[RemoteTile] = []
-        self._num_used = 0  # pages
+        self._torn: list[RemoteTile] = []  # whose mappings are incomplete
+        self._old = False  # whether pages may have what their owners have changed since
         self._refreshes = 0
         self._served: float | None = None
         self._pages: list[Allocation] = []
@@ -113,17 +114,21 @@ class ResidentCache:
     def stats(self) -> CacheStats:
         return CacheStats(
             nbytes=len(self._pages) * self._page_nbytes,
-            used_bytes=self._num_used * self._page_nbytes,
+            used_bytes=sum(len(tile.pages) for tile in self._tiles) * self._page_nbytes,
             refreshes=self._refreshes,
             served=self._served,
         )
 
     def require_whole(self) -> None:
         """Raise `StateError` if tiles are torn."""
-        if self._torn:
+        if (self._torn or self._old) and (torn := self._all_torn()):
             raise StateError(
-                f"pages of {self._torn[0].label} are missing or old, because a driver call failed: call refresh_cache"
+                f"pages of {torn[0].label} are missing or old, because a driver call failed: call refresh_cache"
             )
+
+    def _all_torn(self) -> list[RemoteTile]:
+        """Those whose mappings are incomplete, or whose pages have old bytes."""
+        return [*self._torn, *(tile for tile in self._tiles if self._old and tile.pages and tile not in self._torn)]
 
     def refresh(self, counts: Mapping[int, Sequence[int]]) -> None:
         """Hold what is hottest after another ``counts`` tokens, by layer number and expert. The device is idle.
@@ -154,14 +159,14 @@ class ResidentCache:
             raise
         self._refreshes += 1
 
+    def forget(self) -> None:
+        """The owners are about to change what is cached: nothing of it is read until `refill`, or `refresh`."""
+        self._old = True
+
     def refill(self) -> None:
-        """Copy what is cached once more, because its owners have changed it. Raises `DriverError` if that fails: then
-        all of it is torn."""
-        cached = [tile for tile in self._tiles if tile.pages]
-        torn = self._torn
-        self._torn = [*torn, *(tile for tile in cached if tile not in torn)]
-        self._fill([(tile, tile.pages) for tile in cached])
-        self._torn = torn
+        """After `forget`: copy what is cached once more. Raises `DriverError` if that fails."""
+        self._fill([(tile, tile.pages) for tile in self._tiles if tile.pages])
+        self._old = False
 
     def verify(self) -> None:
         """Raise `StateError` unless every page in the cache has its owner's bytes."""
@@ -210,19 +215,20 @@ class ResidentCache:
         """Read ``tile`` in ``pages`` of the cache, or at its owner if there are none. Nothing reads it meanwhile."""
         if tile not in self._torn:
             self._torn.append(tile)
-        while tile.mappings:
-            tile.memory.unmap(tile.mappings[-1])
-            del tile.mappings[-1]
-        offset = tile.offset
-        for handle in [self._pages[page] for page in pages] or [tile.handle]:
-            tile.mappings.append(tile.memory.map(offset, handle))
-            offset += handle.nbytes
-        tile.memory.set_access(tile.offset, tile.handle.nbytes, Access.READ)
-        self._num_used += len(pages) - len(tile.pages)
-        tile.pages = pages
+        with uninterrupted():
+            while tile.mappings:
+                tile.memory.unmap(tile.mappings[-1])
+                del tile.mappings[-1]
+            offset = tile.offset
+            for handle in [self._pages[page] for page in pages] or [tile.handle]:
+                tile.mappings.append(tile.memory.map(offset, handle))
+                offset += handle.nbytes
+            tile.memory.set_access(tile.offset, tile.handle.nbytes, Access.READ)
+            tile.pages = pages
         self._torn.remove(tile)
 
     def _mend(self) -> None:
         """Give torn tiles back to their owners."""
-        for tile in list(self._torn):
+        for tile in self._all_torn():
             self._map(tile, ())
+        self._old = False

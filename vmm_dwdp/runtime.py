@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from threading import get_ident
 from typing import Any, Self
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 
 from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.driver import Driver
-from vmm_dwdp.allocator.handles import Ledger
+from vmm_dwdp.allocator.handles import Failures, Ledger, undo_after
+from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.assembly import Weights
 from vmm_dwdp.assembly_choice import make_assembly
 from vmm_dwdp.compiled_models import between_regions
 from vmm_dwdp.config import DWDPConfig, ModeSetting
-from vmm_dwdp.errors import ConfigError, DWDPError, StateError
+from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.layer import describe_layer
 from vmm_dwdp.layers import Layers
+from vmm_dwdp.lifecycle import Lifecycle
 from vmm_dwdp.membership import Membership, ShardKey
 from vmm_dwdp.passes import Passes
 from vmm_dwdp.placement import Owner
@@ -38,7 +41,8 @@ class DWDPRuntime:
 
     Set-up: `add_layer` for every MoE layer in the order of a pass, fill what `local_shard` returns, `publish`. Then,
     for every layer of every pass: `acquire`, the forward pass of the layer, `release`; no rank waits for another.
-    `close` when done. Calls come from one thread at a time.
+    `close` when done. A pass belongs to the thread that begins it; between passes any thread may call. Whatever
+    device is current stays it. A forked child has to open a runtime of its own.
 
     Args:
         config: equal on all ranks of the group.
@@ -74,15 +78,16 @@ class DWDPRuntime:
         self.rank = rank
         self.ledger = Ledger()
         self._driver = driver or open_driver(torch.device(device))
-        self._thread = threading.local()  # what `_enter_thread` and `_enter_passes` left in each thread
-        self._enter_thread()
-        self._assembly = make_assembly(config, rank, self._driver, self.ledger)
+        self._is_current = self._driver.is_current
+        self._lifecycle = Lifecycle()
         self._layers = Layers()
         layers = self._layers.in_order
-        self._membership = Membership(config, rank, self._driver, self.ledger, rendezvous, self._assembly, layers)
-        self._passes = Passes(self._driver, self.ledger, self._assembly, layers, config)
-        self._published = False
-        self._closed = False
+        with self._driver.current():
+            self._assembly = make_assembly(config, rank, self._driver, self.ledger)
+            self._membership = Membership(config, rank, self._driver, self.ledger, rendezvous, self._assembly, layers)
+            self._passes = Passes(self._driver, self.ledger, self._assembly, layers, config)
+        self._last_layer: int | None = None  # the number of the one that a pass ends with
+        _open.add(self)
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +104,7 @@ class DWDPRuntime:
             ConfigError: the layer was added already, its weights disagree, or its experts cannot be spread like this.
             StateError: after `publish`.
         """
-        self._require_setup("add_layer")
+        self._lifecycle.require_setup("add_layer")
         if layer in self._layers:
             raise ConfigError(f"layer {layer} was added already")
         described = describe_layer(layer, weights, self.config, self.rank, self._assembly.granularity)
@@ -122,11 +127,11 @@ class DWDPRuntime:
             DriverError: memory could not be had; the runtime is closed then.
             StateError: after `publish`.
         """
-        self._require_setup("local_shard")
+        self._lifecycle.require_setup("local_shard")
         described = self._layers.with_weight(layer, weight)
         owner = self.rank if owner is None else owner
         self._membership.require_held(owner)
-        with self._closed_on_failure():
+        with self._closed_on_failure(), self._driver.current(), uninterrupted():
             return self._assembly.shard(described, weight, owner)
 
     @property
@@ -169,13 +174,15 @@ class DWDPRuntime:
     @contextmanager
     def _ready_afterwards(self, call: str) -> Iterator[None]:
         """The body gives this rank all the memory that it needs: then passes can begin."""
-        self._require_setup(call)
+        self._lifecycle.require_setup(call)
         if not self._layers.in_order:
             raise ConfigError(f"{call} needs at least one layer")
-        with self._closed_on_failure():
+        with self._closed_on_failure(), self._driver.current():
             yield
-            self._passes.start()
-        self._published = True
+            with uninterrupted():
+                self._passes.start()
+        self._last_layer = self._layers.in_order[-1].number
+        self._lifecycle.publish()
         ready = len(self._layers.in_order)
         memory = tuple(nbytes >> 20 for nbytes in (self._assembly.resident_nbytes, self._assembly.staged_nbytes))
         _log.info("rank %d: %d layers ready, %d MiB resident, %d MiB staged", self.rank, ready, *memory)
@@ -198,29 +205,29 @@ class DWDPRuntime:
             StateError: a layer is acquired.
             DriverError: a call failed; where that was midway, as above.
         """
-        self._require_running()
-        self._thread = threading.local()  # so that the next acquire asks whether weights are whole
-        for (layer, weight, owner), value in shards.items():
-            self._membership.require_fits(self._layers.with_weight(layer, weight), weight, owner, value)
-        with self._passes.suspended():
-            self._membership.update(shards, time.monotonic() + timeout)
+        with self._undisturbed():
+            for (layer, weight, owner), value in shards.items():
+                self._membership.require_fits(self._layers.with_weight(layer, weight), weight, owner, value)
+            self._lifecycle.end_pass()  # so that the next acquire asks whether weights are whole
+            with self._passes.suspended():
+                self._membership.update(shards, time.monotonic() + timeout)
 
     def check_integrity(self, *, verify: bool = False) -> None:
         """Check that what is mapped and what the slots hold is what the layouts say; meant for moments of idleness.
 
-        With ``verify``, also that the bytes of every shard, this rank's and the others', are what its owner published.
-        That reads them all, over the link where they are remote, and needs ``checksums: true`` in the config; and that
-        the resident cache has the same.
+        With ``verify``, also that the bytes of every shard, this rank's and the others', are what its owner published,
+        and that edges, slots and the resident cache have the same. That waits for the device, reads all shards, over
+        the link where they are remote, and needs ``checksums: true`` in the config.
 
         Raises:
             StateError: something disagrees; the sentence says what.
             ConfigError: ``verify`` without ``checksums``.
         """
-        self._require_running()
-        self._assembly.check_integrity()
-        if verify:
-            self._membership.verify()
-        self._passes.check_integrity(verify=verify)
+        with self._undisturbed():
+            self._assembly.check_integrity()
+            if verify:
+                self._membership.verify()
+            self._passes.check_integrity(verify=verify)
 
     # -- a pass ------------------------------------------------------------------------------------------------------
     @between_regions
@@ -261,8 +268,12 @@ class DWDPRuntime:
                 capture does not begin between passes; or ``stream`` is captured, and not the current one either.
             DriverError: a copy could not be issued; the call may be repeated.
         """
-        passes = getattr(self._thread, "passes", None) or self._enter_passes()
-        return passes.acquire(self._layers.places[layer], mode, tokens, top_k, chosen, stream)
+        if self._lifecycle.runner == get_ident() and self._is_current():
+            return self._passes.acquire(self._layers.places[layer], mode, tokens, top_k, chosen, stream)
+        self._lifecycle.require_running()
+        self._membership.require_updated()
+        with self._driver.current(), self._lifecycle.begins_pass():
+            return self._passes.acquire(self._layers.places[layer], mode, tokens, top_k, chosen, stream)
 
     @between_regions
     def release(self, layer: int, *, stream: torch.cuda.Stream | None = None) -> None:
@@ -275,8 +286,13 @@ class DWDPRuntime:
             StateError: the layer is not acquired, or was on the other side of a capture's border.
             DriverError: a call failed; `reset` makes the slots ready again.
         """
-        passes = getattr(self._thread, "passes", None) or self._enter_passes()
-        passes.release(self._layers.places[layer], stream)
+        if self._lifecycle.runner == get_ident() and self._is_current():
+            self._passes.release(self._layers.places[layer], stream)
+        else:
+            with self._undisturbed():
+                self._passes.release(self._layers.places[layer], stream)
+        if layer == self._last_layer:
+            self._lifecycle.end_pass()
 
     @contextmanager
     def layer(
@@ -301,8 +317,9 @@ class DWDPRuntime:
 
         Raises `StateError` if the current stream is captured, and `DriverError` if a call failed; it may be repeated.
         """
-        self._require_running()
-        self._passes.reset(stream)
+        with self._undisturbed():
+            self._passes.reset(stream)
+        self._lifecycle.end_pass()
 
     def refresh_cache(self) -> None:
         """Keep copies of the remote experts on this GPU to which `acquire` was told that most tokens were routed.
@@ -317,21 +334,32 @@ class DWDPRuntime:
             DriverError: a call failed; the cache holds less than it could, and all goes on. Where undoing failed too,
                 no layer is read in place until another call succeeds.
         """
-        self._require_running()
-        self._membership.require_updated()
-        self._passes.refresh_cache()
+        with self._undisturbed():
+            self._membership.require_updated()
+            self._passes.refresh_cache()
 
     def tensor_list(self, layer: int, weight: str) -> list[torch.Tensor]:
-        """The same bytes as `acquire` returns, as at most three contiguous tensors ``[E_i, ...]`` in expert order: the
+        """The same bytes as `acquire` returned, as at most three contiguous tensors ``[E_i, ...]`` in expert order: the
         experts before this rank's own, its own, and those after. Valid between `acquire` and `release`.
-        Raises `ConfigError` if there is no such layer or weight."""
-        self._require_running()
-        return self._assembly.tensor_list(self._layers.with_weight(layer, weight), weight)
+
+        Raises:
+            ConfigError: no such layer or weight.
+            StateError: the layer is not acquired.
+        """
+        with self._undisturbed():
+            self._layers.with_weight(layer, weight)
+            return self._passes.tensor_list(self._layers.places[layer], weight)
 
     # -- what it tells -----------------------------------------------------------------------------------------------
     def stats(self) -> Stats:
-        """Bytes, hits, misses and waits since publish. Does not wait for the device."""
-        return self._passes.stats()
+        """Bytes, hits, misses and waits since publish, after `close` as well. Does not wait for the device.
+
+        Any thread may ask at any moment. Waits are read off the device by the thread that runs passes alone, so another
+        thread sees those up to the latest pass that was timed.
+        """
+        own = self._lifecycle.latest_runner == get_ident() and self._lifecycle.is_running
+        with self._driver.current() if own else nullcontext():
+            return self._passes.stats(read=own)
 
     @contextmanager
     def trace(self) -> Iterator[Trace]:
@@ -345,14 +373,24 @@ class DWDPRuntime:
         Raises:
             StateError: not published, nothing is staged, or a trace is being recorded already.
         """
-        self._require_running()
         trace = Trace(self.rank, time.time())
-        with self._passes.traced(trace):
+        with self._undisturbed():
+            self._passes.start_trace()
+        try:
             yield trace
+        except BaseException as error:
+            undo_after(error, lambda: self._finish_trace(trace))
+            raise
+        self._finish_trace(trace)
+
+    def _finish_trace(self, trace: Trace) -> None:
+        if self._lifecycle.is_running:  # a trace that outlives the runtime stays empty
+            with self._driver.current():
+                trace.spans += self._passes.finish_trace()
 
     def peers(self, timeout: float = 5.0) -> dict[int, bool]:
         """For every other rank, whether it answers within ``timeout`` seconds; one that has left is not waited for."""
-        self._require_running()
+        self._lifecycle.require_running()
         return self._membership.peers(timeout)
 
     # -- the end -----------------------------------------------------------------------------------------------------
@@ -360,58 +398,58 @@ class DWDPRuntime:
         """Wait for the device, and free all that nobody references; the ledger tells what is left.
 
         A range in which the caller still holds a tensor stays mapped, with a `ResourceWarning` that names it: the
-        tensor reads old bytes instead of crashing the process. The next `close` frees it once it is let go. Where an
-        undoing call fails, its error is raised, and the next `close` tries again.
+        tensor reads old bytes instead of crashing the process. The next `close` frees it once it is let go.
+
+        One step that fails does not stop the others: the first failure is raised at the end, with what is left in its
+        notes, and the next `close` tries again. Where the device has failed, its memory goes with the process; sockets
+        and threads are gone. In a child that was forked from the process of the runtime, it does nothing.
         """
-        self._closed = True
-        self._thread = threading.local()  # so that no thread goes on with passes
-        self._enter_thread()
-        self._passes.close()
-        self._membership.close()
-        self._assembly.close()
+        if self._lifecycle.is_forked:
+            return self.ledger
+        self._lifecycle.close()
+        failures = Failures()
+        with failures.noted():
+            self._membership.leave()
+        with failures.noted(), self._driver.current():
+            self._passes.stop()
+            for free in (self._passes.close, self._membership.close, self._assembly.close):
+                with failures.noted():
+                    free()
+        left = ", ".join(f"{number} {kind}" for kind, number in self.ledger.counts().items() if number)
+        failures.raise_first(f"left open: {left or 'nothing'}")
         return self.ledger
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self.close()
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        """`close`. What the block raised stays what is raised: a failure to close becomes a note on it."""
+        undo_after(error, self.close)
 
     @contextmanager
     def _closed_on_failure(self) -> Iterator[None]:
         try:
             yield
-        except BaseException as failure:
-            try:
-                self.close()
-            except DWDPError as error:
-                failure.add_note(f"and then, while closing: {error}")
+        except BaseException as error:
+            undo_after(error, self.close)
             raise
 
-    # -- which calls are allowed when: set-up until publish, passes and what they need from then on, close at any time
-    def _require_setup(self, call: str) -> None:
-        if self._closed:
-            raise StateError(f"{call} after close")
-        if self._published:
-            raise StateError(f"{call} after publish")
-        self._enter_thread()
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Once published: the device is current while the body runs, and no other thread is in a pass."""
+        self._lifecycle.require_running()
+        with self._driver.current(), self._lifecycle.undisturbed():
+            yield
 
-    def _require_running(self) -> None:
-        if self._closed:
-            raise StateError("the runtime is closed")
-        if not self._published:
-            raise StateError("the runtime is not published yet")
-        self._enter_thread()
 
-    def _enter_thread(self) -> None:
-        """Make the driver current in the calling thread; calls may come from one thread now and from another later."""
-        if not hasattr(self._thread, "entered"):
-            self._driver.activate()
-            self._thread.entered = True
+_open: WeakSet[DWDPRuntime] = WeakSet()
 
-    def _enter_passes(self) -> Passes:
-        """What the calling thread needs for passes, if they are allowed: kept for it until `update` or `close`."""
-        self._require_running()
-        self._membership.require_updated()
-        self._thread.passes = self._passes
-        return self._passes
+
+def _after_fork() -> None:
+    """A child has none of the threads, and what it has of sockets and locks is not to keep others waiting."""
+    for runtime in _open:
+        runtime._lifecycle.fork()
+        runtime._membership.forget()
+
+
+os.register_at_fork(after_in_child=_after_fork)

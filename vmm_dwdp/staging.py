@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from vmm_dwdp.allocator.driver import Driver
-from vmm_dwdp.allocator.handles import Ledger
+from vmm_dwdp.allocator.handles import Failures, Ledger, undo_after
 from vmm_dwdp.assembly import Assembly
 from vmm_dwdp.capture import CapturedPasses
 from vmm_dwdp.config import DWDPConfig
@@ -17,7 +16,7 @@ from vmm_dwdp.layer import Layer
 from vmm_dwdp.plan import LayerPlan, plan_layer
 from vmm_dwdp.prefetch import Fetch, Prefetcher
 from vmm_dwdp.stats import CopyPath, LayerStats
-from vmm_dwdp.trace import Trace, spans_of
+from vmm_dwdp.trace import Span, spans_of
 from vmm_dwdp.tracer import Tracer
 
 
@@ -59,10 +58,11 @@ class Staging:
         issuer = open_issuer(driver, ledger, most.num_copies)
         self.copy_path = _describe(most, config, issuer)
         self._prefetcher = Prefetcher(driver, ledger, issuer, eager, config.prefetch_depth)
+        self._tracer: Tracer | None = None  # closed by `finish_trace`, or with all else
         try:
             self._captured = CapturedPasses(driver, ledger, self._prefetcher, captured)
-        except BaseException:
-            self._prefetcher.close()
+        except BaseException as error:
+            undo_after(error, self._prefetcher.abandon)
             raise
 
     def acquire(self, index: int, stream: int, tokens: int | None) -> None:
@@ -99,45 +99,63 @@ class Staging:
         """Wait until every copy that was asked for is done. Raises `StateError` if a layer is acquired."""
         self._prefetcher.drain()
 
-    def refill(self, stream: int) -> None:
-        """After `drain`: fetch again what the slots hold."""
-        self._prefetcher.refill(stream)
+    def forget(self) -> None:
+        """After `drain`: what the slots hold will not be true any more; `reset` fetches it again."""
+        self._prefetcher.forget()
+
+    def is_acquired(self, index: int) -> bool:
+        """Whether layer ``index`` is being read, on a stream that runs or in the capture of the current one."""
+        part = self._captured if self._driver.capturing() else self._prefetcher
+        return part.is_acquired(index)
+
+    def held(self) -> list[int]:
+        """The layers that slots hold; waits until every copy that was asked for is done."""
+        return self._prefetcher.held()
 
     def check_integrity(self) -> None:
         """Raise `StateError` unless slots, layers and readers agree."""
         self._prefetcher.check_integrity()
 
-    def layer_stats(self) -> list[LayerStats]:
-        """In the order of a pass. What a replay of a graph does is not seen."""
+    def layer_stats(self, *, read: bool) -> list[LayerStats]:
+        """In the order of a pass. What a replay of a graph does is not seen. ``read``: see `Passes.stats`."""
         prefetcher = self._prefetcher
-        if not self._driver.capturing():  # which a look at an event would break
+        if read and not self._driver.capturing():  # which a look at an event would break
             prefetcher.timer.read()
         return [
             LayerStats(counts.hits, counts.misses, counts.fetched_bytes, waited_s)
             for counts, waited_s in zip(prefetcher.counts, prefetcher.timer.waited_s, strict=True)
         ]
 
-    @contextmanager
-    def traced(self, trace: Trace, stream: int) -> Iterator[None]:
-        """Fill ``trace`` with what happens while the body runs; its time begins when ``stream`` comes to this point.
+    def start_trace(self, stream: int) -> None:
+        """Mark what happens from now on; time begins when ``stream`` comes to this point.
 
-        Raises `StateError` if another trace is being recorded.
+        Raises `StateError` if that is done already.
         """
-        prefetcher = self._prefetcher
-        if prefetcher.tracer is not None:
+        if self._tracer is not None:
             raise StateError("a trace is being recorded already")
-        with Tracer(self._driver, self._ledger, stream) as tracer:
-            prefetcher.tracer = tracer
-            try:
-                yield
-            finally:
-                prefetcher.tracer = None
-                trace.spans += spans_of(tracer.finish(), self._layers, len(prefetcher.slots))
+        self._tracer = self._prefetcher.tracer = Tracer(self._driver, self._ledger, stream)
+
+    def finish_trace(self) -> list[Span]:
+        """What happened since `start_trace`; waits for the device."""
+        assert self._tracer is not None, "a trace is finished once"
+        with self._tracer as tracer:
+            self._prefetcher.tracer = None
+            marks = tracer.finish()
+        self._tracer = None
+        return spans_of(marks, self._layers, len(self._prefetcher.slots))
+
+    def stop(self) -> None:
+        """Stop issuing; what was issued may still run."""
+        self._prefetcher.stop()
 
     def close(self) -> None:
-        """Stop issuing, wait until the device is idle, and free streams and events."""
-        self._prefetcher.close()
-        self._captured.close()
+        """Free streams and events, after `stop`; the device is idle."""
+        failures = Failures()
+        for part in self._prefetcher, self._captured, self._tracer:
+            if part is not None:
+                with failures.noted():
+                    part.close()
+        failures.raise_first()
 
 
 def _describe(plan: LayerPlan, config: DWDPConfig, issuer: Issuer) -> CopyPath:

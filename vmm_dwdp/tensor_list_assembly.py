@@ -125,7 +125,7 @@ class TensorListAssembly(Assembly):
     def weights(self, layer: Layer, mode: Mode) -> Weights:
         return self._lists[layer.number]
 
-    def tensor_list(self, layer: Layer, weight: str) -> list[torch.Tensor]:
+    def tensor_list(self, layer: Layer, weight: str, mode: Mode) -> list[torch.Tensor]:
         return self._lists[layer.number][weight]
 
     def _destination(self, layer: Layer, weight: str, byte: int) -> int:

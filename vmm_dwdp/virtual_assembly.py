@@ -318,13 +318,16 @@ class VirtualAssembly(Assembly):
                 yield weight, region
 
     def weights(self, layer: Layer, mode: Mode) -> Weights:
-        if mode == "staged":
-            return self._weights[layer.number]
-        assert self._in_place is not None, "the runtime asks only for what the config states"
-        return self._in_place[layer.number]
+        return self._weights_in(mode)[layer.number]
 
-    def tensor_list(self, layer: Layer, weight: str) -> list[torch.Tensor]:
-        tensor = (self._weights if self._depth else self._in_place or {})[layer.number][weight]
+    def _weights_in(self, mode: Mode) -> dict[int, dict[str, torch.Tensor]]:
+        if mode == "staged":
+            return self._weights
+        assert self._in_place is not None, "the runtime asks only for what the config states"
+        return self._in_place
+
+    def tensor_list(self, layer: Layer, weight: str, mode: Mode) -> list[torch.Tensor]:
+        tensor = self._weights_in(mode)[layer.number][weight]
         return [tensor[run.start : run.stop] for run in self._parts(layer, weight)]
 
     def _destination(self, layer: Layer, weight: str, byte: int) -> int:

@@ -131,6 +131,10 @@ class RecordingIssuer:
         self._driver.writing = program.launcher
         return _Ticket(program, number)
 
+    def flush(self) -> None:
+        if self._driver.program.jobs:
+            self._driver.program.launcher.append(Op("await", len(self._driver.program.jobs) - 1))
+
     def close(self) -> None: ...
 
 

@@ -114,6 +114,8 @@ class FakeThread:
         except DriverError as error:
             job.error = error
 
+    def flush(self) -> None: ...
+
     def close(self) -> None:
         self.closed += 1
 

@@ -1,0 +1,184 @@
+"""Whose turn it is: passes of several threads, what other threads may ask meanwhile, and a child that was forked."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from support.groups import PAGE, check_pass, in_threads, join, random_model, same_bytes
+
+from vmm_dwdp import DWDPConfig, DWDPRuntime, StateError
+from vmm_dwdp.allocator.host_driver import HostDriver
+
+MODEL = random_model({number: {"w": ((8, 300), torch.float32)} for number in range(5)})
+ALONE = DWDPConfig(group_size=1, host_experts=8)
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Iterator[DWDPRuntime]:
+    with join(ALONE, 0, tmp_path / "rendezvous", MODEL) as runtime:
+        yield runtime
+    assert runtime.ledger.open() == []
+
+
+def in_another_thread(call: Callable[[], object]) -> object:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda runtime: runtime.acquire(1),
+        lambda runtime: runtime.release(0),
+        lambda runtime: runtime.reset(),
+        lambda runtime: runtime.update({}),
+        lambda runtime: runtime.check_integrity(),
+        lambda runtime: runtime.tensor_list(0, "w"),
+    ],
+)
+@pytest.mark.parametrize("acquired", [True, False])
+def test_another_thread_is_refused_in_the_middle_of_a_pass(
+    runtime: DWDPRuntime, call: Callable[[DWDPRuntime], object], acquired: bool
+) -> None:
+    weights = runtime.acquire(0)
+    if not acquired:
+        runtime.release(0)
+    with pytest.raises(StateError, match=r"in the middle of a pass of thread 'MainThread'"):
+        in_another_thread(lambda: call(runtime))
+    if acquired:
+        assert same_bytes(weights["w"], MODEL[0]["w"])
+        runtime.release(0)
+    for number in list(MODEL)[1:]:
+        with runtime.layer(number) as weights:
+            assert same_bytes(weights["w"], MODEL[number]["w"])
+    in_another_thread(lambda: check_pass(runtime, MODEL))  # the pass is over: any thread may begin the next one
+    check_pass(runtime, MODEL)
+
+
+def test_what_is_refused_begins_no_pass(runtime: DWDPRuntime) -> None:
+    with pytest.raises(Exception, match="there is no layer 99"):
+        runtime.acquire(99)
+    in_another_thread(lambda: check_pass(runtime, MODEL))
+
+
+def test_the_pass_of_a_thread_that_has_ended_has_ended_too(runtime: DWDPRuntime) -> None:
+    in_another_thread(lambda: runtime.acquire(2) and None)
+    runtime.reset()
+    check_pass(runtime, MODEL)
+
+
+def test_a_pass_that_is_given_up_leaves_the_turn_to_others(runtime: DWDPRuntime) -> None:
+    runtime.acquire(0)
+    runtime.reset()
+    in_another_thread(lambda: check_pass(runtime, MODEL))
+
+
+def test_threads_on_one_runtime_read_right_bytes_or_a_sentence(runtime: DWDPRuntime) -> None:
+    told: Counter[str] = Counter()
+
+    def passes(_: int) -> None:
+        for _ in range(100):
+            for number, tensors in MODEL.items():
+                try:
+                    weights = runtime.acquire(number)
+                except StateError as error:
+                    told["refused" if "in the middle of a pass" in str(error) else str(error)] += 1
+                    break
+                told["right" if same_bytes(weights["w"], tensors["w"]) else "wrong"] += 1
+                runtime.release(number)
+
+    in_threads(passes, 3)
+    assert set(told) <= {"right", "refused"}
+    assert told["right"] >= 100 * len(MODEL)
+    assert told["right"] % len(MODEL) == 0
+    check_pass(runtime, MODEL)
+
+
+class AsksInOneThread(HostDriver):
+    """Looks at events in the thread of the passes alone: any other would break a capture of that thread's."""
+
+    runs_passes = threading.get_ident()
+
+    def complete(self, event: int) -> bool:
+        assert threading.get_ident() == self.runs_passes
+        return super().complete(event)
+
+    def elapsed(self, start: int, end: int) -> float:
+        assert threading.get_ident() == self.runs_passes
+        return super().elapsed(start, end)
+
+
+@pytest.mark.parametrize("mode", ["staged", "auto"])
+def test_statistics_are_told_to_any_thread_at_any_moment(tmp_path: Path, mode: str) -> None:
+    config = DWDPConfig(group_size=1, host_experts=8, mode=mode)
+    driver = AsksInOneThread(PAGE)
+    runtime = join(config, 0, tmp_path / "rendezvous", MODEL, driver)
+    over = threading.Event()
+
+    def watch() -> int:
+        asked = 0
+        while not over.is_set():
+            asked += 1
+            assert set(runtime.stats().layers) == set(MODEL)
+        return asked
+
+    def one_pass(tokens: int) -> None:
+        for number in MODEL:
+            runtime.acquire(number, tokens=tokens, top_k=2)
+            runtime.release(number)
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(watch)
+        try:
+            for tokens in range(1, 200):
+                one_pass(tokens)
+        finally:
+            over.set()
+        assert asked.result() > 0
+    before = runtime.stats()
+    assert runtime.close().open() == []
+    after = runtime.stats()
+    assert after.layers == before.layers
+    assert in_another_thread(runtime.stats) == after
+
+
+def test_a_forked_child_is_refused_and_the_parent_goes_on(tmp_path: Path) -> None:
+    config = DWDPConfig(group_size=2)
+    runtime, other = in_threads(lambda rank: join(config, rank, tmp_path / "group", MODEL), 2)
+    told, tell = os.pipe()
+    go_on, say_so = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said = "nothing was refused"
+        try:
+            runtime.acquire(0)
+        except StateError as error:
+            said = str(error)
+        try:
+            runtime.close()
+            runtime.stats()
+            del runtime
+        except BaseException as error:
+            said = repr(error)
+        os.write(tell, said.encode())
+        os.close(say_so)
+        os.read(go_on, 1)
+        os._exit(0)
+    os.close(tell)
+    with os.fdopen(told) as said:
+        assert os.read(said.fileno(), 1000).decode().startswith("the runtime belongs to the process")
+    for each in runtime, other:
+        check_pass(each, MODEL)
+    assert other.peers() == {0: True}
+    assert runtime.close().open() == []
+    assert other.peers() == {0: False}, "the child's copy of the socket still answers"
+    assert other.close().open() == []
+    os.close(say_so)
+    assert os.waitpid(child, 0)[1] == 0
