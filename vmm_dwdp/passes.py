@@ -99,6 +99,8 @@ class Passes:
             self._in_place.release(index)
         elif self._staging is not None:
             self._staging.release(index, self._stream(stream))
+        else:
+            raise StateError(f"layer {self._layers[index].number} is released, but was not acquired")
         if self._chooser is not None:
             self._chooser.release(index, self._stream(stream))
 

@@ -206,7 +206,10 @@ class DWDPRuntime:
             DriverError: a call failed; where that was midway, as above.
         """
         with self._undisturbed():
-            for (layer, weight, owner), value in shards.items():
+            for key, value in shards.items():
+                if not isinstance(key, tuple) or len(key) != 3:
+                    raise ConfigError(f"update takes shards by (layer, weight, owner), not by {key!r}")
+                layer, weight, owner = key
                 self._membership.require_fits(self._layers.with_weight(layer, weight), weight, owner, value)
             self._lifecycle.end_pass()  # so that the next acquire asks whether weights are whole
             with self._passes.suspended():

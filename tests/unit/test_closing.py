@@ -12,7 +12,7 @@ from support.groups import PAGE, check_pass, in_threads, join, random_model
 from vmm_dwdp import DriverError, DWDPConfig, DWDPRuntime, StateError
 from vmm_dwdp.allocator.host_driver import HostDriver
 
-MODEL = random_model({number: {"w": ((8, 300), torch.float32)} for number in range(3)})
+MODEL = random_model({number: {"w": ((8, 3000), torch.float32)} for number in range(3)})
 
 
 class Failed(HostDriver):
