@@ -103,7 +103,7 @@ class ThreadIssuer:
         self._thread.start()
         self._token: int | None = ledger.add("threads", _LABEL)
         try:
-            self.submit(Job(driver.activate)).result()
+            self.submit(Job(lambda: driver.current().__enter__())).result()  # for the life of the thread
         except BaseException:
             self.close()
             raise

@@ -179,9 +179,12 @@ class Passes:
             self._chooser.close()
 
     def _stream(self, stream: torch.cuda.Stream | None) -> int:
-        """Raises `StateError` if ``stream`` is captured and the current one, by which captures are told, is not."""
+        """Raises `StateError` if ``stream`` is another device's, or captured and the current one, by which captures are
+        told, is not."""
         if stream is None:
             return self._driver.current_stream()
+        if stream.device != self._driver.device:
+            raise StateError(f"the stream is of {stream.device}, but the weights are on {self._driver.device}")
         if self._driver.capture(stream.cuda_stream) and not self._driver.capturing():
             raise StateError(f"stream {stream.cuda_stream:#x} is captured into a graph: make it the current stream")
         return stream.cuda_stream

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,20 @@ from vmm_dwdp.trace import Trace
 from vmm_dwdp.weight_spec import WeightSpec
 
 _log = logging.getLogger("vmm_dwdp")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _on_device(call: Callable[Concatenate[DWDPRuntime, P], T]) -> Callable[Concatenate[DWDPRuntime, P], T]:
+    """The runtime's device is current while ``call`` runs, and then again what was before."""
+
+    @functools.wraps(call)
+    def called(runtime: DWDPRuntime, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with runtime._driver.current():
+            return call(runtime, *args, **kwargs)
+
+    return called
 
 
 class DWDPRuntime:
@@ -74,12 +89,12 @@ class DWDPRuntime:
         self.rank = rank
         self.ledger = Ledger()
         self._driver = driver or open_driver(torch.device(device))
-        self._thread = threading.local()  # what `_enter_thread` and `_enter_passes` left in each thread
-        self._enter_thread()
-        self._assembly = make_assembly(config, rank, self._driver, self.ledger)
+        self._thread = threading.local()  # what `_enter_passes` left in each thread
         self._layers = Layers()
         layers = self._layers.in_order
-        self._membership = Membership(config, rank, self._driver, self.ledger, rendezvous, self._assembly, layers)
+        with self._driver.current():
+            self._assembly = make_assembly(config, rank, self._driver, self.ledger)
+            self._membership = Membership(config, rank, self._driver, self.ledger, rendezvous, self._assembly, layers)
         self._passes = Passes(self._driver, self.ledger, self._assembly, layers, config)
         self._published = False
         self._closed = False
@@ -90,6 +105,7 @@ class DWDPRuntime:
         return self._driver.device
 
     # -- set-up ------------------------------------------------------------------------------------------------------
+    @_on_device
     def add_layer(self, layer: int, weights: Mapping[str, WeightSpec]) -> None:
         """State a layer's weights, all ``[E, ...]`` with the same ``E``, in the order in which a pass reads them.
 
@@ -110,6 +126,7 @@ class DWDPRuntime:
         """The experts that this rank, or ``owner``, holds of ``layer``; raises `ConfigError` if there is no such."""
         return self._layers.numbered(layer).placement.experts(self.rank if owner is None else owner)
 
+    @_on_device
     def local_shard(self, layer: int, weight: str, owner: Owner | None = None) -> torch.Tensor:
         """A tensor ``[n, ...]`` over this rank's own pages of a weight: fill it with the experts `local_experts`.
 
@@ -134,6 +151,7 @@ class DWDPRuntime:
         """The owners whose memory this rank creates: itself, and on rank 0 the pool of host memory if there is one."""
         return self._membership.held_owners
 
+    @_on_device
     def publish(self, timeout: float = 60.0) -> None:
         """Serve this rank's shards, map those of the others, and start prefetching.
 
@@ -151,6 +169,7 @@ class DWDPRuntime:
         with self._ready_afterwards("publish"):
             self._membership.publish(timeout)
 
+    @_on_device
     def rejoin(self, timeout: float = 60.0) -> None:
         """Instead of filling shards and `publish`: take the place of a rank of the same number that has died.
 
@@ -181,6 +200,7 @@ class DWDPRuntime:
         _log.info("rank %d: %d layers ready, %d MiB resident, %d MiB staged", self.rank, ready, *memory)
 
     # -- what only owners write --------------------------------------------------------------------------------------
+    @_on_device
     def update(self, shards: Mapping[ShardKey, torch.Tensor], timeout: float = 60.0) -> None:
         """Write new experts into memory that this rank holds, with all ranks together, between passes.
 
@@ -205,6 +225,7 @@ class DWDPRuntime:
         with self._passes.suspended():
             self._membership.update(shards, time.monotonic() + timeout)
 
+    @_on_device
     def check_integrity(self, *, verify: bool = False) -> None:
         """Check that what is mapped and what the slots hold is what the layouts say; meant for moments of idleness.
 
@@ -262,7 +283,10 @@ class DWDPRuntime:
             DriverError: a copy could not be issued; the call may be repeated.
         """
         passes = getattr(self._thread, "passes", None) or self._enter_passes()
-        return passes.acquire(self._layers.places[layer], mode, tokens, top_k, chosen, stream)
+        if self._driver.is_current():
+            return passes.acquire(self._layers.places[layer], mode, tokens, top_k, chosen, stream)
+        with self._driver.current():
+            return passes.acquire(self._layers.places[layer], mode, tokens, top_k, chosen, stream)
 
     @between_regions
     def release(self, layer: int, *, stream: torch.cuda.Stream | None = None) -> None:
@@ -276,7 +300,11 @@ class DWDPRuntime:
             DriverError: a call failed; `reset` makes the slots ready again.
         """
         passes = getattr(self._thread, "passes", None) or self._enter_passes()
-        passes.release(self._layers.places[layer], stream)
+        if self._driver.is_current():
+            passes.release(self._layers.places[layer], stream)
+            return
+        with self._driver.current():
+            passes.release(self._layers.places[layer], stream)
 
     @contextmanager
     def layer(
@@ -296,6 +324,7 @@ class DWDPRuntime:
         finally:
             self.release(layer, stream=stream)
 
+    @_on_device
     def reset(self, *, stream: torch.cuda.Stream | None = None) -> None:
         """Give up a pass that ended early: release what is acquired and refetch the first layers.
 
@@ -304,6 +333,7 @@ class DWDPRuntime:
         self._require_running()
         self._passes.reset(stream)
 
+    @_on_device
     def refresh_cache(self) -> None:
         """Keep copies of the remote experts on this GPU to which `acquire` was told that most tokens were routed.
 
@@ -321,6 +351,7 @@ class DWDPRuntime:
         self._membership.require_updated()
         self._passes.refresh_cache()
 
+    @_on_device
     def tensor_list(self, layer: int, weight: str) -> list[torch.Tensor]:
         """The same bytes as `acquire` returns, as at most three contiguous tensors ``[E_i, ...]`` in expert order: the
         experts before this rank's own, its own, and those after. Valid between `acquire` and `release`.
@@ -329,6 +360,7 @@ class DWDPRuntime:
         return self._assembly.tensor_list(self._layers.with_weight(layer, weight), weight)
 
     # -- what it tells -----------------------------------------------------------------------------------------------
+    @_on_device
     def stats(self) -> Stats:
         """Bytes, hits, misses and waits since publish. Does not wait for the device."""
         return self._passes.stats()
@@ -347,15 +379,23 @@ class DWDPRuntime:
         """
         self._require_running()
         trace = Trace(self.rank, time.time())
-        with self._passes.traced(trace):
+        traced = self._passes.traced(trace)
+        with self._driver.current():
+            traced.__enter__()
+        try:
             yield trace
+        finally:  # the caller's device is current in the body
+            with self._driver.current():
+                traced.__exit__(None, None, None)
 
+    @_on_device
     def peers(self, timeout: float = 5.0) -> dict[int, bool]:
         """For every other rank, whether it answers within ``timeout`` seconds; one that has left is not waited for."""
         self._require_running()
         return self._membership.peers(timeout)
 
     # -- the end -----------------------------------------------------------------------------------------------------
+    @_on_device
     def close(self) -> Ledger:
         """Wait for the device, and free all that nobody references; the ledger tells what is left.
 
@@ -365,7 +405,6 @@ class DWDPRuntime:
         """
         self._closed = True
         self._thread = threading.local()  # so that no thread goes on with passes
-        self._enter_thread()
         self._passes.close()
         self._membership.close()
         self._assembly.close()
@@ -394,20 +433,12 @@ class DWDPRuntime:
             raise StateError(f"{call} after close")
         if self._published:
             raise StateError(f"{call} after publish")
-        self._enter_thread()
 
     def _require_running(self) -> None:
         if self._closed:
             raise StateError("the runtime is closed")
         if not self._published:
             raise StateError("the runtime is not published yet")
-        self._enter_thread()
-
-    def _enter_thread(self) -> None:
-        """Make the driver current in the calling thread; calls may come from one thread now and from another later."""
-        if not hasattr(self._thread, "entered"):
-            self._driver.activate()
-            self._thread.entered = True
 
     def _enter_passes(self) -> Passes:
         """What the calling thread needs for passes, if they are allowed: kept for it until `update` or `close`."""

@@ -59,8 +59,8 @@ BUGS: Final = (
     Bug(
         "a job that the native thread is at can be freed",
         "allocator/_issue.c",
-        """    if (job->issuer)
-        await(job);
+        """    if (job->issuer && job->issuer->forks == forks)
+        await(job->issuer, job);
 """,
         "",
         _NATIVE,
