@@ -8,12 +8,13 @@ a context current there. And torch can have a device current that has no context
 (``targetDeviceIndex`` in c10/cuda/CUDAFunctions.cpp): so it spares a device, to which it only goes back, the memory
 that a context takes.
 
-So whoever makes a device current pushes its context, tells torch too, and undoes both.
+So whoever makes a device current pushes its context, and tells torch where that is not enough; and then undoes both.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from types import TracebackType
 
 import torch
@@ -33,7 +34,6 @@ class PrimaryContext:
         self.address = int(context)
         self._index = index
         self._context = context
-        self._attempt = f"make cuda:{index} current"
         self._current_device = torch._C._cuda_getDevice  # without the Python of torch.cuda.current_device
         self._thread = threading.local()  # `seen`: that it had this context when torch said so
 
@@ -49,9 +49,10 @@ class PrimaryContext:
 
     def _see(self) -> bool:
         """Whether torch is right about this thread; see [Note: The current device]."""
-        topmost = int(check(self._attempt, cuda.cuCtxGetCurrent))
+        attempt = f"see whether cuda:{self._index} is current"
+        topmost = int(check(attempt, cuda.cuCtxGetCurrent))
         if not topmost:
-            check(self._attempt, cuda.cuCtxSetCurrent, self._context)
+            check(attempt, cuda.cuCtxSetCurrent, self._context)
         elif topmost != self.address:
             return False
         self._thread.seen = True
@@ -59,7 +60,7 @@ class PrimaryContext:
 
     def current(self) -> Current:
         """See `Driver.current`."""
-        return Current(self._index, self._context, self._attempt)
+        return Current(self._index, self._context, self._current_device)
 
 
 class Current:
@@ -69,15 +70,17 @@ class Current:
     and take the topmost context from whatever thread that runs in.
     """
 
-    def __init__(self, index: int, context: cuda.CUcontext, attempt: str) -> None:
+    def __init__(self, index: int, context: cuda.CUcontext, current_device: Callable[[], int]) -> None:
+        self._index = index
         self._context = context
-        self._attempt = attempt
-        self._torch = torch.cuda.device(index)
+        self._current_device = current_device
 
     def __enter__(self) -> None:
-        check(self._attempt, cuda.cuCtxPushCurrent, self._context)
+        self._before = self._current_device()
+        check(f"make cuda:{self._index} current", cuda.cuCtxPushCurrent, self._context)
         try:
-            self._torch.__enter__()  # type: ignore[no-untyped-call]
+            if self._current_device() != self._index:
+                torch.cuda.set_device(self._index)
         except BaseException:
             self._pop()
             raise
@@ -85,10 +88,9 @@ class Current:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
-            self._torch.__exit__(kind, error, traceback)
-        finally:
-            self._pop()
+        self._pop()
+        if self._current_device() != self._before:  # which has no context: torch alone knew of it
+            torch.cuda._maybe_exchange_device(self._before)
 
     def _pop(self) -> None:
-        check("make the device current that was before", cuda.cuCtxPopCurrent)
+        check(f"make cuda:{self._before} current again", cuda.cuCtxPopCurrent)
