@@ -16,7 +16,7 @@ class Bug(NamedTuple):
 
 
 _EVENTS = ("tests/unit/test_event_protocol.py",)
-_NATIVE = ("tests/unit/test_native_issue.py",)
+_NATIVE = ("tests/unit/test_native_issue.py", "tests/unit/test_native_sanitized.py")
 _PLANS = ("tests/property/test_placement_and_layout.py",)
 _BYTES = ("tests/property/test_assembled_bytes.py",)
 _HANDLES = ("tests/unit/test_handles.py",)
