@@ -36,6 +36,8 @@ _SUCCESS: Final = cuda.CUresult.CUDA_SUCCESS
 _NOT_READY: Final = cuda.CUresult.CUDA_ERROR_NOT_READY
 _INVALID_VALUE: Final = cuda.CUresult.CUDA_ERROR_INVALID_VALUE.name
 _DEFAULT_STREAM: Final = 0
+# As where CUDA_VISIBLE_DEVICES is set for each rank
+_SEES_NO_OTHER: Final = " (this process sees no other GPU: if it is another GPU's memory, let all ranks see all GPUs)"
 # Copies. No kernel is launched while the driver takes a batch: 0.1 ms with 64, 4 ms with 4,000 (H100).
 _BATCH: Final = 64
 
@@ -70,6 +72,7 @@ class CudaDriver:
         self._ordinal = check(attempt, cuda.cuDeviceGet, self.device.index)
         self._context = PrimaryContext(self.device.index, check(attempt, cuda.cuDevicePrimaryCtxRetain, self._ordinal))
         nearest = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID
+        self._sees = _SEES_NO_OTHER if torch.cuda.device_count() == 1 else ""
         self.numa_node = max(0, check(attempt, cuda.cuDeviceGetAttribute, nearest, self._ordinal))  # -1: no NUMA here
         self._batch_call = BatchCall.find()
         self._events = EventCalls.find()
@@ -99,7 +102,7 @@ class CudaDriver:
         return int(shared) if handle_type is HandleType.POSIX_FD else bytes(shared.data)
 
     def import_(self, shared: int | bytes, handle_type: HandleType, nbytes: int) -> int:
-        attempt = f"import {nbytes} bytes as {handle_type.value}"
+        attempt = f"import {nbytes} bytes as {handle_type.value}{self._sees}"
         return int(check(attempt, cuda.cuMemImportFromShareableHandle, shared, _HANDLE_TYPES[handle_type]))
 
     def _properties(self, location: Location, handle_type: HandleType | None) -> cuda.CUmemAllocationProp:
@@ -133,7 +136,7 @@ class CudaDriver:
         check(f"unmap {nbytes} bytes at {address:#x}", cuda.cuMemUnmap, address, nbytes)
 
     def set_access(self, address: int, nbytes: int, access: Access) -> None:
-        attempt = f"make {nbytes} bytes at {address:#x} {access.value}"
+        attempt = f"make {nbytes} bytes at {address:#x} {access.value}{self._sees}"
         self._set_access(attempt, address, nbytes, access, self._device_location())
 
     def allow_cpu(self, address: int, nbytes: int, location: Location) -> None:

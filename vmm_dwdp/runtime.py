@@ -53,7 +53,7 @@ class DWDPRuntime:
 
     Set-up: `add_layer` for every MoE layer in the order of a pass, fill what `local_shard` returns, `publish`. Then,
     for every layer of every pass: `acquire`, the forward pass of the layer, `release`; no rank waits for another.
-    `close` when done. Calls come from one thread at a time.
+    `close` when done. Calls come from one thread at a time, with any device current, which stays so.
 
     Args:
         config: equal on all ranks of the group.
@@ -279,7 +279,8 @@ class DWDPRuntime:
         Raises:
             ConfigError: no such layer, the config does not provide for ``mode``, or mode auto is not told ``tokens``.
             StateError: the layer, or another that uses its slot, was acquired and not released; or not published; or a
-                capture does not begin between passes; or ``stream`` is captured, and not the current one either.
+                capture does not begin between passes; or ``stream`` is captured, and not the current one either; or
+                it is another device's.
             DriverError: a copy could not be issued; the call may be repeated.
         """
         passes = getattr(self._thread, "passes", None) or self._enter_passes()

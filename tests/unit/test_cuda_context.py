@@ -18,6 +18,7 @@ from cuda.bindings import driver as cuda
 
 from vmm_dwdp.allocator import cuda_driver
 from vmm_dwdp.allocator.cuda_driver import CudaDriver
+from vmm_dwdp.allocator.driver import Access, HandleType
 
 SUCCESS = cuda.CUresult.CUDA_SUCCESS
 
@@ -36,6 +37,7 @@ class Machine:
         self.primary: set[int] = set()
         self.capturing: set[int] = set()
         self.refused: str | None = None  # the call that fails
+        self.visible = 2
         self._threads = threading.local()
 
     @property
@@ -133,6 +135,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(cuda_driver.BatchCall, "find", lambda: None)
     monkeypatch.setattr(cuda_driver.EventCalls, "find", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: machine.visible)
     monkeypatch.setattr(torch.cuda, "current_device", machine.torch_device)
     monkeypatch.setattr(torch.cuda, "set_device", machine.set_torch_device)
     monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", machine.maybe_exchange)
@@ -285,3 +288,19 @@ def test_a_device_that_cannot_be_made_current_is_refused(machine: Machine, monke
     with pytest.raises(RuntimeError, match="illegal memory access"):
         driver.current().__enter__()
     assert machine.state() == state
+
+
+@pytest.mark.parametrize("visible", [1, 2])
+def test_memory_of_a_gpu_that_is_not_visible_is_refused_with_advice(
+    visible: int, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.visible = visible
+    driver = CudaDriver(torch.device("cuda", 0))
+    refuse = lambda *arguments: (cuda.CUresult.CUDA_ERROR_INVALID_DEVICE,)  # noqa: E731
+    for name in ("cuMemImportFromShareableHandle", "cuMemSetAccess"):
+        monkeypatch.setattr(refuse, "__name__", name)
+        monkeypatch.setattr(cuda, name, refuse)
+    for call in (lambda: driver.import_(3, HandleType.POSIX_FD, 8), lambda: driver.set_access(0, 8, Access.READ)):
+        with pytest.raises(DriverError, match="failed with CUDA_ERROR_INVALID_DEVICE") as refused:
+            call()
+        assert ("let all ranks see all GPUs" in str(refused.value)) == (visible == 1)
