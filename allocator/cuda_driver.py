@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import torch
 from cuda.bindings import driver as cuda
 
 from vmm_dwdp.allocator import HAS_NATIVE_THREAD
 from vmm_dwdp.allocator.cuda_batch import BatchCall, CopyBatch
+from vmm_dwdp.allocator.cuda_check import check
+from vmm_dwdp.allocator.cuda_context import PrimaryContext
 from vmm_dwdp.allocator.cuda_events import EventCalls
 from vmm_dwdp.allocator.cuda_issue import CudaIssuingThread
 from vmm_dwdp.allocator.driver import DEVICE, Access, Copy, HandleType, Location
@@ -34,6 +36,8 @@ _SUCCESS: Final = cuda.CUresult.CUDA_SUCCESS
 _NOT_READY: Final = cuda.CUresult.CUDA_ERROR_NOT_READY
 _INVALID_VALUE: Final = cuda.CUresult.CUDA_ERROR_INVALID_VALUE.name
 _DEFAULT_STREAM: Final = 0
+# As where CUDA_VISIBLE_DEVICES is set for each rank
+_SEES_NO_OTHER: Final = " (this process sees no other GPU: if it is another GPU's memory, let all ranks see all GPUs)"
 # Copies. No kernel is launched while the driver takes a batch: 0.1 ms with 64, 4 ms with 4,000 (H100).
 _BATCH: Final = 64
 
@@ -47,10 +51,10 @@ class _Copies:
 
 
 class CudaDriver:
-    """See `vmm_dwdp.allocator.driver.Driver`. Any thread that has called `activate` may use it.
+    """See `vmm_dwdp.allocator.driver.Driver`. Any thread may use it.
 
     It works in the device's primary context, which is the one that torch uses, and keeps it for the life of the
-    process. The constructor activates the calling thread.
+    process. The constructor leaves the current device as it was; where that is this one, calls may be made at once.
     """
 
     name = "cuda"
@@ -59,48 +63,47 @@ class CudaDriver:
     def __init__(self, device: torch.device) -> None:
         attempt = f"use {device}"
         try:
-            _check(attempt, cuda.cuInit, 0)
+            check(attempt, cuda.cuInit, 0)
         except RuntimeError as error:  # there is no driver that could return an error
             raise DriverError("cuInit", type(error).__name__, f"{attempt}: there is no NVIDIA driver here") from error
         if not torch.cuda.is_available():
             raise DriverError("torch.cuda.is_available", "False", f"{attempt}: this torch {torch.__version__} cannot")
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        self._ordinal = _check(attempt, cuda.cuDeviceGet, self.device.index)
-        self._context = _check(attempt, cuda.cuDevicePrimaryCtxRetain, self._ordinal)
+        self._ordinal = check(attempt, cuda.cuDeviceGet, self.device.index)
+        self._context = PrimaryContext(self.device.index, check(attempt, cuda.cuDevicePrimaryCtxRetain, self._ordinal))
         nearest = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID
-        self.numa_node = max(0, _check(attempt, cuda.cuDeviceGetAttribute, nearest, self._ordinal))  # -1: no NUMA here
+        self._sees = _SEES_NO_OTHER if torch.cuda.device_count() == 1 else ""
+        self.numa_node = max(0, check(attempt, cuda.cuDeviceGetAttribute, nearest, self._ordinal))  # -1: no NUMA here
         self._batch_call = BatchCall.find()
         self._events = EventCalls.find()
         # Calls that every layer of every pass makes, without one of ours around them
+        self.current = self._context.current
+        self.is_current = self._context.is_current
         self.current_stream = partial(torch._C._cuda_getCurrentRawStream, self.device.index)
-        self.capturing = torch._C._cuda_isCurrentStreamCapturing
-        self.activate()
-
-    # -- this thread -------------------------------------------------------------------------------------------------
-    def activate(self) -> None:
-        _check(f"make {self.device} current", cuda.cuCtxSetCurrent, self._context)
+        self.capturing = torch._C._cuda_isCurrentStreamCapturing  # of the current device: this one, as calls are made
+        self.is_current()
 
     # -- physical memory ---------------------------------------------------------------------------------------------
     def granularity(self, location: Location = DEVICE) -> int:
         minimum = cuda.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
         attempt = f"find the granularity of memory on {location}"
-        return int(_check(attempt, cuda.cuMemGetAllocationGranularity, self._properties(location, None), minimum))
+        return int(check(attempt, cuda.cuMemGetAllocationGranularity, self._properties(location, None), minimum))
 
     def create(self, nbytes: int, location: Location = DEVICE, handle_type: HandleType | None = None) -> int:
         attempt = f"create {nbytes} bytes on {location}"
-        return int(_check(attempt, cuda.cuMemCreate, nbytes, self._properties(location, handle_type), 0))
+        return int(check(attempt, cuda.cuMemCreate, nbytes, self._properties(location, handle_type), 0))
 
     def release(self, handle: int) -> None:
-        _check(f"release handle {handle:#x}", cuda.cuMemRelease, handle)
+        check(f"release handle {handle:#x}", cuda.cuMemRelease, handle)
 
     def export(self, handle: int, handle_type: HandleType) -> int | bytes:
         attempt = f"export handle {handle:#x} as {handle_type.value}"
-        shared = _check(attempt, cuda.cuMemExportToShareableHandle, handle, _HANDLE_TYPES[handle_type], 0)
+        shared = check(attempt, cuda.cuMemExportToShareableHandle, handle, _HANDLE_TYPES[handle_type], 0)
         return int(shared) if handle_type is HandleType.POSIX_FD else bytes(shared.data)
 
     def import_(self, shared: int | bytes, handle_type: HandleType, nbytes: int) -> int:
-        attempt = f"import {nbytes} bytes as {handle_type.value}"
-        return int(_check(attempt, cuda.cuMemImportFromShareableHandle, shared, _HANDLE_TYPES[handle_type]))
+        attempt = f"import {nbytes} bytes as {handle_type.value}{self._sees}"
+        return int(check(attempt, cuda.cuMemImportFromShareableHandle, shared, _HANDLE_TYPES[handle_type]))
 
     def _properties(self, location: Location, handle_type: HandleType | None) -> cuda.CUmemAllocationProp:
         properties = cuda.CUmemAllocationProp()
@@ -120,20 +123,20 @@ class CudaDriver:
 
     # -- addresses ---------------------------------------------------------------------------------------------------
     def reserve(self, nbytes: int) -> int:
-        return int(_check(f"reserve {nbytes} bytes of addresses", cuda.cuMemAddressReserve, nbytes, 0, 0, 0))
+        return int(check(f"reserve {nbytes} bytes of addresses", cuda.cuMemAddressReserve, nbytes, 0, 0, 0))
 
     def free(self, address: int, nbytes: int) -> None:
-        _check(f"free {nbytes} bytes at {address:#x}", cuda.cuMemAddressFree, address, nbytes)
+        check(f"free {nbytes} bytes at {address:#x}", cuda.cuMemAddressFree, address, nbytes)
 
     def map(self, address: int, nbytes: int, handle: int) -> None:
         attempt = f"map {nbytes} bytes of handle {handle:#x} at {address:#x}"
-        _check(attempt, cuda.cuMemMap, address, nbytes, 0, handle, 0)
+        check(attempt, cuda.cuMemMap, address, nbytes, 0, handle, 0)
 
     def unmap(self, address: int, nbytes: int) -> None:
-        _check(f"unmap {nbytes} bytes at {address:#x}", cuda.cuMemUnmap, address, nbytes)
+        check(f"unmap {nbytes} bytes at {address:#x}", cuda.cuMemUnmap, address, nbytes)
 
     def set_access(self, address: int, nbytes: int, access: Access) -> None:
-        attempt = f"make {nbytes} bytes at {address:#x} {access.value}"
+        attempt = f"make {nbytes} bytes at {address:#x} {access.value}{self._sees}"
         self._set_access(attempt, address, nbytes, access, self._device_location())
 
     def allow_cpu(self, address: int, nbytes: int, location: Location) -> None:
@@ -145,17 +148,17 @@ class CudaDriver:
         description = cuda.CUmemAccessDesc()
         description.location = who
         description.flags = _ACCESS[access]
-        _check(attempt, cuda.cuMemSetAccess, address, nbytes, [description], 1)
+        check(attempt, cuda.cuMemSetAccess, address, nbytes, [description], 1)
 
     # -- memory without the above --------------------------------------------------------------------------------------
     def allocate(self, nbytes: int) -> int:
-        return int(_check(f"allocate {nbytes} bytes", cuda.cuMemAlloc, nbytes))
+        return int(check(f"allocate {nbytes} bytes", cuda.cuMemAlloc, nbytes))
 
     def deallocate(self, address: int) -> None:
-        _check(f"deallocate {address:#x}", cuda.cuMemFree, address)
+        check(f"deallocate {address:#x}", cuda.cuMemFree, address)
 
     def export_allocation(self, address: int) -> bytes:
-        handle = _check(f"export the allocation at {address:#x}", cuda.cuIpcGetMemHandle, address)
+        handle = check(f"export the allocation at {address:#x}", cuda.cuIpcGetMemHandle, address)
         return ctypes.string_at(handle.getPtr(), cuda.CU_IPC_HANDLE_SIZE)
 
     def open_allocation(self, token: bytes, nbytes: int) -> int:
@@ -165,34 +168,32 @@ class CudaDriver:
         handle = cuda.CUipcMemHandle()
         ctypes.memmove(handle.getPtr(), token, len(token))
         lazily = cuda.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
-        address = int(_check(attempt, cuda.cuIpcOpenMemHandle, handle, lazily))
-        _, size = _check(attempt, cuda.cuMemGetAddressRange, address)
+        address = int(check(attempt, cuda.cuIpcOpenMemHandle, handle, lazily))
+        _, size = check(attempt, cuda.cuMemGetAddressRange, address)
         if size != nbytes:
             self.close_allocation(address)
             raise DriverError("open_allocation", _INVALID_VALUE, f"{attempt}, which has {size}")
         return address
 
     def close_allocation(self, address: int) -> None:
-        _check(f"close the allocation at {address:#x}", cuda.cuIpcCloseMemHandle, address)
+        check(f"close the allocation at {address:#x}", cuda.cuIpcCloseMemHandle, address)
 
     # -- streams, events, copies -------------------------------------------------------------------------------------
     def create_stream(self) -> int:
         attempt = "create a stream"
-        _, highest = _check(attempt, cuda.cuCtxGetStreamPriorityRange)
-        return int(
-            _check(attempt, cuda.cuStreamCreateWithPriority, cuda.CUstream_flags.CU_STREAM_NON_BLOCKING, highest)
-        )
+        _, highest = check(attempt, cuda.cuCtxGetStreamPriorityRange)
+        return int(check(attempt, cuda.cuStreamCreateWithPriority, cuda.CUstream_flags.CU_STREAM_NON_BLOCKING, highest))
 
     def destroy_stream(self, stream: int) -> None:
-        _check(f"destroy stream {stream:#x}", cuda.cuStreamDestroy, stream)
+        check(f"destroy stream {stream:#x}", cuda.cuStreamDestroy, stream)
 
     def create_event(self, timed: bool) -> int:
         flags = cuda.CUevent_flags
         flag = flags.CU_EVENT_DEFAULT if timed else flags.CU_EVENT_DISABLE_TIMING
-        return int(_check("create an event", cuda.cuEventCreate, flag))
+        return int(check("create an event", cuda.cuEventCreate, flag))
 
     def destroy_event(self, event: int) -> None:
-        _check(f"destroy event {event:#x}", cuda.cuEventDestroy, event)
+        check(f"destroy event {event:#x}", cuda.cuEventDestroy, event)
 
     # Calls that every layer of every pass makes: a message is put together only where it is needed.
     def record(self, event: int, stream: int, *, external: bool = False) -> None:
@@ -214,7 +215,7 @@ class CudaDriver:
         return bool(result == _SUCCESS)
 
     def elapsed(self, start: int, end: int) -> float:
-        milliseconds = _check("take the time between two events", cuda.cuEventElapsedTime, start, end)
+        milliseconds = check("take the time between two events", cuda.cuEventElapsedTime, start, end)
         return float(milliseconds) * 1e-3
 
     def prepare(self, copies: Sequence[Copy]) -> _Copies:
@@ -234,26 +235,26 @@ class CudaDriver:
         else:
             attempt = f"give {len(prepared.copies)} copies to stream {stream:#x}"
             for dst, src, nbytes in prepared.copies:
-                _check(attempt, cuda.cuMemcpyAsync, dst, src, nbytes, stream)
+                check(attempt, cuda.cuMemcpyAsync, dst, src, nbytes, stream)
 
     def issuing_thread(self) -> CudaIssuingThread | None:
         if self._batch_call is None or not HAS_NATIVE_THREAD:
             return None
-        return CudaIssuingThread.start(int(self._context), self._events, self._batch_call)
+        return CudaIssuingThread.start(self._context.address, self._events, self._batch_call)
 
     def capture(self, stream: int) -> int:
         result, status = cuda.cuStreamIsCapturing(stream)
         if result == _SUCCESS and status == _NOT_CAPTURING:
             return 0
         attempt = f"see which capture stream {stream:#x} is in"
-        _, capture, *_ = _check(attempt, cuda.cuStreamGetCaptureInfo, stream)
+        _, capture, *_ = check(attempt, cuda.cuStreamGetCaptureInfo, stream)
         return int(capture)
 
     def synchronize(self, stream: int | None = None) -> None:
         if stream is None:
-            _check(f"wait for {self.device}", cuda.cuCtxSynchronize)
+            check(f"wait for {self.device}", cuda.cuCtxSynchronize)
         else:
-            _check(f"wait for stream {stream:#x}", cuda.cuStreamSynchronize, stream)
+            check(f"wait for stream {stream:#x}", cuda.cuStreamSynchronize, stream)
 
 
 def _host_location(numa_node: int) -> cuda.CUmemLocation:
@@ -261,11 +262,3 @@ def _host_location(numa_node: int) -> cuda.CUmemLocation:
     location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_HOST_NUMA
     location.id = numa_node
     return location
-
-
-def _check(attempt: str, call: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
-    """Make the call; its value, or a tuple where there is not one. Raises `DriverError` unless it returns success."""
-    result, *values = call(*arguments)
-    if result != _SUCCESS:
-        raise DriverError(call.__name__, result.name, attempt)
-    return values[0] if len(values) == 1 else tuple(values)

@@ -23,6 +23,7 @@ class CudaIssuingThread:
         """``set_current``: where cuCtxSetCurrent is. Raises `DriverError` if the thread cannot use ``context``."""
         self._thread = _issue.Issuer(set_current, events.wait_at, batch.address, events.record_at, context, _failure)
         self.submit = self._thread.submit
+        self.flush = self._thread.flush
         self.close = self._thread.close
 
     @classmethod

@@ -15,6 +15,11 @@ object that owns it.
   * A handle may be released while it is mapped: the mapping keeps the memory.
   * Memory mapped ``Access.READ`` refuses to be written.
   * Nothing may use a range while it is unmapped: synchronise first.
+
+[Note: Which device is current]
+Calls are made while the driver's device is current in the calling thread, as `Driver.is_current` tells and
+`Driver.current` sees to. Which other device is current at other times is the caller's business: it is not changed for
+good, except in threads of our own. A driver is of no use in a child of fork.
 """
 
 from __future__ import annotations
@@ -83,7 +88,10 @@ class Ticket(Protocol):
     def done(self) -> bool: ...
 
     def result(self) -> None:
-        """Wait until the driver has been given everything, and raise what it refused."""
+        """Wait until the driver has been given everything, and raise what it refused, until it is submitted again.
+
+        Before the first `submit` there is nothing to wait for.
+        """
 
 
 class IssuingThread(Protocol):
@@ -94,6 +102,9 @@ class IssuingThread(Protocol):
 
     def submit(self, job: Any) -> None:
         """Give the lanes of ``job`` to the driver, after all that was submitted before. It is not under way already."""
+
+    def flush(self) -> None:
+        """Wait until the driver was given all that was submitted so far, or refused it; raises nothing."""
 
     def close(self) -> None:
         """Finish what was submitted, and end the thread. A second call does nothing."""
@@ -108,14 +119,17 @@ class Driver(Protocol):
     numa_node: int  # the host's, nearest to the device
 
     # -- this thread -------------------------------------------------------------------------------------------------
-    def activate(self) -> None:
-        """Make this device current in the calling thread. Every thread calls it before its first other call."""
+    def current(self) -> AbstractContextManager[None]:
+        """This device is current in the calling thread while the body runs, and then again what was before.
+
+        To be used once; bodies may be nested. A thread of our own may enter it and never leave.
+        """
 
     def is_current(self) -> bool:
-        """Cheap."""
+        """Whether calls may be made as things stand; cheap enough to be asked at every layer.
 
-    def current(self) -> AbstractContextManager[None]:
-        """This device is current in the calling thread while the body runs."""
+        A thread without any context gets this device's for good, if this device is the current one anyway.
+        """
 
     # -- physical memory ---------------------------------------------------------------------------------------------
     def granularity(self, location: Location = DEVICE) -> int:
@@ -221,7 +235,7 @@ class Driver(Protocol):
         """
 
     def capturing(self) -> bool:
-        """Whether the calling thread's current stream takes part in a capture; cheaper than `capture`."""
+        """Whether the stream that `current_stream` tells takes part in a capture; cheaper than `capture`."""
 
     def synchronize(self, stream: int | None = None) -> None:
         """Wait until all work of ``stream``, or of the whole device, is complete."""

@@ -10,24 +10,22 @@ given to it is complete when the call returns.
 
 from __future__ import annotations
 
-import bisect
 import ctypes
 import functools
 import itertools
-import operator
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import torch
 
 from vmm_dwdp.allocator import host_pages
 from vmm_dwdp.allocator.driver import DEVICE, Access, Copy, HandleType, IssuingThread, Location
-from vmm_dwdp.allocator.host_stream import HostStream, Record
+from vmm_dwdp.allocator.host_context import HostContext
+from vmm_dwdp.allocator.host_ranges import Range, Ranges
+from vmm_dwdp.allocator.host_stream import CallingThread, HostStream, Record
 from vmm_dwdp.allocator.numa import numa_nodes
 from vmm_dwdp.errors import ConfigError, DriverError
 
@@ -46,70 +44,19 @@ class _Memory(NamedTuple):
     handle_type: HandleType | None
 
 
-@dataclass
-class _Range:
-    start: int
-    nbytes: int
-    access: Access | None = None  # of a mapping, until it is unmapped
-
-    @property
-    def end(self) -> int:
-        return self.start + self.nbytes
-
-    def allows(self, wanted: Access) -> bool:
-        return self.access in (wanted, Access.READ_WRITE)
-
-
-class _Ranges:
-    """Address ranges that do not overlap, in order."""
-
-    def __init__(self) -> None:
-        self._ranges: list[_Range] = []
-
-    def add(self, new: _Range) -> None:
-        bisect.insort(self._ranges, new, key=_start)
-
-    def remove(self, old: list[_Range]) -> None:
-        """Forget ranges that follow one another."""
-        first = bisect.bisect_left(self._ranges, old[0].start, key=_start)
-        del self._ranges[first : first + len(old)]
-
-    def touching(self, start: int, nbytes: int) -> list[_Range]:
-        """The ranges that have a byte in ``[start, start + nbytes)``."""
-        first = bisect.bisect_right(self._ranges, start, key=_end)
-        last = bisect.bisect_left(self._ranges, start + nbytes, key=_start)
-        return self._ranges[first:last]
-
-    def covering(self, start: int, nbytes: int) -> list[_Range]:
-        """The same, if they leave no gap in it; otherwise none."""
-        ranges = self.touching(start, nbytes)
-        whole = ranges and ranges[0].start <= start and start + nbytes <= ranges[-1].end
-        if whole and sum(r.nbytes for r in ranges) == ranges[-1].end - ranges[0].start:
-            return ranges
-        return []
-
-    def exactly(self, start: int, nbytes: int) -> list[_Range]:
-        """The same, if they end where it ends on both sides; otherwise none."""
-        ranges = self.covering(start, nbytes)
-        return ranges if ranges and (ranges[0].start, ranges[-1].end) == (start, start + nbytes) else []
-
-
-_start: Final = operator.attrgetter("start")
-_end: Final = operator.attrgetter("end")
-
-
 class HostDriver:
     """See `vmm_dwdp.allocator.driver.Driver`. Any thread may use it.
 
     ``granularity`` is in bytes: a power of two, at least the page size of the machine (4 KiB on x86). Its default is
-    that of NVIDIA GPUs.
+    that of NVIDIA GPUs. ``index`` tells devices apart where a program is to believe that there are several: what needs
+    a current device refuses another one, as with CUDA. The memory of all of them is the CPU's.
     """
 
     name = "host"
     device = torch.device("cpu")
     numa_node = 0
 
-    def __init__(self, granularity: int = 2 << 20) -> None:
+    def __init__(self, granularity: int = 2 << 20, index: int = 0) -> None:
         if granularity < host_pages.PAGE_BYTES or granularity & (granularity - 1):
             raise ConfigError(
                 f"the granularity of the host driver must be a power of two of at least {host_pages.PAGE_BYTES} bytes, "
@@ -120,27 +67,20 @@ class HostDriver:
         self._lock = threading.Lock()  # of the two tables of ranges
         self._numbers = itertools.count(1)  # handles, streams and events
         self._handles: dict[int, _Memory] = {}
-        self._reservations = _Ranges()
-        self._mappings = _Ranges()
+        self._reservations = Ranges()
+        self._mappings = Ranges()
         self._allocations: dict[int, _Memory] = {}
         self._opened: dict[int, int] = {}  # address -> bytes
         self._streams: dict[int, HostStream] = {}
         self._events: dict[int, Record | None] = {}  # the latest record
         self._timed: set[int] = set()  # events
-        self._thread = threading.local()
-        self.activate()
+        self._context = HostContext(index)
+        self.is_current = self._context.is_current
+        self.is_current()
 
     # -- this thread -------------------------------------------------------------------------------------------------
-    def activate(self) -> None:
-        self._thread.active = True
-
-    def is_current(self) -> bool:
-        return getattr(self._thread, "active", False)
-
-    @contextmanager
-    def current(self) -> Iterator[None]:
-        self.activate()
-        yield
+    def current(self) -> HostContext:
+        return self._context
 
     # -- physical memory ---------------------------------------------------------------------------------------------
     def granularity(self, location: Location = DEVICE) -> int:
@@ -191,7 +131,7 @@ class HostDriver:
             raise _invalid("reserve", f"reserve {nbytes} bytes, no multiple of {self._granularity}")
         address = host_pages.reserve(nbytes, self._granularity)
         with self._lock:
-            self._reservations.add(_Range(address, nbytes))
+            self._reservations.add(Range(address, nbytes))
         return address
 
     def free(self, address: int, nbytes: int) -> None:
@@ -218,7 +158,7 @@ class HostDriver:
             if self._mappings.touching(address, nbytes):
                 raise _invalid("map", f"{attempt}, where memory is mapped already")
             host_pages.place(address, nbytes, memory.fd)
-            self._mappings.add(_Range(address, nbytes))
+            self._mappings.add(Range(address, nbytes))
 
     def unmap(self, address: int, nbytes: int) -> None:
         with self._lock:
@@ -239,7 +179,7 @@ class HostDriver:
         with self._lock:
             self._mappings_of("allow_cpu", address, nbytes)  # the device is the CPU
 
-    def _mappings_of(self, call: str, address: int, nbytes: int) -> list[_Range]:
+    def _mappings_of(self, call: str, address: int, nbytes: int) -> list[Range]:
         mappings = self._mappings.exactly(address, nbytes)
         if not mappings:
             attempt = f"{call} {nbytes} bytes at {address:#x}, which are not made up of whole mappings"
@@ -248,6 +188,7 @@ class HostDriver:
 
     # -- memory without the above --------------------------------------------------------------------------------------
     def allocate(self, nbytes: int) -> int:
+        self._context.require_current("allocate")
         if nbytes <= 0:
             raise _invalid("allocate", f"allocate {nbytes} bytes")
         fd = host_pages.create_file(nbytes)
@@ -269,6 +210,7 @@ class HostDriver:
         return f"/proc/{os.getpid()}/fd/{self._allocation('export_allocation', address).fd}".encode()
 
     def open_allocation(self, token: bytes, nbytes: int) -> int:
+        self._context.require_current("open_allocation")
         if re.fullmatch(rb"/proc/\d+/fd/\d+", token) is None:
             raise _invalid("open_allocation", f"open {token!r}, which names no allocation")
         fd = host_pages.open_file(token.decode())
@@ -298,6 +240,7 @@ class HostDriver:
         return _COMPUTE_STREAM
 
     def create_stream(self) -> int:
+        self._context.require_current("create_stream")
         stream = next(self._numbers)
         self._streams[stream] = HostStream(f"vmm-dwdp stream {stream}")
         return stream
@@ -307,6 +250,7 @@ class HostDriver:
         del self._streams[stream]
 
     def create_event(self, timed: bool) -> int:
+        self._context.require_current("create_event")
         event = next(self._numbers)
         self._events[event] = None
         if timed:
@@ -321,20 +265,14 @@ class HostDriver:
     def record(self, event: int, stream: int, *, external: bool = False) -> None:
         self._record("record", event)
         record = Record()
-        if stream == _COMPUTE_STREAM:
-            record.complete()
-        else:
-            self._stream("record", stream).record(record)
+        self._stream("record", stream).record(record)
         self._events[event] = record
 
     def wait(self, stream: int, event: int, *, external: bool = False) -> None:
         record = self._record("wait", event)
-        if record is None:
-            return
-        if stream == _COMPUTE_STREAM:
-            record.wait()
-        else:
-            self._stream("wait", stream).submit(record.wait)
+        queue = self._stream("wait", stream)
+        if record is not None:
+            queue.submit(record.wait)
 
     def complete(self, event: int) -> bool:
         record = self._record("complete", event)
@@ -352,33 +290,32 @@ class HostDriver:
         return tuple(copies)
 
     def copy(self, prepared: Sequence[Copy], stream: int) -> None:
-        if not getattr(self._thread, "active", False):
-            raise _invalid("copy", "copy in a thread that has not activated the driver")
+        self._context.require_current("copy")
         uses = self._uses(prepared)
-        if stream == _COMPUTE_STREAM:
-            _copy_now(prepared)
-        else:
-            self._stream("copy", stream).submit(functools.partial(_copy_later, prepared, uses))
+        self._stream("copy", stream).submit(functools.partial(_copy, prepared, uses))
 
     def issuing_thread(self) -> IssuingThread | None:
         return None
 
     def capture(self, stream: int) -> int:
+        self._stream("capture", stream)
         return 0  # the host has no graphs
 
     def capturing(self) -> bool:
+        self._context.require_current("capturing")
         return False
 
     def synchronize(self, stream: int | None = None) -> None:
         if stream is None:
+            self._context.require_current("synchronize")
             for each in list(self._streams.values()):
                 each.synchronize()
-        elif stream != _COMPUTE_STREAM:
+        else:
             self._stream("synchronize", stream).synchronize()
 
-    def _uses(self, copies: Sequence[Copy]) -> list[tuple[_Range, Access]]:
+    def _uses(self, copies: Sequence[Copy]) -> list[tuple[Range, Access]]:
         """The mappings that the copies use and the access that they need, which all of them allow."""
-        uses: list[tuple[_Range, Access]] = []
+        uses: list[tuple[Range, Access]] = []
         with self._lock:
             for dst, src, nbytes in copies:
                 for address, wanted in ((src, Access.READ), (dst, Access.READ_WRITE)):
@@ -390,26 +327,27 @@ class HostDriver:
                     uses += [(mapping, wanted) for mapping in mappings]
         return uses
 
-    def _stream(self, call: str, stream: int) -> HostStream:
+    def _stream(self, call: str, stream: int) -> HostStream | CallingThread:
+        if stream == _COMPUTE_STREAM:
+            self._context.require_current(call)  # whose default stream it is
+            return CallingThread()
+        self._context.require_same_process(call)
         if stream not in self._streams:
             raise DriverError(call, INVALID_HANDLE, f"use {stream}, which is no stream")
         return self._streams[stream]
 
     def _record(self, call: str, event: int) -> Record | None:
+        self._context.require_same_process(call)
         if event not in self._events:
             raise DriverError(call, INVALID_HANDLE, f"use {event}, which is no event")
         return self._events[event]
 
 
-def _copy_now(copies: Sequence[Copy]) -> None:
-    for copy in copies:
-        ctypes.memmove(*copy)
-
-
-def _copy_later(copies: Sequence[Copy], uses: Sequence[tuple[_Range, Access]]) -> None:
+def _copy(copies: Sequence[Copy], uses: Sequence[tuple[Range, Access]]) -> None:
     if not all(mapping.allows(wanted) for mapping, wanted in uses):
         raise DriverError("copy", ILLEGAL_ADDRESS, "run copies whose memory was unmapped before their turn came")
-    _copy_now(copies)
+    for copy in copies:
+        ctypes.memmove(*copy)
 
 
 def _invalid(call: str, attempt: str) -> DriverError:

@@ -1,4 +1,4 @@
-"""Streams and events of the host driver: a thread with a queue, and marks in that queue."""
+"""Streams and events of the host driver: a thread with a queue, or the calling one, and marks in that queue."""
 
 from __future__ import annotations
 
@@ -37,6 +37,25 @@ class Record:
         """Blocks the calling thread; raises what ended the stream's work."""
         self._complete.wait()
         self.is_complete()
+
+
+class CallingThread:
+    """The stream on which kernels run: what it is given is over when the call returns."""
+
+    def submit(self, work: Callable[[], object]) -> None:
+        """Runs ``work``, and raises what it raises."""
+        work()
+
+    def record(self, record: Record) -> None:
+        """Completes ``record``."""
+        record.complete()
+
+    def synchronize(self) -> None:
+        """Returns at once."""
+
+    def close(self) -> None:
+        """Raises `DriverError`: nobody created it."""
+        raise DriverError("destroy_stream", "CUDA_ERROR_INVALID_HANDLE", "destroy the default stream")
 
 
 class HostStream:

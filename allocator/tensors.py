@@ -12,12 +12,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 def tensor_at(address: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A contiguous tensor over the bytes at ``address`` of ``device``.
 
-    It owns nothing: whoever owns the memory keeps it until no tensor uses it, which `StorageWatch` tells.
+    It owns nothing: whoever owns the memory keeps it until no tensor uses it, which `StorageWatch` tells. In inference
+    mode, too, it is no inference tensor.
     """
-    tensor = torch.empty(0, dtype=dtype, device=device)
-    nbytes = math.prod(shape) * tensor.element_size()
-    storage = torch._C._construct_storage_from_data_pointer(address, device, nbytes)
-    tensor.set_(storage, 0, tuple(shape))  # type: ignore[call-overload]
+    with torch.inference_mode(False):
+        tensor = torch.empty(0, dtype=dtype, device=device)
+        nbytes = math.prod(shape) * tensor.element_size()
+        storage = torch._C._construct_storage_from_data_pointer(address, device, nbytes)
+        tensor.set_(storage, 0, tuple(shape))  # type: ignore[call-overload]
     return tensor
 
 

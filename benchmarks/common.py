@@ -23,11 +23,17 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     """With the arguments of every benchmark: ``--device`` and ``--json``."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    result.add_argument(
-        "--device", type=torch.device, default=default, help=f"cpu, cuda or cuda:N (default: {default})"
-    )
+    result.add_argument("--device", type=_device, default=default, help=f"cpu, cuda or cuda:N (default: {default})")
     result.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     return result
+
+
+def _device(name: str) -> torch.device:
+    """Made current: what is timed runs on its streams."""
+    device = torch.device(name)
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    return device
 
 
 def machine(device: torch.device) -> dict[str, object]:

@@ -98,8 +98,8 @@ def measure(rig: Rig, calls: int, issue: Issue) -> dict[str, float]:
     done = time.perf_counter()
 
     def in_thread() -> None:
-        rig.driver.activate()
-        issue()
+        with rig.driver.current():
+            issue()
 
     launches = []
     thread = threading.Thread(target=in_thread)

@@ -48,8 +48,10 @@ def tensor_list_grouped_gemm(
 
 
 def _torch_refuses(problem: Problem) -> str | None:
-    if problem.x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return "reads the offsets on the host, which a CUDA graph capture forbids"
+    if problem.x.is_cuda:
+        with torch.cuda.device(problem.x.device):
+            if torch.cuda.is_current_stream_capturing():
+                return "reads the offsets on the host, which a CUDA graph capture forbids"
     return None
 
 

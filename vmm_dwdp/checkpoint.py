@@ -93,7 +93,8 @@ class Checkpoint(Owned):
         if row is not None and row not in range(shape[0] if shape else 0):
             raise ConfigError(f"{name} in {self.directory} has the shape {list(shape)} and no row {row}")
         try:
-            tensor: torch.Tensor = whole[...] if row is None else whole[row : row + 1]
+            with torch.inference_mode(False):
+                tensor: torch.Tensor = whole[...] if row is None else whole[row : row + 1]
         except (RuntimeError, IndexError, SafetensorError) as error:
             raise ConfigError(f"{name} in {self.directory} cannot be read: {error}") from error
         return tensor

@@ -148,8 +148,9 @@ def _examine_device(device: torch.device) -> Device:
     memory = {}
     for location in locations:
         try:
-            granularity = driver.granularity(location)
-            types = supported_handle_types(driver, location)
+            with driver.current():
+                granularity = driver.granularity(location)
+                types = supported_handle_types(driver, location)
             memory[str(location)] = Memory(None, granularity, {t.value: Finding(why) for t, why in types.items()})
         except DWDPError as error:
             memory[str(location)] = Memory(str(error))

@@ -114,7 +114,7 @@ class ThreadIssuer:
         self._thread.start()
         self._token: int | None = ledger.add("threads", _LABEL)
         try:
-            self._run_now(driver.activate)
+            self._run_now(lambda: driver.current().__enter__())  # for the life of the thread
         except BaseException:
             self.close()
             raise

@@ -238,8 +238,8 @@ class Membership:
         """Runs in a thread of the exchange."""
         if owner not in self.held_owners and not self._assembly.keeps(owner):
             raise ExchangeError(f"rank {self._rank} does not hold the memory of {in_words(owner)}")
-        self._driver.activate()
-        return self._assembly.shares(owner)
+        with self._driver.current():
+            return self._assembly.shares(owner)
 
     def _take(self, exchange: Exchange, owner: Owner, holder: int, deadline: float) -> None:
         """Get the memory of ``owner`` from rank ``holder``: to read, or, if it was this rank's before, to hold."""

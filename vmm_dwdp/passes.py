@@ -73,36 +73,38 @@ class Passes:
             at = self._driver.current_stream() if stream is None else self._stream(stream)
             self._only_staged.acquire(index, at, tokens)
             return self._weights["staged"][index]
+        at = self._stream(stream)
         mode = mode or self._config.mode
         if self._chooser is None if mode == "auto" else mode not in self._weights:
             raise ConfigError(f"the config does not provide for mode {mode}, only for {', '.join(self._weights)}")
         if self._mode_of(index) is not None:
             raise StateError(f"layer {self._layers[index].number} is acquired already, and was not released")
         if self._chooser is not None:
-            mode = self._chooser.choose(index, mode, tokens, top_k, self._stream(stream))
+            mode = self._chooser.choose(index, mode, tokens, top_k, at)
         assert mode != "auto"
         if mode == "in_place":
             assert self._in_place is not None
             self._in_place.acquire(index, chosen, stream)
         elif self._staging is not None:
-            self._staging.acquire(index, self._stream(stream), tokens)
+            self._staging.acquire(index, at, tokens)
         if self._chooser is not None:
             self._chooser.acquired(index, mode)
         return self._weights[mode][index]
 
     def release(self, index: int, stream: torch.cuda.Stream | None) -> None:
         """See `DWDPRuntime.release`."""
+        at = self._driver.current_stream() if stream is None else self._stream(stream)
         if self._only_staged is not None:
-            self._only_staged.release(index, self._driver.current_stream() if stream is None else self._stream(stream))
+            self._only_staged.release(index, at)
             return
         if self._in_place is not None and self._in_place.is_acquired(index):
             self._in_place.release(index)
         elif self._staging is not None:
-            self._staging.release(index, self._stream(stream))
+            self._staging.release(index, at)
         else:
             raise StateError(f"layer {self._layers[index].number} is released, but was not acquired")
         if self._chooser is not None:
-            self._chooser.release(index, self._stream(stream))
+            self._chooser.release(index, at)
 
     def tensor_list(self, index: int, weight: str) -> list[torch.Tensor]:
         """See `DWDPRuntime.tensor_list`."""
@@ -119,10 +121,11 @@ class Passes:
 
     def reset(self, stream: torch.cuda.Stream | None) -> None:
         """Give up a pass that ended early."""
+        at = self._stream(stream)
         if self._in_place is not None:
             self._in_place.reset()
         if self._staging is not None:
-            self._staging.reset(self._stream(stream))
+            self._staging.reset(at)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -220,14 +223,12 @@ class Passes:
         failures.raise_first()
 
     def _stream(self, stream: torch.cuda.Stream | None) -> int:
-        """Raises `StateError` if ``stream`` is of another device, or is captured and the current one, by which captures
-        are told, is not."""
+        """Raises `StateError` if ``stream`` is another device's, or captured and the current one, by which captures are
+        told, is not."""
         if stream is None:
             return self._driver.current_stream()
         if stream.device != self._driver.device:
-            raise StateError(
-                f"stream {stream.cuda_stream:#x} is of {stream.device}, the weights are on {self._driver.device}"
-            )
+            raise StateError(f"the stream is of {stream.device}, but the weights are on {self._driver.device}")
         if self._driver.capture(stream.cuda_stream) and not self._driver.capturing():
             raise StateError(f"stream {stream.cuda_stream:#x} is captured into a graph: make it the current stream")
         return stream.cuda_stream

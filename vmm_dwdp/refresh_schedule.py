@@ -25,10 +25,15 @@ class RefreshSchedule:
 
     def begin_pass(self) -> None:
         """A pass begins, in which no layer is acquired yet. Refreshes may wait for the device, but not in a capture."""
-        captured = self._runtime.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if captured or not self._runtime.config.resident_cache:
+        if not self._runtime.config.resident_cache or self._captured():
             return
         if self._passes >= self._interval:
             self._runtime.refresh_cache()
             self._passes, self._interval = 0, min(2 * self._interval, MOST)
         self._passes += 1
+
+    def _captured(self) -> bool:
+        if self._runtime.device.type != "cuda":
+            return False
+        with torch.cuda.device(self._runtime.device):
+            return torch.cuda.is_current_stream_capturing()

@@ -107,7 +107,8 @@ class DWDPRuntime:
         self._lifecycle.require_setup("add_layer")
         if layer in self._layers:
             raise ConfigError(f"layer {layer} was added already")
-        described = describe_layer(layer, weights, self.config, self.rank, self._assembly.granularity)
+        with self._driver.current():
+            described = describe_layer(layer, weights, self.config, self.rank, self._assembly.granularity)
         self._assembly.add(described)
         self._layers.add(described)
 
@@ -268,7 +269,8 @@ class DWDPRuntime:
         Raises:
             ConfigError: no such layer, the config does not provide for ``mode``, or mode auto is not told ``tokens``.
             StateError: the layer, or another that uses its slot, was acquired and not released; or not published; or a
-                capture does not begin between passes; or ``stream`` is captured, and not the current one either.
+                capture does not begin between passes; or ``stream`` is captured, and not the current one either, or
+                another device's; or another thread is in the middle of a pass.
             DriverError: a copy could not be issued; the call may be repeated.
         """
         if self._lifecycle.runner == get_ident() and self._is_current():

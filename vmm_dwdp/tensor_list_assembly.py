@@ -43,7 +43,7 @@ class TensorListAssembly(Assembly):
     def shard(self, layer: Layer, weight: str, owner: Owner) -> torch.Tensor:
         spec, experts = layer.weights[weight], layer.placement.experts(owner)
         if not experts:
-            return torch.empty(spec.of(0), dtype=spec.dtype, device=self._driver.device)
+            return tensor_at(0, spec.of(0), spec.dtype, self._driver.device)
         if owner != self.rank:
             address = self._views[layer.number, weight, owner].address
             return tensor_at(address, spec.of(len(experts)), spec.dtype, self._driver.device)

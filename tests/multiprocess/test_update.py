@@ -67,7 +67,6 @@ def fill_cache(runtime: DWDPRuntime) -> None:
 
 
 def updated(runtime: DWDPRuntime, model: Model) -> None:
-    runtime._driver.activate()
     runtime.update(shards(runtime, model), timeout=20)  # type: ignore[arg-type]
 
 
@@ -75,7 +74,6 @@ def test_a_missing_rank_is_named_before_anything_is_written(tmp_path: Path) -> N
     with published(CONFIG, tmp_path, OLD) as runtimes:
 
         def attempt(rank: int) -> str:
-            runtimes[rank]._driver.activate()
             with pytest.raises(ExchangeError) as raised:
                 runtimes[rank].update(shards(runtimes[rank], NEW), timeout=0.3)  # type: ignore[arg-type]
             return str(raised.value)

@@ -16,7 +16,7 @@ class Bug(NamedTuple):
 
 
 _EVENTS = ("tests/unit/test_event_protocol.py",)
-_NATIVE = ("tests/unit/test_native_issue.py",)
+_NATIVE = ("tests/unit/test_native_issue.py", "tests/unit/test_native_sanitized.py")
 _PLANS = ("tests/property/test_placement_and_layout.py",)
 _BYTES = ("tests/property/test_assembled_bytes.py",)
 _HANDLES = ("tests/unit/test_handles.py",)
@@ -59,8 +59,8 @@ BUGS: Final = (
     Bug(
         "a job that the native thread is at can be freed",
         "allocator/_issue.c",
-        """    if (job->issuer)
-        await(job);
+        """    if (job->issuer && job->issuer->forks == forks)
+        await(job->issuer, job);
 """,
         "",
         _NATIVE,

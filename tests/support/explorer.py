@@ -64,8 +64,6 @@ class RecordingDriver:
         self.writing = program.launcher  # the list of the thread that runs now
         self._next = 1
 
-    def activate(self) -> None: ...
-
     def _new(self) -> int:
         self._next += 1
         return self._next - 1

@@ -238,12 +238,12 @@ def test_what_does_not_belong_into_a_capture_is_refused_and_the_runtime_goes_on(
         runtime.reset()
     beside = driver.create_stream()
     with pytest.raises(StateError, match="takes no part in the capture of the current stream"):
-        runtime.acquire(0, stream=SimpleNamespace(cuda_stream=beside, device=driver.device))  # type: ignore[arg-type]
+        runtime.acquire(0, stream=SimpleNamespace(cuda_stream=beside, device=runtime.device))  # type: ignore[arg-type]
     with pytest.raises(StateError, match="layer 0 is released inside a graph capture, but was not acquired inside"):
         runtime.release(0)
     driver.captured = {beside}
     with pytest.raises(StateError, match="is captured into a graph: make it the current stream"):
-        runtime.acquire(0, stream=SimpleNamespace(cuda_stream=beside, device=driver.device))  # type: ignore[arg-type]
+        runtime.acquire(0, stream=SimpleNamespace(cuda_stream=beside, device=runtime.device))  # type: ignore[arg-type]
     assert runtime.stats().misses == 0
     driver.captured = set()
     driver.destroy_stream(beside)

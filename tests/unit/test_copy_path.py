@@ -15,6 +15,7 @@ from support.groups import PAGE, check_pass, in_threads, join, published, random
 from vmm_dwdp import DriverError, DWDPConfig
 from vmm_dwdp.allocator.driver import Copy, Lane
 from vmm_dwdp.allocator.handles import Ledger
+from vmm_dwdp.allocator.host_context import HostContext
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.guard import PASSES, Guard
 from vmm_dwdp.issue import InlineIssuer, Issuer, Job, ThreadIssuer, open_issuer
@@ -66,10 +67,10 @@ def assert_true(value: bool) -> None:
 
 def test_a_thread_that_cannot_use_the_driver_is_not_left_behind(ledger: Ledger) -> None:
     class Refusing(HostDriver):
-        def activate(self) -> None:
-            if threading.current_thread().name == "vmm-dwdp-issue":
-                raise DriverError("activate", "INJECTED", "test")
-            super().activate()
+        def current(self) -> HostContext:
+            if threading.current_thread() is not threading.main_thread():
+                raise DriverError("current", "INJECTED", "test")
+            return super().current()
 
     with pytest.raises(DriverError, match="INJECTED"):
         ThreadIssuer(Refusing(PAGE), ledger)
@@ -114,7 +115,8 @@ class FakeThread:
         except DriverError as error:
             job.error = error
 
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        pass
 
     def close(self) -> None:
         self.closed += 1

@@ -30,6 +30,7 @@ from vmm_dwdp.errors import DriverError
 
 HOST = Location(numa_node=0)
 INVALID_VALUE = "CUDA_ERROR_INVALID_VALUE"
+INVALID_CONTEXT = "CUDA_ERROR_INVALID_CONTEXT"
 LOCATIONS = pytest.mark.parametrize("location", [DEVICE, HOST], ids=str)
 
 
@@ -410,26 +411,39 @@ def test_copies_reach_memory_of_torch(rig: Rig) -> None:
     assert torch.equal(theirs.cpu(), pattern(rig.page))
 
 
-def test_a_thread_activates_the_driver_before_it_copies(rig: Rig) -> None:
+def test_copies_are_given_while_the_device_is_current(rig: Rig) -> None:
     ours, theirs, stream = rig.mapped(rig.memory()), rig.mapped(rig.memory()), rig.stream()
     rig.bytes_at(theirs.address, rig.page).copy_(pattern(rig.page))
+    rig.bytes_at(ours.address, rig.page).zero_()
     rig.driver.synchronize()
-    codes = []
+    codes: list[str] = []
 
-    def work() -> None:
+    def attempt(offset: int) -> None:
         try:
-            rig.copy(Copy(ours.address, theirs.address, rig.page), stream=stream)
+            rig.copy(Copy(ours.address + offset, theirs.address + offset, 1), stream=stream)
         except DriverError as error:
             codes.append(error.code)
-        rig.driver.activate()
-        rig.copy(Copy(ours.address, theirs.address, rig.page), stream=stream)
+
+    def work() -> None:
+        attempt(0)  # a new thread has no context
+        with rig.driver.current():
+            with rig.driver.current():
+                attempt(1)
+            with contextlib.suppress(ZeroDivisionError), rig.driver.current():
+                raise ZeroDivisionError
+            attempt(2)
+        attempt(3)
+        codes.append(str(rig.driver.is_current()))  # it is device 0, which is what a new thread is at anyway
+        attempt(4)
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
     rig.driver.synchronize(stream)
-    assert codes == [INVALID_VALUE]
-    assert torch.equal(rig.bytes_at(ours.address, rig.page).cpu(), pattern(rig.page))
+    refusals = INVALID_VALUE, INVALID_CONTEXT  # the first by calls that take many copies
+    assert [code in refusals or code for code in codes] == [True, True, "True"]
+    first = pattern(rig.page)[:5] * torch.tensor([0, 1, 1, 0, 1], dtype=torch.uint8)  # those that were copied
+    assert torch.equal(rig.bytes_at(ours.address, 5).cpu(), first)
 
 
 def test_an_event_is_complete_until_it_is_recorded(rig: Rig) -> None:

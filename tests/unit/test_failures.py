@@ -46,7 +46,6 @@ def _config(device: str, scenario: str) -> DWDPConfig:
 
 def _life(config: DWDPConfig, rank: int, rendezvous: str, driver: Driver, timeout: float) -> Ledger:
     """Everything that a rank does, and its ledger at the end, however it ended."""
-    driver.activate()
     model = MODELS[driver.device.type]
     try:
         runtime = DWDPRuntime(config, rank, driver.device, rendezvous, driver=driver)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.forks import in_child
 
 from vmm_dwdp.allocator import host_pages, open_driver
 from vmm_dwdp.allocator.driver import Access, Copy, HandleType, Location
@@ -273,3 +274,41 @@ def test_what_the_kernel_refuses_is_an_error(call: str) -> None:
     with pytest.raises(DriverError) as refusal:
         getattr(host_pages, call)(*arguments)
     assert refusal.value.code == "EINVAL"
+
+
+def test_a_child_of_fork_is_refused_and_waits_for_nothing(host: HostDriver) -> None:
+    stream, event = host.create_stream(), host.create_event(timed=True)
+    held = threading.Event()
+    host._streams[stream].submit(held.wait)  # which the child has no thread for
+    host.record(event, stream)
+    calls = [
+        functools.partial(host.record, event, stream),
+        functools.partial(host.record, event, 0),
+        functools.partial(host.wait, 0, event),
+        functools.partial(host.wait, stream, event),
+        functools.partial(host.complete, event),
+        functools.partial(host.elapsed, event, event),
+        functools.partial(host.copy, (), stream),
+        functools.partial(host.copy, (), 0),
+        functools.partial(host.synchronize),
+        functools.partial(host.synchronize, stream),
+        functools.partial(host.destroy_stream, stream),
+        functools.partial(host.destroy_event, event),
+        functools.partial(host.create_event, timed=False),
+        host.create_stream,
+    ]
+
+    def work() -> None:
+        for call in calls:
+            with pytest.raises(DriverError, match=r"NOT_INITIALIZED .* opened before this process was forked"):
+                call()
+        own = HostDriver(PAGE)  # which it can have
+        stream = own.create_stream()
+        own.synchronize(stream)
+        own.destroy_stream(stream)
+
+    in_child(work)
+    held.set()
+    host.synchronize()
+    host.destroy_event(event)
+    host.destroy_stream(stream)

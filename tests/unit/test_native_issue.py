@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
-import importlib.util
-import os
 import shutil
-import subprocess
-import sys
-import sysconfig
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.forks import in_child
+from support.native import compiled, loaded
 
 from vmm_dwdp import allocator
 
-SOURCE = Path(__file__).parents[2] / "allocator/_issue.c"
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 
 _POINTER, _UNSIGNED, _SIZE = ctypes.c_void_p, ctypes.c_uint, ctypes.c_size_t
@@ -46,29 +44,11 @@ def test_installation_compiles_it() -> None:
     assert allocator.HAS_NATIVE_THREAD
 
 
-def compiled(folder: Path, *options: str) -> Path:
-    library = folder / "_issue.so"
-    strict = ["-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-missing-field-initializers"]
-    include = sysconfig.get_path("include")
-    command = ["cc", "-O1", *strict, *options, "-shared", "-fPIC", f"-I{include}", str(SOURCE), "-o", str(library)]
-    subprocess.run(command, check=True)
-    return library
-
-
 @pytest.fixture(scope="session", params=["looks for work", "has to be woken"])
 def native(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """Whose threads look for work by themselves at first, as they are, or sleep at once until they are woken."""
     options = ["-DLINGER_NS=0"] if request.param == "has to be woken" else []
     return loaded(compiled(tmp_path_factory.mktemp("native"), *options))
-
-
-def loaded(library: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_issue", library)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Calls:
@@ -229,63 +209,141 @@ def test_what_lanes_point_into_is_kept(native: ModuleType) -> None:
     issuer.close()
 
 
-STRESS = """
-import ctypes, random, sys
-from importlib.util import module_from_spec, spec_from_file_location
-
-spec = spec_from_file_location("_issue", sys.argv[1])
-native = module_from_spec(spec)
-spec.loader.exec_module(native)
-libc = ctypes.CDLL(None)
-succeed, compare = (ctypes.cast(function, ctypes.c_void_p).value for function in (libc.sched_yield, libc.memcmp))
-random.seed(0)
-same, other = (ctypes.create_string_buffer(text) for text in (b"same", b"else"))
-one, two = ctypes.addressof(same), ctypes.addressof(other)
-given, refused = (one, one, 4, 1, 0, 0, 1), (one, two, 4, 1, 0, 0, 1)  # the driver's call is memcmp(dsts, srcs, sizes)
-
-class Refused(Exception):
-    pass
-
-def made(issuer):
-    lanes = range(random.randrange(4))
-    batches = [tuple(random.choices([given, refused], [9, 1], k=random.randrange(4))) for _ in lanes]
-    return issuer.job(tuple((1, 2, each, 3) for each in batches), [refused in each for each in batches])
-
-failures = 0
-for turn in range(20):
-    issuer = native.Issuer(succeed, succeed, compare, succeed, 1, Refused)
-    jobs = [made(issuer) for _ in range(5)]
-    for _ in range(200):
-        job = random.choice(jobs)
-        try:
-            if not job.done:
-                job.result()
-        except Refused:
-            failures += 1
+def test_flush_waits_for_all_that_was_submitted_and_raises_nothing(native: ModuleType) -> None:
+    gate = threading.Event()
+    calls = Calls(lambda call: int(call[0] == "wait" and not gate.wait(30)) or 7 * (call == stated(LANES[1:])[1]))
+    issuer = calls.issuer(native)
+    issuer.flush()
+    jobs = [issuer.job(lanes, None) for lanes in (LANES[:1], LANES[1:], LANES[:1])]
+    for job in jobs:
         issuer.submit(job)
-        if random.random() < 0.1:  # whatever it is at
-            jobs.remove(job)
-            jobs.append(made(issuer))
-            del job
-    if turn % 2:
-        issuer.close()
-print(failures > 100)
-"""
+    order: list[object] = []
+
+    def flush() -> None:
+        issuer.flush()
+        order.append(list(calls.made[1:]))
+
+    thread = threading.Thread(target=flush)
+    thread.start()
+    gate.set()
+    thread.join(60)
+    assert order == [[*stated(LANES[:1]), *stated(LANES[1:])[:2], *stated(LANES[:1])]]
+    assert [job.done for job in jobs] == [True, False, True]
+    issuer.close()
+    issuer.flush()
 
 
-@pytest.mark.parametrize("sanitizer", ["address", "thread", "undefined"])
-def test_sanitizers_find_nothing_while_jobs_and_issuers_come_and_go(sanitizer: str, tmp_path: Path) -> None:
-    runtime = {"address": "libasan.so", "thread": "libtsan.so", "undefined": "libubsan.so"}[sanitizer]
-    found = subprocess.run(
-        ["cc", f"-print-file-name={runtime}"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    if not Path(found).is_absolute():
-        pytest.skip(f"the compiler has no {runtime}")
-    library = compiled(tmp_path, "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
-    environment = {**os.environ, "LD_PRELOAD": found, "ASAN_OPTIONS": "detect_leaks=0"}
-    run = subprocess.run(
-        [sys.executable, "-c", STRESS, str(library)], env=environment, capture_output=True, text=True, check=False
+def test_a_job_tells_of_its_latest_submission_as_often_as_it_is_asked(native: ModuleType) -> None:
+    refusing = False
+    issuer = Calls(lambda call: 7 * (refusing and call[0] == "copy")).issuer(native)
+    job = issuer.job(LANES, None)
+    for _ in range(2):
+        job.result()  # which has nothing to wait for
+        assert not job.done
+    for refusing in (True, False, True):
+        issuer.submit(job)
+        for _ in range(3):
+            with pytest.raises(Refused) if refusing else contextlib.nullcontext():
+                job.result()
+            assert job.done != refusing
+    issuer.close()
+    with pytest.raises(Refused):
+        job.result()
+
+
+class Semaphore:
+    """Whose functions need no interpreter, so that the thread that calls them is soon where they were called from."""
+
+    libc: ClassVar[ctypes.PyDLL] = ctypes.PyDLL(None)
+
+    def __init__(self) -> None:
+        self._memory = ctypes.create_string_buffer(64)
+        self.at = ctypes.addressof(self._memory)
+        assert self.libc.sem_init(self._memory, 0, 0) == 0
+
+    def value(self) -> int:
+        value = ctypes.c_int()
+        assert self.libc.sem_getvalue(self._memory, ctypes.byref(value)) == 0
+        return value.value
+
+
+@pytest.fixture(scope="module")
+def pausing(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """Whose threads pause for hours between two batches, if they are let."""
+    return loaded(compiled(tmp_path_factory.mktemp("pausing"), "-DPAUSE=INT64_C(10000000000)"))
+
+
+def native_thread_sleeps() -> bool:
+    states = []
+    for task in Path("/proc/self/task").iterdir():
+        name, rest = (task / "stat").read_text().split("(", 1)[1].rsplit(")", 1)
+        states += [rest.split()[0]] if name == "vmm-dwdp-issue" else []
+    return states == ["S"]
+
+
+CUTS: dict[str, Callable[[Any, list[Any]], object]] = {
+    "result": lambda issuer, jobs: jobs[0].result(),
+    "result of the next": lambda issuer, jobs: jobs[1].result(),
+    "flush": lambda issuer, jobs: issuer.flush(),
+    "close": lambda issuer, jobs: issuer.close(),
+    "the job goes": lambda issuer, jobs: jobs.clear(),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_pause_ends_when_somebody_begins_to_wait(pausing: ModuleType, cut: str) -> None:
+    given = Semaphore()
+    succeed, post = (
+        ctypes.cast(function, _POINTER).value for function in (given.libc.sched_yield, given.libc.sem_post)
     )
-    if "unexpected memory mapping" in run.stderr:
-        pytest.skip("this kernel places memory where this compiler's sanitizer cannot watch it")
-    assert (run.returncode, run.stdout) == (0, "True\n"), run.stderr
+    issuer = pausing.Issuer(succeed, succeed, post, succeed, 0, Refused)
+    batch = (given.at, 0, 0, 1, 0, 0, 1)
+    jobs = [issuer.job(((0, 0, (batch,) * count, 0),), None) for count in (4, 1)]
+    for job in jobs:
+        issuer.submit(job)
+    del job
+    while not (given.value() and native_thread_sleeps()):
+        pass
+    assert given.value() == 1, "it pauses after the first batch"
+    waiting = threading.Thread(target=CUTS[cut], args=(issuer, jobs), daemon=True)
+    waiting.start()
+    waiting.join(60)
+    assert not waiting.is_alive(), "the pause went on"
+    issuer.close()
+    assert given.value() == 5
+
+
+def test_a_child_of_fork_waits_for_nothing(native: ModuleType) -> None:
+    gate = Semaphore()
+    succeed, take = (ctypes.cast(function, _POINTER).value for function in (gate.libc.sched_yield, gate.libc.sem_wait))
+    issuer = native.Issuer(succeed, succeed, take, succeed, 0, Refused)
+    jobs = [issuer.job(((0, 0, ((gate.at, 0, 0, 1, 0, 0, 1),), 0),), None) for _ in range(3)]
+    for job in jobs[:2]:
+        issuer.submit(job)
+
+    def work() -> None:
+        nonlocal issuer, job
+        for call in (jobs[0].result, jobs[2].result, partial(issuer.submit, jobs[2]), partial(issuer.submit, jobs[0])):
+            with pytest.raises(RuntimeError, match="of the process that this one was forked from"):
+                call()
+        assert not jobs[0].done
+        issuer.flush()
+        issuer.close()
+        in_child(jobs.clear)  # of its own, too
+        jobs.clear()
+        del job, issuer
+        calls = Calls()
+        own = calls.issuer(native)  # which it can have
+        again = own.job(LANES, None)
+        own.submit(again)
+        again.result()
+        own.close()
+        assert calls.made[1:] == stated(LANES)
+
+    in_child(work)
+    for _ in jobs:
+        gate.libc.sem_post(ctypes.c_void_p(gate.at))
+    issuer.submit(jobs[2])
+    for job in jobs:
+        job.result()
+    issuer.close()

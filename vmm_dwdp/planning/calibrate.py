@@ -50,6 +50,13 @@ def calibrate(base: GpuSpec, model: ModelSpec, device: torch.device) -> GpuSpec:
     """
     if device.type != "cuda":
         raise ConfigError("calibration measures a GPU, and there is none here")
+    driver = open_driver(device)
+    with driver.current():  # whose stream events are recorded on
+        return _calibrated(base, model, driver)
+
+
+def _calibrated(base: GpuSpec, model: ModelSpec, driver: Driver) -> GpuSpec:
+    device = driver.device
     perfect = dataclasses.replace(base, efficiency=Efficiency(**dict.fromkeys(_SHARES, 1.0)))
     weights = {
         name: torch.randn(spec.shape, dtype=spec.dtype, device=device).mul_(spec.shape[-1] ** -0.5)
@@ -64,7 +71,6 @@ def calibrate(base: GpuSpec, model: ModelSpec, device: torch.device) -> GpuSpec:
         found = _layer_shares(model, perfect, TorchLayer(model, batch, device), batch, weights)
         grouped[batch.tokens * model.top_k / model.num_experts] = found.pop("grouped_gemm")
         shares = shares or found
-    driver = open_driver(device)
     shares |= {"memory": _memory_rate(device) / base.memory_bandwidth, "host": _host_rate(driver) / base.host_bandwidth}
     efficiency = Efficiency(
         grouped_gemm={tokens: round(min(1.0, share), 3) for tokens, share in sorted(grouped.items())},
