@@ -50,9 +50,10 @@ class HostContext:
 
     def is_current(self) -> bool:
         """See `Driver.is_current`."""
-        if not _thread.contexts and self._index == current_device():
-            _thread.contexts.append(self._index)
-        return _thread.contexts[-1:] == [self._index]
+        contexts = _thread.contexts
+        if not contexts and self._index == current_device():
+            contexts.append(self._index)
+        return bool(contexts) and contexts[-1] == self._index
 
     def require_current(self, call: str) -> None:
         """Raises `DriverError` for a ``call`` that goes to the current context, if that is not this one."""
