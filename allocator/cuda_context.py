@@ -28,13 +28,14 @@ class PrimaryContext:
 
     Attributes:
         address: what the driver knows it by.
+        current_device: see `Driver`.
     """
 
     def __init__(self, index: int, context: cuda.CUcontext) -> None:
         self.address = int(context)
         self._index = index
         self._context = context
-        self._current_device = torch._C._cuda_getDevice  # without the Python of torch.cuda.current_device
+        self.current_device = torch._C._cuda_getDevice  # without the Python of torch.cuda.current_device
         self._thread = threading.local()  # `seen`: that it had this context when torch said so
 
     def is_current(self) -> bool:
@@ -43,7 +44,7 @@ class PrimaryContext:
         Another device's context that comes to the top later is seen, since torch's answer follows it. Where the stack
         is emptied, calls fail.
         """
-        if self._current_device() != self._index:
+        if self.current_device() != self._index:
             return False
         return getattr(self._thread, "seen", False) or self._see()
 
@@ -60,7 +61,7 @@ class PrimaryContext:
 
     def current(self) -> Current:
         """See `Driver.current`."""
-        return Current(self._index, self._context, self._current_device)
+        return Current(self._index, self._context, self.current_device)
 
 
 class Current:

@@ -69,6 +69,7 @@ class CudaDriver:
         if not torch.cuda.is_available():
             raise DriverError("torch.cuda.is_available", "False", f"{attempt}: this torch {torch.__version__} cannot")
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        self.index: int = self.device.index
         self._ordinal = check(attempt, cuda.cuDeviceGet, self.device.index)
         self._context = PrimaryContext(self.device.index, check(attempt, cuda.cuDevicePrimaryCtxRetain, self._ordinal))
         nearest = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID
@@ -79,6 +80,7 @@ class CudaDriver:
         # Calls that every layer of every pass makes, without one of ours around them
         self.current = self._context.current
         self.is_current = self._context.is_current
+        self.current_device = self._context.current_device
         self.current_stream = partial(torch._C._cuda_getCurrentRawStream, self.device.index)
         self.capturing = torch._C._cuda_isCurrentStreamCapturing  # of the current device: this one, as calls are made
         self.is_current()

@@ -25,7 +25,7 @@ good, except in threads of our own. A driver is of no use in a child of fork.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -115,6 +115,8 @@ class Driver(Protocol):
 
     name: str  # "cuda" or "host"
     device: torch.device
+    index: int  # of the device among those that this process sees
+    current_device: Callable[[], int]  # the index of the calling thread's current device
     max_mappings: int  # that a process can have at one time
     numa_node: int  # the host's, nearest to the device
 
@@ -126,9 +128,10 @@ class Driver(Protocol):
         """
 
     def is_current(self) -> bool:
-        """Whether calls may be made as things stand; cheap enough to be asked at every layer.
+        """Whether calls may be made as things stand.
 
-        A thread without any context gets this device's for good, if this device is the current one anyway.
+        A thread without any context gets this device's for good, if this device is the current one anyway. Where this
+        was so once, it is so again whenever `current_device` tells ``index``, which is cheaper to ask.
         """
 
     # -- physical memory ---------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import torch
 
 from vmm_dwdp.allocator import host_pages
 from vmm_dwdp.allocator.driver import DEVICE, Access, Copy, HandleType, IssuingThread, Location
-from vmm_dwdp.allocator.host_context import HostContext
+from vmm_dwdp.allocator.host_context import HostContext, current_device
 from vmm_dwdp.allocator.host_ranges import Range, Ranges
 from vmm_dwdp.allocator.host_stream import CallingThread, HostStream, Record
 from vmm_dwdp.allocator.numa import numa_nodes
@@ -74,7 +74,9 @@ class HostDriver:
         self._streams: dict[int, HostStream] = {}
         self._events: dict[int, Record | None] = {}  # the latest record
         self._timed: set[int] = set()  # events
+        self.index = index
         self._context = HostContext(index)
+        self.current_device = current_device
         self.is_current = self._context.is_current
         self.is_current()
 

@@ -30,29 +30,41 @@ class Job:
     def __init__(self, work: Callable[[], None]) -> None:
         self.work = work
         self.done = False
-        self._over = threading.Event()
         self._error: Exception | None = None
-
-    def begin(self) -> None:
-        """It is about to be submitted."""
-        self.done = False
-        self._error = None
-        self._over.clear()
 
     def run(self) -> None:
         try:
             self.work()
+            self._error = None
             self.done = True
         except Exception as error:
             # Without its traceback: the caller's frames in it would hold on to the caller's tensors.
             self._error = error.with_traceback(None)
-        finally:
-            self._over.set()
+
+    def result(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+class _Awaited(Job):
+    """Work that another thread runs."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        super().__init__(work)
+        self._over = threading.Event()
+
+    def submit(self, jobs: queue.SimpleQueue[_Awaited | None]) -> None:
+        self.done = False
+        self._over.clear()
+        jobs.put(self)
+
+    def run(self) -> None:
+        super().run()
+        self._over.set()
 
     def result(self) -> None:
         self._over.wait()
-        if self._error is not None:
-            raise self._error
+        super().result()
 
 
 class Issuer(Protocol):
@@ -91,7 +103,7 @@ class InlineIssuer:
         return Job(work)
 
     def submit(self, job: Job) -> Ticket:
-        job.begin()
+        job.done = False
         job.run()
         return job
 
@@ -109,7 +121,7 @@ class ThreadIssuer:
 
     def __init__(self, driver: Driver, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Awaited | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="vmm-dwdp-issue", daemon=True)
         self._thread.start()
         self._token: int | None = ledger.add("threads", _LABEL)
@@ -123,12 +135,11 @@ class ThreadIssuer:
         for job in iter(self._jobs.get, None):
             job.run()
 
-    def job(self, work: Callable[[], None], lanes: Sequence[Lane]) -> Job:
-        return Job(work)
+    def job(self, work: Callable[[], None], lanes: Sequence[Lane]) -> _Awaited:
+        return _Awaited(work)
 
-    def submit(self, job: Job) -> Ticket:
-        job.begin()
-        self._jobs.put(job)
+    def submit(self, job: _Awaited) -> Ticket:
+        job.submit(self._jobs)
         return job
 
     def flush(self) -> None:
@@ -136,7 +147,7 @@ class ThreadIssuer:
 
     def _run_now(self, work: Callable[[], None]) -> None:
         """Run ``work`` after all that was submitted, and wait for it."""
-        self.submit(Job(work)).result()
+        self.submit(_Awaited(work)).result()
 
     def close(self) -> None:
         if self._token is not None:

@@ -64,26 +64,12 @@ class Lifecycle:
             raise StateError("the runtime belongs to the process that forked this one; open one in each process")
 
     @contextmanager
-    def begins_pass(self) -> Iterator[None]:
-        """The calling thread is in a pass from now on, unless the body raises before there was one.
-
-        Raises `StateError` if another thread is in the middle of one.
-        """
-        claimed = self._claim()
-        try:
-            yield
-        except BaseException:
-            if claimed:
-                self.end_pass()
-            raise
-
-    @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """No other thread begins a pass while the body runs.
 
         Raises `StateError` if another thread is in the middle of one.
         """
-        claimed = self._claim()
+        claimed = self.claim()
         try:
             yield
         finally:
@@ -94,8 +80,11 @@ class Lifecycle:
         """The pass is over: any thread may begin the next one."""
         self.runner = 0
 
-    def _claim(self) -> bool:
-        """Whether the calling thread was not the runner before."""
+    def claim(self) -> bool:
+        """The calling thread is in a pass until `end_pass`. Tells whether it was not before.
+
+        Raises `StateError` if another thread is in the middle of one.
+        """
         this = threading.current_thread()
         with self._claims:
             if self.runner == threading.get_ident():

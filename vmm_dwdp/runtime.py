@@ -78,7 +78,8 @@ class DWDPRuntime:
         self.rank = rank
         self.ledger = Ledger()
         self._driver = driver or open_driver(torch.device(device))
-        self._is_current = self._driver.is_current
+        self._current_device = self._driver.current_device
+        self._index = self._driver.index
         self._lifecycle = Lifecycle()
         self._layers = Layers()
         layers = self._layers.in_order
@@ -273,12 +274,18 @@ class DWDPRuntime:
                 another device's; or another thread is in the middle of a pass.
             DriverError: a copy could not be issued; the call may be repeated.
         """
-        if self._lifecycle.runner == get_ident() and self._is_current():
+        if self._lifecycle.runner == get_ident() and self._current_device() == self._index:
             return self._passes.acquire(self._layers.places[layer], mode, tokens, top_k, chosen, stream)
         self._lifecycle.require_running()
         self._membership.require_updated()
-        with self._driver.current(), self._lifecycle.begins_pass():
-            return self._passes.acquire(self._layers.places[layer], mode, tokens, top_k, chosen, stream)
+        begins = self._lifecycle.claim()
+        try:
+            with nullcontext() if self._driver.is_current() else self._driver.current():
+                return self._passes.acquire(self._layers.places[layer], mode, tokens, top_k, chosen, stream)
+        except BaseException:
+            if begins:
+                self._lifecycle.end_pass()
+            raise
 
     @between_regions
     def release(self, layer: int, *, stream: torch.cuda.Stream | None = None) -> None:
@@ -291,7 +298,7 @@ class DWDPRuntime:
             StateError: the layer is not acquired, or was on the other side of a capture's border.
             DriverError: a call failed; `reset` makes the slots ready again.
         """
-        if self._lifecycle.runner == get_ident() and self._is_current():
+        if self._lifecycle.runner == get_ident() and self._current_device() == self._index:
             self._passes.release(self._layers.places[layer], stream)
         else:
             with self._undisturbed():

@@ -18,7 +18,7 @@ from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.allocator.host_context import HostContext
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.guard import PASSES, Guard
-from vmm_dwdp.issue import InlineIssuer, Issuer, Job, ThreadIssuer, open_issuer
+from vmm_dwdp.issue import InlineIssuer, Issuer, ThreadIssuer, open_issuer
 from vmm_dwdp.timing import EVERY, FIRST, PassTimer, PassTimes
 
 MODEL = random_model({number: {"w": ((8, 3000), torch.float32)} for number in range(3)})
@@ -35,15 +35,15 @@ def test_jobs_run_in_order_and_a_failure_is_told_to_whoever_asks(thread: bool, l
     def fail() -> None:
         raise DriverError("copy", "INJECTED", "test")
 
-    tickets = [issuer.submit(Job(partial(ran.append, n))) for n in range(50)]
-    failed = issuer.submit(Job(fail))
-    after = issuer.submit(Job(partial(ran.append, 50)))
+    tickets = [issuer.submit(issuer.job(partial(ran.append, n), [])) for n in range(50)]
+    failed = issuer.submit(issuer.job(fail, []))
+    after = issuer.submit(issuer.job(partial(ran.append, 50), []))
     for ticket in [*tickets, after]:
         ticket.result()
     assert ran == list(range(51))
     with pytest.raises(DriverError, match="INJECTED"):
         failed.result()
-    again = Job(partial(ran.append, 51))
+    again = issuer.job(partial(ran.append, 51), [])
     for _ in range(2):
         issuer.submit(again).result()
         assert again.done
@@ -55,7 +55,7 @@ def test_jobs_run_in_order_and_a_failure_is_told_to_whoever_asks(thread: bool, l
 def test_the_launching_thread_does_not_wait_for_jobs(ledger: Ledger) -> None:
     issuer = ThreadIssuer(HostDriver(PAGE), ledger)
     gate = threading.Event()
-    ticket = issuer.submit(Job(lambda: assert_true(gate.wait(10))))
+    ticket = issuer.submit(issuer.job(lambda: assert_true(gate.wait(10)), []))
     gate.set()  # reached although the job cannot end without it
     ticket.result()
     issuer.close()
