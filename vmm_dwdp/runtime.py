@@ -134,7 +134,7 @@ class DWDPRuntime:
         """The owners whose memory this rank creates: itself, and on rank 0 the pool of host memory if there is one."""
         return self._membership.held_owners
 
-    def publish(self, timeout: float = 60.0) -> None:
+    def publish(self, timeout: float = 60.0, *, revision: str | None = None) -> None:
         """Serve this rank's shards, map those of the others, and start prefetching.
 
         Waits for the device, and at most ``timeout`` seconds for the other ranks; as long may a request of another rank
@@ -149,9 +149,10 @@ class DWDPRuntime:
             StateError: published before.
         """
         with self._ready_afterwards("publish"):
+            self._membership.revision = revision
             self._membership.publish(timeout)
 
-    def rejoin(self, timeout: float = 60.0) -> None:
+    def rejoin(self, timeout: float = 60.0, *, revision: str | None = None) -> None:
         """Instead of filling shards and `publish`: take the place of a rank of the same number that has died.
 
         A living rank hands over the dead one's memory, filled as it was; nothing is read from a checkpoint, and the
@@ -164,6 +165,7 @@ class DWDPRuntime:
                 memory goes with the process that created it.
         """
         with self._ready_afterwards("rejoin"):
+            self._membership.revision = revision
             self._membership.rejoin(timeout)
 
     @contextmanager
