@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Self
 
 import torch
@@ -18,7 +18,7 @@ from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.assembly import Weights
 from vmm_dwdp.assembly_choice import make_assembly
-from vmm_dwdp.compiled_models import between_regions
+from vmm_dwdp.compiled_models import between_regions, warn_of_with
 from vmm_dwdp.config import DWDPConfig, ModeSetting
 from vmm_dwdp.errors import ConfigError, DWDPError, StateError
 from vmm_dwdp.layer import describe_layer
@@ -280,7 +280,6 @@ class DWDPRuntime:
         passes = getattr(self._thread, "passes", None) or self._enter_passes()
         passes.release(self._layers.places[layer], stream)
 
-    @contextmanager
     def layer(
         self,
         layer: int,
@@ -290,13 +289,36 @@ class DWDPRuntime:
         top_k: int | None = None,
         chosen: torch.Tensor | None = None,
         stream: torch.cuda.Stream | None = None,
+    ) -> AbstractContextManager[Weights]:
+        """`acquire` on entering, `release` on leaving, by an exception as well, which goes on whatever `release` says.
+
+        A function that is to be compiled calls `acquire` and `release`: torch.compile ends a region at a call, but not
+        in a ``with`` block, and would leave the function as it is. It is warned of.
+        """
+        if torch.compiler.is_compiling():
+            warn_of_with()
+        return self._held(layer, mode, tokens, top_k, chosen, stream)
+
+    @contextmanager
+    def _held(
+        self,
+        layer: int,
+        mode: ModeSetting | None,
+        tokens: int | None,
+        top_k: int | None,
+        chosen: torch.Tensor | None,
+        stream: torch.cuda.Stream | None,
     ) -> Iterator[Weights]:
-        """`acquire` on entering, `release` on leaving, by an exception as well."""
         weights = self.acquire(layer, mode=mode, tokens=tokens, top_k=top_k, chosen=chosen, stream=stream)
         try:
             yield weights
-        finally:
-            self.release(layer, stream=stream)
+        except BaseException as failure:
+            try:
+                self.release(layer, stream=stream)
+            except DWDPError as error:
+                failure.add_note(f"and then, while releasing layer {layer}: {error}")
+            raise
+        self.release(layer, stream=stream)
 
     def reset(self, *, stream: torch.cuda.Stream | None = None) -> None:
         """Give up a pass that ended early: release what is acquired and refetch the first layers.

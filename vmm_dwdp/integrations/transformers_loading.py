@@ -45,6 +45,8 @@ class Loaded:
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The ``config.json`` of ``directory``; raises `ConfigError` if what it describes cannot be spread."""
+    if not directory.is_dir():
+        raise ConfigError(f"there is no directory {directory}")
     file = directory / _CONFIG_FILE
     try:
         config: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
