@@ -32,7 +32,7 @@ def between_regions(call: Call) -> Call:
     return call
 
 
-@torch.compiler.disable(reason="a `with runtime.layer(...)` is not compiled")  # type: ignore[untyped-decorator]
+@torch.compiler.disable(reason="a `with runtime.layer(...)` is not compiled")  # type: ignore[untyped-decorator, no-untyped-call]
 def warn_of_with() -> None:
     """Tell who compiles a function with a ``with`` block around acquire and release that this function stays as it is.
 

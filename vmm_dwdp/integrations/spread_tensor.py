@@ -6,20 +6,25 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 import torch
-from torch import Tensor
 from torch.nn import Parameter
+from torch.utils._pytree import tree_leaves
 
 from vmm_dwdp.errors import StateError
 
 _READ: Final = frozenset(
-    "shape dtype device layout ndim itemsize nbytes is_meta is_cpu is_cuda is_xpu is_mps is_sparse is_sparse_csr "
-    "is_quantized is_nested is_mkldnn is_leaf grad grad_fn requires_grad retains_grad name names".split()
+    [
+        *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "is_meta", "is_cpu", "is_cuda"),
+        *("is_xpu", "is_mps", "is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn", "is_leaf"),
+        *("grad", "grad_fn", "requires_grad", "retains_grad", "name", "names"),
+    ]
 )
 _WRITTEN: Final = frozenset(["grad", "requires_grad"])
 _CALLED: Final = frozenset(
-    "size dim ndimension numel nelement element_size stride storage_offset is_contiguous is_floating_point is_complex "
-    "is_signed is_inference is_shared is_same_size get_device data_ptr has_names requires_grad_ "
-    "__len__ __format__".split()
+    [
+        *("size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "storage_offset"),
+        *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_inference", "is_shared"),
+        *("is_same_size", "get_device", "data_ptr", "has_names", "requires_grad_", "__len__", "__format__"),
+    ]
 )
 """Attributes that are read, attributes that are written, and functions, which a placeholder answers as any tensor on
 the meta device does: no bytes are needed."""
@@ -45,9 +50,9 @@ class SpreadPlaceholder(Parameter):
         if name in {"__get__": _READ, "__set__": _WRITTEN}.get(access, _CALLED):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        _refuse([args, kwargs])
+        raise StateError(_sentence_among([args, kwargs]))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({list(self.shape)}, dtype={self.dtype}: {self._sentence})"
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
@@ -66,15 +71,8 @@ def spread_placeholder(shape: Sequence[int], dtype: torch.dtype, sentence: str) 
     return placeholder
 
 
-def _refuse(operands: Any) -> NoReturn:
-    """Raise the sentence of the first placeholder among ``operands``: lists and dicts, nested."""
-    pending = [operands]
-    while pending:
-        found = pending.pop()
-        if isinstance(found, SpreadPlaceholder):
-            raise StateError(found._sentence)
-        if isinstance(found, Mapping):
-            pending.extend(found.values())
-        elif isinstance(found, (list, tuple)):
-            pending.extend(reversed(found))
-    raise AssertionError("torch called __torch_function__ without a placeholder")
+def _sentence_among(operands: Any) -> str:
+    """The sentence of a placeholder among ``operands``, which are nested lists and dicts."""
+    leaves = tree_leaves(operands)
+    told = (leaf._sentence for leaf in leaves if isinstance(leaf, SpreadPlaceholder))
+    return next(told, "experts are spread over the group: nobody has their bytes here")

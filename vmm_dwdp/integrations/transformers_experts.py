@@ -217,8 +217,8 @@ def _refuse_adapter(wrapper: Module, name: str, module: Module | None) -> None:
     spread = getattr(vars(module).get("_apply"), "__self__", None) if module is not None else None
     if isinstance(spread, SpreadExperts) and any(base.__name__ == "BaseTunerLayer" for base in type(wrapper).__mro__):
         raise StateError(
-            f"{spread.path} cannot be adapted: its experts are spread over the group; adapt other modules, or merge the "
-            "adapter into the checkpoint before it is loaded"
+            f"{spread.path} cannot be adapted: its experts are spread over the group; adapt other modules, or merge "
+            "the adapter into the checkpoint before it is loaded"
         )
 
 

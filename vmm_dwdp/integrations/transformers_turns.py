@@ -62,7 +62,7 @@ class Turns:
         uncompiled: Callable[..., Any] = _run_as_it_is(in_turn)
         return uncompiled
 
-    @_run_as_it_is
+    @_run_as_it_is  # type: ignore[untyped-decorator]
     def _take(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self._taken = True
         try:
