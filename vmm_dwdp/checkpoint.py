@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,9 +20,18 @@ from vmm_dwdp.runtime import DWDPRuntime
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+_COUNTED: Final = (".safetensors", ".safetensors.index.json")
+_LONGEST_HEADER: Final = 100_000_000  # bytes: safetensors reads no longer one
+_BLOCKS: Final = 32  # of each file, for `revision_of`
+_BLOCK: Final = 4096  # bytes
+
 
 class Checkpoint(Owned):
     """The safetensors files of one model directory, in the ordinary Hugging Face layout.
+
+    Args:
+        files: instead of what the layout says, these files of the directory, each with whatever is in it; of tensors
+            with one name the last counts.
 
     Opening reads headers only; `read` reads the bytes that were asked for and keeps none. The files stay open (and
     mapped) until `close`, or the end of a ``with`` block.
@@ -31,12 +41,13 @@ class Checkpoint(Owned):
             lacks a tensor that the index says it has.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, files: Iterable[Path] | None = None) -> None:
         self.directory = directory
         self._slices: dict[str, Any] = {}  # by the tensor's name: safetensors' own lazy slice of it
         self._files = ExitStack()
         try:
-            for file, names in self._files_and_names().items():
+            found = self._files_and_names() if files is None else dict.fromkeys(files)
+            for file, names in found.items():
                 self._open(file, names)
         except BaseException:
             self.close()
@@ -84,6 +95,11 @@ class Checkpoint(Owned):
         """The shape of a tensor, from its file's header."""
         return tuple(self._slices[name].get_shape())
 
+    def dtype(self, name: str) -> str:
+        """The dtype of a tensor, as safetensors writes it: ``"BF16"``, ``"F8_E4M3"``."""
+        dtype: str = self._slices[name].get_dtype()
+        return dtype
+
     def read(self, name: str, row: int | None = None) -> torch.Tensor:
         """A tensor's bytes in a new tensor on the CPU; with ``row``, only that row: ``[1, ...]`` of ``[E, ...]``.
 
@@ -103,6 +119,46 @@ class Checkpoint(Owned):
         """Close the files."""
         self._slices.clear()
         self._files.close()
+
+
+def revision_of(folder: Path, files: Iterable[Path] | None = None) -> str:
+    """A digest by which ranks tell whether they were given the same checkpoint, without reading it.
+
+    It is made of each file's name and size, of its header (names, shapes and dtypes of all tensors), and of 32 blocks
+    of 4 KiB spread evenly over it, the last one included: some 10 MiB of a checkpoint of 700 GB. So it tells apart
+    other weights of the same model, another quantisation, files that are missing, and downloads that are not complete.
+    It does not notice what changes a few tensors of a large file and leaves the rest, its header and its size alone.
+
+    Args:
+        folder: with safetensors files; other files do not count, except for the index.
+        files: those that are read, if they are not all.
+
+    Raises:
+        ConfigError: there are none, or one cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        found = sorted(files or [file for file in folder.iterdir() if file.name.endswith(_COUNTED)])
+        for file in found:
+            with file.open("rb", buffering=0) as opened:
+                _sample_file(opened.fileno(), file.name, digest.update)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be read: {error}") from error
+    if not found:
+        raise ConfigError(f"{folder} has no safetensors files")
+    return digest.hexdigest()
+
+
+def _sample_file(descriptor: int, name: str, update: Callable[[bytes], None]) -> None:
+    size = os.fstat(descriptor).st_size
+    update(f"{name} {size} ".encode())
+    header = int.from_bytes(os.pread(descriptor, 8, 0), "little")  # bytes of it, which follow; see safetensors' format
+    if size <= _BLOCKS * _BLOCK or name.endswith(".json"):
+        update(os.pread(descriptor, size, 0))
+        return
+    update(os.pread(descriptor, min(header, size - 8, _LONGEST_HEADER), 8))
+    for block in range(_BLOCKS):
+        update(os.pread(descriptor, _BLOCK, (size - _BLOCK) * block // (_BLOCKS - 1)))
 
 
 def fill_shards(runtime: DWDPRuntime, layer: int, weight: str, read: Callable[[int], torch.Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -29,3 +30,17 @@ def between_regions(call: Call) -> Call:
     skip = frames._FrameAction.SKIP
     frames.set_code_exec_strategy(call.__code__, frames._FrameExecStrategy(skip, skip))  # it, and what it calls
     return call
+
+
+@torch.compiler.disable(reason="a `with runtime.layer(...)` is not compiled")  # type: ignore[untyped-decorator, no-untyped-call]
+def warn_of_with() -> None:
+    """Tell who compiles a function with a ``with`` block around acquire and release that this function stays as it is.
+
+    A region can end at a call, and go on after it; within a ``with`` block of a class that it does not know,
+    torch.compile gives the whole function up, and says so only in its own log.
+    """
+    warnings.warn(
+        "torch.compile does not compile a function in which a `with runtime.layer(...)` stands, only what that calls: "
+        "call acquire and release there",
+        stacklevel=4,  # who has called `DWDPRuntime.layer`
+    )

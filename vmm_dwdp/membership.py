@@ -39,6 +39,7 @@ class Membership:
 
     Attributes:
         half_updated: why weights may be partly old and partly new; ``None`` if they are not.
+        revision: of what the shards are filled with, on which all ranks agree; ``None`` where the caller does not say.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Membership:
         layers: list[Layer],
     ) -> None:
         self.half_updated: str | None = None
+        self.revision: str | None = None
         self._config = config
         self._rank = rank
         self._driver = driver
@@ -231,7 +233,7 @@ class Membership:
             for layer in self._layers
         ]
         config = dataclasses.asdict(self._config)
-        agreed = json.dumps([config, self._assembly.granularity, self._driver.device.type, layers])
+        agreed = json.dumps([config, self._assembly.granularity, self._driver.device.type, layers, self.revision])
         return hashlib.sha256(agreed.encode()).hexdigest()
 
     def _shares(self, owner: Owner) -> list[Share]:

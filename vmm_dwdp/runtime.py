@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import get_ident
 from typing import Any, Self
 from weakref import WeakSet
@@ -20,7 +20,7 @@ from vmm_dwdp.allocator.handles import Failures, Ledger, undo_after
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.assembly import Weights
 from vmm_dwdp.assembly_choice import make_assembly
-from vmm_dwdp.compiled_models import between_regions
+from vmm_dwdp.compiled_models import between_regions, warn_of_with
 from vmm_dwdp.config import DWDPConfig, ModeSetting
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.layer import describe_layer
@@ -141,7 +141,7 @@ class DWDPRuntime:
         """The owners whose memory this rank creates: itself, and on rank 0 the pool of host memory if there is one."""
         return self._membership.held_owners
 
-    def publish(self, timeout: float = 60.0) -> None:
+    def publish(self, timeout: float = 60.0, *, revision: str | None = None) -> None:
         """Serve this rank's shards, map those of the others, and start prefetching.
 
         Waits for the device, and at most ``timeout`` seconds for the other ranks; as long may a request of another rank
@@ -156,9 +156,10 @@ class DWDPRuntime:
             StateError: published before.
         """
         with self._ready_afterwards("publish"):
+            self._membership.revision = revision
             self._membership.publish(timeout)
 
-    def rejoin(self, timeout: float = 60.0) -> None:
+    def rejoin(self, timeout: float = 60.0, *, revision: str | None = None) -> None:
         """Instead of filling shards and `publish`: take the place of a rank of the same number that has died.
 
         A living rank hands over the dead one's memory, filled as it was; nothing is read from a checkpoint, and the
@@ -171,6 +172,7 @@ class DWDPRuntime:
                 memory goes with the process that created it.
         """
         with self._ready_afterwards("rejoin"):
+            self._membership.revision = revision
             self._membership.rejoin(timeout)
 
     @contextmanager
@@ -306,7 +308,6 @@ class DWDPRuntime:
         if layer == self._last_layer:
             self._lifecycle.end_pass()
 
-    @contextmanager
     def layer(
         self,
         layer: int,
@@ -316,13 +317,33 @@ class DWDPRuntime:
         top_k: int | None = None,
         chosen: torch.Tensor | None = None,
         stream: torch.cuda.Stream | None = None,
+    ) -> AbstractContextManager[Weights]:
+        """`acquire` on entering, `release` on leaving, by an exception as well, which goes on whatever `release` says.
+
+        A function that is to be compiled calls `acquire` and `release`: torch.compile ends a region at a call, but not
+        in a ``with`` block, and would leave the function as it is. It is warned of.
+        """
+        if torch.compiler.is_compiling():
+            warn_of_with()
+        return self._held(layer, mode, tokens, top_k, chosen, stream)
+
+    @contextmanager
+    def _held(
+        self,
+        layer: int,
+        mode: ModeSetting | None,
+        tokens: int | None,
+        top_k: int | None,
+        chosen: torch.Tensor | None,
+        stream: torch.cuda.Stream | None,
     ) -> Iterator[Weights]:
-        """`acquire` on entering, `release` on leaving, by an exception as well."""
         weights = self.acquire(layer, mode=mode, tokens=tokens, top_k=top_k, chosen=chosen, stream=stream)
         try:
             yield weights
-        finally:
-            self.release(layer, stream=stream)
+        except BaseException as error:
+            undo_after(error, lambda: self.release(layer, stream=stream))
+            raise
+        self.release(layer, stream=stream)
 
     def reset(self, *, stream: torch.cuda.Stream | None = None) -> None:
         """Give up a pass that ended early: release what is acquired and refetch the first layers.

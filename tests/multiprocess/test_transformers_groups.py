@@ -13,7 +13,7 @@ import transformers
 from support.groups import PAGE
 from support.moe_models import FAMILIES, logits, tiny_model
 
-from vmm_dwdp import DWDPConfig, DWDPRuntime
+from vmm_dwdp import DWDPConfig, DWDPRuntime, ExchangeError
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.integrations.transformers import attach, from_pretrained
 from vmm_dwdp.integrations.transformers_experts import align_experts
@@ -74,3 +74,20 @@ def test_every_family_gives_the_logits_of_the_whole_model(saved: Path, config: D
     """With lists of tensors too: torch's grouped GEMM gives each expert the same bits in a list as in one tensor."""
     wrong = run_group(functools.partial(run_families, root=saved, config=config), config.group_size)
     assert wrong == [[]] * config.group_size
+
+
+def refusal(rank: int, root: Path) -> str:
+    config = DWDPConfig(group_size=2)
+    with pytest.raises(ExchangeError) as refused:
+        load("from_pretrained", root / str(rank), config, rank, root / "rendezvous")
+    return str(refused.value)
+
+
+def test_ranks_that_were_given_different_revisions_of_a_checkpoint_are_refused(tmp_path: Path) -> None:
+    model = tiny_model("qwen3_moe")
+    model.save_pretrained(tmp_path / "0")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    model.save_pretrained(tmp_path / "1")
+    assert all("differ" in told for told in run_group(functools.partial(refusal, root=tmp_path), 2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -77,7 +78,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
     """A model of ``family`` in fp32 on the CPU, every parameter random; the same in every process."""
     config = CONFIG_MAPPING[family](**{**SIZES, **FAMILIES[family], **changes})
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return _random(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+
+
+def tiny_diffusion() -> PreTrainedModel:
+    """A model whose encoder and decoder have the same experts, tied; random as `tiny_model`."""
+    text = {
+        **{name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size")},
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "num_experts": NUM_EXPERTS,
+        "top_k_experts": 2,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokens = {"boi_token_id": 60, "eoi_token_id": 61, "image_token_id": 62}
+    config = transformers.DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=8, **tokens)
+    return _random(transformers.DiffusionGemmaForBlockDiffusion(config).eval())
+
+
+def _random(model: PreTrainedModel) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from support.groups import PAGE
 
 from vmm_dwdp import HOST, ConfigError, DWDPConfig, DWDPRuntime, WeightSpec
 from vmm_dwdp.allocator.host_driver import HostDriver
-from vmm_dwdp.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, fill_shards
+from vmm_dwdp.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, fill_shards, revision_of
 
 TENSORS = {"a": torch.arange(24.0).view(4, 3, 2), "b": torch.arange(6, dtype=torch.int16).view(2, 3)}
 
@@ -83,6 +84,82 @@ def test_what_is_missing_or_spoilt_is_named(tmp_path: Path, spoil: Callable[[Pat
 def test_no_such_directory(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nowhere"):
         Checkpoint(tmp_path / "nowhere")
+
+
+def test_files_that_are_given_count_instead_of_the_layout(tmp_path: Path) -> None:
+    """And of a tensor in two of them, the later one, as for transformers."""
+    write_two_files(tmp_path)
+    save_file({"a": TENSORS["a"] + 1, "c": TENSORS["b"]}, tmp_path / "other.safetensors")
+    with Checkpoint(tmp_path, [tmp_path / "a.safetensors", tmp_path / "other.safetensors"]) as checkpoint:
+        assert set(checkpoint.names) == {"a", "c"}
+        assert torch.equal(checkpoint.read("a"), TENSORS["a"] + 1)
+        assert (checkpoint.dtype("a"), checkpoint.dtype("c")) == ("F32", "I16")
+
+
+LARGE = {"w": torch.arange(300_000, dtype=torch.int32), "v": torch.arange(100_000, dtype=torch.int32)}  # 1.6 MB
+
+
+def write_large(directory: Path, **changed: torch.Tensor) -> Path:
+    directory.mkdir()
+    save_file({**LARGE, **changed}, directory / SINGLE_FILE)
+    (directory / INDEX_FILE).write_text("{}")
+    (directory / "README.md").write_text(str(directory))  # does not count
+    return directory
+
+
+def with_last_byte(directory: Path) -> None:
+    with (directory / SINGLE_FILE).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda directory: save_file({"w": LARGE["w"] + 1, "v": LARGE["v"]}, directory / SINGLE_FILE),
+        lambda directory: save_file({"u": LARGE["w"], "v": LARGE["v"]}, directory / SINGLE_FILE),
+        lambda directory: save_file({"w": LARGE["w"].float(), "v": LARGE["v"]}, directory / SINGLE_FILE),
+        lambda directory: save_file({"w": LARGE["w"][:-1], "v": LARGE["v"]}, directory / SINGLE_FILE),
+        lambda directory: save_file(TENSORS, directory / "more.safetensors"),
+        lambda directory: (directory / SINGLE_FILE).rename(directory / "other.safetensors"),
+        lambda directory: (directory / INDEX_FILE).write_text('{"a": 1}'),
+        with_last_byte,
+    ],
+)
+def test_another_revision_has_another_digest(tmp_path: Path, change: Callable[[Path], object]) -> None:
+    first, second = write_large(tmp_path / "first"), write_large(tmp_path / "second")
+    assert revision_of(first) == revision_of(second)
+    change(second)
+    assert revision_of(first) != revision_of(second)
+
+
+def test_a_digest_of_some_of_the_files(tmp_path: Path) -> None:
+    directory = write_large(tmp_path / "x")
+    before = revision_of(directory, [directory / SINGLE_FILE])
+    save_file(TENSORS, directory / "more.safetensors")
+    assert revision_of(directory, [directory / SINGLE_FILE]) == before != revision_of(directory)
+
+
+def test_a_digest_reads_little_of_a_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    pread = os.pread
+
+    def recording(*arguments: int) -> bytes:
+        read.append(len(pread(*arguments)))
+        return pread(*arguments)
+
+    directory = write_large(tmp_path / "x", w=torch.zeros(10_000_000, dtype=torch.uint8))
+    monkeypatch.setattr(os, "pread", recording)
+    revision_of(directory)
+    assert 100_000 < sum(read) < 200_000
+
+
+@pytest.mark.parametrize("spoil", [lambda directory: None, lambda directory: directory.rmdir()])
+def test_a_digest_of_nothing_is_refused(tmp_path: Path, spoil: Callable[[Path], object]) -> None:
+    (tmp_path / "x").mkdir()
+    spoil(tmp_path / "x")
+    with pytest.raises(ConfigError, match="x"):
+        revision_of(tmp_path / "x")
 
 
 def test_shards_are_filled_expert_by_expert(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,34 @@ def test_regions_end_at_acquire_and_release_and_nothing_in_them_is_compiled(runt
     told = torch._dynamo.explain(forward)(runtime, torch.randn(3, 64))
     assert told.graph_count >= 1
     assert {frame.filename for reason in told.break_reasons for frame in reason.user_stack} == {__file__}
+
+
+def with_block(runtime: DWDPRuntime, x: torch.Tensor) -> torch.Tensor:
+    with runtime.layer(0) as weights:
+        w: Any = weights["w"]
+        x = torch.tanh(x @ w[0].float())
+    return torch.sin(x)
+
+
+def test_a_with_block_that_turns_compilation_off_says_so(runtime: DWDPRuntime) -> None:
+    x = torch.randn(3, 64)
+    wanted = torch.sin(torch.tanh(x @ MODEL[0]["w"][0].float()))
+    with pytest.warns(UserWarning, match="call acquire and release there") as told:
+        assert torch.equal(torch.compile(with_block, backend="aot_eager")(runtime, x), wanted)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(with_block(runtime, x), wanted)
+
+
+def test_the_exception_of_a_with_block_is_not_replaced(runtime: DWDPRuntime) -> None:
+    def release_and_raise() -> None:
+        runtime.release(0)
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine") as raised, runtime.layer(0):
+        release_and_raise()
+    assert raised.value.__notes__ == ["and then, while releasing layer 0: layer 0 is released, but was not acquired"]
 
 
 def test_a_torch_without_these_marks_gets_a_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import json
+import hashlib
 import os
-import re
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +16,27 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 from torch.nn import Module
-from torch.utils.hooks import RemovableHandle
 
 from vmm_dwdp.allocator.driver import Driver
-from vmm_dwdp.checkpoint import Checkpoint, fill_shards
+from vmm_dwdp.checkpoint import fill_shards
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError, DWDPError
-from vmm_dwdp.integrations.transformers_checkpoint import ExpertSource, expert_sources
-from vmm_dwdp.integrations.transformers_experts import ExpertsModule, SpreadExperts, find_experts
+from vmm_dwdp.integrations.transformers_experts import ExpertsModule, SpreadExperts, by_layer, find_experts
+from vmm_dwdp.integrations.transformers_loading import load_without_experts, read_config
 from vmm_dwdp.integrations.transformers_tensor_list import IMPLEMENTATION, takes_lists
+from vmm_dwdp.integrations.transformers_turns import Turns
 from vmm_dwdp.refresh_schedule import RefreshSchedule
 from vmm_dwdp.runtime import DWDPRuntime
-from vmm_dwdp.weight_spec import WeightSpec
 
 ReadExpert = Callable[[str, int], Tensor]  # a parameter's full name and an expert -> the expert's part
 
 REFUSED_ARGUMENTS = (
     *("device_map", "device_mesh", "distributed_config", "max_memory", "offload_folder", "tp_plan", "tp_size"),
-    *("gguf_file", "key_mapping", "state_dict", "subfolder", "variant"),
+    *("adapter_kwargs", "gguf_file", "key_mapping", "state_dict", "subfolder"),
     *("config", "output_loading_info", "quantization_config"),
 )
-"""Of transformers' from_pretrained: what would put weights elsewhere, take them from elsewhere, or change them."""
+"""Of transformers' from_pretrained: what would put weights elsewhere, take them from elsewhere, or change them. Which
+files are read (``use_safetensors``, ``variant``) is transformers' choice: the experts are read from the same."""
 
 
 def from_pretrained(
@@ -80,16 +78,18 @@ def from_pretrained(
         DriverError: see `DWDPRuntime.publish`.
     """
     for argument in REFUSED_ARGUMENTS:
-        if argument in kwargs:
+        if kwargs.pop(argument, None) not in (None, False):
             raise ConfigError(f"{argument} cannot be used with experts that are spread over a group")
-    with Checkpoint(Path(path)) as checkpoint:
-        described = _read_config(checkpoint.directory)
-        model_class = model_class or _class_named_by(described, checkpoint.directory)
-        runtime = DWDPRuntime(config, rank, device, rendezvous, driver=driver)
-        with _closed_on_failure(runtime):
-            model, experts, sources = _load_replicated(model_class, checkpoint, runtime.device, kwargs)
-            _spread(model, experts, runtime, lambda parameter, expert: sources[parameter].read(expert), timeout)
-    return model
+    directory = Path(path)
+    described = read_config(directory)
+    model_class = model_class or _class_named_by(described, directory)
+    runtime = DWDPRuntime(config, rank, device, rendezvous, driver=driver)
+    with _closed_on_failure(runtime), ExitStack() as opened:
+        loaded = load_without_experts(model_class, directory, runtime.device, kwargs, opened)
+        sources = loaded.sources
+        read = lambda parameter, expert: sources[parameter].read(expert)  # noqa: E731
+        _spread(loaded.model, loaded.layers, runtime, read, timeout, loaded.revision)
+    return loaded.model
 
 
 def attach(model: transformers.PreTrainedModel, runtime: DWDPRuntime, *, timeout: float = 60.0) -> None:
@@ -117,7 +117,8 @@ def attach(model: transformers.PreTrainedModel, runtime: DWDPRuntime, *, timeout
         return whole[expert]
 
     with _closed_on_failure(runtime):
-        _spread(model, find_experts(model), runtime, read, timeout)
+        layers = by_layer(find_experts(model), lambda found, name: id(found.module.get_parameter(name)))
+        _spread(model, layers, runtime, read, timeout, _revision_of(model))
 
 
 def _class_named_by(config: dict[str, Any], directory: Path) -> type[transformers.PreTrainedModel]:
@@ -130,93 +131,53 @@ def _class_named_by(config: dict[str, Any], directory: Path) -> type[transformer
     return found
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    file = directory / "config.json"
-    try:
-        config: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"cannot read {file}: {error}") from error
-    if "quantization_config" in config:
-        raise ConfigError(f"{directory} is quantised, which is not supported here")
-    return config
+def _revision_of(model: Module) -> str:
+    """A digest of the names, shapes and dtypes of a model's parameters, and of at most 64 numbers in each.
 
-
-def _load_replicated(
-    model_class: type[transformers.PreTrainedModel],
-    checkpoint: Checkpoint,
-    device: torch.device,
-    kwargs: dict[str, Any],
-) -> tuple[transformers.PreTrainedModel, list[ExpertsModule], dict[str, ExpertSource]]:
-    """Let transformers load everything but the stacked experts; they stay on the meta device.
-
-    transformers builds the model on the meta device and then fills what its state dict names. In between, a subclass
-    finds the experts, sees to it that the checkpoint has them, and hides them from the state dict.
+    It tells apart models with other weights everywhere, not those in which a few numbers differ.
     """
-    experts: list[ExpertsModule] = []
-    sources: dict[str, ExpertSource] = {}
-    hiding: list[RemovableHandle] = []
-
-    def build(model: Any, *args: Any, **kwargs: Any) -> None:
-        model_class.__init__(model, *args, **kwargs)
-        experts.extend(_as_loaded(model, found) for found in find_experts(model))
-        specs = {f"{found.path}.{name}": spec for found in experts for name, spec in found.weights.items()}
-        sources.update(expert_sources(model, specs, checkpoint))
-        hiding.extend(found.module.register_state_dict_post_hook(_without(found.weights)) for found in experts)
-        # The checkpoint has tensors for what is hidden; transformers is not to warn of them.
-        expected = {re.escape(name.removeprefix(f"{model.base_model_prefix}.")) for name in specs}
-        model._keys_to_ignore_on_load_unexpected |= expected
-
-    loader: Any = type(model_class.__name__, (model_class,), {"__init__": build, "__module__": model_class.__module__})
-    model = loader.from_pretrained(checkpoint.directory, device_map={"": device}, **kwargs)
-    model.__class__ = model_class
-    for hook in hiding:
-        hook.remove()
-    return model, experts, sources
-
-
-def _as_loaded(model: Any, experts: ExpertsModule) -> ExpertsModule:
-    """``experts`` in the dtypes in which transformers would load them: some modules are kept in fp32."""
-    plan = {
-        re.compile(pattern.replace("*", ".*")): dtype
-        for pattern, dtype in model._get_dtype_plan(torch.get_default_dtype()).items()
-    }
-
-    def kept(name: str, spec: WeightSpec) -> WeightSpec:
-        dtypes = [dtype for pattern, dtype in plan.items() if pattern.search(f"{experts.path}.{name}")]
-        return WeightSpec(spec.shape, dtypes[0]) if dtypes else spec
-
-    return replace(experts, weights={name: kept(name, spec) for name, spec in experts.weights.items()})
-
-
-def _without(names: Iterable[str]) -> Callable[[Module, dict[str, Any], str, Any], None]:
-    """A hook that takes a module's parameters of these names out of a state dict."""
-
-    def remove(module: Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-        for name in names:
-            state_dict.pop(prefix + name)
-
-    return remove
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype} ".encode())
+        if parameter.is_meta or not parameter.numel():
+            continue
+        count = min(64, parameter.numel())
+        places = torch.arange(count, device=parameter.device) * (parameter.numel() - 1) // max(count - 1, 1)
+        sampled = parameter.detach()[torch.unravel_index(places, parameter.shape)]
+        digest.update(sampled.reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _spread(
     model: transformers.PreTrainedModel,
-    experts: Sequence[ExpertsModule],
+    layers: Sequence[Sequence[ExpertsModule]],
     runtime: DWDPRuntime,
     read: ReadExpert,
     timeout: float,
+    revision: str,
 ) -> None:
-    for layer, found in enumerate(experts):
+    """Make a layer of each list of ``layers``, whose modules share their weights, fill it and publish it."""
+    for layer, (found, *_) in enumerate(layers):
         runtime.add_layer(layer, found.weights)
-    for layer, found in enumerate(experts):
+    for layer, (found, *_) in enumerate(layers):
         for name in found.weights:
             fill_shards(runtime, layer, name, functools.partial(read, f"{found.path}.{name}"))
-    runtime.publish(timeout)
+    runtime.publish(timeout, revision=revision)
+    experts = [found for sharing in layers for found in sharing]
     lists = runtime.config.assembly == "tensor_list"
     merge = lists and not all(takes_lists(found.module) for found in experts)
     if lists and not merge:
         model.set_experts_implementation(IMPLEMENTATION)
     schedule = RefreshSchedule(runtime)
-    spread = [SpreadExperts(found, runtime, layer, schedule, merge=merge) for layer, found in enumerate(experts)]
+    turns = Turns(runtime, len(layers))
+    spread = [
+        SpreadExperts(found, runtime, layer, schedule, turns, merge=merge)
+        for layer, sharing in enumerate(layers)
+        for found in sharing
+    ]
+    for path, module in model.named_modules():  # whichever is called from outside: the model, or one without a head
+        if isinstance(module, transformers.PreTrainedModel) and any(found.is_in(path) for found in experts):
+            vars(module).update(forward=turns.taking(module.forward))
 
     def apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
         """`Module._apply`, refused before the first parameter is moved rather than when the first experts are met."""
@@ -225,7 +186,7 @@ def _spread(
         moved: Module = type(model)._apply(model, fn, recurse)
         return moved
 
-    model.__dict__.update(_apply=apply)
+    model.__dict__.update(_apply=turns.taking(apply))
     model.dwdp = runtime
 
 

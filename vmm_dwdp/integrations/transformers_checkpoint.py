@@ -8,6 +8,9 @@ That this is so is checked for every parameter, on the shapes in the files' head
 
 from __future__ import annotations
 
+import re
+import sys
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -53,16 +56,49 @@ def expert_sources(model: Any, specs: Mapping[str, WeightSpec], checkpoint: Chec
         specs: the stacked parameters, by full name, in the dtypes in which they are wanted.
         checkpoint: stays open for as long as the sources are read.
 
+    Returns:
+        By parameter. Parameters that are tied, of which the checkpoint has one, have the same source.
+
     Raises:
-        ConfigError: an expert is missing, or what is there does not give an expert of the parameter's shape.
+        ConfigError: an expert is missing, or what is there does not give an expert of the parameter's shape; or it is
+            quantised, and the model is not.
     """
+    _require_unquantised(checkpoint)
     group_of = {parameter: group for group in _groups(model, checkpoint) for parameter in group.parameters}
+    tied_to = getattr(model, "all_tied_weights_keys", {})
+    stored: dict[str, str] = {}  # by parameter, the one that the checkpoint has
     for parameter in specs:
-        if parameter not in group_of:
+        first = tied_to.get(parameter, parameter)
+        tied = [parameter, first, *(other for other in specs if tied_to.get(other) == first)]
+        found = next((name for name in tied if name in group_of), None)
+        if found is None:
             raise ConfigError(f"{checkpoint.directory} has no tensor for {parameter}")
-    return {
-        parameter: ExpertSource(parameter, specs, group_of[parameter], checkpoint, model.config) for parameter in specs
+        stored[parameter] = found
+    sources = {
+        name: ExpertSource(name, specs, group_of[name], checkpoint, model.config)
+        for name in dict.fromkeys(stored.values())
     }
+    return {parameter: sources[name] for parameter, name in stored.items()}
+
+
+def _require_unquantised(checkpoint: Checkpoint) -> None:
+    """Raise `ConfigError` if tensors of 8 bits or less have scales beside them, which nothing says how to apply.
+
+    transformers loads such a checkpoint as if the scales were not there, and the model answers nonsense.
+    """
+    names = sorted(checkpoint.names)
+    for name in names:
+        bits = re.search(r"\d+", checkpoint.dtype(name))  # of a dtype as safetensors writes it: F8_E4M3, BF16, BOOL
+        if bits is None or int(bits[0]) > 8:
+            continue
+        stem = name.removesuffix(".weight")
+        beside = names[bisect_left(names, stem) : bisect_right(names, stem + chr(sys.maxunicode))]
+        scale = next((other for other in beside if "scale" in other.removeprefix(stem)), None)
+        if scale is not None:
+            raise ConfigError(
+                f"{checkpoint.directory} is quantised, and its config.json does not say how: {name} is "
+                f"{checkpoint.dtype(name)} and has {scale} beside it"
+            )
 
 
 def _groups(model: Any, checkpoint: Checkpoint) -> list[_Group]:

@@ -3,23 +3,27 @@
 [Note: Spread experts]
     The stacked parameters of an experts module stand in it only while its forward pass runs, between `acquire` and
     `release`. At other times meta parameters of the same shape and dtype stand in their place, because the memory
-    behind the real ones may hold another layer's experts: whoever reads a meta parameter gets an error, not wrong
-    bytes. What would leave the experts out without a word (state_dict, load_state_dict), move them (to, half) or copy
-    them (deepcopy, pickle) is refused, and so is a backward pass, which would read them long after `release`.
+    behind the real ones may hold another layer's experts: whoever reads a placeholder gets a sentence, not wrong
+    bytes. What would leave the experts out without a word (state_dict, load_state_dict), move them (to, half), copy
+    them (deepcopy, pickle) or wrap them in an adapter of peft's is refused, and so is a backward pass, which would read
+    them long after `release`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vmm_dwdp.errors import ConfigError, StateError
+from vmm_dwdp.integrations.spread_tensor import spread_placeholder
+from vmm_dwdp.integrations.transformers_turns import Turns
 from vmm_dwdp.refresh_schedule import RefreshSchedule
 from vmm_dwdp.runtime import DWDPRuntime
 from vmm_dwdp.weight_spec import WeightSpec
@@ -38,6 +42,10 @@ class ExpertsModule:
     path: str
     module: Any
     weights: Mapping[str, WeightSpec]
+
+    def is_in(self, path: str) -> bool:
+        """Whether the module of this name, ``""`` for the model, contains it."""
+        return not path or self.path.startswith(f"{path}.")
 
 
 def find_experts(model: Module) -> list[ExpertsModule]:
@@ -71,6 +79,20 @@ def find_experts(model: Module) -> list[ExpertsModule]:
     return found
 
 
+def by_layer(
+    experts: Iterable[ExpertsModule], identity: Callable[[ExpertsModule, str], Hashable]
+) -> list[list[ExpertsModule]]:
+    """Modules that have the same weights, which are one layer: each list's modules are tied to each other.
+
+    Args:
+        identity: of a module's weight, by its name: equal for two weights that are one.
+    """
+    layers: dict[Hashable, list[ExpertsModule]] = {}
+    for found in experts:
+        layers.setdefault(tuple(identity(found, name) for name in found.weights), []).append(found)
+    return list(layers.values())
+
+
 def align_experts(model: Module) -> None:
     """Move the experts of a whole model to memory of their own, so that its bits can be compared on a CPU.
 
@@ -86,28 +108,42 @@ def align_experts(model: Module) -> None:
 class SpreadExperts:
     """One experts module and its layer in the runtime; see [Note: Spread experts].
 
-    Takes effect when it is made, and stays for the life of the module. The first layer tells ``schedule``, which all
-    layers of the model share, that a pass begins. ``merge`` is for modules whose own code wants
-    tensors although the runtime assembles lists: they are concatenated before every forward pass.
+    Takes effect when it is made, and stays for the life of the module. Its forward pass is part of a turn of ``turns``.
+    The first layer tells ``schedule``, which all layers of the model share, that a pass begins. ``merge`` is for
+    modules whose own code wants tensors although the runtime assembles lists: they are concatenated before every
+    forward pass.
     """
 
     def __init__(
-        self, experts: ExpertsModule, runtime: DWDPRuntime, layer: int, schedule: RefreshSchedule, *, merge: bool
+        self,
+        experts: ExpertsModule,
+        runtime: DWDPRuntime,
+        layer: int,
+        schedule: RefreshSchedule,
+        turns: Turns,
+        *,
+        merge: bool,
     ) -> None:
-        self._path = experts.path
+        self.path = experts.path
         self._module = experts.module
         self._weights = experts.weights
         self._runtime = runtime
         self._layer = layer
         self._schedule = schedule
+        self._turns = turns
         self._merge = merge
         self._own_forward = self._module.forward
         self._placeholders = {
-            name: Parameter(torch.empty(spec.shape, dtype=spec.dtype, device="meta"), requires_grad=False)
+            name: spread_placeholder(
+                spec.shape,
+                spec.dtype,
+                f"{self.path}.{name} is spread over the group: outside the forward pass of {self.path} nobody can "
+                "read it, write to it or adapt it",
+            )
             for name, spec in self._weights.items()
         }
         self._module._parameters.update(self._placeholders)
-        self._module.__dict__.update(forward=self._forward, _apply=self._apply)
+        self._module.__dict__.update(forward=turns.taking(self._forward), _apply=self._apply)
         self._module.register_state_dict_pre_hook(self._refuse_state_dict)
         self._module.register_load_state_dict_pre_hook(self._refuse_state_dict)
 
@@ -115,6 +151,7 @@ class SpreadExperts:
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._layer == 0:
             self._schedule.begin_pass()
+        self._turns.reached = self._layer + 1
         tokens, chosen = _routing(args, kwargs)
         top_k = None if chosen is None else chosen.shape[-1]
         with (
@@ -130,7 +167,7 @@ class SpreadExperts:
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if torch.is_grad_enabled() and inputs:
             refusing: Any = _NoBackward.apply
-            output = tree_map_only(Tensor, lambda tensor: refusing(self._path, tensor, *inputs), output)
+            output = tree_map_only(Tensor, lambda tensor: refusing(self.path, tensor, *inputs), output)
         return output
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
@@ -150,19 +187,15 @@ class SpreadExperts:
             moved = fn(empty)
             if (moved.dtype, moved.device) != (empty.dtype, empty.device):
                 raise StateError(
-                    f"{self._path}.{name} cannot become {moved.dtype} on {moved.device}: it is spread over the group, "
+                    f"{self.path}.{name} cannot become {moved.dtype} on {moved.device}: it is spread over the group, "
                     f"and stays {empty.dtype} on {empty.device}"
                 )
 
     def _refuse_state_dict(self, *_: Any) -> NoReturn:
         raise StateError(
-            f"the experts of {self._path} are spread over the group and in no state dict; "
+            f"the experts of {self.path} are spread over the group and in no state dict; "
             "save or load the whole model before they are spread"
         )
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Copying or pickling the module comes here, by way of its forward method."""
-        raise StateError(f"{self._path} cannot be copied or pickled: its experts are spread over the group")
 
 
 def _routing(args: Any, kwargs: Any) -> tuple[int, Tensor | None]:
@@ -174,6 +207,22 @@ def _routing(args: Any, kwargs: Any) -> tuple[int, Tensor | None]:
     tokens = tensors[0].shape[:-1].numel()
     chosen = [tensor for tensor in tensors if not tensor.is_floating_point()]
     return tokens, chosen[0] if chosen else None
+
+
+def _refuse_adapter(wrapper: Module, name: str, module: Module | None) -> None:
+    """Raise `StateError` if ``wrapper``, to which ``module`` is given, is an adapter of peft's over spread experts.
+
+    Its own code would find out in its first forward pass.
+    """
+    spread = getattr(vars(module).get("_apply"), "__self__", None) if module is not None else None
+    if isinstance(spread, SpreadExperts) and any(base.__name__ == "BaseTunerLayer" for base in type(wrapper).__mro__):
+        raise StateError(
+            f"{spread.path} cannot be adapted: its experts are spread over the group; adapt other modules, or merge "
+            "the adapter into the checkpoint before it is loaded"
+        )
+
+
+register_module_module_registration_hook(_refuse_adapter)
 
 
 class _NoBackward(torch.autograd.Function):

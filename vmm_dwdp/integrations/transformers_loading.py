@@ -1,0 +1,149 @@
+"""A checkpoint through transformers' own loader, which is left everything but the stacked experts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch.nn import Module
+from torch.utils.hooks import RemovableHandle
+
+from vmm_dwdp.checkpoint import Checkpoint, revision_of
+from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.integrations.transformers_checkpoint import ExpertSource, expert_sources
+from vmm_dwdp.integrations.transformers_experts import ExpertsModule, by_layer, find_experts
+from vmm_dwdp.weight_spec import WeightSpec
+
+_CONFIG_FILE: Final = "config.json"
+_ADAPTER_FILE: Final = "adapter_config.json"
+
+
+@dataclass
+class Loaded:
+    """A model without its stacked experts, which are on the meta device.
+
+    Attributes:
+        model: in evaluation mode.
+        layers: its modules of experts, those in one list that share their weights.
+        sources: where each of their parameters comes from, by its full name; to be read while the checkpoint is open.
+        revision: of the files that transformers has read, as `revision_of` tells it.
+    """
+
+    model: transformers.PreTrainedModel
+    layers: list[list[ExpertsModule]]
+    sources: dict[str, ExpertSource]
+    revision: str
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The ``config.json`` of ``directory``; raises `ConfigError` if what it describes cannot be spread."""
+    if not directory.is_dir():
+        raise ConfigError(f"there is no directory {directory}")
+    file = directory / _CONFIG_FILE
+    try:
+        config: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from error
+    if (directory / _ADAPTER_FILE).is_file():
+        raise ConfigError(f"{directory} has an adapter ({_ADAPTER_FILE}): load the model without it, and then adapt it")
+    if _is_quantised(config):
+        raise ConfigError(f"{directory} is quantised, which is not supported here")
+    return config
+
+
+def _is_quantised(config: Mapping[str, Any]) -> bool:
+    """Whether it, or the config of a part of the model in it, says how weights are quantised."""
+    parts = (value for value in config.values() if isinstance(value, Mapping))
+    return bool(config.get("quantization_config")) or any(map(_is_quantised, parts))
+
+
+def load_without_experts(
+    model_class: type[transformers.PreTrainedModel],
+    directory: Path,
+    device: torch.device,
+    kwargs: dict[str, Any],
+    opened: ExitStack,
+) -> Loaded:
+    """Let transformers load everything but the stacked experts.
+
+    transformers builds the model on the meta device, chooses the files, and then fills what the model's state dict
+    names. In between, a subclass finds the experts, sees to it that these very files have them, and hides them from
+    the state dict.
+
+    Args:
+        kwargs: for transformers' ``from_pretrained``.
+        opened: keeps the files open for as long as the sources are read.
+
+    Raises:
+        ConfigError: the files are no safetensors files, lack an expert or have one of another shape; or they are
+            quantised.
+    """
+    loaded: list[Loaded] = []
+    hiding: list[RemovableHandle] = []
+
+    def load(model: Any, state_dict: Any, files: list[str] | None, load_config: Any, *others: Any) -> Any:
+        if load_config.hf_quantizer is not None:
+            raise ConfigError(f"{directory} is quantised, which is not supported here")
+        checkpoint = opened.enter_context(Checkpoint(directory, _safetensors(files)))
+        experts = [_as_loaded(load_config.dtype_plan, found) for found in find_experts(model)]
+        specs = {f"{found.path}.{name}": spec for found in experts for name, spec in found.weights.items()}
+        sources = expert_sources(model, specs, checkpoint)
+        layers = by_layer(experts, lambda found, name: sources[f"{found.path}.{name}"])
+        hiding.extend(found.module.register_state_dict_post_hook(_without(found.weights)) for found in experts)
+        # The checkpoint has tensors for what is hidden; transformers is not to warn of them.
+        expected = {re.escape(name.removeprefix(f"{model.base_model_prefix}.")) for name in specs}
+        model._keys_to_ignore_on_load_unexpected |= expected
+        loaded.append(Loaded(model, layers, sources, revision_of(directory, _safetensors(files))))
+        return own_load(model, state_dict, files, load_config, *others)
+
+    own_load = model_class._load_pretrained_model
+    names = {"_load_pretrained_model": staticmethod(load), "__module__": model_class.__module__}
+    loader: Any = type(model_class.__name__, (model_class,), names)
+    try:
+        model = loader.from_pretrained(directory, device_map={"": device}, **kwargs)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"transformers cannot load {directory}: {error}") from error
+    if not loaded:
+        raise ConfigError(f"transformers loads {directory} in a way in which experts cannot be spread")
+    model.__class__ = model_class
+    for hook in hiding:
+        hook.remove()
+    return loaded[0]
+
+
+def _safetensors(files: list[str] | None) -> list[Path]:
+    """Raises `ConfigError` if one is of another format."""
+    paths = [Path(file) for file in files or ()]
+    for path in paths:
+        if path.suffix != ".safetensors":
+            raise ConfigError(f"transformers would read {path}, but experts are read from safetensors files only")
+    return paths
+
+
+def _as_loaded(dtype_plan: Mapping[str, torch.dtype], experts: ExpertsModule) -> ExpertsModule:
+    """``experts`` in the dtypes in which transformers would load them: some modules are kept in fp32."""
+    plan = {re.compile(pattern.replace("*", ".*")): dtype for pattern, dtype in dtype_plan.items()}
+
+    def kept(name: str, spec: WeightSpec) -> WeightSpec:
+        dtypes = [dtype for pattern, dtype in plan.items() if pattern.search(f"{experts.path}.{name}")]
+        return WeightSpec(spec.shape, dtypes[0]) if dtypes else spec
+
+    return replace(experts, weights={name: kept(name, spec) for name, spec in experts.weights.items()})
+
+
+def _without(names: Iterable[str]) -> Callable[[Module, dict[str, Any], str, Any], None]:
+    """A hook that takes a module's parameters of these names out of a state dict."""
+
+    def remove(module: Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+        for name in names:
+            state_dict.pop(prefix + name)
+
+    return remove
