@@ -92,7 +92,7 @@ def test_the_exception_of_a_with_block_is_not_replaced(runtime: DWDPRuntime) -> 
 
     with pytest.raises(ValueError, match="mine") as raised, runtime.layer(0):
         release_and_raise()
-    assert raised.value.__notes__ == ["and then, while releasing layer 0: layer 0 is released, but was not acquired"]
+    assert raised.value.__notes__ == ["and then: layer 0 is released, but was not acquired"]
 
 
 def test_a_torch_without_these_marks_gets_a_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
