@@ -1,0 +1,184 @@
+"""An exception at any point of any call, followed by what the documentation says to do: every byte is right then.
+
+A sample of the points; with VMM_DWDP_SOAK=1 every one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from support import subjects
+from support.drivers import CallFault, FailingDriver, NativeDriver, Refusal
+from support.groups import PAGE
+from support.interrupter import Alarm, How, Interrupted, Interrupter, sweep
+from support.subjects import Close, MakeDriver, Pass, PassGoneOn, Publish, Refresh, Reset, Traced, Update
+
+from vmm_dwdp import DriverError, DWDPConfig
+from vmm_dwdp.config import Mode
+
+IN_ORDER, OUT_OF_ORDER = [0, 1, 2, 3, 4], [1, 0, 4, 2, 3]
+HOST = DWDPConfig(group_size=1, host_experts=4, checksums=True)
+PAIR = DWDPConfig(group_size=2, num_local_experts=4, host_experts=1, checksums=True)  # which overlap
+SLICES = 256  # bytes: so short that a layer has many, which a thread of Python's gives
+ISSUERS: dict[str, tuple[MakeDriver, dict[str, Any]]] = {
+    "inline": (FailingDriver, {}),
+    "thread": (FailingDriver, {"slice_bytes": SLICES}),
+    "native": (NativeDriver, {}),
+}
+MODES: dict[str, dict[str, Any]] = {
+    "one slot": {"prefetch_depth": 1},
+    "two slots": {},
+    "in place": {"mode": "in_place"},
+    "in place alone": {"mode": "in_place", "prefetch_depth": 0},
+    "auto": {"mode": "auto", "resident_cache": 4 * PAGE},
+}
+
+
+@pytest.fixture(params=ISSUERS)
+def issuer(request: pytest.FixtureRequest) -> tuple[MakeDriver, dict[str, Any]]:
+    return ISSUERS[request.param]
+
+
+@pytest.mark.parametrize("order", [IN_ORDER, OUT_OF_ORDER], ids=["in order", "out of order"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("error", [Interrupted, Alarm])
+def test_acquire_and_release(
+    issuer: tuple[MakeDriver, dict[str, Any]], mode: str, order: list[int], error: type[BaseException]
+) -> None:
+    driver, changes = issuer
+    config = replace(HOST, **changes, **MODES[mode])
+    sweep(lambda: Pass(config, driver, order, None), lambda at: Interrupter(at, "line", error), most=40)
+
+
+def test_acquire_and_release_by_signals(issuer: tuple[MakeDriver, dict[str, Any]]) -> None:
+    driver, changes = issuer
+    sweep(lambda: Pass(replace(HOST, **changes), driver, IN_ORDER, None), lambda at: Interrupter(at, "signal"), most=60)
+
+
+def test_acquire_and_release_in_a_group(issuer: tuple[MakeDriver, dict[str, Any]]) -> None:
+    driver, changes = issuer
+    config = replace(PAIR, **changes)
+    sweep(lambda: Pass(config, driver, OUT_OF_ORDER, None), lambda at: Interrupter(at), most=60)
+
+
+@pytest.mark.parametrize("mode", ["staged", "in_place"])
+def test_reset(issuer: tuple[MakeDriver, dict[str, Any]], mode: Mode) -> None:
+    driver, changes = issuer
+    config = replace(HOST, mode="in_place", **changes)
+    sweep(lambda: Reset(config, driver, (), mode), lambda at: Interrupter(at), most=60)
+
+
+def test_trace(issuer: tuple[MakeDriver, dict[str, Any]]) -> None:
+    driver, changes = issuer
+    sweep(lambda: Traced(replace(HOST, **changes), driver, IN_ORDER, None), lambda at: Interrupter(at), most=40)
+
+
+@pytest.mark.parametrize("mode", ["two slots", "auto"])
+@pytest.mark.parametrize("how", ["line", "signal"])
+def test_update(mode: str, how: How) -> None:
+    sweep(lambda: Update(replace(HOST, **MODES[mode]), FailingDriver), lambda at: Interrupter(at, how), most=60)
+
+
+def test_update_of_a_group() -> None:
+    sweep(lambda: Update(PAIR, FailingDriver), lambda at: Interrupter(at), most=8)
+
+
+@pytest.mark.parametrize("how", ["line", "signal"])
+def test_refresh_cache(how: How) -> None:
+    config = replace(HOST, mode="in_place", resident_cache=4 * PAGE)
+    sweep(lambda: Refresh(config, FailingDriver), lambda at: Interrupter(at, how), most=60)
+
+
+@pytest.mark.parametrize("mode", ["two slots", "auto"])
+def test_publish(issuer: tuple[MakeDriver, dict[str, Any]], mode: str) -> None:
+    driver, changes = issuer
+    config = replace(HOST, **changes, **MODES[mode])
+    sweep(lambda: Publish(config, driver), lambda at: Interrupter(at, "signal"), most=40)
+
+
+def test_publish_of_a_group() -> None:
+    sweep(lambda: Publish(PAIR, FailingDriver), lambda at: Interrupter(at, "signal"), most=40)
+
+
+@pytest.mark.parametrize("mode", ["two slots", "auto"])
+def test_close(issuer: tuple[MakeDriver, dict[str, Any]], mode: str) -> None:
+    driver, changes = issuer
+    config = replace(HOST, **changes, **MODES[mode])
+    sweep(lambda: Close(config, driver), lambda at: Interrupter(at, "signal"), most=40)
+
+
+# -- every call of the driver ------------------------------------------------------------------------------------------
+def _faults(subject: type[Any], config: DWDPConfig, driver: MakeDriver, error: type[BaseException], *args: Any) -> None:
+    """A sweep over the driver's calls; of the latest driver that ``driver`` made."""
+    made: list[FailingDriver] = []
+
+    def make_driver() -> FailingDriver:
+        made.append(driver())
+        return made[-1]
+
+    sweep(lambda: subject(config, make_driver, *args), lambda at: CallFault(made[-1], at, error), most=40)
+
+
+@pytest.mark.parametrize("error", [DriverError, KeyboardInterrupt])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_driver_call_of_a_pass(
+    issuer: tuple[MakeDriver, dict[str, Any]], mode: str, error: type[BaseException]
+) -> None:
+    driver, changes = issuer
+    _faults(Pass, replace(HOST, **changes, **MODES[mode]), driver, error, OUT_OF_ORDER, None)
+
+
+def test_a_pass_goes_on_after_a_call_that_failed(issuer: tuple[MakeDriver, dict[str, Any]]) -> None:
+    driver, changes = issuer
+    _faults(PassGoneOn, replace(HOST, **changes), driver, DriverError, OUT_OF_ORDER, None)
+
+
+@pytest.mark.parametrize("error", [DriverError, KeyboardInterrupt])
+@pytest.mark.parametrize("subject", [Reset, Traced])
+def test_a_driver_call_of_reset_or_trace(subject: type[Any], error: type[BaseException]) -> None:
+    _faults(subject, HOST, FailingDriver, error, IN_ORDER, "staged")
+
+
+@pytest.mark.parametrize("error", [DriverError, KeyboardInterrupt])
+@pytest.mark.parametrize("subject", [Update, Refresh, Publish, Close])
+def test_a_driver_call_of_what_comes_seldom(subject: type[Any], error: type[BaseException]) -> None:
+    _faults(subject, replace(HOST, mode="in_place", resident_cache=4 * PAGE), FailingDriver, error)
+
+
+@pytest.mark.parametrize("subject", [Pass, PassGoneOn])
+@pytest.mark.parametrize("order", [IN_ORDER, OUT_OF_ORDER], ids=["in order", "out of order"])
+def test_a_callback_of_the_native_thread(subject: type[Any], order: list[int]) -> None:
+    made: list[NativeDriver] = []
+
+    def make_driver() -> NativeDriver:
+        made.append(NativeDriver())
+        return made[-1]
+
+    sweep(lambda: subject(HOST, make_driver, order, None), lambda at: Refusal(made[-1], at), most=60)
+
+
+def test_a_callback_of_the_native_thread_in_update_and_close() -> None:
+    for subject in (Update, Close, Publish):
+        made: list[NativeDriver] = []
+
+        def make_driver(made: list[NativeDriver] = made) -> NativeDriver:
+            made.append(NativeDriver())
+            return made[-1]
+
+        sweep(
+            lambda subject=subject, make_driver=make_driver: subject(HOST, make_driver),  # type: ignore[misc]
+            lambda at, made=made: Refusal(made[-1], at),  # type: ignore[misc]
+            most=20,
+        )
+
+
+def test_the_three_issuers_are_what_they_are_called() -> None:
+    expected = {"inline": "launching thread", "thread": "thread", "native": "native thread"}
+    for name, (driver, changes) in ISSUERS.items():
+        group = subjects.Group(replace(HOST, **changes), driver)
+        path = group.runtime.stats().copy_path
+        assert path is not None
+        assert path.issued_by == expected[name]
+        group.close()

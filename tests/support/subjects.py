@@ -1,0 +1,359 @@
+"""What the interrupter interrupts: each public call in turn, with what the documentation says to do afterwards."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from support.drivers import FailingDriver
+from support.groups import Model, Shapes, add_layers, fill_shards, in_threads, join, random_model, same_bytes
+from vmm_dwdp import DriverError, DWDPConfig, DWDPError, DWDPRuntime, ExchangeError, StateError
+from vmm_dwdp.config import Mode
+
+# Experts that end inside pages of 4 KiB, and more layers than slots, so that the first and the last share one.
+SHAPES: Shapes = {number: {"w": ((6, 1100 + 300 * (number == 3)), torch.float32)} for number in range(5)}
+OLD, NEW = random_model(SHAPES, seed=1), random_model(SHAPES, seed=2)
+SOON = 0.3  # seconds: how long a rank waits for one that does not come
+LATE = 20.0  # seconds: for one that does
+
+MakeDriver = Callable[[], FailingDriver]
+
+
+def in_use() -> Counter[str]:
+    """What this process has open: descriptors, memory files, threads of the library."""
+    gc.collect()
+    counts: Counter[str] = Counter()
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            link = os.readlink(f"/proc/self/fd/{descriptor}")
+            counts[f"descriptor {link.split(':')[0] if ':' in link else link}"] += 1
+    counts["mapped memory files"] = Path("/proc/self/maps").read_text().count("memfd:vmm_dwdp")
+    counts["threads"] = sum(thread.name.startswith("vmm-dwdp") for thread in threading.enumerate())
+    return counts
+
+
+def modes(config: DWDPConfig) -> list[Mode]:
+    """Those that can be asked for."""
+    return ["staged"] * bool(config.prefetch_depth) + ["in_place"] * config.reads_in_place  # type: ignore[list-item]
+
+
+def acquired(runtime: DWDPRuntime, layer: int, mode: Mode | None, model: Model) -> None:
+    """One acquire and release, with every byte compared in between."""
+    with runtime.layer(layer, mode=mode, tokens=7) as weights:
+        for name, reference in model[layer].items():
+            found = weights[name]
+            whole = torch.cat([part.view(torch.uint8) for part in found]) if isinstance(found, list) else found
+            if not same_bytes(whole.view(reference.dtype), reference):
+                others = [
+                    f"layer {other} of the {age} weights"
+                    for age, every in (("old", OLD), ("new", NEW))
+                    for other in every
+                    if same_bytes(whole.view(reference.dtype), every[other][name])
+                ]
+                raise AssertionError(f"layer {layer} ({mode}) has the bytes of {others or 'no layer'}")
+        del weights, found, whole
+
+
+def check_every_byte(runtime: DWDPRuntime, model: Model) -> None:
+    """Passes in each mode, in order and out of it."""
+    layers = list(model)
+    for order in (layers, [3, 0, 4, 4, 1, 2], layers):
+        for mode in modes(runtime.config):
+            for layer in order:
+                acquired(runtime, layer, mode, model)
+        runtime.reset()
+
+
+def read(runtime: DWDPRuntime) -> Literal["old", "new"] | str:
+    """Which weights all layers have in all modes, or the sentence of whoever may not read."""
+    ages = set()
+    for mode in modes(runtime.config):
+        for layer in OLD:
+            try:
+                acquired(runtime, layer, mode, OLD)
+                ages.add("old")
+            except AssertionError:
+                acquired(runtime, layer, mode, NEW)
+                ages.add("new")
+            except StateError as error:
+                assert "partly old and partly new" in str(error), error  # noqa: PT017
+                ages.add(str(error))
+    assert len(ages) == 1, f"of all layers some are {' and some '.join(sorted(ages))}"
+    return ages.pop()
+
+
+def shards(runtime: DWDPRuntime, model: Model) -> dict[Any, torch.Tensor]:
+    """What this rank writes of ``model``."""
+    return {
+        (number, name, owner): tensor[slice(experts.start, experts.stop)]
+        for number, weights in model.items()
+        for name, tensor in weights.items()
+        for owner in runtime.held_owners
+        for experts in [runtime.local_experts(number, owner)]
+    }
+
+
+class Group:
+    """Rank 0, which is interrupted, on a driver of its own; the other ranks are in this process too."""
+
+    def __init__(self, config: DWDPConfig, make_driver: MakeDriver) -> None:
+        self.before = in_use()
+        self.config = config
+        self.directory = tempfile.TemporaryDirectory()
+        self.drivers = [make_driver(), *(FailingDriver() for _ in range(1, config.group_size))]
+        self.runtimes = in_threads(
+            lambda rank: join(config, rank, self.directory.name, OLD, self.drivers[rank]), config.group_size
+        )
+        self.runtime, self.others = self.runtimes[0], self.runtimes[1:]
+        self.driver = self.drivers[0]
+        self.forgives = False  # whether a call that was refused may be told by a later one
+
+    def prepare(self) -> None:
+        self.forgives = True
+
+    def again(self, call: Callable[[], object]) -> None:
+        """``call``, once more if it tells of the driver call that failed before: it may be repeated."""
+        try:
+            call()
+        except DriverError as error:
+            if not self.forgives or "INJECTED" not in str(error):
+                raise
+            self.forgives = False
+            call()
+
+    def close(self) -> None:
+        for runtime in self.runtimes:
+            runtime.close()
+        left = [runtime.ledger.open() for runtime in self.runtimes]
+        assert left == [[]] * len(left)
+        assert not os.listdir(self.directory.name)
+        self.directory.cleanup()
+        self.runtimes = self.others = []
+        assert in_use() == self.before
+
+
+class Pass(Group):
+    """Acquire and release of all layers in some order: `reset` after an exception."""
+
+    def __init__(self, config: DWDPConfig, make_driver: MakeDriver, order: Sequence[int], mode: Mode | None) -> None:
+        super().__init__(config, make_driver)
+        self.order = order
+        self.mode = mode
+
+    def operate(self) -> None:
+        for layer in self.order:
+            acquired(self.runtime, layer, self.mode, OLD)
+
+    def recover(self) -> None:
+        def recovered() -> None:
+            self.runtime.reset()
+            self.runtime.check_integrity()
+            check_every_byte(self.runtime, OLD)
+
+        self.again(recovered)
+
+
+class PassGoneOn(Pass):
+    """After a failing driver call `acquire` "may be repeated": the pass goes on without `reset`."""
+
+    def operate(self) -> None:
+        for layer in self.order:
+            try:
+                self.runtime.acquire(layer, mode=self.mode, tokens=7)
+            except DriverError:
+                self.runtime.acquire(layer, mode=self.mode, tokens=7)
+            try:
+                self.runtime.release(layer)
+            except DriverError:
+                self.runtime.reset()
+                return
+
+
+class Reset(Pass):
+    """`reset` of a pass that was given up in its middle: "it may be repeated"."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        for layer in (0, 1, 2):
+            acquired(self.runtime, layer, self.mode, OLD)
+        for layer in {"staged": (4,), "in_place": (3, 4)}[self.mode or self.config.mode]:
+            self.runtime.acquire(layer, mode=self.mode, tokens=7)
+
+    def operate(self) -> None:
+        self.runtime.reset()
+
+
+class Traced(Pass):
+    """A pass that is traced: afterwards another trace can be recorded, and no event is left in the ledger."""
+
+    def operate(self) -> None:
+        with self.runtime.trace():
+            super().operate()
+
+    def recover(self) -> None:
+        super().recover()
+        events = self.runtime.ledger.counts()["events"]
+        with self.runtime.trace() as trace:
+            acquired(self.runtime, 0, self.mode, OLD)
+        assert trace.spans
+        assert self.runtime.ledger.counts()["events"] == events
+        self.runtime.reset()
+
+
+class Update(Group):
+    """`update` of all ranks: all old, all new or barred, and `update` again."""
+
+    def __init__(self, config: DWDPConfig, make_driver: MakeDriver) -> None:
+        super().__init__(config, make_driver)
+        self.pool = ThreadPoolExecutor(max(1, config.group_size - 1))
+        self.models = itertools.cycle([NEW, OLD])
+        self.model = OLD
+        self.pending: list[Future[None]] = []
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.model = next(self.models)
+        self.pending = self.begin(SOON)
+
+    def begin(self, timeout: float) -> list[Future[None]]:
+        return [self.pool.submit(self.update, runtime, timeout) for runtime in self.others]
+
+    def update(self, runtime: DWDPRuntime, timeout: float) -> None:
+        runtime.update(shards(runtime, self.model), timeout=timeout)
+
+    def operate(self) -> None:
+        self.update(self.runtime, LATE if not self.others else SOON)
+
+    def recover(self) -> None:
+        expected = "old" if self.model is OLD else "new"
+        for runtime, future in zip(self.others, self.pending, strict=True):
+            error = future.exception()
+            assert error is None or isinstance(error, ExchangeError), repr(error)
+            found = read(runtime)
+            assert error is not None or found == expected, f"rank {runtime.rank} updated, and has {found}"
+        self.again(lambda: read(self.runtime))
+        pending = self.begin(LATE)
+        self.again(lambda: self.update(self.runtime, LATE))
+        for future in pending:
+            future.result()
+        for runtime in self.runtimes:
+            self.again(lambda runtime=runtime: check_every_byte(runtime, self.model))  # type: ignore[misc]
+            runtime.check_integrity(verify=self.config.checksums)
+
+    def close(self) -> None:
+        self.pool.shutdown()
+        super().close()
+
+
+class Refresh(Group):
+    """`refresh_cache`: every byte as it was, or no layer is read in place until another call succeeds."""
+
+    def __init__(self, config: DWDPConfig, make_driver: MakeDriver) -> None:
+        super().__init__(config, make_driver)
+        self.favourites = itertools.cycle([4, 2, 5])
+
+    def prepare(self) -> None:
+        super().prepare()
+        favourite = next(self.favourites)
+        for layer in OLD:
+            self.runtime.acquire(layer, mode="in_place", tokens=9, chosen=torch.full((9, 1), favourite))
+            self.runtime.release(layer)
+
+    def operate(self) -> None:
+        self.runtime.refresh_cache()
+
+    def recover(self) -> None:
+        with suppress(StateError):  # "call refresh_cache"
+            for layer in OLD:
+                acquired(self.runtime, layer, "in_place", OLD)
+        self.runtime.reset()
+        self.runtime.refresh_cache()
+        self.runtime.check_integrity(verify=self.config.checksums)
+        check_every_byte(self.runtime, OLD)
+
+
+class Publish:
+    """`publish`: if it raises, the runtime is closed, nothing stays, and the same can be tried again."""
+
+    def __init__(self, config: DWDPConfig, make_driver: MakeDriver) -> None:
+        self.config = config
+        self.make_driver = make_driver
+        self.driver = make_driver()
+        self.directory = tempfile.TemporaryDirectory()
+        self.runtime: DWDPRuntime | None = None
+        self.pool = ThreadPoolExecutor(max(1, config.group_size - 1))
+        self.pending: list[Future[DWDPRuntime]] = []
+
+    def prepare(self) -> None:
+        self.before = in_use()
+        self.runtime = DWDPRuntime(self.config, 0, "cpu", self.directory.name, driver=self.driver)
+        add_layers(self.runtime, OLD)
+        fill_shards(self.runtime, OLD)
+        self.pending = [
+            self.pool.submit(join, self.config, rank, self.directory.name, OLD)
+            for rank in range(1, self.config.group_size)
+        ]
+
+    def operate(self) -> None:
+        assert self.runtime is not None
+        self.runtime.publish(timeout=LATE)
+
+    def recover(self) -> None:
+        runtime, self.runtime = self.runtime, None
+        assert runtime is not None
+        came = []
+        for future in self.pending:
+            with suppress(ExchangeError):
+                came.append(future.result())
+        try:
+            runtime.check_integrity()
+        except StateError:
+            left = runtime.ledger.open()
+            assert left == [], f"publish raised and left {left}"
+        else:
+            check_every_byte(runtime, OLD)
+        for each in (runtime, *came):
+            assert each.close().open() == []
+        self.pending.clear()
+        assert not os.listdir(self.directory.name)
+        found = in_use()
+        assert found == self.before, f"left: {dict(found - self.before)}"
+
+    def close(self) -> None:
+        self.pool.shutdown()
+        with join(self.config, 0, self.directory.name, OLD, self.driver) if self.config.group_size == 1 else suppress():
+            pass
+        if self.runtime is not None:
+            self.runtime.close()
+        self.directory.cleanup()
+
+
+class Close(Publish):
+    """`close`: the next `close` finishes what this one did not."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        assert self.runtime is not None
+        self.runtime.publish()
+        acquired(self.runtime, 0, None, OLD)
+
+    def operate(self) -> None:
+        assert self.runtime is not None
+        self.runtime.close()
+
+    def recover(self) -> None:
+        assert self.runtime is not None
+        with suppress(DWDPError):  # of a call that failed before
+            self.runtime.close()
+        super().recover()
