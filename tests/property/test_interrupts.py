@@ -9,11 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from support import subjects
 from support.drivers import CallFault, FailingDriver, NativeDriver, Refusal
 from support.groups import PAGE
 from support.interrupter import Alarm, How, Interrupted, Interrupter, sweep
-from support.subjects import Close, MakeDriver, Pass, PassGoneOn, Publish, Refresh, Reset, Traced, Update
+from support.subjects import Close, Group, MakeDriver, Pass, PassGoneOn, Publish, Refresh, Reset, Traced, Update
 
 from vmm_dwdp import DriverError, DWDPConfig
 from vmm_dwdp.config import Mode
@@ -21,11 +20,10 @@ from vmm_dwdp.config import Mode
 IN_ORDER, OUT_OF_ORDER = [0, 1, 2, 3, 4], [1, 0, 4, 2, 3]
 HOST = DWDPConfig(group_size=1, host_experts=4, checksums=True)
 PAIR = DWDPConfig(group_size=2, num_local_experts=4, host_experts=1, checksums=True)  # which overlap
-SLICES = 256  # bytes: so short that a layer has many, which a thread of Python's gives
-ISSUERS: dict[str, tuple[MakeDriver, dict[str, Any]]] = {
-    "inline": (FailingDriver, {}),
-    "thread": (FailingDriver, {"slice_bytes": SLICES}),
-    "native": (NativeDriver, {}),
+ISSUERS: dict[str, tuple[DWDPConfig, MakeDriver]] = {
+    "launching thread": (HOST, FailingDriver),
+    "thread": (replace(PAIR, slice_bytes=64), FailingDriver),  # so short that a layer has many
+    "native thread": (HOST, NativeDriver),
 }
 MODES: dict[str, dict[str, Any]] = {
     "one slot": {"prefetch_depth": 1},
@@ -37,7 +35,8 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(params=ISSUERS)
-def issuer(request: pytest.FixtureRequest) -> tuple[MakeDriver, dict[str, Any]]:
+def issuer(request: pytest.FixtureRequest) -> tuple[DWDPConfig, MakeDriver]:
+    """A config, and a driver, with which copies are given so."""
     return ISSUERS[request.param]
 
 
@@ -45,34 +44,32 @@ def issuer(request: pytest.FixtureRequest) -> tuple[MakeDriver, dict[str, Any]]:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("error", [Interrupted, Alarm])
 def test_acquire_and_release(
-    issuer: tuple[MakeDriver, dict[str, Any]], mode: str, order: list[int], error: type[BaseException]
+    issuer: tuple[DWDPConfig, MakeDriver], mode: str, order: list[int], error: type[BaseException]
 ) -> None:
-    driver, changes = issuer
-    config = replace(HOST, **changes, **MODES[mode])
+    config, driver = issuer
+    config = replace(config, **MODES[mode])
     sweep(lambda: Pass(config, driver, order, None), lambda at: Interrupter(at, "line", error), most=40)
 
 
-def test_acquire_and_release_by_signals(issuer: tuple[MakeDriver, dict[str, Any]]) -> None:
-    driver, changes = issuer
-    sweep(lambda: Pass(replace(HOST, **changes), driver, IN_ORDER, None), lambda at: Interrupter(at, "signal"), most=60)
+def test_acquire_and_release_by_signals(issuer: tuple[DWDPConfig, MakeDriver]) -> None:
+    config, driver = issuer
+    sweep(lambda: Pass(config, driver, IN_ORDER, None), lambda at: Interrupter(at, "signal"), most=60)
 
 
-def test_acquire_and_release_in_a_group(issuer: tuple[MakeDriver, dict[str, Any]]) -> None:
-    driver, changes = issuer
-    config = replace(PAIR, **changes)
-    sweep(lambda: Pass(config, driver, OUT_OF_ORDER, None), lambda at: Interrupter(at), most=60)
+def test_acquire_and_release_in_a_group() -> None:
+    sweep(lambda: Pass(PAIR, FailingDriver, OUT_OF_ORDER, None), lambda at: Interrupter(at), most=60)
 
 
 @pytest.mark.parametrize("mode", ["staged", "in_place"])
-def test_reset(issuer: tuple[MakeDriver, dict[str, Any]], mode: Mode) -> None:
-    driver, changes = issuer
-    config = replace(HOST, mode="in_place", **changes)
+def test_reset(issuer: tuple[DWDPConfig, MakeDriver], mode: Mode) -> None:
+    config, driver = issuer
+    config = replace(config, mode="in_place")
     sweep(lambda: Reset(config, driver, (), mode), lambda at: Interrupter(at), most=60)
 
 
-def test_trace(issuer: tuple[MakeDriver, dict[str, Any]]) -> None:
-    driver, changes = issuer
-    sweep(lambda: Traced(replace(HOST, **changes), driver, IN_ORDER, None), lambda at: Interrupter(at), most=40)
+def test_trace(issuer: tuple[DWDPConfig, MakeDriver]) -> None:
+    config, driver = issuer
+    sweep(lambda: Traced(config, driver, IN_ORDER, None), lambda at: Interrupter(at), most=40)
 
 
 @pytest.mark.parametrize("mode", ["two slots", "auto"])
@@ -92,9 +89,9 @@ def test_refresh_cache(how: How) -> None:
 
 
 @pytest.mark.parametrize("mode", ["two slots", "auto"])
-def test_publish(issuer: tuple[MakeDriver, dict[str, Any]], mode: str) -> None:
-    driver, changes = issuer
-    config = replace(HOST, **changes, **MODES[mode])
+def test_publish(issuer: tuple[DWDPConfig, MakeDriver], mode: str) -> None:
+    config, driver = issuer
+    config = replace(config, **MODES[mode])
     sweep(lambda: Publish(config, driver), lambda at: Interrupter(at, "signal"), most=40)
 
 
@@ -103,9 +100,9 @@ def test_publish_of_a_group() -> None:
 
 
 @pytest.mark.parametrize("mode", ["two slots", "auto"])
-def test_close(issuer: tuple[MakeDriver, dict[str, Any]], mode: str) -> None:
-    driver, changes = issuer
-    config = replace(HOST, **changes, **MODES[mode])
+def test_close(issuer: tuple[DWDPConfig, MakeDriver], mode: str) -> None:
+    config, driver = issuer
+    config = replace(config, **MODES[mode])
     sweep(lambda: Close(config, driver), lambda at: Interrupter(at, "signal"), most=40)
 
 
@@ -123,16 +120,14 @@ def _faults(subject: type[Any], config: DWDPConfig, driver: MakeDriver, error: t
 
 @pytest.mark.parametrize("error", [DriverError, KeyboardInterrupt])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_driver_call_of_a_pass(
-    issuer: tuple[MakeDriver, dict[str, Any]], mode: str, error: type[BaseException]
-) -> None:
-    driver, changes = issuer
-    _faults(Pass, replace(HOST, **changes, **MODES[mode]), driver, error, OUT_OF_ORDER, None)
+def test_a_driver_call_of_a_pass(issuer: tuple[DWDPConfig, MakeDriver], mode: str, error: type[BaseException]) -> None:
+    config, driver = issuer
+    _faults(Pass, replace(config, **MODES[mode]), driver, error, OUT_OF_ORDER, None)
 
 
-def test_a_pass_goes_on_after_a_call_that_failed(issuer: tuple[MakeDriver, dict[str, Any]]) -> None:
-    driver, changes = issuer
-    _faults(PassGoneOn, replace(HOST, **changes), driver, DriverError, OUT_OF_ORDER, None)
+def test_a_pass_goes_on_after_a_call_that_failed(issuer: tuple[DWDPConfig, MakeDriver]) -> None:
+    config, driver = issuer
+    _faults(PassGoneOn, config, driver, DriverError, OUT_OF_ORDER, None)
 
 
 @pytest.mark.parametrize("error", [DriverError, KeyboardInterrupt])
@@ -175,10 +170,9 @@ def test_a_callback_of_the_native_thread_in_update_and_close() -> None:
 
 
 def test_the_three_issuers_are_what_they_are_called() -> None:
-    expected = {"inline": "launching thread", "thread": "thread", "native": "native thread"}
-    for name, (driver, changes) in ISSUERS.items():
-        group = subjects.Group(replace(HOST, **changes), driver)
+    for name, (config, driver) in ISSUERS.items():
+        group = Group(config, driver)
         path = group.runtime.stats().copy_path
-        assert path is not None
-        assert path.issued_by == expected[name]
         group.close()
+        assert path is not None
+        assert path.issued_by == name

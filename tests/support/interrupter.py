@@ -227,9 +227,8 @@ def _attempt(subject: Subject, interruption: Interruption) -> str | None:
                 _operate(subject, interruption)
             subject.recover()
     except (Exception, Stuck, Interrupted) as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        told = f"{type(error).__name__}: {error}" or repr(error)
-        return f"interrupted at {interruption.where}: {told} ({os.path.basename(place.filename)}:{place.lineno})"
+        path = [f"{os.path.basename(at.filename)}:{at.lineno}" for at in traceback.extract_tb(error.__traceback__)[1:]]
+        return f"interrupted at {interruption.where}: {type(error).__name__}: {error} ({' '.join(path)})"
     return None
 
 
@@ -239,4 +238,5 @@ def _operate(subject: Subject, interruption: Interruption) -> None:
     except (Interrupted, Alarm, KeyboardInterrupt):
         assert interruption.where is not None
     except vmm_dwdp.DWDPError as error:
-        assert "INJECTED" in str(error), f"the caller's exception was replaced by {error}"
+        if "INJECTED" not in str(error):
+            raise AssertionError(f"the caller's exception was replaced by {error}") from error

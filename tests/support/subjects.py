@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -48,21 +48,27 @@ def modes(config: DWDPConfig) -> list[Mode]:
     return ["staged"] * bool(config.prefetch_depth) + ["in_place"] * config.reads_in_place  # type: ignore[list-item]
 
 
+def found(runtime: DWDPRuntime, layer: int, mode: Mode | None) -> set[tuple[str, int]]:
+    """Which weights an acquired layer has: their age, and the layer whose they are."""
+    with runtime.layer(layer, mode=mode, tokens=7) as weights:
+        whole = weights["w"]
+        if isinstance(whole, list):
+            whole = torch.cat(whole)
+        fitting = {
+            (age, other)
+            for age, model in (("old", OLD), ("new", NEW))
+            for other in model
+            if same_bytes(whole, model[other]["w"])
+        }
+        del weights, whole
+    return fitting
+
+
 def acquired(runtime: DWDPRuntime, layer: int, mode: Mode | None, model: Model) -> None:
     """One acquire and release, with every byte compared in between."""
-    with runtime.layer(layer, mode=mode, tokens=7) as weights:
-        for name, reference in model[layer].items():
-            found = weights[name]
-            whole = torch.cat([part.view(torch.uint8) for part in found]) if isinstance(found, list) else found
-            if not same_bytes(whole.view(reference.dtype), reference):
-                others = [
-                    f"layer {other} of the {age} weights"
-                    for age, every in (("old", OLD), ("new", NEW))
-                    for other in every
-                    if same_bytes(whole.view(reference.dtype), every[other][name])
-                ]
-                raise AssertionError(f"layer {layer} ({mode}) has the bytes of {others or 'no layer'}")
-        del weights, found, whole
+    fitting = found(runtime, layer, mode)
+    age = "old" if model is OLD else "new"
+    assert (age, layer) in fitting, f"layer {layer} ({mode}) has the bytes of {fitting or 'no layer'}, and is {age}"
 
 
 def check_every_byte(runtime: DWDPRuntime, model: Model) -> None:
@@ -75,21 +81,19 @@ def check_every_byte(runtime: DWDPRuntime, model: Model) -> None:
         runtime.reset()
 
 
-def read(runtime: DWDPRuntime) -> Literal["old", "new"] | str:
-    """Which weights all layers have in all modes, or the sentence of whoever may not read."""
+def read(runtime: DWDPRuntime) -> str:
+    """Which weights all layers have in all modes, or that they cannot be read."""
     ages = set()
     for mode in modes(runtime.config):
         for layer in OLD:
             try:
-                acquired(runtime, layer, mode, OLD)
-                ages.add("old")
-            except AssertionError:
-                acquired(runtime, layer, mode, NEW)
-                ages.add("new")
+                fitting = [age for age, whose in found(runtime, layer, mode) if whose == layer]
             except StateError as error:
                 assert "partly old and partly new" in str(error), error  # noqa: PT017
-                ages.add(str(error))
-    assert len(ages) == 1, f"of all layers some are {' and some '.join(sorted(ages))}"
+                ages.add("barred")
+            else:
+                ages.add(fitting[0] if fitting else "neither")
+    assert ages in ({"old"}, {"new"}, {"barred"}), f"of all layers some are {' and some '.join(sorted(ages))}"
     return ages.pop()
 
 
@@ -320,7 +324,7 @@ class Publish:
             runtime.check_integrity()
         except StateError:
             left = runtime.ledger.open()
-            assert left == [], f"publish raised and left {left}"
+            assert left == [], f"it raised and left {left}"
         else:
             check_every_byte(runtime, OLD)
         for each in (runtime, *came):
@@ -332,8 +336,6 @@ class Publish:
 
     def close(self) -> None:
         self.pool.shutdown()
-        with join(self.config, 0, self.directory.name, OLD, self.driver) if self.config.group_size == 1 else suppress():
-            pass
         if self.runtime is not None:
             self.runtime.close()
         self.directory.cleanup()
