@@ -187,12 +187,13 @@ class Side:
     def forget(self) -> None:
         """Let go of what `acquire` was told to keep."""
         self.kept.clear()
-        gc.collect()
 
     def close(self) -> list[str]:
         """What is left."""
-        gc.collect()
-        return self._made.close().open()
+        if left := self._made.close().open():
+            gc.collect()  # of tensors that a traceback held in a cycle
+            left = self._made.close().open()
+        return left
 
     def call(self, name: str, *arguments: Any, **options: Any) -> Any:
         """Any other method of the runtime."""

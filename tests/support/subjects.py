@@ -32,7 +32,6 @@ MakeDriver = Callable[[], FailingDriver]
 
 def in_use() -> Counter[str]:
     """What this process has open: descriptors, memory files, threads of the library."""
-    gc.collect()
     counts: Counter[str] = Counter()
     for descriptor in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):
@@ -41,6 +40,14 @@ def in_use() -> Counter[str]:
     counts["mapped memory files"] = Path("/proc/self/maps").read_text().count("memfd:vmm_dwdp")
     counts["threads"] = sum(thread.name.startswith("vmm-dwdp") for thread in threading.enumerate())
     return counts
+
+
+def nothing_left(before: Counter[str]) -> None:
+    """As much is in use as ``before``."""
+    if in_use() != before:
+        gc.collect()
+    found = in_use()
+    assert found == before, f"left: {dict(found - before)}"
 
 
 def modes(config: DWDPConfig) -> list[Mode]:
@@ -144,7 +151,7 @@ class Group:
         assert not os.listdir(self.directory.name)
         self.directory.cleanup()
         self.runtimes = self.others = []
-        assert in_use() == self.before
+        nothing_left(self.before)
 
 
 class Pass(Group):
@@ -331,8 +338,7 @@ class Publish:
             assert each.close().open() == []
         self.pending.clear()
         assert not os.listdir(self.directory.name)
-        found = in_use()
-        assert found == self.before, f"left: {dict(found - self.before)}"
+        nothing_left(self.before)
 
     def close(self) -> None:
         self.pool.shutdown()

@@ -34,15 +34,15 @@ class Rank:
     """What is known of one rank.
 
     Attributes:
-        acquired: by layer, the mode that was asked for.
-        unsure: a pass that may have begun with any mode: the mode of an acquire by ``auto`` is not known.
-        barred: whether it may refuse to read, because an update broke off.
+        acquired: by layer, the mode that was asked for: which one ``auto`` chose is not known.
+        barred: whether it must refuse to read, because an update broke off.
+        kept: whether somebody holds a tensor.
         acquires: that succeeded since it was published.
     """
 
     number: int
     there: InThread | InProcess
-    state: str = "set-up"  # then "running", then "closed"
+    state: str = "set-up"  # then "running", then "closed" or "dead", and "gone" at the end
     acquired: dict[int, str] = field(default_factory=dict)
     barred: bool = False
     kept: bool = False
@@ -138,8 +138,9 @@ class Walk:
 
     def _abandon(self, rank: Rank) -> None:
         if rank.state != "gone":
-            rank.there.begin("forget")()
-            rank.there.begin("close")()
+            if rank.state != "dead":
+                rank.there.begin("forget")()
+                rank.there.begin("close")()
             rank.there.end()
             rank.state = "gone"
 
@@ -226,6 +227,10 @@ class Walk:
         if rank.state == "closed":
             self._after_close(rank)
             return
+        if rank.state == "dead":
+            if self.chance.random() < 0.3:
+                self._return(rank)
+            return
         steps: dict[Callable[[Rank], None], int] = {
             self._pass: 30,
             self._acquire: 20,
@@ -244,6 +249,7 @@ class Walk:
             self._abandoned: 2,
             self._impostor: 1,
             self._close: 1,
+            self._death: 2 * self.processes,
         }
         self.chance.choices(list(steps), list(steps.values()))[0](rank)
 
@@ -296,8 +302,10 @@ class Walk:
 
     def _allowed(self, rank: Rank, layer: Any, asked: str, tokens: int | None) -> set[str]:
         """How an acquire may end."""
+        if rank.barred:
+            return {"StateError"} if layer in self.numbers else {"ConfigError", "StateError"}
         if layer not in self.numbers:
-            return {"ConfigError", "StateError"} if rank.barred else {"ConfigError"}
+            return {"ConfigError"}
         refusals = set()
         if not self._offered(asked):
             refusals.add("ConfigError")
@@ -315,8 +323,6 @@ class Walk:
                         unsure = True
                     else:
                         refusals.add("StateError")
-        if rank.barred:
-            return {*refusals, "StateError", "done"} if not refusals else {*refusals, "StateError"}
         if unsure:
             return {*refusals, "StateError"} | (set() if refusals else {"done"})
         return refusals or {"done"}
@@ -453,7 +459,7 @@ class Walk:
             if self.chance.random() < 0.8 or len(self.ranks) > 1:
                 self._reset(each)
         new, owners = self._changed()
-        if len(self.candidates) > 1:
+        if any(each.barred for each in self.ranks):
             new, owners = self._bytes(self._weights()), None  # a weight that is not written could be half of each
         if not everybody:
             self._together([each for each in self.ranks if each.state == "running"], new, owners, SOON)
@@ -462,12 +468,50 @@ class Walk:
             self._must(self.tell(rank, "update", new, owners, SOON), "StateError")
             return
         updating = [self._begin(each, "update", new, owners, LATE) for each in self.ranks]
+        if self.processes and self.chance.random() < 0.3:
+            self._dies_in_update(self.chance.choice(self.ranks), updating, {**self.model, **new})
+            return
         for updated in updating:
             self._must(updated(), "done")
         self.model = {**self.model, **new}
         self.candidates = [self.model]
         for each in self.ranks:
             each.barred = False
+
+    def _dies_in_update(self, dying: Rank, updating: list[Callable[[], Outcome]], new: Bytes) -> None:
+        """By all ranks or by none; where it is neither, the others read nothing until another succeeds."""
+        self._kill(dying)
+        survivors = [(each, updated) for each, updated in zip(self.ranks, updating, strict=True) if each is not dying]
+        written: set[bool | None] = set()
+        for each, updated in survivors:
+            outcome = updated()
+            sentence = self._must(outcome, "done", "ExchangeError")
+            if outcome.kind == "done":
+                each.barred = False
+                written.add(True)
+            elif sentence.startswith("nothing was written"):
+                written.add(False)
+            else:
+                each.barred = True
+                written.add(None)
+        if {True, False} <= written:
+            raise Wrong("one rank says that nothing was written, and another has updated")
+        if True in written:
+            self.candidates = [new]
+        elif None in written:
+            self.candidates = [self.model, new]
+        self.model = self.candidates[-1]
+
+    def _kill(self, rank: Rank) -> None:
+        assert isinstance(rank.there, InProcess)
+        self.steps.append(f"rank {rank.number} is killed")
+        rank.there.kill()
+        rank.state, rank.barred = "dead", False
+        rank.acquired.clear()
+        rank.kept = False
+
+    def _death(self, rank: Rank) -> None:
+        self._kill(rank)
 
     def _together(self, ranks: list[Rank], new: Bytes, owners: list[Any] | None, timeout: float) -> None:
         """An update that cannot succeed, because somebody is missing."""
@@ -550,7 +594,8 @@ class Walk:
             new.state = "closed"
         elif others:
             self._must(outcome, "done")
-            new.state, new.barred = "running", len(self.candidates) > 1
+            new.state = "running"
+            new.barred = any(each.barred for each in self.ranks if each is not new)
         else:
             self._must(outcome, "ExchangeError")
             new.state = "closed"
@@ -565,7 +610,8 @@ class Walk:
                         if self._acquired(rank, layer, None, tokens=9):
                             self._release_of(rank, layer)
                 self._close(rank)
-        if left := os.listdir(self.directory):
+        left = [] if any(rank.state == "dead" for rank in self.ranks) else os.listdir(self.directory)
+        if left:
             raise Wrong(f"the rendezvous has {left} at the end")
 
     def _release_of(self, rank: Rank, layer: int) -> None:
