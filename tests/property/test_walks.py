@@ -6,6 +6,7 @@ A walk that goes wrong prints its seed: `python tests/walks.py --seed N` walks i
 from __future__ import annotations
 
 import pytest
+from support.ranks import start_server
 from support.walk import Walk
 
 IN_THREADS = 60
@@ -20,7 +21,12 @@ def test_in_threads(first: int) -> None:
         Walk(seed).run(STEPS)
 
 
+@pytest.fixture(scope="module")
+def _server() -> None:
+    start_server()
+
+
 @pytest.mark.parametrize("seed", range(IN_PROCESSES))
-@pytest.mark.usefixtures("open_descriptors")
+@pytest.mark.usefixtures("_server", "open_descriptors")
 def test_in_processes_that_die_and_come_back(seed: int) -> None:
     Walk(seed, processes=True).run(STEPS)

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any, Final, NamedTuple
 
@@ -21,7 +22,8 @@ from support.groups import PAGE
 from vmm_dwdp import DWDPConfig, DWDPError, DWDPRuntime, WeightSpec
 from vmm_dwdp.allocator.host_driver import HostDriver
 
-_processes: Final = multiprocessing.get_context("spawn")
+_processes: Final = multiprocessing.get_context("forkserver")  # which imports torch once, for all of them
+_processes.set_forkserver_preload(["support.ranks"])
 
 Shape = tuple[tuple[int, ...], str]  # [E, ...], and the name of a dtype
 Bytes = dict[tuple[int, str], bytes]  # by layer and weight: those of the unsharded tensor
@@ -249,6 +251,11 @@ class InProcess:
         self._connection.close()
         self._process.join()
         self._process.close()
+
+
+def start_server() -> None:
+    """Once, what makes processes: it keeps some descriptors open."""
+    forkserver.ensure_running()
 
 
 def _serve(side: Side, commands: Connection) -> None:
