@@ -1,6 +1,6 @@
 """An exception at any point of any call, followed by what the documentation says to do: every byte is right then.
 
-A sample of the points; with VMM_DWDP_SOAK=1 every one.
+A sample of the points; with EVERY_POINT=1 every one.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def test_acquire_and_release(
 ) -> None:
     config, driver = issuer
     config = replace(config, **MODES[mode])
-    sweep(lambda: Pass(config, driver, order, None), lambda at: Interrupter(at, "line", error), most=40)
+    sweep(lambda: Pass(config, driver, order, None), lambda at: Interrupter(at, "line", error), most=25)
 
 
 def test_acquire_and_release_by_signals(issuer: tuple[DWDPConfig, MakeDriver]) -> None:
@@ -88,22 +88,21 @@ def test_refresh_cache(how: How) -> None:
     sweep(lambda: Refresh(config, FailingDriver), lambda at: Interrupter(at, how), most=60)
 
 
+@pytest.mark.parametrize("driver", [FailingDriver, NativeDriver])
 @pytest.mark.parametrize("mode", ["two slots", "auto"])
-def test_publish(issuer: tuple[DWDPConfig, MakeDriver], mode: str) -> None:
-    config, driver = issuer
-    config = replace(config, **MODES[mode])
-    sweep(lambda: Publish(config, driver), lambda at: Interrupter(at, "signal"), most=40)
+@pytest.mark.parametrize("subject", [Publish, Close])
+def test_publish_and_close(subject: type[Any], mode: str, driver: MakeDriver) -> None:
+    config = replace(HOST, **MODES[mode])
+    sweep(lambda: subject(config, driver), lambda at: Interrupter(at, "signal"), most=40)
 
 
 def test_publish_of_a_group() -> None:
-    sweep(lambda: Publish(PAIR, FailingDriver), lambda at: Interrupter(at, "signal"), most=40)
+    sweep(lambda: Publish(PAIR, FailingDriver), lambda at: Interrupter(at, "signal"), most=5)
 
 
-@pytest.mark.parametrize("mode", ["two slots", "auto"])
-def test_close(issuer: tuple[DWDPConfig, MakeDriver], mode: str) -> None:
-    config, driver = issuer
-    config = replace(config, **MODES[mode])
-    sweep(lambda: Close(config, driver), lambda at: Interrupter(at, "signal"), most=40)
+def test_close_of_a_group() -> None:
+    config, driver = ISSUERS["thread"]
+    sweep(lambda: Close(config, driver), lambda at: Interrupter(at, "signal"), most=20)
 
 
 # -- every call of the driver ------------------------------------------------------------------------------------------

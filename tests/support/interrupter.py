@@ -23,7 +23,7 @@ import vmm_dwdp
 
 How = Literal["line", "signal"]
 
-EVERY: Final = os.environ.get("VMM_DWDP_SOAK") == "1"  # every point, instead of a sample
+EVERY: Final = os.environ.get("EVERY_POINT") == "1"  # every point, instead of a sample
 PATIENCE: Final = float(os.environ.get("PATIENCE", "10"))  # seconds, after which one attempt is stuck
 FAILURES: Final = 4  # after which a sweep ends
 _LIBRARY: Final = str(Path(vmm_dwdp.__file__).parent) + os.sep
@@ -213,9 +213,19 @@ def sweep(make: Callable[[], Subject], interruption: Callable[[int], Interruptio
             with suppress(BaseException), watched():
                 subject.close()
             subject = make()
-    with watched():
-        subject.close()
+    if failure := _closing(subject):
+        failures.append(failure)
     assert not failures, "\n".join(failures)
+
+
+def _closing(subject: Subject) -> str | None:
+    """What went wrong at the end."""
+    try:
+        with watched():
+            subject.close()
+    except (Exception, Stuck) as error:
+        return f"at the end: {type(error).__name__}: {error}"
+    return None
 
 
 def _attempt(subject: Subject, interruption: Interruption) -> str | None:

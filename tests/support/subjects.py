@@ -25,6 +25,7 @@ from vmm_dwdp.config import Mode
 SHAPES: Shapes = {number: {"w": ((6, 1100 + 300 * (number == 3)), torch.float32)} for number in range(5)}
 OLD, NEW = random_model(SHAPES, seed=1), random_model(SHAPES, seed=2)
 SOON = 0.3  # seconds: how long a rank waits for one that does not come
+A_WHILE = 4.0  # seconds: for one that does, but slowly, because each of its steps is looked at
 LATE = 20.0  # seconds: for one that does
 
 MakeDriver = Callable[[], FailingDriver]
@@ -147,8 +148,9 @@ class Group:
         for runtime in self.runtimes:
             runtime.close()
         left = [runtime.ledger.open() for runtime in self.runtimes]
-        assert left == [[]] * len(left)
-        assert not os.listdir(self.directory.name)
+        assert left == [[]] * len(left), f"left at the end: {left}"
+        files = os.listdir(self.directory.name)
+        assert not files, f"left in the rendezvous: {files}"
         self.directory.cleanup()
         self.runtimes = self.others = []
         nothing_left(self.before)
@@ -208,17 +210,21 @@ class Reset(Pass):
 class Traced(Pass):
     """A pass that is traced: afterwards another trace can be recorded, and no event is left in the ledger."""
 
+    def __init__(self, config: DWDPConfig, make_driver: MakeDriver, order: Sequence[int], mode: Mode | None) -> None:
+        super().__init__(config, make_driver, order, mode)
+        self.events = self.runtime.ledger.counts()["events"]
+
     def operate(self) -> None:
         with self.runtime.trace():
             super().operate()
 
     def recover(self) -> None:
         super().recover()
-        events = self.runtime.ledger.counts()["events"]
         with self.runtime.trace() as trace:
             acquired(self.runtime, 0, self.mode, OLD)
-        assert trace.spans
-        assert self.runtime.ledger.counts()["events"] == events
+        assert trace.spans, "nothing was traced"
+        left = self.runtime.ledger.counts()["events"] - self.events
+        assert not left, f"{left} events are left of a trace that is over"
         self.runtime.reset()
 
 
@@ -264,6 +270,7 @@ class Update(Group):
 
     def close(self) -> None:
         self.pool.shutdown()
+        self.pending.clear()  # errors in it hold tensors
         super().close()
 
 
@@ -311,10 +318,15 @@ class Publish:
         self.runtime = DWDPRuntime(self.config, 0, "cpu", self.directory.name, driver=self.driver)
         add_layers(self.runtime, OLD)
         fill_shards(self.runtime, OLD)
-        self.pending = [
-            self.pool.submit(join, self.config, rank, self.directory.name, OLD)
-            for rank in range(1, self.config.group_size)
-        ]
+        self.pending = [self.pool.submit(self.join, rank) for rank in range(1, self.config.group_size)]
+
+    def join(self, rank: int) -> DWDPRuntime:
+        """Another rank, which does not wait for long for the one that is interrupted."""
+        runtime = DWDPRuntime(self.config, rank, "cpu", self.directory.name, driver=FailingDriver())
+        add_layers(runtime, OLD)
+        fill_shards(runtime, OLD)
+        runtime.publish(timeout=A_WHILE)
+        return runtime
 
     def operate(self) -> None:
         assert self.runtime is not None
@@ -335,9 +347,11 @@ class Publish:
         else:
             check_every_byte(runtime, OLD)
         for each in (runtime, *came):
-            assert each.close().open() == []
+            left = each.close().open()
+            assert left == [], f"left after another close: {left}"
         self.pending.clear()
-        assert not os.listdir(self.directory.name)
+        files = os.listdir(self.directory.name)
+        assert not files, f"left in the rendezvous: {files}"
         nothing_left(self.before)
 
     def close(self) -> None:
