@@ -12,7 +12,19 @@ import pytest
 from support.drivers import CallFault, FailingDriver, NativeDriver, Refusal
 from support.groups import PAGE
 from support.interrupter import Alarm, How, Interrupted, Interrupter, sweep
-from support.subjects import Close, Group, MakeDriver, Pass, PassGoneOn, Publish, Refresh, Reset, Traced, Update
+from support.subjects import (
+    Close,
+    Group,
+    MakeDriver,
+    Pass,
+    PassGoneOn,
+    Publish,
+    Refresh,
+    Reset,
+    Traced,
+    Update,
+    UpdateAndRead,
+)
 
 from vmm_dwdp import DriverError, DWDPConfig
 from vmm_dwdp.config import Mode
@@ -153,19 +165,14 @@ def test_a_callback_of_the_native_thread(subject: type[Any], order: list[int]) -
     sweep(lambda: subject(HOST, make_driver, order, None), lambda at: Refusal(made[-1], at), most=60)
 
 
-def test_a_callback_of_the_native_thread_in_update_and_close() -> None:
-    for subject in (Update, Close, Publish):
-        made: list[NativeDriver] = []
+def test_a_callback_of_the_native_thread_after_an_update() -> None:
+    made: list[NativeDriver] = []
 
-        def make_driver(made: list[NativeDriver] = made) -> NativeDriver:
-            made.append(NativeDriver())
-            return made[-1]
+    def make_driver() -> NativeDriver:
+        made.append(NativeDriver())
+        return made[-1]
 
-        sweep(
-            lambda subject=subject, make_driver=make_driver: subject(HOST, make_driver),  # type: ignore[misc]
-            lambda at, made=made: Refusal(made[-1], at),  # type: ignore[misc]
-            most=20,
-        )
+    sweep(lambda: UpdateAndRead(HOST, make_driver), lambda at: Refusal(made[-1], at), most=20)
 
 
 def test_the_three_issuers_are_what_they_are_called() -> None:

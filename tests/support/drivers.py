@@ -150,7 +150,7 @@ class NativeThread:
         refusal = self._driver.refusal
         if refusal is not None and refusal.refuses(name):
             return 1
-        self._driver.activate()  # Python takes each callback for a thread of its own
+        HostDriver.activate(self._driver)  # Python takes each callback for a thread of its own
         try:
             call()
         except DriverError:

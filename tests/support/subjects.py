@@ -274,6 +274,15 @@ class Update(Group):
         super().close()
 
 
+class UpdateAndRead(Update):
+    """`update`, and what the slots were filled with anew: whoever gives the copies may do so after it returned."""
+
+    def operate(self) -> None:
+        super().operate()
+        for layer in (0, 1):
+            acquired(self.runtime, layer, "staged", self.model)
+
+
 class Refresh(Group):
     """`refresh_cache`: every byte as it was, or no layer is read in place until another call succeeds."""
 

@@ -282,7 +282,7 @@ class Walk:
         layer = self.chance.choice(self.numbers * 4 + [99, -1, None])
         mode = self.chance.choice([None, None, "staged", "in_place", "auto", "fast"])
         tokens = self.chance.choice([None, 0, 1, 30, 500])
-        top_k = self.chance.choice([None, None, 1, 2, 100])
+        top_k = self.chance.choice([None, None, 0, 1, 2, 100])
         keep = self.chance.random() < 0.02
         self._acquired(rank, layer, mode, tokens=tokens, top_k=top_k, chosen=self._chosen(), keep=keep)
 
