@@ -153,6 +153,21 @@ def test_a_driver_call_of_what_comes_seldom(subject: type[Any], error: type[Base
     _faults(subject, replace(HOST, mode="in_place", resident_cache=4 * PAGE), FailingDriver, error)
 
 
+@pytest.mark.parametrize("at", [0, 1, 5, 20])
+@pytest.mark.parametrize("name", ISSUERS)
+def test_close_on_a_device_that_fails_for_good(name: str, at: int) -> None:
+    """As after a kernel that faulted: a sentence, the door shut, no thread left; the rest once the device is back."""
+    changed = {"launching thread": {}, "thread": {"slice_bytes": 64}, "native thread": {}}[name]
+    group = Group(replace(PAIR, **changed), ISSUERS[name][1])  # type: ignore[arg-type]
+    other = group.others[0]
+    with CallFault(group.driver, at, sticky=True), pytest.raises(DriverError, match="INJECTED"):
+        group.runtime.close()
+    alive, threads = other.peers()[0], [each for each in group.runtime.ledger.open() if each.startswith("threads")]
+    group.close()
+    assert not alive, "the others see this rank alive"
+    assert not threads, f"close left {threads}"
+
+
 @pytest.mark.parametrize("subject", [Pass, PassGoneOn])
 @pytest.mark.parametrize("order", [IN_ORDER, OUT_OF_ORDER], ids=["in order", "out of order"])
 def test_a_callback_of_the_native_thread(subject: type[Any], order: list[int]) -> None:

@@ -44,12 +44,15 @@ class CallFault:
     ``sticky``, as on a CUDA device after a kernel that faulted. What is no `DriverError` is raised in the thread that
     makes this object only: no signal's handler runs in another."""
 
-    def __init__(self, driver: FailingDriver, at: int, error: type[BaseException] = DriverError) -> None:
+    def __init__(
+        self, driver: FailingDriver, at: int, error: type[BaseException] = DriverError, *, sticky: bool = False
+    ) -> None:
         self.seen = 0
         self.where: str | None = None
         self._driver = driver
         self._at = at
         self._error = error
+        self._sticky = sticky
         self._thread = threading.get_ident()
         self._lock = threading.Lock()
 
@@ -65,7 +68,7 @@ class CallFault:
             return
         with self._lock:
             self.seen += 1
-            if self.seen != self._at + 1:
+            if self.seen <= self._at or (self.where is not None and not self._sticky):
                 return
             self.where = f"the driver's {call}"
         if self._error is DriverError:
