@@ -14,7 +14,8 @@ help:
 	@echo "make doctor       say what this machine can do, and why not"
 	@echo "make test         run all tests, ruff and mypy among them"
 	@echo "make test-sglang  run the tests with every SGLang that is supported, in environments of their own"
-	@echo "make soak         100,000 passes of a small group, whose ranks are killed and come back: nothing may grow"
+	@echo "make soak         100,000 passes of a small group, whose ranks are killed and come back: nothing may grow;"
+	@echo "                  an hour of random walks; an exception at every point of every call"
 	@echo "make fuzz         a million inputs for each thing that is read of what others wrote"
 	@echo "make mutants      seed bugs one by one, and see that the tests find each"
 	@echo "make docs         build the pages and the reference into site/"
@@ -35,6 +36,8 @@ test-sglang: $(INSTALLED)
 
 soak: $(INSTALLED)
 	$(VENV)/bin/python tests/soak.py $(ARGS)
+	$(VENV)/bin/python tests/walks.py --seconds 3600
+	EVERY_POINT=1 $(VENV)/bin/python -m pytest --timeout 7200 tests/property/test_interrupts.py
 
 fuzz: $(INSTALLED)
 	@$(VENV)/bin/pip install --quiet atheris

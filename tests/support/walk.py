@@ -1,0 +1,619 @@
+"""A random walk over everything that a group can be told, judged by what the documentation says, and by nothing else.
+
+One seed is one walk: the config, the layers, the steps and their bytes. `Walk` keeps a model of the group: which ranks
+are there, what is acquired, which bytes every layer has. What a call returns or refuses is compared with it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from support.drivers import NativeDriver
+from support.groups import PAGE
+from support.ranks import Bytes, InProcess, InThread, Outcome, Shape, Side, digest
+from vmm_dwdp import HOST, DWDPConfig, ExpertPlacement
+from vmm_dwdp.allocator import HAS_NATIVE_THREAD
+
+SOON: Final = 0.25  # seconds: how long is waited for a rank that does not come
+LATE: Final = 30.0  # seconds: for one that does
+REFUSED: Final = {"ConfigError", "StateError", "ExchangeError", "DriverError"}
+NUMBERS: Final = {"uint8": 1, "bfloat16": 2, "float32": 4}  # bytes an element
+
+
+class Wrong(AssertionError):
+    """The group did what the documentation does not say."""
+
+
+@dataclass
+class Rank:
+    """What is known of one rank.
+
+    Attributes:
+        acquired: by layer, the mode that was asked for: which one ``auto`` chose is not known.
+        barred: whether it must refuse to read, because an update broke off.
+        kept: whether somebody holds a tensor.
+        acquires: that succeeded since it was published.
+    """
+
+    number: int
+    there: InThread | InProcess
+    state: str = "set-up"  # then "running", then "closed" or "dead", and "gone" at the end
+    acquired: dict[int, str] = field(default_factory=dict)
+    barred: bool = False
+    kept: bool = False
+    acquires: int = 0
+
+
+class Walk:
+    """One group, from set-up to close."""
+
+    def __init__(self, seed: int, *, processes: bool = False) -> None:
+        self.chance = random.Random(seed)
+        self.seed = seed
+        self.processes = processes
+        self.steps: list[str] = []
+        self.config, self.layers = self._group()
+        self.numbers = list(self.layers)
+        self.model = self._bytes(list(self._weights()))
+        self.candidates: list[Bytes] = [self.model]  # one of these; several after an update that broke off
+        self.native = HAS_NATIVE_THREAD and not processes and self.chance.random() < 0.3
+
+    # -- what is drawn -------------------------------------------------------------------------------------------------
+    def _group(self) -> tuple[DWDPConfig, dict[int, dict[str, Shape]]]:
+        chance = self.chance
+        size = chance.randint(2, 3) if self.processes else chance.randint(1, 3)
+        assembly: Any = "vmm" if self.processes or chance.random() < 0.85 else "tensor_list"
+        experts = chance.randint(1, 9)
+        hosted = chance.randint(0, experts) if assembly == "vmm" and chance.random() < 0.7 else 0
+        least = -(-(experts - hosted) // size)
+        mode: Any = chance.choice(["staged", "in_place", "auto"]) if assembly == "vmm" else "staged"
+        in_place = mode != "staged"
+        config = DWDPConfig(
+            group_size=size,
+            num_local_experts=chance.choice([None, chance.randint(least, experts - hosted)]),
+            prefetch_depth=chance.randint(0 if mode == "in_place" else 1, 3),
+            slice_bytes=chance.choice(["auto", 256, 4096]),
+            host_experts=hosted,
+            assembly=assembly,
+            mode=mode,
+            resident_cache=chance.choice([0, 4, 50]) * PAGE if in_place else 0,
+            checksums=chance.random() < 0.6,
+        )
+        weights = {
+            f"w{i}": (chance.randint(1, 2600), chance.choice(list(NUMBERS))) for i in range(chance.randint(1, 2))
+        }
+        growth = chance.choice([0, 0, 301])
+        layers = {
+            3 * index + 1: {
+                name: ((experts, count + index * growth), dtype) for name, (count, dtype) in weights.items()
+            }
+            for index in range(chance.randint(1, 5))
+        }
+        return config, layers  # type: ignore[return-value]
+
+    def _weights(self) -> list[tuple[int, str]]:
+        return [(number, name) for number, weights in self.layers.items() for name in weights]
+
+    def _bytes(self, keys: list[tuple[int, str]]) -> Bytes:
+        """Random ones."""
+
+        def nbytes(shape: tuple[int, ...], dtype: str) -> int:
+            return shape[0] * shape[1] * NUMBERS[dtype]
+
+        return {(number, name): self.chance.randbytes(nbytes(*self.layers[number][name])) for number, name in keys}
+
+    # -- the walk ------------------------------------------------------------------------------------------------------
+    def run(self, steps: int) -> None:
+        """Raises `Wrong`, with the steps so far."""
+        with tempfile.TemporaryDirectory() as directory:
+            self.directory = directory
+            self.ranks = [self._enter(number) for number in range(self.config.group_size)]
+            try:
+                self._set_up()
+                for _ in range(steps):
+                    self._step()
+                self._end()
+            except Wrong as wrong:
+                raise Wrong(f"{wrong}\n{self}") from None
+            finally:
+                for rank in self.ranks:
+                    self._abandon(rank)
+
+    def __str__(self) -> str:
+        """How it came to this."""
+        tail = "\n  ".join(self.steps[-12:])
+        return f"seed {self.seed}, {len(self.steps)} steps, {self.config}, layers {self.layers}; the latest:\n  {tail}"
+
+    def _side(self, number: int) -> Side:
+        return Side(self.config, number, self.directory, self.layers, NativeDriver if self.native else None)
+
+    def _enter(self, number: int) -> Rank:
+        side = self._side(number)
+        return Rank(number, InProcess(side) if self.processes else InThread(side))
+
+    def _abandon(self, rank: Rank) -> None:
+        if rank.state != "gone":
+            if rank.state != "dead":
+                rank.there.begin("forget")()
+                rank.there.begin("close")()
+            rank.there.end()
+            rank.state = "gone"
+
+    def _begin(self, rank: Rank, command: str, *arguments: Any, **options: Any) -> Callable[[], Outcome]:
+        stated = [repr(each) for each in arguments if not isinstance(each, dict)]
+        stated += [f"{name}={value!r}" for name, value in options.items() if value is not None]
+        step = f"rank {rank.number}: {command}({', '.join(stated)})"
+        self.steps.append(step)
+        place = len(self.steps) - 1
+        begun = rank.there.begin(command, *arguments, **options)
+
+        def result() -> Outcome:
+            outcome = begun()
+            self.steps[place] = f"{step} -> {outcome.kind} {str(outcome.told)[:300]}"
+            if outcome.kind == "raw":
+                raise Wrong(f"{step} ended in an exception that is none of the library's:\n{outcome.told}")
+            return outcome
+
+        return result
+
+    def tell(self, rank: Rank, command: str, *arguments: Any, **options: Any) -> Outcome:
+        return self._begin(rank, command, *arguments, **options)()
+
+    def _must(self, outcome: Outcome, *kinds: str) -> Any:
+        """What it returned or was refused by, if it ended in one of these ways."""
+        if outcome.kind not in kinds:
+            raise Wrong(f"expected {' or '.join(kinds)}, not {outcome.kind}: {outcome.told}")
+        return outcome.told
+
+    def _done(self, rank: Rank, command: str, *arguments: Any, **options: Any) -> Any:
+        return self._must(self.tell(rank, command, *arguments, **options), "done")
+
+    def _set_up(self) -> None:
+        for rank in self.ranks:
+            self._done(rank, "make")
+            if self.chance.random() < 0.2:
+                self._must(self.tell(rank, "call", "publish", timeout=SOON), "ConfigError")  # it has no layer
+            for number in self.numbers:
+                self._done(rank, "add_layer", number)
+            for _ in range(self.chance.choice([0, 0, 2])):
+                self._early(rank)
+            self._done(rank, "fill", self.model)
+        publishing = [self._begin(rank, "call", "publish", timeout=LATE) for rank in self.ranks]
+        for rank, published in zip(self.ranks, publishing, strict=True):
+            self._must(published(), "done")
+            rank.state = "running"
+
+    def _early(self, rank: Rank) -> None:
+        """A call that comes too early, or has an argument that cannot be."""
+        what = self.chance.choice(["call", "set up", "stats"])
+        if what == "stats":
+            if self._done(rank, "stats") != (0, 0):
+                raise Wrong("something was counted before publish")
+        elif what == "call":
+            self._must(self._refused_call(rank), "StateError")
+        else:
+            bad = ["add again", "no layer", "no weight", "no owner", "owner in words", "no experts", "nobody's experts"]
+            self._must(self.tell(rank, "bad_set_up", self.chance.choice(bad)), "ConfigError")
+
+    def _refused_call(self, rank: Rank) -> Outcome:
+        """Any call that needs a published runtime."""
+        layer = self.chance.choice(self.numbers)
+        calls: list[tuple[Any, ...]] = [
+            ("acquire", layer),
+            ("release", layer),
+            ("call", "reset"),
+            ("update", {}, None, SOON),
+            ("call", "refresh_cache"),
+            ("call", "check_integrity"),
+            ("tensor_list", layer, "w0"),
+            ("traced", [], False),
+            ("call", "peers", 0.1),
+        ]
+        if rank.state != "set-up":
+            calls += [
+                ("shard_late",),
+                ("add_layer", 77) if 77 in self.layers else ("call", "publish"),
+                ("call", "rejoin"),
+            ]
+        return self.tell(rank, *self.chance.choice(calls))
+
+    def _step(self) -> None:
+        rank = self.chance.choice(self.ranks)
+        if rank.state == "closed":
+            self._after_close(rank)
+            return
+        if rank.state == "dead":
+            if self.chance.random() < 0.3:
+                self._return(rank)
+            return
+        steps: dict[Callable[[Rank], None], int] = {
+            self._pass: 30,
+            self._acquire: 20,
+            self._release: 12,
+            self._reset: 4,
+            self._update: 5,
+            self._missed_update: 1,
+            self._bad_update: 2,
+            self._refresh: 6,
+            self._integrity: 5,
+            self._tensor_list: 3,
+            self._stats: 3,
+            self._trace: 2,
+            self._peers: 2,
+            self._too_late: 2,
+            self._abandoned: 2,
+            self._impostor: 1,
+            self._close: 1,
+            self._death: 2 * self.processes,
+        }
+        self.chance.choices(list(steps), list(steps.values()))[0](rank)
+
+    # -- passes --------------------------------------------------------------------------------------------------------
+    def _modes(self) -> list[str]:
+        return ["staged"] * bool(self.config.prefetch_depth) + ["in_place"] * (self.config.mode != "staged")
+
+    def _offered(self, mode: str) -> bool:
+        return mode in self._modes() or (mode == "auto" and len(self._modes()) == 2)
+
+    def _pass(self, rank: Rank) -> None:
+        order = list(self.numbers)
+        if self.chance.random() < 0.4:
+            order = self.chance.choices(order, k=self.chance.randint(1, 2 * len(order)))
+        mode = self.chance.choice([None, *self._modes()])
+        tokens = self.chance.choice([1, 3, 50, 400])
+        for layer in order:
+            if self._acquired(rank, layer, mode, tokens=tokens, chosen=self._chosen()):
+                self._must(self.tell(rank, "release", layer), "done")
+                del rank.acquired[layer]
+
+    def _chosen(self) -> Any:
+        experts = next(iter(self.layers.values()))["w0"][0][0]
+        if self.chance.random() < 0.5:
+            return None
+        favourite = self.chance.randrange(experts)
+        return [[self.chance.choice([favourite, -1, self.chance.randrange(experts)])] for _ in range(20)]
+
+    def _acquire(self, rank: Rank) -> None:
+        layer = self.chance.choice(self.numbers * 4 + [99, -1, None])
+        mode = self.chance.choice([None, None, "staged", "in_place", "auto", "fast"])
+        tokens = self.chance.choice([None, 0, 1, 30, 500])
+        top_k = self.chance.choice([None, None, 0, 1, 2, 100])
+        keep = self.chance.random() < 0.02
+        self._acquired(rank, layer, mode, tokens=tokens, top_k=top_k, chosen=self._chosen(), keep=keep)
+
+    def _acquired(self, rank: Rank, layer: Any, mode: str | None, **options: Any) -> bool:
+        """Acquire, judged; whether it succeeded."""
+        outcome = self.tell(rank, "acquire", layer, mode=mode, **options)
+        asked = mode or self.config.mode
+        kinds = self._allowed(rank, layer, asked, options.get("tokens"))
+        found = self._must(outcome, *kinds)
+        if outcome.kind != "done":
+            return False
+        self._compare(layer, found)
+        rank.acquired[layer] = asked
+        rank.acquires += 1
+        rank.kept |= bool(options.get("keep"))
+        return True
+
+    def _allowed(self, rank: Rank, layer: Any, asked: str, tokens: int | None) -> set[str]:
+        """How an acquire may end."""
+        if rank.barred:
+            return {"StateError"} if layer in self.numbers else {"ConfigError", "StateError"}
+        if layer not in self.numbers:
+            return {"ConfigError"}
+        refusals = set()
+        if not self._offered(asked):
+            refusals.add("ConfigError")
+        if asked == "auto" and tokens is None and self.numbers.index(layer) == 0:
+            refusals.add("ConfigError")
+        if layer in rank.acquired:
+            refusals.add("StateError")
+        depth = min(self.config.prefetch_depth, len(self.numbers))
+        unsure = False
+        if depth and asked != "in_place":
+            slot = self.numbers.index(layer) % depth
+            for other, mode in rank.acquired.items():
+                if other != layer and self.numbers.index(other) % depth == slot and mode != "in_place":
+                    if "auto" in (mode, asked):
+                        unsure = True
+                    else:
+                        refusals.add("StateError")
+        if unsure:
+            return {*refusals, "StateError"} | (set() if refusals else {"done"})
+        return refusals or {"done"}
+
+    def _compare(self, layer: int, found: dict[str, str]) -> None:
+        """Every byte, with what the candidates have; those that do not fit are none any more."""
+        fitting = [
+            model
+            for model in self.candidates
+            if found == {name: digest(model[layer, name]) for name in self.layers[layer]}
+        ]
+        if not fitting:
+            raise Wrong(f"layer {layer} has other bytes than the model")
+
+    def _release(self, rank: Rank) -> None:
+        layer = self.chance.choice(list(rank.acquired) * 3 + [*self.numbers, 99])
+        kinds = ["done"] if layer in rank.acquired else ["StateError"] if layer in self.numbers else ["ConfigError"]
+        if rank.barred:
+            kinds.append("StateError")
+        if self.tell_kind(self.tell(rank, "release", layer), kinds) == "done":
+            del rank.acquired[layer]
+
+    def tell_kind(self, outcome: Outcome, kinds: list[str]) -> str:
+        self._must(outcome, *kinds)
+        return outcome.kind
+
+    def _reset(self, rank: Rank) -> None:
+        self._done(rank, "call", "reset")
+        rank.acquired.clear()
+
+    def _abandoned(self, rank: Rank) -> None:
+        """A forward pass that fails inside ``with runtime.layer``: its own exception, and the layer is released."""
+        layer = self.chance.choice(self.numbers)
+        outcome = self.tell(rank, "abandoned", layer, tokens=5)
+        allowed = self._allowed(rank, layer, self.config.mode, 5)
+        if outcome.kind == "DWDPError":
+            if "done" not in allowed:
+                raise Wrong("layer() began, which acquire must refuse")
+            rank.acquires += 1
+        else:
+            self._must(outcome, *(allowed - {"done"}))
+
+    # -- between passes ------------------------------------------------------------------------------------------------
+    def _refresh(self, rank: Rank) -> None:
+        outcome = self.tell(rank, "call", "refresh_cache")
+        held = set(rank.acquired.values())
+        if not self.config.resident_cache:
+            kinds = {"ConfigError"}
+        elif "in_place" in held:
+            kinds = {"StateError"}
+        else:
+            kinds = {"done", "StateError"} if "auto" in held else {"done"}
+        self._must(outcome, *kinds, *(["StateError"] if rank.barred else []))
+
+    def _integrity(self, rank: Rank) -> None:
+        if rank.acquired or rank.barred:
+            return
+        verify = self.chance.random() < 0.5
+        outcome = self.tell(rank, "call", "check_integrity", verify=verify)
+        self._must(outcome, "done" if self.config.checksums or not verify else "ConfigError")
+
+    def _tensor_list(self, rank: Rank) -> None:
+        """Valid between acquire and release; of no interest otherwise, unless there is no such."""
+        layer, name = self.chance.choice([*self._weights(), (99, "w0"), (self.numbers[0], "no such")])
+        outcome = self.tell(rank, "tensor_list", layer, name)
+        if (layer, name) not in self.model:
+            self._must(outcome, "ConfigError", *(["StateError"] if rank.barred else []))
+        elif rank.acquired.get(layer) == "staged":
+            found = self._must(outcome, "done")
+            if not any(found == digest(model[layer, name]) for model in self.candidates):
+                raise Wrong(f"tensor_list of layer {layer} has other bytes than the model")
+        elif outcome.kind == "done" and layer in rank.acquired:
+            if not any(outcome.told == digest(model[layer, name]) for model in self.candidates):
+                raise Wrong(f"tensor_list of layer {layer}, acquired {rank.acquired[layer]}, has other bytes")
+        else:
+            self._must(outcome, "done", "StateError")
+
+    def _stats(self, rank: Rank) -> None:
+        counted, _ = self._done(rank, "stats")
+        if counted != rank.acquires:
+            raise Wrong(f"stats count {counted} hits, misses and layers in place, but there were {rank.acquires}")
+
+    def _trace(self, rank: Rank) -> None:
+        nested = self.chance.random() < 0.3
+        if rank.acquired or rank.barred:
+            return
+        layers = self.chance.choices(self.numbers, k=3)
+        outcome = self.tell(rank, "traced", layers, nested)
+        if nested or not self.config.prefetch_depth:
+            self._must(outcome, "StateError")
+        elif not self._must(outcome, "done"):
+            raise Wrong("the trace is empty")
+        else:
+            rank.acquires += len(layers)
+
+    def _peers(self, rank: Rank) -> None:
+        expected = {other.number: other.state == "running" for other in self.ranks if other is not rank}
+        if (found := self._done(rank, "call", "peers", timeout=LATE)) != expected:
+            raise Wrong(f"peers says {found}, not {expected}")
+
+    def _too_late(self, rank: Rank) -> None:
+        calls: list[tuple[Any, ...]] = [("shard_late",), ("add_layer", self.numbers[0])]
+        calls += [("call", "publish", SOON), ("call", "rejoin", SOON)]
+        self._must(self.tell(rank, *self.chance.choice(calls)), "StateError")
+
+    # -- together ------------------------------------------------------------------------------------------------------
+    def _changed(self) -> tuple[Bytes, list[Any] | None]:
+        """New bytes of some weights, and whose of them are written."""
+        keys = self._weights()
+        chosen = self.chance.sample(keys, self.chance.randint(0 if self.chance.random() < 0.2 else 1, len(keys)))
+        new = self._bytes(chosen)
+        experts = next(iter(self.layers.values()))["w0"][0][0]
+        placement = ExpertPlacement(experts, self.config)
+        owned = {owner: placement.experts(owner) for owner in [*range(self.config.group_size), HOST]}
+        disjoint = sum(map(len, owned.values())) == experts
+        if not disjoint or self.chance.random() < 0.5:
+            return new, None
+        owners = self.chance.sample(list(owned), self.chance.randint(0, len(owned)))
+        mixed = {}
+        for key, data in new.items():
+            each = len(data) // experts
+            rows = [
+                (data if any(expert in owned[owner] for owner in owners) else self.model[key])[row : row + each]
+                for expert, row in enumerate(range(0, len(data), each))
+            ]
+            mixed[key] = b"".join(rows)
+        return mixed, owners
+
+    def _update(self, rank: Rank) -> None:
+        """By all ranks, where they all can."""
+        everybody = all(each.state == "running" for each in self.ranks)
+        holding = [each for each in self.ranks if each.acquired]
+        for each in holding:
+            if self.chance.random() < 0.8 or len(self.ranks) > 1:
+                self._reset(each)
+        new, owners = self._changed()
+        if any(each.barred for each in self.ranks):
+            new, owners = self._bytes(self._weights()), None  # a weight that is not written could be half of each
+        if not everybody:
+            self._together([each for each in self.ranks if each.state == "running"], new, owners, SOON)
+            return
+        if any(each.acquired for each in self.ranks):
+            self._must(self.tell(rank, "update", new, owners, SOON), "StateError")
+            return
+        updating = [self._begin(each, "update", new, owners, LATE) for each in self.ranks]
+        if self.processes and self.chance.random() < 0.3:
+            self._dies_in_update(self.chance.choice(self.ranks), updating, {**self.model, **new})
+            return
+        for updated in updating:
+            self._must(updated(), "done")
+        self.model = {**self.model, **new}
+        self.candidates = [self.model]
+        for each in self.ranks:
+            each.barred = False
+
+    def _dies_in_update(self, dying: Rank, updating: list[Callable[[], Outcome]], new: Bytes) -> None:
+        """By all ranks or by none; where it is neither, the others read nothing until another succeeds."""
+        self._kill(dying)
+        survivors = [(each, updated) for each, updated in zip(self.ranks, updating, strict=True) if each is not dying]
+        written: set[bool | None] = set()
+        for each, updated in survivors:
+            outcome = updated()
+            sentence = self._must(outcome, "done", "ExchangeError")
+            if outcome.kind == "done":
+                each.barred = False
+                written.add(True)
+            elif sentence.startswith("nothing was written"):
+                written.add(False)
+            else:
+                each.barred = True
+                written.add(None)
+        if {True, False} <= written:
+            raise Wrong("one rank says that nothing was written, and another has updated")
+        if True in written:
+            self.candidates = [new]
+        elif None in written:
+            self.candidates = [self.model, new]
+        self.model = self.candidates[-1]
+
+    def _kill(self, rank: Rank) -> None:
+        assert isinstance(rank.there, InProcess)
+        self.steps.append(f"rank {rank.number} is killed")
+        rank.there.kill()
+        rank.state, rank.barred = "dead", False
+        rank.acquired.clear()
+        rank.kept = False
+
+    def _death(self, rank: Rank) -> None:
+        self._kill(rank)
+
+    def _together(self, ranks: list[Rank], new: Bytes, owners: list[Any] | None, timeout: float) -> None:
+        """An update that cannot succeed, because somebody is missing."""
+        updating = [self._begin(each, "update", new, owners, timeout) for each in ranks]
+        outcomes = [updated() for updated in updating]
+        for each, outcome in zip(ranks, outcomes, strict=True):
+            sentence = self._must(outcome, "ExchangeError")
+            if not sentence.startswith("nothing was written") and not each.barred:
+                raise Wrong(f"an update without some rank wrote: {sentence}")
+
+    def _missed_update(self, rank: Rank) -> None:
+        """One rank, or more, does not come."""
+        running = [each for each in self.ranks if each.state == "running"]
+        if len(self.ranks) == 1:
+            return
+        coming = self.chance.sample(running, self.chance.randint(1, len(running)))
+        if len(coming) == len(self.ranks):
+            coming.pop()
+        for each in coming:
+            if each.acquired:
+                self._reset(each)
+        new, owners = self._changed()
+        self._together(coming, new, owners, SOON)
+
+    def _bad_update(self, rank: Rank) -> None:
+        what = self.chance.choice(["shape", "dtype", "layer", "weight", "owner", "no owner", "no tensor"])
+        self._must(self.tell(rank, "bad_update", what), "ConfigError")
+
+    # -- coming and going ----------------------------------------------------------------------------------------------
+    def _impostor(self, rank: Rank) -> None:
+        """Another that says it is this rank, which is alive."""
+        if self.processes:
+            return
+        other = self._enter(rank.number)
+        try:
+            self._done(other, "make")
+            for number in self.numbers:
+                self._done(other, "add_layer", number)
+            self._must(self.tell(other, "call", "rejoin", timeout=SOON), "StateError")
+            if left := self._done(other, "close"):
+                raise Wrong(f"an impostor left {left}")
+        finally:
+            self._abandon(other)
+
+    def _close(self, rank: Rank) -> None:
+        left = self._done(rank, "close")
+        if rank.kept:
+            self._done(rank, "forget")
+            left = self._done(rank, "close")
+        if left:
+            raise Wrong(f"close left {left}")
+        rank.state = "closed"
+        rank.acquired.clear()
+
+    def _after_close(self, rank: Rank) -> None:
+        """Nothing but `stats` and `close`; or a new one takes its place."""
+        what = self.chance.choice(["refused", "stats", "close", "rejoin"])
+        if what == "refused":
+            self._must(self._refused_call(rank), "StateError")
+        elif what == "stats":
+            self._done(rank, "stats")
+        elif what == "close":
+            if self._done(rank, "close"):
+                raise Wrong("there is something left after another close")
+        elif self.chance.random() < 0.5:
+            self._return(rank)
+
+    def _return(self, rank: Rank) -> None:
+        """A new one takes the place of this rank, which has left or died."""
+        self._abandon(rank)
+        new = self._enter(rank.number)
+        self.ranks[rank.number] = new
+        self._done(new, "make")
+        for number in self.numbers:
+            self._done(new, "add_layer", number)
+        others = any(each.state == "running" for each in self.ranks)
+        outcome = self.tell(new, "call", "rejoin", timeout=LATE if others else SOON)
+        if self.config.assembly == "tensor_list":
+            self._must(outcome, "StateError", *([] if others else ["ExchangeError"]))
+            new.state = "closed"
+        elif others:
+            self._must(outcome, "done")
+            new.state = "running"
+            new.barred = any(each.barred for each in self.ranks if each is not new)
+        else:
+            self._must(outcome, "ExchangeError")
+            new.state = "closed"
+
+    def _end(self) -> None:
+        for rank in self.ranks:
+            if rank.state == "running":
+                if not rank.barred:
+                    self._done(rank, "call", "reset")
+                    rank.acquired.clear()
+                    for layer in self.numbers:
+                        if self._acquired(rank, layer, None, tokens=9):
+                            self._release_of(rank, layer)
+                self._close(rank)
+        left = [] if any(rank.state == "dead" for rank in self.ranks) else os.listdir(self.directory)
+        if left:
+            raise Wrong(f"the rendezvous has {left} at the end")
+
+    def _release_of(self, rank: Rank, layer: int) -> None:
+        self._must(self.tell(rank, "release", layer), "done")
+        del rank.acquired[layer]
