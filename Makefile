@@ -7,7 +7,7 @@ VENV := .venv
 INSTALLED := $(VENV)/installed
 TORCH := $(shell nvidia-smi -L >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 
-.PHONY: help demo doctor test test-sglang docs soak fuzz mutants dist dist-test clean
+.PHONY: help demo doctor test test-sglang docs soak explore fuzz mutants dist dist-test clean
 
 help:
 	@echo "make demo         run a model with its experts spread over four ranks, and compare it with the whole model"
@@ -15,6 +15,7 @@ help:
 	@echo "make test         run all tests, ruff and mypy among them"
 	@echo "make test-sglang  run the tests with every SGLang that is supported, in environments of their own"
 	@echo "make soak         100,000 passes of a small group, whose ranks are killed and come back: nothing may grow"
+	@echo "make explore      millions of orders in which ranks agree, give up, die and come back: none may go wrong"
 	@echo "make fuzz         a million inputs for each thing that is read of what others wrote"
 	@echo "make mutants      seed bugs one by one, and see that the tests find each"
 	@echo "make docs         build the pages and the reference into site/"
@@ -35,6 +36,9 @@ test-sglang: $(INSTALLED)
 
 soak: $(INSTALLED)
 	$(VENV)/bin/python tests/soak.py $(ARGS)
+
+explore: $(INSTALLED)
+	PYTHONPATH=tests $(VENV)/bin/python -m support.agreement_explorer $(ARGS)
 
 fuzz: $(INSTALLED)
 	@$(VENV)/bin/pip install --quiet atheris

@@ -134,37 +134,48 @@ class DWDPRuntime:
         """The owners whose memory this rank creates: itself, and on rank 0 the pool of host memory if there is one."""
         return self._membership.held_owners
 
-    def publish(self, timeout: float = 60.0) -> None:
+    def publish(self, timeout: float = 60.0, *, revision: str | None = None) -> None:
         """Serve this rank's shards, map those of the others, and start prefetching.
 
         Waits for the device, and at most ``timeout`` seconds for the other ranks; as long may a request of another rank
         take from then on. When it returns, every rank has what it needs, and none depends on another's being alive. If
         it raises, the runtime is closed and nothing stays allocated.
 
+        Args:
+            revision: what the shards were filled from, for example the commit of a checkpoint. Any string, equal on all
+                ranks: otherwise publish is refused on every rank, as experts of several checkpoints would be mixed.
+
         Raises:
             ConfigError: there is no layer; the layers need more mappings or descriptors than a process can have; or the
                 resident cache does not fit.
-            ExchangeError: a rank, which is named, did not come in time or has a different config.
+            ExchangeError: a rank, which is named, did not come in time, or has a different config, different layers or
+                another ``revision``.
             DriverError: memory could not be had.
             StateError: published before.
         """
         with self._ready_afterwards("publish"):
-            self._membership.publish(timeout)
+            self._membership.publish(timeout, revision)
 
-    def rejoin(self, timeout: float = 60.0) -> None:
+    def rejoin(self, timeout: float = 60.0, *, revision: str | None = None) -> None:
         """Instead of filling shards and `publish`: take the place of a rank of the same number that has died.
 
         A living rank hands over the dead one's memory, filled as it was; nothing is read from a checkpoint, and the
-        others go on meanwhile. If it raises, the runtime is closed and nothing stays allocated.
+        others go on meanwhile. Where the rank may have died while an update was written, or a living one does not tell
+        in its part of ``timeout``, no layer can be acquired here until an `update` succeeds to which this rank gives
+        all of its shards. If it raises, the runtime is closed and nothing stays allocated.
+
+        Args:
+            revision: as the group's ranks gave it to `publish`.
 
         Raises:
             ConfigError: there is no layer.
-            ExchangeError: no living rank holds what this rank needs, or their configs or layers differ.
+            ExchangeError: no living rank holds what this rank needs; or their configs, layers or ``revision`` differ;
+                or they are not published.
             StateError: a rank of this number is alive; or published before; or with ``assembly: tensor_list``, whose
                 memory goes with the process that created it.
         """
         with self._ready_afterwards("rejoin"):
-            self._membership.rejoin(timeout)
+            self._membership.rejoin(timeout, revision)
 
     @contextmanager
     def _ready_afterwards(self, call: str) -> Iterator[None]:
@@ -192,7 +203,8 @@ class DWDPRuntime:
                 returns. Where neighbours overlap, the owners of an expert must be given equal bytes.
 
         Raises:
-            ConfigError: a key or a tensor does not fit; nothing was said to others.
+            ConfigError: a key or a tensor does not fit, or one is missing that an update which did not end well may
+                have begun to write; nothing was said to others.
             ExchangeError: a rank, which is named, did not come in time. If it says that nothing was written, the group
                 is as it was. Otherwise a rank left midway, and no layer can be acquired until an `update` succeeds.
             StateError: a layer is acquired.
@@ -202,6 +214,7 @@ class DWDPRuntime:
         self._thread = threading.local()  # so that the next acquire asks whether weights are whole
         for (layer, weight, owner), value in shards.items():
             self._membership.require_fits(self._layers.with_weight(layer, weight), weight, owner, value)
+        self._membership.require_covers(shards)
         with self._passes.suspended():
             self._membership.update(shards, time.monotonic() + timeout)
 
