@@ -103,7 +103,7 @@ class Explorer:
                 yield from self.steps(state._replace(switches=switches, running=index), index)
             if state.faults and rank.doing != "dead":
                 yield from self._faults(state._replace(faults=state.faults - 1), index)
-        for word in state.late:
+        for word in sorted(state.late):
             yield self._arrive(state, word)
 
     def steps(self, state: State, index: int, *, begins: bool = True) -> Iterator[State]:
