@@ -7,7 +7,7 @@ VENV := .venv
 INSTALLED := $(VENV)/installed
 TORCH := $(shell nvidia-smi -L >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 
-.PHONY: help demo doctor test test-sglang docs soak fuzz mutants dist dist-test clean
+.PHONY: help demo doctor test test-sglang docs soak explore fuzz mutants dist dist-test clean
 
 help:
 	@echo "make demo         run a model with its experts spread over four ranks, and compare it with the whole model"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-sglang  run the tests with every SGLang that is supported, in environments of their own"
 	@echo "make soak         100,000 passes of a small group, whose ranks are killed and come back: nothing may grow;"
 	@echo "                  an hour of random walks; an exception at every point of every call"
+	@echo "make explore      millions of orders in which ranks agree, give up, die and come back: none may go wrong"
 	@echo "make fuzz         a million inputs for each thing that is read of what others wrote"
 	@echo "make mutants      seed bugs one by one, and see that the tests find each"
 	@echo "make docs         build the pages and the reference into site/"
@@ -38,6 +39,9 @@ soak: $(INSTALLED)
 	$(VENV)/bin/python tests/soak.py $(ARGS)
 	$(VENV)/bin/python tests/walks.py --seconds 3600
 	EVERY_POINT=1 $(VENV)/bin/python -m pytest --timeout 7200 tests/property/test_interrupts.py
+
+explore: $(INSTALLED)
+	PYTHONPATH=tests $(VENV)/bin/python -m support.agreement_explorer $(ARGS)
 
 fuzz: $(INSTALLED)
 	@$(VENV)/bin/pip install --quiet atheris

@@ -1,51 +1,49 @@
-"""Who holds what, and handing over the memory: every rank serves its shares on a Unix socket of a private directory.
+"""Who holds what, and handing over the memory; what the ranks say to each other, and what they agree on.
 
 There is no collective. A rank asks each holder for what it needs, waits until a deadline, and names the rank that did
-not answer. When it has all it needs it says so to every other rank, and waits to hear the same from them: from then on
-it may leave or die without harm to anybody.
+not answer. Shares come as descriptors beside the answer, or as hexadecimal bytes inside it. What must be done by all or
+by none is an attempt, to which all bind themselves first: see [Note: Names of attempts].
 
-A request is a JSON object with the token of the rendezvous. The answer is a JSON object with the shares as descriptors
-beside it, or as hexadecimal bytes inside it, or with the sentence of a refusal.
+A group is published under the name of that attempt, and has it from then on: what a process of another group says, be
+it one that failed to publish before, or was started anew where it should have rejoined, counts for nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import hmac
+import hashlib
 import json
-import os
-import socket
-import stat
+import secrets
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, Literal, get_args
 
-from vmm_dwdp.allocator.handles import Descriptor, Ledger
-from vmm_dwdp.allocator.sharing import peer_uid, receive, send
+from vmm_dwdp.agreement import Agreement, Answer, Vector, Word
+from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.assembly import Share, close_shares
-from vmm_dwdp.errors import DWDPError, ExchangeError
+from vmm_dwdp.errors import DriverError, DWDPError, ExchangeError
 from vmm_dwdp.placement import HOST, Owner
 from vmm_dwdp.rendezvous import Rendezvous
+from vmm_dwdp.transport import Message, Refused, Transport
 
-PROTOCOL_VERSION: Final = 1
-MAX_REQUEST_NBYTES: Final = 4096
-MAX_CLIENTS: Final = 64  # at one time; more wait in the kernel's queue
+PROTOCOL_VERSION: Final = 2
+PUBLISHING: Final = ""  # in the place of a group's name
 _SHARE_NBYTES: Final = 1024  # generous for one token in an answer
 _VALUE_NBYTES: Final = 32  # for one checksum
-_RETRY_SECONDS: Final = 0.01
+_NONCE_NBYTES: Final = 6
 _LOOK_SECONDS: Final = 0.25  # how often a rank that waits for others looks whether they are alive
 
-Ask = Literal["shares", "checksums", "say", "unsay", "bind", "alive"]
+Ask = Literal["shares", "checksums", "say", "bind", "step", "alive"]
+_WORDS: Final = ("say", "bind", "step")
 
 
 class Exchange:
-    """One rank's door: what it serves to others, and what it asks of them.
+    """What one rank asks of the others, and answers them.
 
     Args:
         fingerprint: equal on two ranks exactly if their configs and layers are.
+        revision: equal on two ranks exactly if they were given the same checkpoint, as far as is known.
         group_size: how many ranks there are, this one included.
         patience: seconds; a client that takes longer to ask, or to take the answer, is dropped.
         shares: gives the shares of an owner whose memory this rank holds; descriptors in them become the exchange's.
@@ -60,31 +58,38 @@ class Exchange:
         group_size: int,
         patience: float,
         fingerprint: str,
+        revision: str | None,
         shares: Callable[[Owner], list[Share]],
         checksums: Callable[[Owner], list[int]],
     ) -> None:
-        self._rendezvous = rendezvous
-        self._ledger = ledger
         self._rank = rank
-        self._ranks = range(group_size)
-        self._patience = patience
+        self._others = [other for other in range(group_size) if other != rank]
         self._fingerprint = fingerprint
+        self._revision = None if revision is None else hashlib.sha256(revision.encode()).hexdigest()
         self._shares = shares
         self._checksums = checksums
-        self._listener: socket.socket | None = None
-        self._clients: dict[_CountedThread, socket.socket] = {}
-        self._changed = threading.Condition()  # guards `_clients` and the three fields of an agreement
-        self._complete = False  # whether the group is published
-        self._failure: DWDPError | None = None  # why another rank cannot publish with this one, nor this one with it
-        self._heard: dict[str, set[int]] = {}  # who has said what
-        self._waiting = False  # for others, to do together what nobody may do alone
-        self._bound = False  # another rank relies on this one's going on
-        self._met: set[int] = set()  # ranks that have answered: if one is not there any more, it has left
+        self._transport = Transport(rendezvous, ledger, rank, group_size, patience, self._answer)
+        self._changed = threading.Condition()  # guards `_agreement` and `_group`
+        self._agreement = Agreement(rank, group_size)
+        self._group = PUBLISHING
+        self.serve = self._transport.serve
+        self.listens = self._transport.listens
+
+    def close(self) -> None:
+        """Stop answering. A second call goes on where one failed."""
+        self._transport.close()
+
+    def forget(self) -> None:
+        """In a forked child, which answers nobody."""
+        self._transport.forget()
 
     # -- asking ------------------------------------------------------------------------------------------------------
     def collect(self, owner: Owner, holder: int, count: int, deadline: float) -> list[Share]:
         """The ``count`` shares of ``owner``, served by rank ``holder``; descriptors in them are the caller's."""
-        answer, descriptors = self._ask(holder, "shares", deadline, owner=owner, max_shares=count)
+        request = self._request("shares", owner=owner)
+        answer, descriptors = self._transport.ask(
+            holder, request, deadline, more_bytes=count * _SHARE_NBYTES, max_shares=count
+        )
         try:
             shares: list[Share] = [*descriptors, *map(bytes.fromhex, answer.get("tokens", ()))]
             if len(shares) != count:
@@ -99,344 +104,238 @@ class Exchange:
 
     def collect_checksums(self, owner: Owner, holder: int, count: int, deadline: float) -> list[int]:
         """The ``count`` checksums of the shards of ``owner``, as rank ``holder`` knows them."""
-        answer, _ = self._ask(holder, "checksums", deadline, owner=owner, max_values=count)
+        request = self._request("checksums", owner=owner)
+        answer, _ = self._transport.ask(holder, request, deadline, more_bytes=count * _VALUE_NBYTES)
         checksums = answer.get("checksums")
         if not isinstance(checksums, list) or len(checksums) != count or not all(type(sum) is int for sum in checksums):
             raise ExchangeError(f"rank {holder} did not send {count} checksums of {owner}")
         return checksums
 
-    def agree(self, what: str, ranks: Collection[int], deadline: float) -> None:
-        """Say ``what`` to ``ranks``, and wait until each of them has said it since the last time."""
-        for rank in ranks:
-            self._ask(rank, "say", deadline, what=what)
-        while missing := self._missing(what, ranks):
-            self._raise_failure()
-            for rank in missing:
-                if not self.listens(rank):
-                    raise ExchangeError(f"rank {rank} left while others waited for it ({what})")
-            if time.monotonic() > deadline:
-                ranks_missing = ", ".join(map(str, missing))
-                raise ExchangeError(f"not ready before the deadline, though there: rank {ranks_missing} ({what})")
-        with self._changed:
-            del self._heard[what]
-
-    def agree_to_begin(self, what: str, ranks: Collection[int], deadline: float) -> None:
-        """`agree` by all ranks or by none: when it returns, every one of ``ranks`` is sure to go on.
-
-        Raises `ExchangeError` naming the rank that did not come; `bound` then tells whether others may have gone on.
-        """
-        with self._changed:
-            self._waiting, self._bound = True, False
-        try:
-            self.agree(what, ranks, deadline)
-            for rank in ranks:
-                self._ask(rank, "bind", deadline)
-        except BaseException:
-            with self._changed:
-                self._waiting = False
-                self._heard.pop(what, None)
-            for rank in ranks:
-                with contextlib.suppress(ExchangeError):
-                    self._ask(rank, "unsay", time.monotonic() + _LOOK_SECONDS, what=what, retry=False)
-            raise
-
-    @property
-    def bound(self) -> bool:
-        """Whether another rank was told, in the latest `agree_to_begin`, that this one goes on."""
-        with self._changed:
-            return self._bound
-
-    def complete(self) -> None:
-        """The group is published: from now on, a request that cannot be answered concerns only whoever made it."""
-        self._complete = True
-        self._failure = None
-
-    def _fail(self, failure: DWDPError) -> None:
-        if not self._complete:
-            self._failure = failure
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-    def _missing(self, what: str, ranks: Collection[int]) -> list[int]:
-        """Those who have not said ``what`` yet, after waiting for a moment for them to do so."""
-        with self._changed:
-            heard = self._heard.setdefault(what, set())
-            self._changed.wait_for(lambda: heard.issuperset(ranks), _LOOK_SECONDS)
-            return sorted(set(ranks) - heard)
-
     def alive(self, rank: int, deadline: float) -> bool:
         """Whether ``rank`` is there and answers by the deadline."""
         try:
-            self._ask(rank, "alive", deadline, retry=False)
+            self._transport.ask(rank, self._request("alive"), deadline, retry=False)
         except ExchangeError:
             return False
         return True
 
-    def listens(self, rank: int) -> bool:
-        """Whether a process listens as ``rank``, which the kernel knows; it may be too busy to answer."""
+    # -- what all do together ----------------------------------------------------------------------------------------
+    @property
+    def doubt(self) -> str | None:
+        """Why weights may be partly written; ``None`` if they are not. See [Note: Who may have written]."""
+        return self._agreement.doubt
+
+    @property
+    def was_relied_on(self) -> bool:
+        """Whether anybody may have gone on in the latest attempt, because of this rank."""
+        return self._agreement.relied
+
+    @contextmanager
+    def attempt(self, what: str, deadline: float) -> Iterator[None]:
+        """The body is run by every rank, or by none: it begins when every one is sure to go on.
+
+        Raises `ExchangeError` naming the rank that did not come. The body calls `step` for each step; if it ends well,
+        this rank is in doubt no more.
+        """
         try:
-            with self._connect(rank, time.monotonic(), retry=False):
-                return True
-        except _QueueFull:
-            return True
-        except ExchangeError:
-            return False
-
-    def _ask(
-        self,
-        rank: int,
-        ask: Ask,
-        deadline: float,
-        *,
-        owner: Owner | None = None,
-        what: str = "",
-        max_shares: int = 0,
-        max_values: int = 0,
-        retry: bool = True,
-    ) -> tuple[dict[str, Any], list[Descriptor]]:
-        request = {
-            "version": PROTOCOL_VERSION,
-            "token": self._rendezvous.token.hex(),
-            "fingerprint": self._fingerprint,
-            "rank": self._rank,
-            "ask": ask,
-            "owner": owner,
-            "what": what,
-        }
-        with self._connect(rank, deadline, retry) as sock:
-            try:
-                send(sock, json.dumps(request).encode(), deadline=deadline)
-                max_bytes = MAX_REQUEST_NBYTES + max_shares * _SHARE_NBYTES + max_values * _VALUE_NBYTES
-                payload, descriptors = receive(
-                    sock, max_bytes=max_bytes, max_fds=max_shares, deadline=deadline, ledger=self._ledger
-                )
-            except ExchangeError as error:
-                self._raise_failure()  # this rank's own is why the other left
-                raise ExchangeError(f"asking rank {rank} for {ask!r}: {error}") from error
-        self._met.add(rank)
-        try:
-            answer = json.loads(payload)
-            refusal = answer.get("error")
-        except (ValueError, AttributeError, RecursionError):
-            answer, refusal = {}, "its answer is not a JSON object"
-        if refusal is not None:
-            close_shares(descriptors)
-            raise ExchangeError(f"rank {rank} refused: {refusal}")
-        return answer, descriptors
-
-    @contextlib.contextmanager
-    def _connect(self, rank: int, deadline: float, retry: bool) -> Iterator[socket.socket]:
-        """A connection to ``rank``, which may not have come yet."""
-        path = self._rendezvous.socket_path(rank)
-        with _unix_socket(f"connect to rank {rank}") as sock:
-            sock.setblocking(False)  # where too many wait to be answered, `connect` would wait beyond the deadline
-            while True:
-                try:
-                    if not stat.S_ISSOCK(path.lstat().st_mode):
-                        raise ExchangeError(f"cannot connect to rank {rank}: {path} is not a socket")
-                    sock.connect(str(path))
-                    break
-                except (FileNotFoundError, ConnectionRefusedError) as error:  # not there yet, or a dead rank's socket
-                    self._raise_failure()
-                    if rank in self._met:
-                        raise ExchangeError(f"rank {rank} left: nobody listens at {path} any more") from error
-                    if not retry or time.monotonic() > deadline:
-                        raise ExchangeError(f"rank {rank} did not come: nobody listens at {path}") from error
-                except BlockingIOError as error:
-                    if not retry or time.monotonic() > deadline:
-                        raise _QueueFull(f"rank {rank} takes no connections at {path}") from error
-                except OSError as error:
-                    raise ExchangeError(f"cannot connect to rank {rank} at {path}: {_reason(error)}") from error
-                time.sleep(_RETRY_SECONDS)
-            if (uid := peer_uid(sock)) != os.getuid():
-                raise ExchangeError(f"cannot connect to rank {rank}: user {uid} listens at {path}")
-            yield sock
-
-    # -- answering ---------------------------------------------------------------------------------------------------
-    def serve(self, deadline: float) -> None:
-        """Start answering others. Raises `ExchangeError` if this rank cannot, and has left nothing behind then."""
-        path = self._rendezvous.socket_path(self._rank)
-        # Bound under another name and then renamed: whoever finds the socket can connect to it, and one that a dead
-        # process left behind is replaced.
-        bound = path.with_name(f".{path.name}-{os.getpid()}")
-        listener = _unix_socket(f"listen as rank {self._rank}")
-        claimed: tuple[Path, ...] = ()
-        try:
-            with self._rendezvous.locked(deadline):  # of two that come as one rank, the second finds the first
-                if self.listens(self._rank):
-                    raise FileExistsError(errno.EEXIST, "another process does")
-                claimed = bound, path
-                bound.unlink(missing_ok=True)  # of a process that died here, and had this one's number
-                listener.bind(str(bound))
-                listener.listen(MAX_CLIENTS)
-                os.replace(bound, path)
-            self._start(self._accept, listener)
-        except (OSError, RuntimeError) as error:  # RuntimeError: no more threads
-            for made in claimed:
-                with contextlib.suppress(OSError):
-                    made.unlink(missing_ok=True)
-            listener.close()
-            raise ExchangeError(f"rank {self._rank} cannot listen at {path}: {_reason(error)}") from error
-        self._listener = listener
-
-    def _start(self, run: Callable[[socket.socket], None], sock: socket.socket) -> None:
-        thread = _CountedThread(self._ledger, lambda: self._run(thread, run, sock))
-        with self._changed:  # so that `close`, which joins what it finds, finds no thread that does not run yet
-            thread.start()
-            self._clients[thread] = sock
-
-    def _run(self, thread: _CountedThread, run: Callable[[socket.socket], None], sock: socket.socket) -> None:
-        try:
-            with sock:
-                run(sock)
-        finally:
             with self._changed:
-                del self._clients[thread]
-                self._changed.notify_all()
+                self._agreement.begin(secrets.token_hex(_NONCE_NBYTES))
+            self._go_on(what, deadline)
+            yield
+        except BaseException as failure:
+            with self._changed:
+                self._agreement.give_up()
+                if isinstance(failure, ExchangeError) and self._agreement.relied:
+                    self._agreement.doubt = str(failure)
+            raise
+        with self._changed:
+            self._agreement.finish()
 
-    def _accept(self, listener: socket.socket) -> None:
+    def step(self, number: int, what: str, deadline: float) -> None:
+        """In an attempt: say that this rank has done ``what``, step 1 or `LAST_STEP`, and wait until all say so."""
+        with self._changed:
+            self._agreement.reach(number)
+        self._go_on(what, deadline)
+
+    def be_published(self) -> None:
+        """At the end of the attempt to publish: the group has its name from now on."""
+        with self._changed:
+            assert self._agreement.committed is not None
+            self._group = _digest(self._agreement.committed)
+        self._transport.failure = None
+
+    def join(self, deadline: float, patience: float) -> int | None:
+        """Come back to a published group; returns a rank that can hand over its memory, or ``None`` if none lives.
+
+        Every rank that listens is asked, each for at most ``patience`` seconds. `doubt` is then what they know.
+        """
+        groups: dict[int, str] = {}
+        silent = []
+        refusal: Refused | None = None
+        for rank in filter(self.listens, self._others):
+            try:
+                answer, _ = self._transport.ask(rank, self._request("alive"), time.monotonic() + patience, retry=False)
+                groups[rank] = str(answer.get("group"))
+            except Refused as error:
+                refusal = error
+            except ExchangeError:
+                silent.append(rank)
+        if refusal is not None:
+            raise refusal
+        if not groups:
+            return None
+        if PUBLISHING in groups.values() or len(set(groups.values())) > 1:
+            raise ExchangeError("the other ranks are not of one published group")
+        with self._changed:
+            self._group = groups[min(groups)]
+            self._agreement.join(groups)
+            for rank in silent:
+                self._agreement.silent(rank)
+        while (following := self._next()) is not None:
+            rank, word = following
+            try:
+                self._send(rank, word, min(deadline, time.monotonic() + patience))
+            except ExchangeError:
+                del groups[rank]
+                with self._changed:
+                    self._agreement.silent(rank)
+        return min(groups, default=None)
+
+    def _go_on(self, what: str, deadline: float) -> None:
+        """Send and wait until the agreement has passed what it waits for."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: len(self._clients) <= MAX_CLIENTS)
-            try:
-                client, _ = listener.accept()
-            except OSError as error:
-                if error.errno == errno.EINVAL:
-                    return  # `close` has shut it down
-                time.sleep(_RETRY_SECONDS)  # the client is gone, or this process has no descriptor left for now
-                continue
-            try:
-                self._start(self._answer, client)
-            except RuntimeError:  # no more threads for now; the client is told by the end of the connection
-                client.close()
+                following, lost = self._agreement.next(), self._agreement.lost
+                if following is None and not lost:
+                    if self._agreement.passed:
+                        return
+                    heard = self._changed.wait_for(self._may_go_on, _LOOK_SECONDS)
+                    self._agreement.look_again()
+                missing = self._agreement.missing
+            self._transport.raise_failure()
+            if lost:
+                raise ExchangeError(f"rank {lost[0]} gave up, or began anew, while others waited for it ({what})")
+            if following is not None:
+                self._send(*following, deadline)
+            elif not heard:
+                self._require_there(missing, what, deadline)
 
-    def _answer(self, client: socket.socket) -> None:
-        """One request. A client that is slow, foreign or mistaken costs its own connection and nothing else."""
+    def _may_go_on(self) -> bool:
+        return self._agreement.passed or bool(self._agreement.next() or self._agreement.lost)
+
+    def _require_there(self, missing: list[int], what: str, deadline: float) -> None:
+        """Raise `ExchangeError` if one of those who are missing will not come, or not in time."""
+        for rank in missing:
+            if not self.listens(rank):
+                why = self._transport.complaint(rank)
+                raise ExchangeError(f"rank {rank} left while others waited for it ({what}){why}")
+        if time.monotonic() > deadline:
+            ranks_missing = ", ".join(map(str, missing))
+            raise ExchangeError(f"not ready before the deadline, though there: rank {ranks_missing} ({what})")
+
+    def _next(self) -> tuple[int, Word] | None:
+        with self._changed:
+            return self._agreement.next()
+
+    def _send(self, rank: int, word: Word, deadline: float) -> None:
+        request = self._request(word.kind, vector=word.vector, step=word.step)
+        told, _ = self._transport.ask(rank, request, deadline)
+        vector = _vector_of(told.get("vector"), len(word.vector))
+        doubt = told.get("doubt")
+        if vector is None or not isinstance(doubt, str | None):
+            raise ExchangeError(f"rank {rank} does not say what it knows of the others")
+        with self._changed:
+            self._agreement.answered(rank, word, Answer(vector, told.get("counts") is True, doubt))
+
+    def _request(self, ask: Ask, **more: Any) -> Message:
+        return {
+            "version": PROTOCOL_VERSION,
+            "fingerprint": self._fingerprint,
+            "revision": self._revision,
+            "rank": self._rank,
+            "group": self._group,
+            "ask": ask,
+            "owner": None,
+            "vector": self._agreement.committed,
+            "step": 0,
+            **more,
+        }
+
+    # -- answering ---------------------------------------------------------------------------------------------------
+    def _answer(self, request: Message) -> tuple[Message, list[Share]]:
+        """What a member is told; runs in a thread of the transport."""
         shares: list[Share] = []
+        answer: Message = {"error": self._refusal(request)}
+        if answer["error"] is not None:
+            return answer, shares
         try:
-            if peer_uid(client) != os.getuid():
-                return
-            payload, _ = receive(
-                client,
-                max_bytes=MAX_REQUEST_NBYTES,
-                max_fds=0,
-                deadline=time.monotonic() + self._patience,
-                ledger=self._ledger,
-            )
-            request = self._checked(payload)
-            if request is None:
-                return
-            answer: dict[str, Any] = {"error": self._refusal(request)}
-            if answer["error"] is not None:
-                self._fail(ExchangeError(f"rank {request.get('rank')} cannot be answered: {answer['error']}"))
-            else:
-                try:
-                    match request["ask"]:
-                        case "shares":
-                            shares = self._shares(request["owner"])
-                            answer["tokens"] = [share.hex() for share in shares if isinstance(share, bytes)]
-                        case "checksums":
-                            answer["checksums"] = self._checksums(request["owner"])
-                        case "bind":
-                            self._bind()
-                except DWDPError as error:
-                    answer["error"] = str(error)
-                    self._fail(error)
-            fds = [share.fd for share in shares if isinstance(share, Descriptor)]
-            send(client, json.dumps(answer).encode(), fds, deadline=time.monotonic() + self._patience)
-            if answer["error"] is None and request["ask"] in ("say", "unsay"):
-                self._hear(request["rank"], request["what"], takes_back=request["ask"] == "unsay")
-        except ExchangeError:
-            return
-        finally:
-            close_shares(shares)
+            match request["ask"]:
+                case "alive":
+                    answer["group"] = self._group
+                case "shares":
+                    shares = self._shares(request["owner"])
+                    answer["tokens"] = [share.hex() for share in shares if isinstance(share, bytes)]
+                case "checksums":
+                    answer["checksums"] = self._checksums(request["owner"])
+                case kind:
+                    vector = _vector_of(request["vector"], 1 + len(self._others))
+                    assert vector is not None
+                    answer.update(self._hear(request["rank"], Word(kind, vector, request["step"]))._asdict())
+        except DWDPError as error:
+            answer["error"] = str(error)
+            if self._group == PUBLISHING and isinstance(error, DriverError):
+                self._transport.failure = error  # what it cannot give to one, nobody gets from it
+        return answer, shares
 
-    def _hear(self, rank: int, what: str, takes_back: bool) -> None:
+    def _hear(self, rank: int, word: Word) -> Answer:
         with self._changed:
-            heard = self._heard.setdefault(what, set())
-            heard.discard(rank) if takes_back else heard.add(rank)
+            answer = self._agreement.hear(rank, word)
             self._changed.notify_all()
+        return answer
 
-    def _bind(self) -> None:
-        with self._changed:
-            if not self._waiting:
-                raise ExchangeError(f"rank {self._rank} has given up waiting")
-            self._bound = True
-
-    def _checked(self, payload: bytes) -> dict[str, Any] | None:
-        """The request, if it is one and its sender knows the token; strangers are not answered."""
-        try:
-            request = json.loads(payload)
-            token = bytes.fromhex(request["token"])
-        except (ValueError, TypeError, KeyError, RecursionError):
-            return None
-        return request if hmac.compare_digest(token, self._rendezvous.token) else None
-
-    def _refusal(self, request: dict[str, Any]) -> str | None:
+    def _refusal(self, request: Message) -> str | None:
         """Why the request of a member cannot be answered."""
         if request.get("version") != PROTOCOL_VERSION:
             return f"it speaks version {PROTOCOL_VERSION} of the protocol, not {request.get('version')!r}"
         if request.get("fingerprint") != self._fingerprint:
             return "the configs or the layers of the two ranks differ"
-        if request.get("rank") not in self._ranks:
-            return f"the group has {len(self._ranks)} ranks, and none of them is {request.get('rank')!r}"
-        if request.get("ask") not in get_args(Ask):
-            return f"it does not know how to answer {request.get('ask')!r}"
-        if not isinstance(request.get("what"), str):
-            return f"it does not say what it says, but {request.get('what')!r}"
-        if request["ask"] in ("shares", "checksums") and request.get("owner") not in (*self._ranks, HOST):
+        if request.get("revision") != self._revision:
+            return "the two ranks were given different checkpoints: what they state as their revision differs"
+        rank, ask = request.get("rank"), request.get("ask")
+        if type(rank) is not int or rank not in self._others:
+            return f"the group has {1 + len(self._others)} ranks, and none of the others is {rank!r}"
+        if ask not in get_args(Ask):
+            return f"it does not know how to answer {ask!r}"
+        vector = _vector_of(request.get("vector"), 1 + len(self._others))
+        if ask in _WORDS and (vector is None or type(request.get("step")) is not int):
+            return f"it does not say what it knows, but {request.get('vector')!r} and {request.get('step')!r}"
+        if ask in ("shares", "checksums") and request.get("owner") not in (*self._others, self._rank, HOST):
             return f"there is no owner {request.get('owner')!r}"
+        return None if ask == "alive" else self._refusal_of_group(request.get("group"), ask, vector)
+
+    def _refusal_of_group(self, group: object, ask: object, name: Vector | None) -> str | None:
+        """Why nothing that is said in the name of ``group`` counts here."""
+        with self._changed:
+            committed = self._agreement.committed
+            if group == self._group:
+                if group != PUBLISHING or ask in _WORDS or (name is not None and self._agreement.took_part(name)):
+                    return None
+                return f"rank {self._rank} is not in the attempt to publish that this is asked for"
+            if self._group == PUBLISHING and committed is not None and group == _digest(committed):
+                return None  # the other was told first that all have published
+        if group == PUBLISHING:
+            return "its group is published already: a rank that has died comes back by rejoin"
+        return "it is not, or not yet, of the group that asks"
+
+
+def _vector_of(told: object, group_size: int) -> Vector | None:
+    """The vector in a message, if it is one."""
+    if not isinstance(told, list) or len(told) != group_size:
         return None
-
-    def close(self) -> None:
-        """Stop answering; drop clients that are being answered. A second call does nothing."""
-        self._rendezvous.leave(None if self._listener is None else self._rank)
-        while self._clients:
-            with self._changed:
-                running = dict(self._clients)
-            for sock in running.values():
-                with contextlib.suppress(OSError):  # the other end, or the thread itself, was faster
-                    sock.shutdown(socket.SHUT_RDWR)
-            for thread in running:
-                thread.join()
-        self._listener = None
-
-    def forget(self) -> None:
-        """In a forked child, which does not answer: whoever looks for this rank is not to find the child's socket."""
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
+    if not all(isinstance(entry, list) and list(map(type, entry)) == [int, str] for entry in told):
+        return None
+    return tuple((number, nonce) for number, nonce in told)
 
 
-class _QueueFull(ExchangeError):
-    """A process listens, and the kernel's queue of those who wait for it is full."""
-
-
-def _unix_socket(purpose: str) -> socket.socket:
-    try:
-        return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    except OSError as error:
-        raise ExchangeError(f"no socket to {purpose}: {error.strerror}") from error
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong, in words; of an address that is too long for a socket, the kernel never hears."""
-    return getattr(error, "strerror", None) or str(error)
-
-
-class _CountedThread(threading.Thread):
-    """A thread that the ledger counts while it runs."""
-
-    def __init__(self, ledger: Ledger, run: Callable[[], None]) -> None:
-        super().__init__(name="vmm-dwdp-exchange", daemon=True)
-        self._counted_run = run
-        self._ledger = ledger
-
-    def run(self) -> None:
-        token = self._ledger.add("threads", self.name)
-        try:
-            self._counted_run()
-        finally:
-            self._ledger.remove(token)
+def _digest(name: Vector) -> str:
+    return hashlib.sha256(json.dumps(name).encode()).hexdigest()[:16]

@@ -13,6 +13,7 @@ from typing import Final
 import torch
 import torch.distributed as dist
 
+from vmm_dwdp.agreement import LAST_STEP
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Ledger, ResourceStack, Stream
 from vmm_dwdp.assembly import Assembly, Share
@@ -21,7 +22,7 @@ from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError, DriverError, ExchangeError, StateError
 from vmm_dwdp.exchange import Exchange
 from vmm_dwdp.layer import Layer
-from vmm_dwdp.limits import allow_descriptors
+from vmm_dwdp.limits import DescriptorReservation
 from vmm_dwdp.placement import HOST, Owner, in_words
 from vmm_dwdp.rendezvous import Rendezvous
 
@@ -37,9 +38,6 @@ class Membership:
         assembly: the rank's memory; owned by the caller.
         layers: what was added so far, by the caller.
 
-    Attributes:
-        half_updated: why weights may be partly old and partly new; ``None`` if they are not.
-        revision: of what the shards are filled with, on which all ranks agree; ``None`` where the caller does not say.
     """
 
     def __init__(
@@ -52,8 +50,6 @@ class Membership:
         assembly: Assembly,
         layers: list[Layer],
     ) -> None:
-        self.half_updated: str | None = None
-        self.revision: str | None = None
         self._config = config
         self._rank = rank
         self._driver = driver
@@ -66,6 +62,8 @@ class Membership:
         self._checksums: dict[Owner, list[int]] = {}  # of every shard, in the order of layers and weights
         self._resources = ResourceStack()
         self._edge_stream: Stream | None = None
+        self._descriptors: DescriptorReservation | None = None
+        self._begun: set[ShardKey] = set()  # what may have been written by an update that did not end well
 
     @property
     def held_owners(self) -> tuple[Owner, ...]:
@@ -90,12 +88,17 @@ class Membership:
                 f"layer {layer.number}, {weight}: the shard of {in_words(owner)} is {stated}, not {found}"
             )
 
+    @property
+    def half_updated(self) -> str | None:
+        """Why weights may be partly old and partly new; ``None`` if they are not."""
+        return None if self._exchange is None else self._exchange.doubt
+
     def require_updated(self) -> None:
         """Raise `StateError` if weights may be partly old and partly new."""
-        if self.half_updated is not None:
-            raise StateError(f"weights are partly old and partly new: {self.half_updated}; update again, or close")
+        if (why := self.half_updated) is not None:
+            raise StateError(f"weights are partly old and partly new: {why}; update again, or close")
 
-    def publish(self, timeout: float) -> None:
+    def publish(self, timeout: float, revision: str | None) -> None:
         """Serve this rank's shards, attach the others', and build the assembly; every rank has done so on return."""
         deadline = time.monotonic() + timeout
         self._check_limits()
@@ -104,24 +107,27 @@ class Membership:
                 self._assembly.shard(layer, weight, owner)
         self._driver.synchronize()  # what the caller copied into the shards is there before anybody reads it
         self._sum_held_shards()
-        self._exchange = exchange = self._make_exchange(timeout)
+        self._exchange = exchange = self._make_exchange(timeout, revision)
         exchange.serve(deadline)
-        for owner in self._other_owners():
-            self._take(exchange, owner, HOST_CREATOR if owner == HOST else owner, deadline)
-        self._assembly.build()
-        self._fill_edges()
-        exchange.agree("publish: this rank has all it needs", self._others, deadline)
-        exchange.complete()
+        with exchange.attempt("publish", deadline):
+            for owner in self._other_owners():
+                self._take(exchange, owner, HOST_CREATOR if owner == HOST else owner, deadline)
+            self._assembly.build()
+            self._fill_edges()
+            exchange.step(1, "publish: this rank has all it needs", deadline)
+            exchange.step(LAST_STEP, "publish: all have", deadline)
+            exchange.be_published()
+        self._settle_limits()
 
-    def rejoin(self, timeout: float) -> None:
+    def rejoin(self, timeout: float, revision: str | None) -> None:
         """As `publish`, with the memory of a dead rank of the same number, which a living one hands over."""
         deadline = time.monotonic() + timeout
         self._check_limits()
-        exchange = self._make_exchange(timeout)
+        exchange = self._make_exchange(timeout, revision)
         if exchange.listens(self._rank):
             raise StateError(f"rank {self._rank} is alive: only a rank that has died can rejoin")
         patience = timeout / self._config.group_size  # so that one that is stopped leaves time for another
-        holder = next((rank for rank in self._others if exchange.alive(rank, time.monotonic() + patience)), None)
+        holder = exchange.join(deadline, patience)
         if holder is None:
             there = self._rendezvous.directory
             raise ExchangeError(f"no other rank is alive at {there}: the group must be loaded again")
@@ -129,36 +135,47 @@ class Membership:
             self._take(exchange, owner, holder, deadline)
         self._assembly.build()
         self._exchange = exchange
-        exchange.complete()
+        if exchange.doubt is not None:  # nobody knows how far the dead rank came
+            self._begun = set(self._held_keys())
         exchange.serve(deadline)
+        self._settle_limits()
 
     def update(self, shards: Mapping[ShardKey, torch.Tensor], deadline: float) -> None:
         """Write ``shards`` while no rank reads; this one does not. See `DWDPRuntime.update`."""
         assert self._exchange is not None
         try:
-            self._exchange.agree_to_begin("update: this rank reads nothing", self._others, deadline)
+            with self._exchange.attempt("update: this rank reads nothing", deadline):
+                self._begun |= shards.keys()
+                self._write(shards)
+                self._sum_held_shards()
+                self._exchange.step(1, "update: this rank has written", deadline)
+                self._fill_edges()
+                for owner in self._other_owners():
+                    self._learn_checksums(self._exchange, owner, HOST_CREATOR if owner == HOST else owner, deadline)
+                self._exchange.step(LAST_STEP, "update: the edges of this rank are filled", deadline)
         except ExchangeError as error:
-            if not self._exchange.bound:
-                raise ExchangeError(f"nothing was written: {error}") from error
-            self.half_updated = str(error)
-            raise
-        self.half_updated = "this rank failed while it wrote"
+            if self._exchange.was_relied_on:
+                raise
+            raise ExchangeError(f"nothing was written: {error}") from error
+
+    def _write(self, shards: Mapping[ShardKey, torch.Tensor]) -> None:
         for (number, weight, owner), value in shards.items():
             layer = next(layer for layer in self._layers if layer.number == number)
             with self._assembly.writing(layer, weight, owner) as shard:
                 shard.copy_(value)
                 self._driver.synchronize()
-        self._sum_held_shards()
-        try:
-            self._exchange.agree("update: this rank has written", self._others, deadline)
-            self._fill_edges()
-            for owner in self._other_owners():
-                self._learn_checksums(self._exchange, owner, HOST_CREATOR if owner == HOST else owner, deadline)
-            self._exchange.agree("update: the edges of this rank are filled", self._others, deadline)
-        except ExchangeError as error:
-            self.half_updated = str(error)
-            raise
-        self.half_updated = None
+
+    def require_covers(self, shards: Mapping[ShardKey, torch.Tensor]) -> None:
+        """Raise `ConfigError` unless ``shards`` has all that an update which did not end well may have written."""
+        if self.half_updated is None:
+            self._begun.clear()
+        for key in self._held_keys():
+            if key in self._begun and key not in shards:
+                number, weight, owner = key
+                raise ConfigError(
+                    f"layer {number}, {weight}: the shard of {in_words(owner)} may be half written by an update that "
+                    "was not finished; the next one must have it"
+                )
 
     def verify(self) -> None:
         """Raise `StateError` unless every shard has the bytes that its owner published."""
@@ -178,7 +195,7 @@ class Membership:
     def leave(self) -> None:
         """Stop answering others, which needs no device. A second call goes on where one stopped."""
         if self._exchange is None:
-            self._rendezvous.leave(None)
+            self._rendezvous.leave()
         else:
             self._exchange.close()
 
@@ -190,11 +207,18 @@ class Membership:
     def close(self) -> None:
         """Free what updates need; the device is idle."""
         self._resources.close()
+        if self._descriptors is not None:
+            self._descriptors.close()
 
     def _weights(self) -> Iterator[tuple[Layer, str]]:
         for layer in self._layers:
             for weight in layer.weights:
                 yield layer, weight
+
+    def _held_keys(self) -> Iterator[ShardKey]:
+        for layer, weight in self._weights():
+            for owner in self.held_owners:
+                yield layer.number, weight, owner
 
     def _other_owners(self) -> list[Owner]:
         """The owners whose memory others create, in an order that differs from rank to rank."""
@@ -212,9 +236,14 @@ class Membership:
         # memory is handed over, one more for each share that is held here and each rank that asks for it.
         received = sum(map(self._assembly.num_shares, self._other_owners()))
         held = sum(map(self._assembly.num_shares, self.held_owners))
-        allow_descriptors((2 if self._driver.name == "host" else 1) * received + len(self._others) * held)
+        count = (2 if self._driver.name == "host" else 1) * received + len(self._others) * held
+        self._descriptors = DescriptorReservation(count)
 
-    def _make_exchange(self, patience: float) -> Exchange:
+    def _settle_limits(self) -> None:
+        assert self._descriptors is not None
+        self._descriptors.settle()
+
+    def _make_exchange(self, patience: float, revision: str | None) -> Exchange:
         return Exchange(
             self._rendezvous,
             self._ledger,
@@ -222,6 +251,7 @@ class Membership:
             self._config.group_size,
             patience,
             self._fingerprint(),
+            revision,
             self._shares,
             lambda owner: self._checksums.get(owner, []),
         )
@@ -245,14 +275,16 @@ class Membership:
 
     def _take(self, exchange: Exchange, owner: Owner, holder: int, deadline: float) -> None:
         """Get the memory of ``owner`` from rank ``holder``: to read, or, if it was this rank's before, to hold."""
-        shares = exchange.collect(owner, holder, self._assembly.num_shares(owner), deadline)
+        count = self._assembly.num_shares(owner)
+        shares = exchange.collect(owner, holder, count, deadline) if count else []  # nobody keeps what has no pages
         take = self._assembly.adopt if owner in self.held_owners else self._assembly.attach
         try:
             take(owner, shares)
         except DriverError as error:  # where the GPUs cannot reach each other, only this tells which ones
             attempt = f"use the memory of {in_words(owner)} on {self._driver.device}: {error.attempt}"
             raise DriverError(error.call, error.code, attempt) from error
-        self._learn_checksums(exchange, owner, holder, deadline)
+        if count:
+            self._learn_checksums(exchange, owner, holder, deadline)
 
     def _fill_edges(self) -> None:
         """Copy the neighbours' bytes that share a page with this rank's own; they stay there until an update."""

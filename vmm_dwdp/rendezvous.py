@@ -1,4 +1,11 @@
-"""The private directory in which the ranks of one group find each other, and the token that proves membership."""
+"""The private directory in which the ranks of one group find each other, and the token that proves membership.
+
+[Note: Presence]
+Whoever has read the token keeps its file locked, shared with all others, until it leaves. The last to leave is the one
+that gets the lock for itself alone: it removes the token, and what ranks that died have left there. The kernel unlocks
+for a process that dies. A forked child gives up its copy of the descriptor at once, so that it does not stand for its
+parent; one that executes another program has none.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +17,7 @@ import secrets
 import stat
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -21,12 +29,14 @@ from vmm_dwdp.errors import ExchangeError
 TOKEN_NBYTES: Final = 32
 _TOKEN_FILE: Final = "token"
 _RETRY_SECONDS: Final = 0.01
+_TAKES_SECONDS: Final = 10.0  # far more than anybody takes to make or remove a file
 
 
 class Rendezvous:
     """A directory of mode 0700 that belongs to this user, with one socket per rank and a token of mode 0600.
 
-    The first rank to come makes what is missing. Nothing in it is followed if it is a symbolic link.
+    The first rank to come makes what is missing, and the last to leave removes it: see [Note: Presence]. Nothing in it
+    is followed if it is a symbolic link.
 
     Attributes:
         token: equal on all ranks that share the directory, and unreadable to other users.
@@ -40,7 +50,9 @@ class Rendezvous:
         self._temporary = isinstance(where, dist.ProcessGroup)
         directory = agree_on_directory(where) if isinstance(where, dist.ProcessGroup) else where
         self.directory = Path(directory)
-        self._left = False
+        self._token_path = self.directory / _TOKEN_FILE
+        self._presence: _Presence | None = None
+        self._socket: tuple[Path, os.stat_result] | None = None
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = self.directory.lstat()
@@ -51,15 +63,26 @@ class Rendezvous:
             if found.st_mode & 0o077:
                 mode = stat.filemode(found.st_mode)
                 raise ExchangeError(f"the rendezvous {directory} is open to other users ({mode}); it must be private")
-            self.token = self._agree_on_token()
-        except OSError as error:
+            self._presence = self._enter(time.monotonic() + _TAKES_SECONDS)
+            self.token = self._read_token(self._presence)
+        except BaseException as error:
             with contextlib.suppress(ExchangeError):
-                self.leave(None)
-            raise ExchangeError(f"the rendezvous {directory} cannot be used: {error.strerror}") from error
+                self.leave()
+            if isinstance(error, OSError):
+                raise ExchangeError(f"the rendezvous {directory} cannot be used: {error.strerror}") from error
+            raise
 
     def socket_path(self, rank: int) -> Path:
         """Where ``rank`` listens."""
         return self.directory / f"rank-{rank}"
+
+    def listens_at(self, path: Path) -> None:
+        """This process has made the socket at ``path``: `leave` removes it, unless another has taken its place."""
+        self._socket = path, path.lstat()
+
+    def token_is_there(self) -> bool:
+        """Whether the directory still has the token that this process has read."""
+        return self._presence is not None and self._presence.is_held and self._presence.is_at(self._token_path)
 
     @contextlib.contextmanager
     def locked(self, deadline: float) -> Iterator[None]:
@@ -69,60 +92,139 @@ class Rendezvous:
         """
         descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError as error:
-                    if time.monotonic() > deadline:
-                        raise TimeoutError(errno.ETIMEDOUT, "another process keeps it locked") from error
+            while not _lock(descriptor, fcntl.LOCK_EX):
+                if time.monotonic() > deadline:
+                    raise TimeoutError(errno.ETIMEDOUT, "another process keeps it locked")
                 time.sleep(_RETRY_SECONDS)
             yield
         finally:
             os.close(descriptor)
 
-    def _agree_on_token(self) -> bytes:
-        """Read the token; or offer one, by a link that succeeds for one rank only: nobody sees half of it."""
-        path = self.directory / _TOKEN_FILE
-        if not path.exists():
-            descriptor, offered = tempfile.mkstemp(dir=self.directory, prefix=".token-")
-            try:
-                with open(descriptor, "wb") as file:
-                    file.write(secrets.token_bytes(TOKEN_NBYTES))
-                os.link(offered, path)
-            except FileExistsError:
-                pass  # another rank was first
-            finally:
-                os.unlink(offered)
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    def _enter(self, deadline: float) -> _Presence:
+        """Be present at the token that is in the directory; or at one of this rank's own, if there is none yet."""
+        while True:
+            presence = self._offer() or self._open()
+            if presence is not None:
+                if presence.share() and presence.is_at(self._token_path):
+                    return presence
+                presence.close()  # the last of those before is about to remove it, or has just done so
+            if time.monotonic() > deadline:
+                raise TimeoutError(errno.ETIMEDOUT, "another process keeps its token locked")
+            time.sleep(_RETRY_SECONDS)
+
+    def _offer(self) -> _Presence | None:
+        """A new token, by a link that succeeds for one rank only: nobody sees half of it, nor one that is not held."""
+        if os.path.lexists(self._token_path):
+            return None
+        descriptor, offered = tempfile.mkstemp(dir=self.directory, prefix=".token-")
+        presence = _Presence(descriptor)
         try:
-            token = os.read(descriptor, TOKEN_NBYTES + 1)
+            os.write(descriptor, secrets.token_bytes(TOKEN_NBYTES))
+            presence.share()
+            os.link(offered, self._token_path)
+        except FileExistsError:
+            presence.close()
+            return None  # another rank was first
+        except BaseException:
+            presence.close()
+            raise
         finally:
-            os.close(descriptor)
+            os.unlink(offered)
+        return presence
+
+    def _open(self) -> _Presence | None:
+        try:
+            return _Presence(os.open(self._token_path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC))
+        except FileNotFoundError:
+            return None
+
+    def _read_token(self, presence: _Presence) -> bytes:
+        token = os.pread(presence.descriptor, TOKEN_NBYTES + 1, 0)
         if len(token) != TOKEN_NBYTES:
-            raise ExchangeError(f"{path} is not a token of {TOKEN_NBYTES} bytes")
+            raise ExchangeError(f"{self._token_path} is not a token of {TOKEN_NBYTES} bytes")
         return token
 
-    def leave(self, rank: int | None) -> None:
-        """Remove the socket of ``rank``, unless this process never listened at one (``None``); the last to leave also
-        removes the token, and a directory made for the group.
+    def leave(self) -> None:
+        """Remove what this process has in the directory; the last to leave also removes the token, what the dead have
+        left, and a directory made for the group.
 
         Raises `ExchangeError` if something cannot be removed; another call tries again, and does nothing after success.
         """
-        if self._left:
+        presence = self._presence
+        if presence is None or not presence.is_held:  # left already, or a forked child
             return
         try:
-            if rank is not None:
-                self.socket_path(rank).unlink(missing_ok=True)
-            if set(os.listdir(self.directory)) <= {_TOKEN_FILE}:
-                (self.directory / _TOKEN_FILE).unlink(missing_ok=True)
-                if self._temporary:
-                    self.directory.rmdir()
-        except FileNotFoundError:
-            pass  # another rank, leaving at the same moment, was faster
+            if self._socket is not None and _is_same(*self._socket):
+                self._socket[0].unlink(missing_ok=True)
+            if presence.alone() and presence.is_at(self._token_path):
+                self._remove_all()
+            presence.close()
         except OSError as error:
+            if presence.is_held:  # so that others do not wait for who has failed to leave
+                presence.share()
             raise ExchangeError(f"cannot leave the rendezvous {self.directory}: {error.strerror}") from error
-        self._left = True
+
+    def _remove_all(self) -> None:
+        """The token last: until then nobody enters."""
+        for name in os.listdir(self.directory):
+            path = self.directory / name
+            if name.lstrip(".").startswith("rank-") and stat.S_ISSOCK(path.lstat().st_mode):
+                path.unlink(missing_ok=True)
+        self._token_path.unlink(missing_ok=True)
+        if self._temporary and not os.listdir(self.directory):
+            self.directory.rmdir()
+
+
+class _Presence:
+    """An open token. The descriptor is closed with the object, and in a forked child."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.close = weakref.finalize(self, os.close, descriptor)
+        _present.add(self)
+
+    @property
+    def is_held(self) -> bool:
+        return self.close.alive
+
+    def share(self) -> bool:
+        """Hold it together with others; fails while one that leaves holds it alone."""
+        return _lock(self.descriptor, fcntl.LOCK_SH)
+
+    def alone(self) -> bool:
+        """Hold it alone, if nobody else holds it. Otherwise it is not held any more, and one of the others is last."""
+        return _lock(self.descriptor, fcntl.LOCK_EX)
+
+    def is_at(self, path: Path) -> bool:
+        """Whether ``path`` still names this very file."""
+        return _is_same(path, os.fstat(self.descriptor))
+
+
+_present: Final[weakref.WeakSet[_Presence]] = weakref.WeakSet()
+
+
+def _leave_to_the_parent() -> None:
+    """In a forked child: the lock goes with the parent's descriptor, and no copy of it keeps it."""
+    for presence in list(_present):
+        presence.close()
+
+
+os.register_at_fork(after_in_child=_leave_to_the_parent)
+
+
+def _lock(descriptor: int, operation: int) -> bool:
+    try:
+        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_same(path: Path, found: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(path.lstat(), found)
+    except FileNotFoundError:
+        return False
 
 
 def agree_on_directory(group: dist.ProcessGroup) -> Path:

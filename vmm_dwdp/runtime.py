@@ -148,32 +148,41 @@ class DWDPRuntime:
         take from then on. When it returns, every rank has what it needs, and none depends on another's being alive. If
         it raises, the runtime is closed and nothing stays allocated.
 
+        Args:
+            revision: what the shards were filled from, for example the commit of a checkpoint. Any string, equal on all
+                ranks: otherwise publish is refused on every rank, as experts of several checkpoints would be mixed.
+
         Raises:
             ConfigError: there is no layer; the layers need more mappings or descriptors than a process can have; or the
                 resident cache does not fit.
-            ExchangeError: a rank, which is named, did not come in time or has a different config.
+            ExchangeError: a rank, which is named, did not come in time, or has a different config, different layers or
+                another ``revision``.
             DriverError: memory could not be had.
             StateError: published before.
         """
         with self._ready_afterwards("publish"):
-            self._membership.revision = revision
-            self._membership.publish(timeout)
+            self._membership.publish(timeout, revision)
 
     def rejoin(self, timeout: float = 60.0, *, revision: str | None = None) -> None:
         """Instead of filling shards and `publish`: take the place of a rank of the same number that has died.
 
         A living rank hands over the dead one's memory, filled as it was; nothing is read from a checkpoint, and the
-        others go on meanwhile. If it raises, the runtime is closed and nothing stays allocated.
+        others go on meanwhile. Where the rank may have died while an update was written, or a living one does not tell
+        in its part of ``timeout``, no layer can be acquired here until an `update` succeeds to which this rank gives
+        all of its shards. If it raises, the runtime is closed and nothing stays allocated.
+
+        Args:
+            revision: as the group's ranks gave it to `publish`.
 
         Raises:
             ConfigError: there is no layer.
-            ExchangeError: no living rank holds what this rank needs, or their configs or layers differ.
+            ExchangeError: no living rank holds what this rank needs; or their configs, layers or ``revision`` differ;
+                or they are not published.
             StateError: a rank of this number is alive; or published before; or with ``assembly: tensor_list``, whose
                 memory goes with the process that created it.
         """
         with self._ready_afterwards("rejoin"):
-            self._membership.revision = revision
-            self._membership.rejoin(timeout)
+            self._membership.rejoin(timeout, revision)
 
     @contextmanager
     def _ready_afterwards(self, call: str) -> Iterator[None]:
@@ -203,7 +212,8 @@ class DWDPRuntime:
                 returns. Where neighbours overlap, the owners of an expert must be given equal bytes.
 
         Raises:
-            ConfigError: a key or a tensor does not fit; nothing was said to others.
+            ConfigError: a key or a tensor does not fit, or one is missing that an update which did not end well may
+                have begun to write; nothing was said to others.
             ExchangeError: a rank, which is named, did not come in time. If it says that nothing was written, the group
                 is as it was. Otherwise a rank left midway, and no layer can be acquired until an `update` succeeds.
             StateError: a layer is acquired.
@@ -215,6 +225,7 @@ class DWDPRuntime:
                     raise ConfigError(f"update takes shards by (layer, weight, owner), not by {key!r}")
                 layer, weight, owner = key
                 self._membership.require_fits(self._layers.with_weight(layer, weight), weight, owner, value)
+            self._membership.require_covers(shards)
             self._lifecycle.end_pass()  # so that the next acquire asks whether weights are whole
             with self._passes.suspended():
                 self._membership.update(shards, time.monotonic() + timeout)

@@ -18,15 +18,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from support.doors import PATIENCE, exchange, request
+from support.doors import GROUP_SIZE, PATIENCE, exchange, request
 
 from vmm_dwdp import ConfigError, DWDPConfig, ExchangeError
+from vmm_dwdp.agreement import Word
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.allocator.sharing import MAGIC
 from vmm_dwdp.assembly import close_shares
 from vmm_dwdp.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
-from vmm_dwdp.exchange import Exchange
 from vmm_dwdp.rendezvous import Rendezvous
+from vmm_dwdp.transport import Transport
 
 Target = Callable[[bytes], None]
 
@@ -35,7 +36,6 @@ _LARGEST: Final = 1 << 16  # bytes: a socket takes as many at once
 _directory: Final = Path(tempfile.mkdtemp(prefix="vmm-dwdp-fuzz-", dir="/dev/shm"))
 _ledger: Final = Ledger()
 _exchange: Final = exchange(Rendezvous(_directory / "rendezvous"), _ledger, 0)
-_exchange.complete()
 _member: Final = json.dumps(request(_directory / "rendezvous", rank=...))[:-1].encode()
 
 
@@ -72,11 +72,11 @@ def server(data: bytes) -> None:
     elif kind >= b"\x40":
         data = _framed(data)
     with _sent(data, num_fds=kind[0] % 3 if kind else 0, says_so=False) as sock:
-        _exchange._answer(sock)
+        _exchange._transport._answer(sock)
     assert _ledger.open() == []
 
 
-class _Answered(Exchange):
+class _Answered(Transport):
     """Is answered by bytes."""
 
     data = b""
@@ -88,9 +88,11 @@ class _Answered(Exchange):
             yield sock
 
 
+_asking: Final = exchange(Rendezvous(_directory / "rendezvous"), _ledger, 0)
 _answered: Final = _Answered(
-    Rendezvous(_directory / "rendezvous"), _ledger, 0, 3, PATIENCE, "", lambda owner: [], lambda owner: []
+    Rendezvous(_directory / "rendezvous"), _ledger, 0, GROUP_SIZE, PATIENCE, lambda request: ({"error": None}, [])
 )
+_asking._transport = _answered
 
 
 def client(data: bytes) -> None:
@@ -104,9 +106,11 @@ def client(data: bytes) -> None:
     _answered.data, _answered.num_fds = data, num_fds
     deadline = time.monotonic() + 60
     with contextlib.suppress(ExchangeError):
-        close_shares(_answered.collect(1, 1, 2, deadline))
+        close_shares(_asking.collect(1, 1, 2, deadline))
     with contextlib.suppress(ExchangeError):
-        _answered.collect_checksums(1, 1, 2, deadline)
+        _asking.collect_checksums(1, 1, 2, deadline)
+    with contextlib.suppress(ExchangeError):
+        _asking._send(1, Word("say", ((0, ""),) * GROUP_SIZE), deadline)
     assert _ledger.open() == []
 
 

@@ -21,12 +21,15 @@ _PLANS = ("tests/property/test_placement_and_layout.py",)
 _BYTES = ("tests/property/test_assembled_bytes.py",)
 _HANDLES = ("tests/unit/test_handles.py",)
 _DOOR = ("tests/unit/test_door.py",)
+_RENDEZVOUS = ("tests/unit/test_rendezvous.py",)
 _SHARING = ("tests/unit/test_sharing.py",)
 _UPDATE = ("tests/multiprocess/test_update.py",)
 _STATES = ("tests/unit/test_runtime_states.py",)
 _SOCKETS = ("tests/unit/test_socket_failures.py",)
 _CACHE = ("tests/property/test_resident_cache.py",)
 _FAILURES = ("tests/unit/test_failures.py",)
+_AGREEMENT = ("tests/unit/test_agreement_protocol.py",)
+_AGAIN = ("tests/multiprocess/test_update_again.py",)
 
 BUGS: Final = (
     Bug(
@@ -169,18 +172,18 @@ BUGS: Final = (
     Bug(
         "the edges are not filled",
         "vmm_dwdp/membership.py",
-        """        self._assembly.build()
-        self._fill_edges()
+        """            self._assembly.build()
+            self._fill_edges()
 """,
-        "        self._assembly.build()\n",
+        "            self._assembly.build()\n",
         _BYTES,
     ),
     Bug(
         "the edges keep old bytes in an update",
         "vmm_dwdp/membership.py",
-        """            self._fill_edges()
-            for owner in""",
-        "            for owner in",
+        """                self._fill_edges()
+                for owner in""",
+        "                for owner in",
         _UPDATE,
     ),
     Bug(
@@ -277,18 +280,18 @@ BUGS: Final = (
         "vmm_dwdp/rendezvous.py",
         "if found.st_mode & 0o077:",
         "if found.st_mode & 0o007:",
-        _DOOR,
+        _RENDEZVOUS,
     ),
     Bug(
         "any token will do",
-        "vmm_dwdp/exchange.py",
-        "return request if hmac.compare_digest(token, self._rendezvous.token) else None",
-        "return request if token else None",
+        "vmm_dwdp/transport.py",
+        "if hmac.compare_digest(token, self._rendezvous.token):",
+        "if token:",
         _DOOR,
     ),
     Bug(
         "other users are answered",
-        "vmm_dwdp/exchange.py",
+        "vmm_dwdp/transport.py",
         "            if peer_uid(client) != os.getuid():\n                return\n",
         "",
         _DOOR,
@@ -302,35 +305,35 @@ BUGS: Final = (
     ),
     Bug(
         "two processes may take the place of one rank",
-        "vmm_dwdp/exchange.py",
+        "vmm_dwdp/transport.py",
         "            with self._rendezvous.locked(deadline):",
         "            with contextlib.nullcontext():",
         _DOOR,
     ),
     Bug(
         "a rank that is too busy to answer has left",
-        "vmm_dwdp/exchange.py",
+        "vmm_dwdp/transport.py",
         "        except _QueueFull:\n            return True\n",
         "        except _QueueFull:\n            return False\n",
         _DOOR,
     ),
     Bug(
         "one client after another is answered",
-        "vmm_dwdp/exchange.py",
+        "vmm_dwdp/transport.py",
         "                self._start(self._answer, client)\n",
         "                self._answer(client)\n                client.close()\n",
         ("tests/unit/test_door.py::test_a_group_publishes_and_passes_among_the_slow_and_the_silent",),
     ),
     Bug(
         "one accept that fails shuts the door",
-        "vmm_dwdp/exchange.py",
+        "vmm_dwdp/transport.py",
         "                if error.errno == errno.EINVAL:\n",
         "                if error.errno:\n",
         _DOOR,
     ),
     Bug(
         "a socket that could not be listened at stays in the directory",
-        "vmm_dwdp/exchange.py",
+        "vmm_dwdp/transport.py",
         "                    made.unlink(missing_ok=True)\n",
         "                    made.exists()\n",
         _SOCKETS,
@@ -397,5 +400,105 @@ BUGS: Final = (
         "        return not self._storage.expired()  # type",
         "        return False and not self._storage.expired()  # type",
         _STATES,
+    ),
+    Bug(
+        "an earlier entry of a rank counts when it comes last",
+        "vmm_dwdp/agreement.py",
+        "self._move_to(tuple(map(max, self.vector, vector)))",
+        "self._move_to((*vector[: self._rank], own, *vector[self._rank + 1 :]))",
+        _AGREEMENT,
+    ),
+    Bug(
+        "a name is committed with the promises that were made to another",
+        "vmm_dwdp/agreement.py",
+        "            self._accepted = self._refused = frozenset()\n            self.vector = vector",
+        "            self._refused = frozenset()\n            self.vector = vector",
+        _AGREEMENT,
+    ),
+    Bug(
+        "a step of any attempt counts",
+        "vmm_dwdp/agreement.py",
+        "self._heard |= {(word.vector, word.step, rank)}",
+        "self._heard |= {(self.committed or word.vector, word.step, rank)}",
+        _AGREEMENT,
+    ),
+    Bug(
+        "to be bound is no doubt",
+        "vmm_dwdp/agreement.py",
+        "            if counts:\n                self._doubt()\n",
+        "            if counts:\n",
+        _AGREEMENT,
+    ),
+    Bug(
+        "a rank that has committed binds itself to another name",
+        "vmm_dwdp/agreement.py",
+        " and self.committed in (None, word.vector)",
+        "",
+        _AGREEMENT,
+    ),
+    Bug(
+        "a rank that comes back does not hear of the doubt of others",
+        "vmm_dwdp/agreement.py",
+        "if not self._under_way and answer.doubt is not None:",
+        "if self._under_way and answer.doubt is not None:",
+        _AGREEMENT,
+    ),
+    Bug(
+        "one that does not tell has no doubt",
+        "vmm_dwdp/agreement.py",
+        """        self._audience -= {rank}
+        self.doubt = """,
+        """        self._audience -= {rank}
+        _ = """,
+        _AGAIN,
+    ),
+    Bug(
+        "an update need not have what the one before left half written",
+        "vmm_dwdp/membership.py",
+        "self._begun |= shards.keys()",
+        "self._begun -= shards.keys()",
+        _AGAIN,
+    ),
+    Bug(
+        "two revisions that differ count as equal",
+        "vmm_dwdp/exchange.py",
+        "hashlib.sha256(revision.encode()).hexdigest()",
+        "hashlib.sha256().hexdigest()",
+        _AGAIN,
+    ),
+    Bug(
+        "who begins anew is given shares for the attempt before",
+        "vmm_dwdp/agreement.py",
+        "return name in self._bound",
+        "return True",
+        _DOOR,
+    ),
+    Bug(
+        "the first to leave takes the token along",
+        "vmm_dwdp/rendezvous.py",
+        "if presence.alone() and presence.is_at(self._token_path):",
+        "if presence.is_at(self._token_path):",
+        _RENDEZVOUS,
+    ),
+    Bug(
+        "who leaves removes the socket of its successor",
+        "vmm_dwdp/rendezvous.py",
+        "if self._socket is not None and _is_same(*self._socket):",
+        "if self._socket is not None:",
+        _RENDEZVOUS,
+    ),
+    Bug(
+        "descriptors that another awaits are not counted",
+        "vmm_dwdp/limits.py",
+        " + sum(_reserved.values()) + count",
+        " + count",
+        ("tests/unit/test_limits.py",),
+    ),
+    Bug(
+        "the soft limit stays raised",
+        "vmm_dwdp/limits.py",
+        "            if soft == after:",
+        "            if soft != after:",
+        ("tests/unit/test_limits.py",),
     ),
 )

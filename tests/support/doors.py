@@ -21,17 +21,21 @@ from vmm_dwdp.rendezvous import Rendezvous
 GROUP_SIZE = 3
 PATIENCE = 60.0  # seconds
 FINGERPRINT = "what all ranks agree in"
+GROUP = "a group that is published"
+NOTHING = [[0, ""]] * GROUP_SIZE  # what a rank knows of the others that has heard nothing
 TOKEN = b"a token of an owner's memory"
 CHECKSUMS = [7, 8, 9]
 
 
 def exchange(rendezvous: Rendezvous, ledger: Ledger, rank: int) -> Exchange:
-    """A rank that serves one descriptor and one token for every owner."""
+    """A rank of a published group that serves one descriptor and one token for every owner."""
 
     def shares(owner: Owner) -> list[Share]:
         return [Descriptor(ledger, os.memfd_create(f"of {owner}", os.MFD_CLOEXEC)), TOKEN]
 
-    return Exchange(rendezvous, ledger, rank, GROUP_SIZE, PATIENCE, FINGERPRINT, shares, lambda owner: CHECKSUMS)
+    made = Exchange(rendezvous, ledger, rank, GROUP_SIZE, PATIENCE, FINGERPRINT, None, shares, lambda owner: CHECKSUMS)
+    made._group = GROUP
+    return made
 
 
 @contextmanager
@@ -51,10 +55,13 @@ def request(directory: Path, **changes: Any) -> dict[str, Any]:
         "version": PROTOCOL_VERSION,
         "token": (directory / "token").read_bytes().hex(),
         "fingerprint": FINGERPRINT,
+        "revision": None,
         "rank": 1,
+        "group": GROUP,
         "ask": "alive",
         "owner": None,
-        "what": "",
+        "vector": NOTHING,
+        "step": 0,
         **changes,
     }
     return {key: value for key, value in asked.items() if value is not ...}

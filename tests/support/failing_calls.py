@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Final
 from unittest import mock
 
-FILE_CALLS: Final = ("mkdir", "stat", "open", "read", "close", "link", "unlink", "replace", "listdir")
+FILE_CALLS: Final = ("mkdir", "stat", "open", "pread", "close", "link", "unlink", "replace", "listdir")
 SOCKET_CALLS: Final = ("socket", "getsockopt", "bind", "listen", "connect", "accept", "sendmsg", "recvmsg")
 REASON: Final = os.strerror(errno.EMFILE)
-_CALLERS: Final = {"rendezvous.py", "exchange.py", "sharing.py", "limits.py"}
+_CALLERS: Final = {"rendezvous.py", "transport.py", "sharing.py", "limits.py"}
 _FRAMES: Final = 6  # how far from our code the call may be: pathlib and tempfile make some of them
 
 

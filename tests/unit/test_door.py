@@ -21,15 +21,17 @@ from typing import Any
 
 import pytest
 import torch
-from support.doors import CHECKSUMS, TOKEN, answer_to, exchange, knock, request, serving
+from support.doors import CHECKSUMS, GROUP, GROUP_SIZE, TOKEN, answer_to, exchange, knock, request, serving
 from support.failing_calls import FailingCalls
 from support.groups import check_pass, published, random_model
 
 from vmm_dwdp import HOST, DWDPConfig, ExchangeError
+from vmm_dwdp.agreement import LAST_STEP
 from vmm_dwdp.allocator.handles import Descriptor, Ledger
 from vmm_dwdp.allocator.sharing import MAGIC, receive
-from vmm_dwdp.exchange import MAX_REQUEST_NBYTES, Exchange
+from vmm_dwdp.exchange import PUBLISHING, Exchange
 from vmm_dwdp.rendezvous import TOKEN_NBYTES, Rendezvous
+from vmm_dwdp.transport import MAX_REQUEST_NBYTES, Transport
 
 HEADER = struct.Struct("!4sII")
 pytestmark = pytest.mark.usefixtures("open_descriptors")
@@ -43,76 +45,6 @@ def directory(tmp_path: Path) -> Path:
 
 def soon() -> float:
     return time.monotonic() + 60
-
-
-# -- the directory -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("mode", [0o701, 0o710, 0o704, 0o740, 0o702, 0o720, 0o777])
-def test_a_directory_that_others_may_enter(directory: Path, mode: int) -> None:
-    directory.mkdir()
-    directory.chmod(mode)
-    with pytest.raises(ExchangeError, match="open to other users"):
-        Rendezvous(directory)
-    assert list(directory.iterdir()) == []
-
-
-def test_a_directory_of_somebody_else(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    directory.mkdir(0o700)
-    somebody_else = os.getuid() + 1
-    monkeypatch.setattr(os, "getuid", lambda: somebody_else)
-    with pytest.raises(ExchangeError, match="belongs to user"):
-        Rendezvous(directory)
-    assert list(directory.iterdir()) == []
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_a_link_to_a_directory(directory: Path, tmp_path: Path, there: bool) -> None:
-    if there:
-        (tmp_path / "elsewhere").mkdir(0o700)
-    directory.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ExchangeError, match="not a directory" if there else "cannot be used: File exists"):
-        Rendezvous(directory)
-
-
-def test_a_file(directory: Path) -> None:
-    directory.touch(0o600)
-    with pytest.raises(ExchangeError, match="cannot be used: File exists"):
-        Rendezvous(directory)
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_a_token_that_is_a_link(directory: Path, tmp_path: Path, there: bool) -> None:
-    directory.mkdir(0o700)
-    elsewhere = tmp_path / "elsewhere"
-    if there:
-        elsewhere.write_bytes(bytes(TOKEN_NBYTES))
-    (directory / "token").symlink_to(elsewhere)
-    with pytest.raises(ExchangeError, match="symbolic links"):
-        Rendezvous(directory)
-    assert elsewhere.exists() == there
-
-
-@pytest.mark.parametrize("nbytes", [0, TOKEN_NBYTES - 1, TOKEN_NBYTES + 1])
-def test_a_token_of_another_size(directory: Path, nbytes: int) -> None:
-    directory.mkdir(0o700)
-    (directory / "token").write_bytes(bytes(nbytes))
-    with pytest.raises(ExchangeError, match="not a token of 32 bytes"):
-        Rendezvous(directory)
-
-
-def test_the_token_is_private_equal_for_all_and_another_in_every_directory(tmp_path: Path) -> None:
-    first, second, other = Rendezvous(tmp_path / "a"), Rendezvous(tmp_path / "a"), Rendezvous(tmp_path / "b")
-    assert first.token == second.token != other.token
-    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o700
-    assert (tmp_path / "a" / "token").stat().st_mode & 0o777 == 0o600
-    assert [entry.name for entry in (tmp_path / "a").iterdir()] == ["token"]
-
-
-def test_a_second_leave_does_not_take_the_next_group_s_token(directory: Path) -> None:
-    before = Rendezvous(directory)
-    before.leave(None)
-    after = Rendezvous(directory)
-    before.leave(None)
-    assert Rendezvous(directory).token == after.token
 
 
 # -- sockets in it -----------------------------------------------------------------------------------------------------
@@ -152,7 +84,7 @@ def test_of_two_that_come_as_one_rank_at_the_same_instant_one_is_refused(
     """Both look whether the place is free before either takes it, if nothing keeps them from it."""
     both_have_looked = threading.Barrier(2)
 
-    def look(self: Exchange, rank: int) -> bool:
+    def look(self: Transport, rank: int) -> bool:
         found = listens(self, rank)
         with contextlib.suppress(threading.BrokenBarrierError):
             both_have_looked.wait(0.2)
@@ -167,9 +99,9 @@ def test_of_two_that_come_as_one_rank_at_the_same_instant_one_is_refused(
         there.append(door)
         return ""
 
-    listens = Exchange.listens
-    monkeypatch.setattr(Exchange, "listens", look)
-    there: list[Exchange] = []
+    listens = Transport.listens
+    monkeypatch.setattr(Transport, "listens", look)
+    there = []
     with ThreadPoolExecutor(2) as pool:
         refusals = sorted(pool.map(lambda _: come(), range(2)))
     for door in there:
@@ -227,7 +159,7 @@ def framed(payload: bytes, magic: bytes = MAGIC, fds: int = 0, nbytes: int | Non
 
 def test_another_user_is_not_answered(directory: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(directory, ledger), monkeypatch.context() as patched:
-        patched.setattr("vmm_dwdp.exchange.peer_uid", lambda sock: os.getuid() + 1)
+        patched.setattr("vmm_dwdp.transport.peer_uid", lambda sock: os.getuid() + 1)
         with knock(directory) as sock:
             say(sock, framed(json.dumps(request(directory)).encode()))
             assert ends_without_an_answer(sock)
@@ -239,7 +171,7 @@ def test_another_user_is_not_asked(directory: Path, ledger: Ledger, monkeypatch:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(directory / "rank-0"))
         listener.listen()
-        monkeypatch.setattr("vmm_dwdp.exchange.peer_uid", lambda sock: os.getuid() + 1)
+        monkeypatch.setattr("vmm_dwdp.transport.peer_uid", lambda sock: os.getuid() + 1)
         with pytest.raises(ExchangeError, match=r"user \d+ listens at"):
             door.collect(0, 0, 1, soon())
         client, _ = listener.accept()
@@ -274,7 +206,7 @@ def test_a_stranger_is_not_answered_and_costs_nobody_anything(directory: Path, l
         with knock(directory) as sock:
             say(sock, STRANGERS[stranger](directory))
             assert ends_without_an_answer(sock)
-        assert answer_to(directory, json.dumps(request(directory)).encode(), ledger) == {"error": None}
+        assert answer_to(directory, json.dumps(request(directory)).encode(), ledger) == {"error": None, "group": GROUP}
 
 
 @pytest.mark.parametrize("announced", [0, 1])
@@ -299,34 +231,56 @@ def test_descriptors_that_come_with_a_request_are_closed(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"version": 2}, "it speaks version 1 of the protocol, not 2"),
+        ({"version": 1}, "it speaks version 2 of the protocol, not 1"),
         ({"version": ...}, "not None"),
         ({"fingerprint": "another"}, "the configs or the layers of the two ranks differ"),
-        ({"rank": 3}, "the group has 3 ranks, and none of them is 3"),
-        ({"rank": -1}, "none of them is -1"),
-        ({"rank": [0]}, r"none of them is \[0\]"),
-        ({"rank": ...}, "none of them is None"),
+        ({"revision": "another"}, "the two ranks were given different checkpoints"),
+        ({"rank": 3}, "the group has 3 ranks, and none of the others is 3"),
+        ({"rank": 0}, "none of the others is 0"),
+        ({"rank": -1}, "none of the others is -1"),
+        ({"rank": True}, "none of the others is True"),
+        ({"rank": [0]}, r"none of the others is \[0\]"),
+        ({"rank": ...}, "none of the others is None"),
         ({"ask": "everything"}, "does not know how to answer 'everything'"),
         ({"ask": ["alive"]}, "does not know how to answer"),
         ({"ask": ...}, "does not know how to answer None"),
-        ({"what": 5}, "it does not say what it says, but 5"),
+        ({"ask": "say", "vector": 5}, "it does not say what it knows, but 5"),
+        ({"ask": "say", "vector": [[0, ""]]}, "it does not say what it knows"),
+        ({"ask": "say", "vector": [[0, ""], [0, ""], ["0", ""]]}, "it does not say what it knows"),
+        ({"ask": "step", "step": "1"}, "it does not say what it knows, but .* and '1'"),
+        ({"ask": "say", "group": "another"}, "it is not, or not yet, of the group that asks"),
+        ({"ask": "shares", "owner": 0, "group": []}, "it is not, or not yet, of the group that asks"),
+        ({"ask": "say", "group": ""}, "its group is published already: a rank that has died comes back by rejoin"),
         ({"ask": "shares", "owner": 3}, "there is no owner 3"),
         ({"ask": "shares", "owner": {}}, "there is no owner {}"),
         ({"ask": "checksums", "owner": None}, "there is no owner None"),
-        ({"ask": "bind"}, "rank 0 has given up waiting"),
     ],
 )
 def test_a_member_is_told_its_mistake(directory: Path, ledger: Ledger, changes: dict[str, Any], sentence: str) -> None:
-    """And once the group is published, a mistake is nobody else's affair."""
-    with serving(directory, ledger) as door, serving(directory, ledger, 1) as other:
-        door.complete()
+    """And a mistake is nobody else's affair."""
+    with contextlib.ExitStack() as stack:
+        doors = [stack.enter_context(serving(directory, ledger, rank)) for rank in range(GROUP_SIZE)]
         answer = answer_to(directory, json.dumps(request(directory, **changes)).encode(), ledger)
         with pytest.raises(AssertionError, match=sentence):
             raise AssertionError(answer["error"])
-        answering = threading.Thread(target=other.agree, args=("again", [0], soon()))
-        answering.start()
-        door.agree("again", [1], soon())
-        answering.join()
+        with ThreadPoolExecutor(GROUP_SIZE) as pool:
+            list(pool.map(together, doors))
+
+
+def together(door: Exchange) -> None:
+    with door.attempt("something", soon()):
+        for step in range(1, LAST_STEP + 1):
+            door.step(step, "done", soon())
+
+
+@pytest.mark.parametrize("name", [None, [[1, "a"], [1, "b"], [1, "c"]]])
+def test_shares_are_given_to_those_who_publish_together(directory: Path, ledger: Ledger, name: object) -> None:
+    """Not to who was there before, and not to who comes for the next attempt."""
+    with serving(directory, ledger) as door:
+        door._group = PUBLISHING
+        asked = request(directory, ask="shares", owner=0, group=PUBLISHING, vector=name)
+        told = answer_to(directory, json.dumps(asked).encode(), ledger)
+        assert told == {"error": "rank 0 is not in the attempt to publish that this is asked for"}
 
 
 ANSWERS: dict[str, tuple[dict[str, Any] | bytes, str]] = {
@@ -374,7 +328,7 @@ def test_checksums_that_cannot_be(
     directory: Path, ledger: Ledger, sums: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     door = exchange(Rendezvous(directory), ledger, 1)
-    monkeypatch.setattr(door, "_ask", lambda *args, **kwargs: ({"checksums": sums}, []))
+    monkeypatch.setattr(door._transport, "ask", lambda *args, **kwargs: ({"checksums": sums}, []))
     with pytest.raises(ExchangeError, match="did not send 3 checksums"):
         door.collect_checksums(0, 0, 3, soon())
 
@@ -428,7 +382,10 @@ def test_a_connection_that_cannot_be_accepted_does_not_shut_the_door(directory: 
     failing = FailingCalls("accept", at)
     with failing.installed(), serving(directory, ledger):
         for _ in range(3):
-            assert answer_to(directory, json.dumps(request(directory)).encode(), ledger) == {"error": None}
+            assert answer_to(directory, json.dumps(request(directory)).encode(), ledger) == {
+                "error": None,
+                "group": GROUP,
+            }
     assert failing.failed
 
 
