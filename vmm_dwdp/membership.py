@@ -263,7 +263,7 @@ class Membership:
             for layer in self._layers
         ]
         config = dataclasses.asdict(self._config)
-        agreed = json.dumps([config, self._assembly.granularity, self._driver.device.type, layers, self.revision])
+        agreed = json.dumps([config, self._assembly.granularity, self._driver.device.type, layers])
         return hashlib.sha256(agreed.encode()).hexdigest()
 
     def _shares(self, owner: Owner) -> list[Share]:

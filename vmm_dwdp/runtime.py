@@ -362,8 +362,10 @@ class DWDPRuntime:
         Raises `StateError` if the current stream is captured, and `DriverError` if a call failed; it may be repeated.
         """
         with self._undisturbed():
-            self._passes.reset(stream)
-        self._lifecycle.end_pass()
+            try:
+                self._passes.reset(stream)
+            finally:
+                self._lifecycle.end_pass()  # so that another thread may repeat it, too
 
     def refresh_cache(self) -> None:
         """Keep copies of the remote experts on this GPU to which `acquire` was told that most tokens were routed.

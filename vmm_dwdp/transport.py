@@ -194,11 +194,13 @@ class Transport:
                 os.replace(bound, path)
                 self._rendezvous.listens_at(path)
             self._start(self._accept, listener)
-        except (OSError, RuntimeError) as error:  # RuntimeError: no more threads
+        except BaseException as error:
             for made in claimed:
                 with contextlib.suppress(OSError):
                     made.unlink(missing_ok=True)
             listener.close()
+            if not isinstance(error, OSError | RuntimeError):  # RuntimeError: no more threads
+                raise
             raise ExchangeError(f"rank {self._rank} cannot listen at {path}: {_reason(error)}") from error
 
     def _start(self, run: Callable[[socket.socket], None], sock: socket.socket) -> None:
