@@ -9,6 +9,7 @@ import torch
 
 from vmm_dwdp.assembly import Weights
 from vmm_dwdp.compiled_models import between_regions
+from vmm_dwdp.errors import StateError
 from vmm_dwdp.integrations.sglang.expert_tensor import ExpertBlocks, note_count, places
 from vmm_dwdp.integrations.spread_tensor import SpreadTensor
 from vmm_dwdp.runtime import DWDPRuntime
@@ -99,12 +100,27 @@ class ViewedRuntime(DWDPRuntime):
 
     @between_regions
     def release(self, layer: int, **given: Any) -> None:
-        """As of any runtime; from now on the layer's module holds no weights."""
+        """As of any runtime; afterwards the layer's module holds no weights."""
+        try:
+            super().release(layer, **given)
+        except StateError:
+            raise  # it was not acquired, or another thread runs its pass: nothing was released
+        except BaseException:
+            self.views[layer].hide()
+            raise
         self.views[layer].hide()
-        super().release(layer, **given)
 
     def reset(self, **given: Any) -> None:
-        """As of any runtime; no module holds weights afterwards."""
+        """As of any runtime; afterwards no module holds weights."""
+        try:
+            super().reset(**given)
+        except StateError:
+            raise  # the same
+        except BaseException:
+            self._hide_all()
+            raise
+        self._hide_all()
+
+    def _hide_all(self) -> None:
         for view in self.views.values():
             view.hide()
-        super().reset(**given)
