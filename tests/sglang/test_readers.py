@@ -79,6 +79,7 @@ def attempts(model: Any) -> dict[str, Callable[[], Any]]:
     """What SGLang does to whole models, by the functions in which it does it."""
     from sglang.srt.managers.scheduler_components import weight_updater as scheduler
     from sglang.srt.model_executor.model_runner_components.weight_exporter import WeightExporter
+    from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
     from sglang.srt.model_loader.loader import DefaultModelLoader, ShardedStateLoader
     from sglang.srt.utils.weight_checker import WeightChecker
 
@@ -106,6 +107,8 @@ def attempts(model: Any) -> dict[str, Callable[[], Any]]:
         updater = SimpleNamespace(_session=None, _select_runners=lambda selector: [])
         begin = partial(scheduler.SchedulerWeightUpdaterManager.begin_weight_update, updater)
         made["session"] = lambda: (lambda answer: (answer.success, answer.message))(begin(SimpleNamespace(selector="")))
+        made["session's begin"] = lambda: WeightUpdater.begin_weight_update(exporter)
+        made["session's end"] = lambda: WeightUpdater.end_weight_update(exporter, run_post_load=False)
         made["begin"] = lambda: DefaultModelLoader.restore_weights_before_loading(model, cpu)
         made["end"] = lambda: DefaultModelLoader.postprocess_weights(model, cpu)
     return made
@@ -158,7 +161,7 @@ def test_whoever_did_not_acquire_is_told(kind: str, kinds: dict[str, dict[str, A
     told = kinds[kind]["told"]
     if "session" in told:
         assert told.pop("session") == f"answered {(False, NO_UPDATES)!r}"
-        assert {told.pop("begin"), told.pop("end")} == {NO_UPDATES}
+        assert {told.pop(name) for name in ("session's begin", "session's end", "begin", "end")} == {NO_UPDATES}
     assert told.pop("post-process again") == NO_UPDATES
     assert {told.pop(name) for name in ("save sharded", "save remote", "checksum", "reset")} == {NO_EXPORTS}
     assert {told.pop(name) for name in ("send", "group to send")} == {f"answered {(False, NO_EXPORTS)!r}"}

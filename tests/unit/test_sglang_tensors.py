@@ -232,6 +232,15 @@ def test_a_layer_has_its_tensors_from_acquire_to_release(mode: Any, viewed: tupl
     assert not any(_is_here(each) for each in modules)
 
 
+def test_a_first_pass_in_inference_mode_makes_no_inference_tensors(viewed: tuple[ViewedRuntime, list[Any]]) -> None:
+    runtime, modules = viewed
+    modes: list[Any] = ["staged", "in_place"]
+    for mode in modes:
+        with torch.inference_mode(), runtime.layer(0, mode=mode):
+            assert not modules[0].w13_weight.is_inference()
+    assert not modules[0].w13_weight.is_inference()
+
+
 def test_a_pass_that_ends_early_leaves_no_tensors(viewed: tuple[ViewedRuntime, list[Any]]) -> None:
     runtime, modules = viewed
     runtime.acquire(0, mode="staged")

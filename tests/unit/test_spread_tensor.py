@@ -22,6 +22,15 @@ def spread() -> SpreadTensor:
     return SpreadTensor("w13_weight of layer 3", (8, 3, 4), (12, 1, 3), torch.bfloat16, torch.device("cpu"))
 
 
+def test_one_made_in_inference_mode_is_no_inference_tensor() -> None:
+    with torch.inference_mode():
+        made = SpreadTensor("w2_weight of layer 3", (8, 3), (3, 1), torch.bfloat16, torch.device("cpu"))
+        copied = made.data
+
+    assert not made.is_inference()
+    assert not copied.is_inference()
+
+
 def test_what_needs_no_bytes_can_be_had(spread: SpreadTensor) -> None:
     for tensor in (spread, spread.data, spread.detach(), spread.data.data):
         assert isinstance(tensor, SpreadTensor)
@@ -70,6 +79,7 @@ def test_whoever_wants_bytes_is_told_why_there_are_none(want: Callable[[torch.Te
         want(spread)
 
 
+@pytest.mark.filterwarnings("ignore:for w13_weight. copying from a non-meta parameter")
 def test_a_module_with_one_is_neither_moved_nor_loaded_nor_exported(spread: SpreadTensor) -> None:
     module = torch.nn.Module()
     module._parameters["w13_weight"] = spread

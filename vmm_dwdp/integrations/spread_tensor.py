@@ -39,6 +39,7 @@ class SpreadTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
+    @torch.inference_mode(mode=False)
     def __new__(
         cls, weight: str, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> Self:

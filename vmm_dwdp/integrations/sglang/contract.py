@@ -25,9 +25,11 @@ SEND = (
     f"{_WEIGHT_EXPORTER}.init_weights_send_group_for_remote_instance",
     f"{_WEIGHT_EXPORTER}.send_weights_to_remote_instance",
 )
-_BEGIN_UPDATE = (  # 0.5.23
+# Sessions of updates, since 0.5.23: what answers to the request for one, and what then does the work.
+_BEGIN_SESSION = (
     "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.begin_weight_update"
 )
+_SESSION = (f"{_WEIGHT_UPDATER}.begin_weight_update", f"{_WEIGHT_UPDATER}.end_weight_update")
 _UPDATES = (
     "update_weights_from_disk",
     "update_weights_from_tensor",
@@ -111,9 +113,14 @@ def updates() -> list[str]:
     return [path for path in paths if _exists(path)]
 
 
-def begin_update() -> str | None:
+def begin_session() -> list[str]:
     """The path of the method that answers to the request for a session of updates, if this SGLang has sessions."""
-    return _BEGIN_UPDATE if _exists(_BEGIN_UPDATE) else None
+    return [path for path in (_BEGIN_SESSION,) if _exists(path)]
+
+
+def session() -> list[str]:
+    """The paths of the methods that undo post-processing for a session and do it again after it, if there are any."""
+    return [path for path in _SESSION if _exists(path)]
 
 
 def fused_moe(method: str) -> str:

@@ -67,6 +67,7 @@ class ExpertView:
             holder.update(tensors)
         self._assembled.clear()
 
+    @torch.inference_mode(mode=False)  # a first pass may run in it, and others later outside of it
     def _made_of(self, weights: Weights) -> _Exchange:
         made: dict[str, torch.Tensor] = {}
         for name, block in self._blocks.items():

@@ -52,9 +52,8 @@ def _register_all() -> None:
     hooks |= dict.fromkeys(contract.updates(), update_weights)
     hooks |= dict.fromkeys(contract.SEND, send_weights)
     hooks |= dict.fromkeys((*contract.SAVE, contract.CHECK_WEIGHTS), read_weights)
-    begin_update = contract.begin_update()
-    if begin_update is not None:
-        hooks[begin_update] = begin_weight_update
+    hooks |= dict.fromkeys(contract.begin_session(), begin_session)
+    hooks |= dict.fromkeys(contract.session(), prepare_session)
     for path, hook in hooks.items():
         HookRegistry.register(path, hook, HookType.AROUND)
 
@@ -142,13 +141,20 @@ def update_weights(original: _Original, *args: Any, **kwargs: Any) -> Any:
     return original(*args, **kwargs)
 
 
-def begin_weight_update(original: _Original, updater: Any, request: Any) -> Any:
-    """Around the request for a session of updates, at whose begin and end post-processing is undone and done again."""
+def begin_session(original: _Original, updater: Any, request: Any) -> Any:
+    """Around SGLang's answer to the request for a session of updates."""
     if manager() is None:
         return original(updater, request)
     from sglang.srt.managers.io_struct import BeginWeightUpdateReqOutput
 
     return BeginWeightUpdateReqOutput(success=False, message=NO_UPDATES)
+
+
+def prepare_session(original: _Original, *args: Any, **kwargs: Any) -> Any:
+    """Around what undoes post-processing of the whole model for a session, and does it again after it."""
+    if manager() is not None:
+        raise ConfigError(NO_UPDATES)
+    return original(*args, **kwargs)
 
 
 def send_weights(original: _Original, *args: Any, **kwargs: Any) -> Any:
