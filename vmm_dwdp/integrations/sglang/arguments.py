@@ -69,10 +69,10 @@ def check(server_args: Any, dwdp_size: int) -> None:
 
 
 def check_graphs(server_args: Any) -> None:
-    """Raise `ConfigError` if the final arguments have prefill graphs, which some ask for by name."""
+    """Raise `ConfigError` if the final arguments have prefill graphs in pieces, for which some ask by name."""
     prefill = _resolved(server_args).cuda_graph_config.prefill.backend
     backend = getattr(prefill, "value", prefill)
-    if backend not in (None, "disabled"):
+    if backend not in (None, "disabled", "full"):
         raise ConfigError(
             f"DWDP cannot be used with prefill graphs of the backend {backend!r}: they are captured in pieces, and a "
             "pass is captured whole"
