@@ -57,7 +57,6 @@ def stopped_before(runtime: DWDPRuntime, number: int, going_on: threading.Event)
 
 
 def update(runtime: DWDPRuntime, model: Model, timeout: float = 60) -> None:
-    runtime._driver.activate()
     runtime.update(shards(runtime, model), timeout=timeout)
 
 
@@ -99,7 +98,6 @@ def test_an_update_covers_what_the_one_before_left_half_written(tmp_path: Path) 
         with pytest.raises(ConfigError, match="layer 1, a: the shard of rank 0 may be half written"):
             first.update(some)
         in_threads(lambda rank: update((first, second)[rank], NEWER), 2)
-        first._driver.activate()
         in_threads(lambda rank: (first, second)[rank].update({}), 2)  # nothing is half written any more
         for runtime in (first, second):
             check_pass(runtime, NEWER)
@@ -148,7 +146,6 @@ def test_a_rank_that_comes_back_knows_that_an_update_was_left_half_done(tmp_path
             second.update({})  # nobody knows how far the dead one came
         in_threads(lambda rank: update((first, second)[rank], NEWER), 2)
         for runtime in (first, second):
-            runtime._driver.activate()
             check_pass(runtime, NEWER)
 
 
@@ -170,13 +167,11 @@ def test_a_rank_that_comes_back_where_one_does_not_tell_is_in_doubt(
             patched.setattr(exchange._transport, "_answer_to", silent)
             again = _rejoined(tmp_path, 2, config=config)
         with again:
-            second._driver.activate()
             check_pass(second, OLD)
             with pytest.raises(StateError, match="rank 0 does not tell whether an update was begun"):
                 again.acquire(0)
             in_threads(lambda rank: update((first, second, again)[rank], NEW), 3)
             for runtime in (first, second, again):
-                runtime._driver.activate()
                 check_pass(runtime, NEW)
 
 
@@ -189,7 +184,6 @@ def test_a_rank_that_comes_back_to_a_whole_group_reads_at_once(tmp_path: Path) -
             check_pass(again, OLD)
             in_threads(lambda rank: update((first, again)[rank], NEW), 2)
             for runtime in (first, again):
-                runtime._driver.activate()
                 check_pass(runtime, NEW)
 
 
@@ -246,7 +240,6 @@ def test_a_rank_that_fails_to_publish_comes_again_to_who_still_waits(tmp_path: P
         others = [runtime.result() for runtime in runtimes]
         waiting.result()
     for runtime in (early, *others):
-        runtime._driver.activate()
         check_pass(runtime, OLD)
     for runtime in (early, *others):
         runtime.close()
@@ -257,7 +250,6 @@ def test_a_rank_that_died_and_publishes_is_told_to_rejoin(tmp_path: Path) -> Non
         second.close()
         with pytest.raises(ExchangeError, match="is published already: a rank that has died comes back by rejoin"):
             loaded(1, tmp_path).publish()
-        first._driver.activate()
         check_pass(first, OLD)
         with _rejoined(tmp_path, 1) as again:
             check_pass(again, OLD)

@@ -18,8 +18,9 @@ def server_args(**arguments: Any) -> Any:
     """SGLang's own arguments of an engine on this machine's device."""
     from sglang.srt.server_args import ServerArgs
 
-    stated = {"moe_runner_backend": "triton", "attention_backend": "triton" if DEVICE == "cuda" else None, **arguments}
-    return ServerArgs(model_path=str(MODEL), device=DEVICE, load_format="dummy", skip_tokenizer_init=True, **stated)
+    stated = {"moe_runner_backend": "triton", "attention_backend": "triton" if DEVICE == "cuda" else None}
+    stated |= {"load_format": "dummy", **arguments}
+    return ServerArgs(model_path=str(MODEL), device=DEVICE, skip_tokenizer_init=True, **stated)
 
 
 def start(rank: int, size: int, port: int) -> None:

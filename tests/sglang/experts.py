@@ -97,12 +97,12 @@ def checkpoint_tensor(layer: Any, name: str, parameter: torch.Tensor, expert: in
     return values.to(parameter.dtype).to(parameter.device)
 
 
-def tensors(layer: Any, names: list[str]) -> list[torch.Tensor]:
-    """The tensors that dotted names lead to."""
+def tensors(layer: Any, names: list[str], *, optional: bool = False) -> list[torch.Tensor]:
+    """The tensors that dotted names lead to: all of them, or those that the layer has."""
     from vmm_dwdp.integrations.sglang.expert_tensor import find
 
-    found = [find(layer, name) for name in names]
-    assert all(tensor is not None for tensor in found)
+    found = [tensor for tensor in (find(layer, name) for name in names) if tensor is not None]
+    assert optional or len(found) == len(names)
     return found
 
 

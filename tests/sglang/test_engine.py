@@ -6,6 +6,7 @@ import json
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import engine_process
 import psutil
@@ -61,8 +62,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def generate(rank: int, *, checkpoint: Path, size: int, environment: dict[str, str]) -> tuple[Tokens, int]:
-    """What an engine of ``size`` ranks answers to the prompts, and how many of its processes have our memory."""
+def generate(
+    rank: int, *, checkpoint: Path, size: int, environment: dict[str, str], save: bool = False, **arguments: Any
+) -> tuple[Tokens, int]:
+    """What an engine of ``size`` ranks answers to the prompts, and how many of its processes have our memory.
+
+    With ``save`` it is asked between two answers to save its weights, which it has to refuse.
+    """
     os.environ.update(environment)
     from sglang.srt.entrypoints.engine import Engine
 
@@ -83,10 +89,15 @@ def generate(rank: int, *, checkpoint: Path, size: int, environment: dict[str, s
         random_seed=0,
         tp_size=size,
         dwdp_size=size,
+        **arguments,
     )
     try:
         greedy = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
         answers = engine.generate(input_ids=PROMPTS, sampling_params=greedy)
+        if save:
+            with pytest.raises(AssertionError, match="cannot be saved, sent or checked while DWDP spreads its experts"):
+                engine.save_sharded_model(path=str(checkpoint / "saved"), pattern=None, max_size=None)
+            answers = engine.generate(input_ids=PROMPTS, sampling_params=greedy)
         maps = [Path(f"/proc/{child.pid}/maps").read_text() for child in psutil.Process().children(recursive=True)]
         return [answer["output_ids"] for answer in answers], sum("memfd:vmm_dwdp" in each for each in maps)
     finally:
@@ -116,5 +127,6 @@ def test_an_engine_with_experts_in_host_memory(mode: str, checkpoint: Path, ordi
     config = tmp_path / "dwdp.yaml"
     config.write_text(f"group_size: 1\nhost_experts: 5\nmode: {mode}\n")
     environment = {"VMM_DWDP_CONFIG": str(config)}
+    run = partial(generate, checkpoint=checkpoint, size=1, environment=environment, save=True)
 
-    assert run_group(partial(generate, checkpoint=checkpoint, size=1, environment=environment), 1) == [(ordinary, 1)]
+    assert run_group(partial(run, ep_num_redundant_experts=2), 1) == [(ordinary, 1)]

@@ -44,7 +44,8 @@ BEHIND_APPLY_MODULES = {
     "layers/moe/fused_moe_triton/layer.py",
 }
 # Refused: LoRA, offloading and SGLang's own DWDP by their arguments; other all-to-all backends, which `--dwdp-size`
-# forces off and which have no runner in the table; models with kernels of their own by the manager.
+# forces off and which have no runner in the table; models with kernels of their own by the manager. Whoever gets past
+# finds tensors without bytes.
 REFUSED = ("lora/", "layers/muse_spark/")
 REFUSED_MODULES = {
     "layers/moe/dwdp/dwdp_manager.py",

@@ -124,7 +124,7 @@ class NativeThread:
         self._numbers = itertools.count(1)
         self._copies: dict[int, Sequence[Copy]] = {}
         self._functions = (
-            _CONTEXT(lambda context: self._call("set_current", driver.activate)),
+            _CONTEXT(lambda context: self._call("set_current", lambda: None)),
             _EVENT(lambda stream, event, flags: self._call("wait", lambda: driver.wait(stream, event))),
             _BATCH(
                 lambda copy, b, c, d, e, f, g, stream: self._call(
@@ -136,6 +136,7 @@ class NativeThread:
         addresses = [ctypes.cast(function, _POINTER).value for function in self._functions]
         self._thread = _issue.Issuer(*addresses, 1, self._failure)  # type: ignore[arg-type]
         self.submit = self._thread.submit
+        self.flush = self._thread.flush
         self.close = self._thread.close
 
     def job(self, lanes: Sequence[Lane]) -> Any:
@@ -153,9 +154,9 @@ class NativeThread:
         refusal = self._driver.refusal
         if refusal is not None and refusal.refuses(name):
             return 1
-        HostDriver.activate(self._driver)  # Python takes each callback for a thread of its own
         try:
-            call()
+            with HostDriver.current(self._driver):  # Python takes each callback for a thread of its own
+                call()
         except DriverError:
             return 1
         return 0

@@ -11,11 +11,13 @@ from support.groups import PAGE
 
 from vmm_dwdp import DWDPConfig, DWDPRuntime
 from vmm_dwdp.allocator.host_driver import HostDriver
-from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.errors import ConfigError, StateError
 from vmm_dwdp.integrations.sglang import settings
 from vmm_dwdp.integrations.sglang.expert_layer import ExpertLayer
-from vmm_dwdp.integrations.sglang.expert_tensor import ExpertBlocks, find, replace
+from vmm_dwdp.integrations.sglang.expert_tensor import ExpertBlocks, find, places, replace
+from vmm_dwdp.integrations.sglang.expert_view import ExpertView, ViewedRuntime
 from vmm_dwdp.integrations.sglang.schemes import scheme_of, supported
+from vmm_dwdp.integrations.spread_tensor import SpreadTensor
 
 
 @pytest.mark.parametrize(
@@ -175,6 +177,124 @@ def test_a_per_expert_tensor_that_the_table_does_not_know_is_refused(tmp_path: P
         with pytest.raises(ConfigError, match="layer 3 has a per-expert tensor w2_luck that DWDP does not know"):
             layer.finish()
         del module.w13_weight, module.w2_weight
+
+
+def _numbered(layer: int, seed: int) -> torch.Tensor:
+    return torch.randn(4, 64, 64, generator=torch.Generator().manual_seed(10 * layer + seed)).to(torch.bfloat16)
+
+
+@pytest.fixture
+def viewed(tmp_path: Path) -> Iterator[tuple[ViewedRuntime, list[Any]]]:
+    """A published runtime with more layers than slots, and its modules, in which views are."""
+    config = DWDPConfig(group_size=1, host_experts=3, prefetch_depth=1, mode="auto")
+    with ViewedRuntime(config, 0, "cpu", tmp_path / "group", driver=HostDriver(PAGE)) as runtime:
+        modules = []
+        layers = []
+        for number in range(3):
+            module = _fused_moe(4, 4, w13_weight=_numbered(number, 0), w2_weight=_numbered(number, 1))
+            module.layer_id = number
+            module.w2_weight.weight_loader = "a loader"
+            module.second_name = module.w2_weight  # as post-processing leaves some
+            layers.append(ExpertLayer(module, runtime, 0, PAGE))
+            layers[-1].finish()
+            modules.append(module)
+        runtime.publish()
+        for layer in layers:
+            runtime.views[layer.number] = ExpertView(layer.module, layer._spread, runtime.device)
+        yield runtime, modules
+        for view in runtime.views.values():
+            view.remove()
+
+
+def _is_here(module: Any) -> bool:
+    """Whether all of a layer's tensors are there, with their own bytes; else there must be none."""
+    held = [module.w13_weight, module.w2_weight, module.second_name]
+    assert [isinstance(tensor, torch.nn.Parameter) for tensor in held] == [True] * 3
+    assert [tuple(tensor.shape) for tensor in held] == [(4, 64, 64)] * 3
+    assert module.w2_weight.weight_loader == "a loader"
+    if any(isinstance(tensor, SpreadTensor) for tensor in held):
+        assert all(isinstance(tensor, SpreadTensor) for tensor in held)
+        return False
+    number = module.layer_id
+    assert all(map(torch.equal, held, (_numbered(number, 0), _numbered(number, 1), _numbered(number, 1))))
+    return True
+
+
+@pytest.mark.parametrize("mode", ["staged", "in_place"])
+def test_a_layer_has_its_tensors_from_acquire_to_release(mode: Any, viewed: tuple[ViewedRuntime, list[Any]]) -> None:
+    runtime, modules = viewed
+    for module in modules * 2:
+        assert not any(_is_here(each) for each in modules)
+        with runtime.layer(module.layer_id, mode=mode):
+            assert [_is_here(each) for each in modules] == [each is module for each in modules]
+    with pytest.raises(KeyboardInterrupt), runtime.layer(0, mode=mode):
+        raise KeyboardInterrupt
+    assert not any(_is_here(each) for each in modules)
+
+
+def test_a_first_pass_in_inference_mode_makes_no_inference_tensors(viewed: tuple[ViewedRuntime, list[Any]]) -> None:
+    runtime, modules = viewed
+    modes: list[Any] = ["staged", "in_place"]
+    for mode in modes:
+        with torch.inference_mode(), runtime.layer(0, mode=mode):
+            assert not modules[0].w13_weight.is_inference()
+    assert not modules[0].w13_weight.is_inference()
+
+
+def test_a_pass_that_ends_early_leaves_no_tensors(viewed: tuple[ViewedRuntime, list[Any]]) -> None:
+    runtime, modules = viewed
+    runtime.acquire(0, mode="staged")
+    with pytest.raises(StateError, match="acquired"):
+        runtime.acquire(0, mode="staged")
+    with pytest.raises(StateError, match="not acquired"):
+        runtime.release(1)
+    assert _is_here(modules[0])
+
+    runtime.reset()
+
+    assert not any(_is_here(each) for each in modules)
+
+
+def test_what_fails_in_release_leaves_no_tensors(
+    viewed: tuple[ViewedRuntime, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime, modules = viewed
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    for call in (lambda: runtime.release(0), runtime.reset):
+        runtime.acquire(0, mode="staged")
+        with monkeypatch.context() as patch:
+            patch.setattr(DWDPRuntime, "release", fail)
+            patch.setattr(DWDPRuntime, "reset", fail)
+            with pytest.raises(KeyboardInterrupt):
+                call()
+        assert not any(_is_here(each) for each in modules)
+        runtime.reset()
+
+
+def test_a_view_that_is_removed_leaves_what_it_found(viewed: tuple[ViewedRuntime, list[Any]]) -> None:
+    runtime, modules = viewed
+    with runtime.layer(0, mode="staged"):
+        pass
+    runtime.views[0].remove()
+
+    assert type(modules[0].w13_weight) is torch.nn.Parameter
+    assert modules[0].second_name is modules[0].w2_weight
+    assert modules[0].w2_weight.shape[0] == 0
+
+
+def test_a_tensor_that_cannot_be_exchanged_is_refused() -> None:
+    class Computed:
+        @property
+        def data(self) -> torch.Tensor:
+            return torch.zeros(4)
+
+    layer: Any = torch.nn.Module()
+    layer.storage = Computed()
+    with pytest.raises(ConfigError, match=r"storage.data is made anew whenever it is asked for"):
+        places(layer, "storage.data")
 
 
 @pytest.mark.parametrize(

@@ -1,78 +1,98 @@
-"""What stands in a module where a parameter stood whose experts are spread over a group."""
+"""What stands in a module in the place of a spread weight while its layer does not run.
+
+[Note: Spread tensors]
+    Outside `acquire` and `release` the memory behind a spread weight may hold another layer's experts. So the module
+    does not keep the weight: it keeps a meta tensor of the same shape, strides and dtype, which has no bytes to give.
+    An ordinary meta tensor is not enough, since most operations on it succeed: a write into one is lost without a word.
+    Of a `SpreadTensor` only what needs no bytes can be had; every operation that reaches torch's dispatcher, from
+    Python or from C++, and every way around it, raises one sentence that names the weight.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, Self
 
 import torch
-from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves
 
 from vmm_dwdp.errors import StateError
 
-_READ: Final = frozenset(
-    [
-        *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "is_meta", "is_cpu", "is_cuda"),
-        *("is_xpu", "is_mps", "is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn", "is_leaf"),
-        *("grad", "grad_fn", "requires_grad", "retains_grad", "name", "names"),
-    ]
-)
-_WRITTEN: Final = frozenset(["grad", "requires_grad"])
-_CALLED: Final = frozenset(
-    [
-        *("size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "storage_offset"),
-        *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_inference", "is_shared"),
-        *("is_same_size", "get_device", "data_ptr", "has_names", "requires_grad_", "__len__", "__format__"),
-    ]
-)
-"""Attributes that are read, attributes that are written, and functions, which a placeholder answers as any tensor on
-the meta device does: no bytes are needed."""
+_METADATA_ONLY: Final = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
-class SpreadPlaceholder(Parameter):
-    """A parameter on the meta device that tells its shape and dtype, and raises `StateError` for all that wants bytes.
+class SpreadTensor(torch.Tensor):
+    """The shape, strides and dtype of a spread weight, without its bytes; see [Note: Spread tensors].
 
-    An ordinary meta tensor fails too where bytes are read, but with one of many sentences of torch's, and it can be
-    computed with as long as all else is on the meta device.
+    Args:
+        weight: its name and its layer, for the sentence: ``w13_weight of layer 3``.
+        shape: of the assembled tensor, ``[E, ...]``.
+        stride: of the same, in elements; ``None``: contiguous.
+        device: where the bytes are while the layer runs. ``.device`` says so, since readers place their inputs by it;
+            ``.is_meta`` says that they are not here.
+
+    Raises:
+        StateError: whatever wants the bytes, or the memory that they are in.
     """
 
-    _sentence: str
+    weight: str
+    _is_param = True  # it counts as a `torch.nn.Parameter`
+    # What wants bytes comes to `__torch_dispatch__`.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    @torch.inference_mode(mode=False)
+    def __new__(
+        cls,
+        weight: str,
+        shape: tuple[int, ...],
+        stride: tuple[int, ...] | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Self:
+        empty = torch.empty(shape, dtype=dtype, device="meta")
+        if stride is not None:
+            empty = empty.as_strided(shape, stride)
+        made: Self = torch.Tensor._make_subclass(cls, empty, False)
+        vars(made).update(weight=weight, _device=device)
+        return made
 
     @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        access = func.__name__  # of an attribute, "__get__" or "__set__" bound to its descriptor
-        name = getattr(getattr(func, "__self__", None), "__name__", access)
-        if (access, name) in {("__get__", "data"), ("detach", "detach")}:
-            return args[0]  # another meta tensor would know no sentence
-        if name in {"__get__": _READ, "__set__": _WRITTEN}.get(access, _CALLED):
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        raise StateError(_sentence_among([args, kwargs]))
+    def __torch_dispatch__(  # type: ignore[override]  # torch calls it with these
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> SpreadTensor:
+        spread = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, SpreadTensor))
+        return spread.another() if func in _METADATA_ONLY else spread.refuse()
 
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"{type(self).__name__}({list(self.shape)}, dtype={self.dtype}: {self._sentence})"
+    def another(self) -> SpreadTensor:
+        """For the same weight: what ``.detach()`` and ``.data`` give."""
+        return SpreadTensor(self.weight, tuple(self.shape), self.stride(), self.dtype, self.device)
 
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        raise StateError(self._sentence)
+    def refuse(self, *_: Any, **__: Any) -> NoReturn:
+        """Raise the sentence."""
+        raise StateError(
+            f"{self.weight} is spread over the group and is here only between acquire and release of its layer: "
+            "it cannot be read, written, moved or copied now"
+        )
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise StateError(self._sentence)
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"SpreadTensor({self.weight}, shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return vars(self)["_device"]  # type: ignore[no-any-return]
+
+    @property
+    def data(self) -> SpreadTensor:
+        return self.another()
+
+    @data.setter
+    def data(self, _: torch.Tensor) -> None:
+        self.refuse()
 
 
-def spread_placeholder(shape: Sequence[int], dtype: torch.dtype, sentence: str) -> SpreadPlaceholder:
-    """A placeholder of this shape and dtype, without memory, that raises ``sentence`` where its bytes are wanted."""
-    with torch.inference_mode(False):
-        empty = torch.empty(tuple(shape), dtype=dtype, device="meta")
-        placeholder: SpreadPlaceholder = torch.Tensor._make_subclass(SpreadPlaceholder, empty, False)
-    placeholder._sentence = sentence
-    return placeholder
-
-
-def _sentence_among(operands: Any) -> str:
-    """The sentence of a placeholder among ``operands``, which are nested lists and dicts."""
-    leaves = tree_leaves(operands)
-    told = (leaf._sentence for leaf in leaves if isinstance(leaf, SpreadPlaceholder))
-    return next(told, "experts are spread over the group: nobody has their bytes here")
+# What gives a tensor's bytes, or its memory, without an operation.
+for _way in (
+    *("data_ptr", "untyped_storage", "storage", "tolist", "numpy", "item", "cuda", "set_", "resize_", "share_memory_"),
+    *("__array__", "__bool__", "__float__", "__int__", "__dlpack__", "__reduce_ex__", "__deepcopy__"),
+):
+    setattr(SpreadTensor, _way, SpreadTensor.refuse)

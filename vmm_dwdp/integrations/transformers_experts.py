@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vmm_dwdp.errors import ConfigError, StateError
-from vmm_dwdp.integrations.spread_tensor import spread_placeholder
+from vmm_dwdp.integrations.spread_tensor import SpreadTensor
 from vmm_dwdp.integrations.transformers_turns import Turns
 from vmm_dwdp.refresh_schedule import RefreshSchedule
 from vmm_dwdp.runtime import DWDPRuntime
@@ -134,12 +134,7 @@ class SpreadExperts:
         self._merge = merge
         self._own_forward = self._module.forward
         self._placeholders = {
-            name: spread_placeholder(
-                spec.shape,
-                spec.dtype,
-                f"{self.path}.{name} is spread over the group: outside the forward pass of {self.path} nobody can "
-                "read it, write to it or adapt it",
-            )
+            name: SpreadTensor(f"{self.path}.{name}", spec.shape, None, spec.dtype, runtime.device)
             for name, spec in self._weights.items()
         }
         self._module._parameters.update(self._placeholders)

@@ -9,13 +9,27 @@ from dataclasses import dataclass
 from typing import Any
 
 _FUSED_MOE = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"
-_WEIGHT_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+_COMPONENTS = "sglang.srt.model_executor.model_runner_components"
+_WEIGHT_UPDATER = f"{_COMPONENTS}.weight_updater.WeightUpdater"
+_WEIGHT_EXPORTER = f"{_COMPONENTS}.weight_exporter.WeightExporter"
 
 # Where the arguments are checked, in the process that starts the engine: 0.5.23, 0.5.17.
 _CHECK_ARGUMENTS = (
     "sglang.srt.arg_groups.parallel_hook.handle_dwdp",
     "sglang.srt.server_args.ServerArgs._handle_dwdp",
 )
+CHECK_FINAL_ARGUMENTS = "sglang.srt.server_args.ServerArgs.check_server_args"  # what the engine calls last of all
+CHECK_WEIGHTS = "sglang.srt.utils.weight_checker.WeightChecker.handle"
+SAVE = (f"{_WEIGHT_EXPORTER}.save_sharded_model", f"{_WEIGHT_EXPORTER}.save_remote_model")
+SEND = (
+    f"{_WEIGHT_EXPORTER}.init_weights_send_group_for_remote_instance",
+    f"{_WEIGHT_EXPORTER}.send_weights_to_remote_instance",
+)
+# Sessions of updates, since 0.5.23: what answers to the request for one, and what then does the work.
+_BEGIN_SESSION = (
+    "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.begin_weight_update"
+)
+_SESSION = (f"{_WEIGHT_UPDATER}.begin_weight_update", f"{_WEIGHT_UPDATER}.end_weight_update")
 _UPDATES = (
     "update_weights_from_disk",
     "update_weights_from_tensor",
@@ -50,6 +64,11 @@ _EXPECTED = (
         (),
         ("DwdpManager", "set_global_dwdp_manager", "setup"),
     ),
+    _Expected(CHECK_FINAL_ARGUMENTS),
+    _Expected(CHECK_WEIGHTS, ("action",)),
+    *(_Expected(path) for path in (*SAVE, *SEND)),
+    _Expected("sglang.srt.runtime_context.get_server_args"),
+    _Expected("sglang.srt.arg_groups.overrides.resolved_view", ("server_args",)),
     _Expected("sglang.srt.runtime_context.set_global_dwdp_manager", ("manager",), ()),
     _Expected("sglang.srt.distributed.parallel_state.destroy_model_parallel", (), ("cleanup",)),
 )
@@ -92,6 +111,16 @@ def updates() -> list[str]:
     """The paths of the methods that write new weights into a running model."""
     paths = [f"{_WEIGHT_UPDATER}.{name}" for name in _UPDATES]
     return [path for path in paths if _exists(path)]
+
+
+def begin_session() -> list[str]:
+    """The path of the method that answers to the request for a session of updates, if this SGLang has sessions."""
+    return [path for path in (_BEGIN_SESSION,) if _exists(path)]
+
+
+def session() -> list[str]:
+    """The paths of the methods that undo post-processing for a session and do it again after it, if there are any."""
+    return [path for path in _SESSION if _exists(path)]
 
 
 def fused_moe(method: str) -> str:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
 
-from vmm_dwdp.assembly import Weights
-from vmm_dwdp.config import Mode
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.integrations.sglang.expert_tensor import ExpertBlocks, find, replace
+from vmm_dwdp.integrations.sglang.expert_view import ExpertView
 from vmm_dwdp.integrations.sglang.schemes import Scheme, scheme_of
 from vmm_dwdp.placement import HOST, Owner
 from vmm_dwdp.runtime import DWDPRuntime
 from vmm_dwdp.weight_spec import WeightSpec
+
+NO_UPDATES: Final = (
+    "the weights of a running model cannot be updated while DWDP spreads its experts; restart with the new ones"
+)
 
 # What `FusedMoE.bind_full_expert_weights` overwrites, and `restore` puts back.
 _LAYER_STATE: Final = ("moe_ep_size", "moe_ep_rank", "_num_local_routed", "num_local_experts", "_dwdp_bound")
@@ -53,7 +54,7 @@ class ExpertLayer:
         self._scheme: Scheme = scheme_of(module)
         self._spread: dict[str, ExpertBlocks] = {}
         self._replicated: list[str] = []
-        self._weights: Weights | None = None  # that the layer's kernels read
+        self._view: ExpertView | None = None
         self._state = _routing_state(module)
         if self._scheme.kept:
             self._declare()
@@ -115,7 +116,28 @@ class ExpertLayer:
             if parameter.nbytes >= self._page:
                 parameter.data = parameter.data.cpu()
 
-    def to_device(self) -> None:
+    def post_process(self, own: Any, module: Any) -> None:
+        """Around the quantisation method's post-processing, which the loader calls layer by layer, and updates too.
+
+        Raises:
+            ConfigError: the layer's kernels read assembled tensors already, or see `finish`.
+        """
+        self._require_loading()
+        if not self.finished:  # once is enough, and twice would quantise what is quantised
+            self._to_device()
+            own(module)
+            self.finish()
+
+    def restore_weights(self, own: Any, module: Any) -> None:
+        """Around what undoes post-processing, for an update. Raises `ConfigError` once the layer is bound."""
+        self._require_loading()
+        own(module)
+
+    def _require_loading(self) -> None:
+        if self._view is not None:
+            raise ConfigError(NO_UPDATES)
+
+    def _to_device(self) -> None:
         """Bring what is staged in host memory to the device, for post-processing."""
         for parameter in self.module.parameters(recurse=False):
             if parameter.device != self._runtime.device and not self._scheme.kept:
@@ -214,38 +236,22 @@ class ExpertLayer:
         return ExpertBlocks.of(name, self._find(name))
 
     # -- after publish -----------------------------------------------------------------------------------------------
-    def bind(self) -> None:
-        """Give the layer's kernels the assembled tensors of all experts."""
-        mode: Mode = "in_place" if self._runtime.config.reads_in_place else "staged"
-        with self._runtime.layer(self.number, mode=mode) as weights:
-            self._read(weights)
+    def bind(self) -> ExpertView:
+        """Give the layer all experts: nothing of the spread ones until the view shows them."""
         for name in self._replicated:
             replace(self.module, name, self._find(name).to(self._runtime.device))
         self.module.bind_full_expert_weights({})
-
-    @contextmanager
-    def acquired(self, tokens: int) -> Iterator[None]:
-        """The layer, given so many tokens, is acquired on entering and released on leaving."""
-        with self._runtime.layer(self.number, tokens=tokens, top_k=self.module.top_k) as weights:
-            if weights is not self._weights:  # with mode auto, where the pass is of another mode than the last
-                self._read(weights)
-            yield
-
-    def _read(self, weights: Weights) -> None:
-        """Let the layer's kernels read ``weights`` from now on."""
-        for name, block in self._spread.items():
-            assembled = weights[name]
-            assert isinstance(assembled, torch.Tensor)
-            replace(self.module, name, block.from_bytes(assembled))
-        self._weights = weights
+        self._view = ExpertView(self.module, self._spread, self._runtime.device)
+        return self._view
 
     def restore(self) -> None:
         """Routing as it was after construction; the expert tensors are empty, so that nothing refers to the runtime."""
+        if self._view is not None:
+            self._view.remove()
         for name in self._scheme.tensors:
             tensor = find(self.module, name)
             if tensor is not None:
                 replace(self.module, name, torch.empty_like(tensor[:0]))
-        self._weights = None
         for target, name, value in self._state:
             setattr(target, name, value)
 

@@ -21,21 +21,47 @@ def find(layer: torch.nn.Module, name: str) -> torch.Tensor | None:
 
 def replace(layer: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
     """Put ``tensor`` where a dotted name leads to. A parameter stays the same object, with its loader's attributes."""
-    *path, last = name.split(".")
-    holder: Any = layer
-    passed = []
-    for part in path:
-        holder = getattr(holder, _existing(holder, part))
-        passed.append(holder)
+    holder, last = _walk(layer, name)[-1]
     current = getattr(holder, last)
     if isinstance(current, torch.nn.Parameter):
         current.data = tensor
     else:
         setattr(holder, last, tensor)
-    for wrapper in passed:  # a tensor of triton_kernels repeats its storage's number of experts
+    note_count(layer, name, tensor)
+
+
+def note_count(layer: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Write into what a dotted name passes how many experts ``tensor`` has: a tensor of triton_kernels repeats it."""
+    for wrapper, _ in _walk(layer, name)[1:]:
         for shape in (getattr(wrapper, "shape", None), getattr(wrapper, "shape_max", None)):
             if isinstance(shape, list):
                 shape[0] = tensor.shape[0]
+
+
+def places(layer: torch.nn.Module, name: str) -> list[tuple[dict[str, Any], str]]:
+    """Where the tensor of a dotted name hangs, under every name that it has there: dictionaries, and keys in them.
+
+    Raises:
+        ConfigError: what holds it cannot be given another tensor in its place.
+    """
+    holder, last = _walk(layer, name)[-1]
+    tensor = getattr(holder, last)
+    holders = {id(each): each for each in (layer._parameters, layer._buffers, vars(layer), vars(holder))}.values()
+    found = [(each, key) for each in holders for key, value in each.items() if value is tensor]
+    if not found:
+        raise ConfigError(f"{name} is made anew whenever it is asked for, so DWDP cannot give another in its place")
+    return found
+
+
+def _walk(layer: torch.nn.Module, name: str) -> list[tuple[Any, str]]:
+    """Every object that a dotted name passes, with the attribute by which it goes on."""
+    passed: list[tuple[Any, str]] = []
+    holder: Any = layer
+    for part in name.split("."):
+        if passed:
+            holder = getattr(*passed[-1])
+        passed.append((holder, _existing(holder, part)))
+    return passed
 
 
 def _existing(holder: Any, part: str) -> str:
@@ -63,6 +89,10 @@ class ExpertBlocks:
         """Bytes of one expert."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def assembled(self, num_experts: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape and strides of the tensor of so many experts."""
+        return (num_experts, *self.shape), (math.prod(self.shape), *self.stride)
+
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor) -> ExpertBlocks:
         """Raises `ConfigError` if the experts of ``tensor`` (dimension 0) are not dense blocks in order."""
@@ -86,4 +116,4 @@ class ExpertBlocks:
     def from_bytes(self, memory: torch.Tensor) -> torch.Tensor:
         """The tensor whose bytes are ``memory``, ``[n, nbytes]`` uint8."""
         elements = memory.view(self.dtype)
-        return elements.as_strided((memory.shape[0], *self.shape), (math.prod(self.shape), *self.stride))
+        return elements.as_strided(*self.assembled(memory.shape[0]))

@@ -12,25 +12,15 @@ from typing import Any
 import torch
 
 from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.integrations.sglang import contract, settings
+from vmm_dwdp.integrations.sglang import arguments, contract, settings
+from vmm_dwdp.integrations.sglang.expert_layer import NO_UPDATES
 from vmm_dwdp.integrations.sglang.manager import ExpertManager
 
 _Original = Callable[..., Any]
 
-# Arguments of the engine with which expert weights would move, be shared out otherwise or be read by another path, and
-# the value with which they do nothing.
-_EXCLUDED: dict[str, Any] = {
-    "enable_eplb": False,
-    "enable_two_batch_overlap": False,
-    "enable_single_batch_overlap": False,
-    "enable_memory_saver": False,
-    "enable_lora": None,
-    "enable_paged_experts": False,
-    "speculative_algorithm": None,
-    "cpu_offload_gb": 0,
-    "offload_group_size": -1,
-    "pp_size": 1,
-}
+_NO_EXPORTS = (
+    "the weights of a running model cannot be saved, sent or checked while DWDP spreads its experts; do it without DWDP"
+)
 
 _manager: ExpertManager | None = None
 
@@ -49,16 +39,21 @@ def register() -> None:
 def _register_all() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    arguments = contract.check_arguments()
-    assert arguments is not None
+    first_check = contract.check_arguments()
+    assert first_check is not None
     hooks: dict[str, _Original] = {
-        arguments: check_arguments,
+        first_check: check_arguments,
+        contract.CHECK_FINAL_ARGUMENTS: check_final_arguments,
         contract.fused_moe("__init__"): construct_layer,
         contract.fused_moe("weight_loader"): load_weight,
         contract.fused_moe("weight_loader_fused"): load_weight,
         "sglang.srt.model_executor.model_runner.ModelRunner.maybe_init_dwdp": init_dwdp,
     }
     hooks |= dict.fromkeys(contract.updates(), update_weights)
+    hooks |= dict.fromkeys(contract.SEND, send_weights)
+    hooks |= dict.fromkeys((*contract.SAVE, contract.CHECK_WEIGHTS), read_weights)
+    hooks |= dict.fromkeys(contract.begin_session(), begin_session)
+    hooks |= dict.fromkeys(contract.session(), prepare_session)
     for path, hook in hooks.items():
         HookRegistry.register(path, hook, HookType.AROUND)
 
@@ -95,16 +90,19 @@ def check_arguments(original: _Original, server_args: Any) -> Any:
     if not settings.wanted(dwdp_size):
         return original(server_args)
     settings.config(dwdp_size)
-    for name, neutral in _EXCLUDED.items():
-        value = getattr(server_args, name, neutral)
-        if value not in (neutral, None, False):
-            raise ConfigError(f"DWDP cannot be used with {name}={value!r}")
+    arguments.check(server_args, dwdp_size)
     if dwdp_size <= 1:
-        for name in ("tp_size", "dp_size", "ep_size"):
-            if getattr(server_args, name, 1) > 1:
-                raise ConfigError(f"experts in host memory without --dwdp-size are for one GPU, not for {name} above 1")
         _set_argument(server_args, "disable_prefill_cuda_graph", True)  # captured in pieces; a pass is captured whole
     return original(server_args)
+
+
+def check_final_arguments(original: _Original, server_args: Any) -> None:
+    """Around the last of SGLang's checks in the same process, which itself still changes some: refuse what is new."""
+    original(server_args)
+    dwdp_size = _dwdp_size(server_args)
+    if settings.wanted(dwdp_size):
+        arguments.check(server_args, dwdp_size)
+        arguments.check_graphs(server_args)
 
 
 def construct_layer(original: _Original, module: Any, *args: Any, **kwargs: Any) -> None:
@@ -132,31 +130,60 @@ def init_dwdp(original: _Original, model_runner: Any) -> None:
 def load_weight(original: _Original, module: Any, *args: Any, **kwargs: Any) -> None:
     """Around the loaders of `FusedMoE`: once layers read assembled tensors, nobody may write to them."""
     if module._dwdp_bound:
-        raise ConfigError(_no_updates())
+        raise ConfigError(NO_UPDATES)
     original(module, *args, **kwargs)
 
 
 def update_weights(original: _Original, *args: Any, **kwargs: Any) -> Any:
     """Around SGLang's weight updates, which answer whether they succeeded and why not."""
     if manager() is not None:
-        return False, _no_updates()
+        return False, NO_UPDATES
     return original(*args, **kwargs)
 
 
-def _no_updates() -> str:
-    return "the weights of a running model cannot be updated while DWDP spreads its experts; restart with the new ones"
+def begin_session(original: _Original, updater: Any, request: Any) -> Any:
+    """Around SGLang's answer to the request for a session of updates."""
+    if manager() is None:
+        return original(updater, request)
+    from sglang.srt.managers.io_struct import BeginWeightUpdateReqOutput
+
+    return BeginWeightUpdateReqOutput(success=False, message=NO_UPDATES)
+
+
+def prepare_session(original: _Original, *args: Any, **kwargs: Any) -> Any:
+    """Around what undoes post-processing of the whole model for a session, and does it again after it."""
+    if manager() is not None:
+        raise ConfigError(NO_UPDATES)
+    return original(*args, **kwargs)
+
+
+def send_weights(original: _Original, *args: Any, **kwargs: Any) -> Any:
+    """Around what sends weights to another engine, and answers whether it did and why not."""
+    if manager() is not None:
+        return False, _NO_EXPORTS
+    return original(*args, **kwargs)
+
+
+def read_weights(original: _Original, *args: Any, **kwargs: Any) -> Any:
+    """Around what reads the weights of the whole model, or overwrites them, where SGLang passes an exception on."""
+    if manager() is not None:
+        raise ConfigError(_NO_EXPORTS)
+    return original(*args, **kwargs)
 
 
 def _current_manager() -> ExpertManager:
     global _manager
     found = manager()
     if found is None:
-        from sglang.srt.runtime_context import get_parallel
+        from sglang.srt.runtime_context import get_parallel, get_server_args
 
         parallel = get_parallel()
         dwdp_size = _active_dwdp_size()
+        server_args = get_server_args()
+        arguments.check(server_args, dwdp_size)
         rank = parallel.tp_rank if dwdp_size > 1 else 0
-        found = _manager = ExpertManager(settings.config(dwdp_size), rank, parallel.tp_group.cpu_group, _device())
+        config, revision = settings.config(dwdp_size), arguments.revision(server_args)
+        found = _manager = ExpertManager(config, rank, parallel.tp_group.cpu_group, _device(), revision)
     return found
 
 

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 
 from vmm_dwdp.allocator import open_driver
-from vmm_dwdp.config import DWDPConfig
+from vmm_dwdp.config import DWDPConfig, Mode
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.integrations.sglang.expert_layer import ExpertLayer
-from vmm_dwdp.runtime import DWDPRuntime
+from vmm_dwdp.integrations.sglang.expert_view import ViewedRuntime
 
 # Modules of models that hand expert weights to kernels of their own, past the quantisation method.
 _OWN_KERNELS: Final = frozenset({"sglang.srt.models.beam", "sglang.srt.models.qwen4_exp"})
@@ -29,11 +29,15 @@ class ExpertManager:
         rank: this process's place in the group.
         group: SGLang's process group of these ranks for host memory; constructing is collective.
         device: where the model is.
+        revision: of its checkpoint, on which all ranks must agree; ``None`` if it is not known.
     """
 
-    def __init__(self, config: DWDPConfig, rank: int, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(
+        self, config: DWDPConfig, rank: int, group: dist.ProcessGroup, device: torch.device, revision: str | None
+    ) -> None:
         driver = open_driver(device)
-        self.runtime = DWDPRuntime(config, rank, device, group, driver=driver)
+        self.runtime = ViewedRuntime(config, rank, device, group, driver=driver)
+        self._revision = revision
         self._group = group
         self._page_nbytes = driver.granularity()
         self._layers: dict[int, ExpertLayer] = {}
@@ -61,16 +65,21 @@ class ExpertManager:
         first = self.runtime.rank * module.num_local_experts
         layer = ExpertLayer(module, self.runtime, first, self._page_nbytes)
         self._layers[number] = layer
-        method = module.quant_method
-        method.process_weights_after_loading = partial(_post_process, method.process_weights_after_loading, layer)
-        method.apply = partial(self._apply, method.apply, layer)
+        wrappers: dict[str, Any] = {
+            "process_weights_after_loading": layer.post_process,
+            "apply": partial(self._apply, layer),
+        }
+        if hasattr(module.quant_method, "restore_weights_before_loading"):  # 0.5.23
+            wrappers["restore_weights_before_loading"] = layer.restore_weights
+        for name, wrapper in wrappers.items():
+            setattr(module.quant_method, name, partial(wrapper, getattr(module.quant_method, name)))
 
-    def _apply(self, apply: Any, of: ExpertLayer, layer: Any, dispatch_output: Any) -> Any:
+    def _apply(self, of: ExpertLayer, apply: Any, layer: Any, dispatch_output: Any) -> Any:
         """Around the quantisation method's `apply`, which every path that runs a layer's experts calls: the forward
         pass, deferred finalisation, and models that call it themselves. Here the number of tokens is known."""
         if not self._running:
             return apply(layer=layer, dispatch_output=dispatch_output)
-        with of.acquired(tokens=len(dispatch_output.hidden_states)):
+        with self.runtime.layer(of.number, tokens=len(dispatch_output.hidden_states), top_k=of.module.top_k):
             return apply(layer=layer, dispatch_output=dispatch_output)
 
     # -- SGLang's five methods ---------------------------------------------------------------------------------------
@@ -88,9 +97,12 @@ class ExpertManager:
             for layer in self._layers.values():
                 layer.finish()
             self._replicate()
-            self.runtime.publish()
+            self.runtime.publish(revision=self._revision)
+            mode: Mode = "in_place" if self.runtime.config.reads_in_place else "staged"
             for layer in self._layers.values():
-                layer.bind()
+                self.runtime.views[layer.number] = layer.bind()
+                with self.runtime.layer(layer.number, mode=mode):
+                    pass  # what the layer shows is made now, not in the first pass
             self._running = True
         except BaseException:
             self.cleanup()
@@ -124,7 +136,7 @@ class ExpertManager:
         self.closed = True
         self._running = False
         for layer in self._layers.values():
-            for name in ("process_weights_after_loading", "apply"):
+            for name in ("process_weights_after_loading", "restore_weights_before_loading", "apply"):
                 vars(layer.module.quant_method).pop(name, None)
             layer.restore()
         self._layers.clear()
@@ -143,10 +155,3 @@ class ExpertManager:
                 layer.set_replicated(name, torch.cat([shard[name] for shard in replicated]))
             for name in maxima[0]:
                 layer.set_maximum(name, torch.stack([found[name] for found in maxima]).amax(dim=0))
-
-
-def _post_process(post_process: Any, layer: ExpertLayer, module: Any) -> None:
-    """Around the quantisation method's post-processing, which the loader calls layer by layer."""
-    layer.to_device()
-    post_process(module)
-    layer.finish()

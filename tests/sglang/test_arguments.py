@@ -1,0 +1,103 @@
+"""Arguments that DWDP cannot be used with, and those that it can, as SGLang resolves them."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import engine_process
+import pytest
+
+from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.integrations.sglang import arguments, contract
+from vmm_dwdp.testing import run_group
+
+DWDP = {"tp_size": 2, "dwdp_size": 2}
+LATE = {  # what SGLang's own first look at DWDP's arguments does not see
+    "adapters": ({"lora_paths": ["a=adapter"], "max_lora_rank": 8, "lora_target_modules": ["q_proj"]}, "lora_paths=["),
+    "prefill graphs": ({"cuda_graph_backend_prefill": "breakable"}, "prefill graphs of the backend 'breakable'"),
+}
+TWO_HOSTS = {**DWDP, "nnodes": 2, "node_rank": 0, "dist_init_addr": "127.0.0.1:5000"}
+
+
+def resolve(rank: int, *, config: str, cases: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What starting an engine says to each set of arguments, up to where it would start processes."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    told = {}
+    for name, given in cases.items():
+        os.environ.pop("VMM_DWDP_CONFIG", None)
+        if "dwdp_size" not in given:
+            os.environ["VMM_DWDP_CONFIG"] = config
+        try:
+            stated = engine_process.server_args(**given)
+            getattr(stated, "resolve_once", lambda: None)()  # 0.5.23; 0.5.17 resolves while constructing
+            stated.check_server_args()
+            told[name] = "accepted"
+        except ConfigError as error:
+            told[name] = str(error)
+    return told
+
+
+def test_arguments_are_checked_when_they_are_final(tmp_path: Path) -> None:
+    config = tmp_path / "dwdp.yaml"
+    config.write_text("group_size: 1\nhost_experts: 4\n")
+    harmless = {"ep_num_redundant_experts": 2, "enable_torch_compile": True, "disable_prefill_cuda_graph": True}
+    cases = {name: given for name, (given, _) in LATE.items()} | {"two hosts": TWO_HOSTS, "harmless": harmless}
+    [told] = run_group(partial(resolve, config=str(config), cases=cases), 1)
+
+    assert told.pop("two hosts") == "DWDP cannot be used with nnodes=2: its ranks map each other's memory"
+    assert told.pop("harmless") == "accepted"
+    assert told.keys() == LATE.keys()
+    for name, (_, part) in LATE.items():
+        assert told[name].startswith(f"DWDP cannot be used with {part}")
+
+
+@pytest.mark.parametrize("name", arguments._EXCLUDED)
+def test_each_excluded_argument_is_one_of_sglang(name: str) -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    later = {"enable_paged_experts", "startup_weight_load_mode"} | {
+        argument for argument in arguments._EXCLUDED if "kernel" in argument or "megamoe" in argument
+    }
+    if contract.version() == "0.5.17" and name in later:
+        pytest.skip("SGLang 0.5.17 has none")
+    assert name in ServerArgs.__annotations__
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("dcp_size", 2, "DWDP cannot be used with dcp_size=2"),
+        ("elastic_ep_backend", "mooncake", "DWDP cannot be used with elastic_ep_backend='mooncake'"),
+        ("moe_a2a_backend", "deepep", "DWDP cannot be used with moe_a2a_backend='deepep'"),
+        ("kt_weight_path", "experts", "DWDP cannot be used with kt_weight_path='experts'"),
+        ("weight_cache_mode", "auto", "DWDP cannot be used with weight_cache_mode='auto'"),
+        ("startup_weight_load_mode", "overlap", "DWDP cannot be used with startup_weight_load_mode='overlap'"),
+        ("enable_nvidia_megakernel", True, "DWDP cannot be used with enable_nvidia_megakernel=True"),
+        ("load_format", "sharded_state", "DWDP cannot be used with load_format='sharded_state', whose loader"),
+        ("load_format", "layered", "DWDP cannot be used with load_format='layered', whose loader"),
+        ("ep_size", 2, "experts in host memory without --dwdp-size are for one GPU, not for ep_size above 1"),
+    ],
+)
+def test_an_excluded_argument_is_refused_by_name(name: str, value: Any, sentence: str) -> None:
+    stated = SimpleNamespace(**{"load_format": "auto", "nnodes": 1, name: value})
+    with pytest.raises(ConfigError) as told:
+        arguments.check(stated, dwdp_size=1)
+    assert str(told.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("elastic_ep_backend", "none"),
+        ("moe_a2a_backend", "none"),
+        *[("load_format", name) for name in ("auto", "safetensors", "dummy", "fastsafetensors")],
+    ],
+)
+def test_what_does_nothing_is_accepted(name: str, value: Any) -> None:
+    arguments.check(SimpleNamespace(**{"load_format": "auto", "nnodes": 1, name: value}), dwdp_size=1)
