@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from vmm_dwdp.allocator.driver import DEVICE, Access, Driver, HandleType, Location
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
@@ -42,15 +42,15 @@ class Ledger:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._tokens = itertools.count(1)
-        self._entries: dict[int, tuple[str, str]] = {}
+        self._entries: dict[int, tuple[str, str, Owned | None]] = {}
 
-    def add(self, kind: str, label: str) -> int:
+    def add(self, kind: str, label: str, owned: Owned | None = None) -> int:
         """Count one more of ``kind``, one of `KINDS`; returns the token that `remove` takes."""
         if kind not in KINDS:
             raise ValueError(f"a ledger does not count {kind!r}: its kinds are {', '.join(KINDS)}")
         with self._lock:
             token = next(self._tokens)
-            self._entries[token] = (kind, label)
+            self._entries[token] = (kind, label, owned)
         return token
 
     def remove(self, token: int) -> None:
@@ -61,13 +61,22 @@ class Ledger:
     def counts(self) -> dict[str, int]:
         """How many are open of each kind (handles, mappings, reservations, ...), zeros included."""
         with self._lock:
-            found = collections.Counter(kind for kind, _ in self._entries.values())
+            found = collections.Counter(kind for kind, _, _ in self._entries.values())
         return {kind: found[kind] for kind in KINDS}
 
     def open(self) -> list[str]:
         """One line for each that is open, oldest first."""
         with self._lock:
-            return [f"{kind}: {label}" for kind, label in self._entries.values()]
+            return [f"{kind}: {label}" for kind, label, _ in self._entries.values()]
+
+    def sweep(self) -> None:
+        """Close what has no owner any more, because whoever was to own it was interrupted before it did. To be called
+        when all owners have closed what is theirs; ranges that a caller's tensors keep are left alone."""
+        with self._lock:
+            left = [owned for kind, _, owned in self._entries.values() if kind not in ("reservations", "mappings")]
+        for owned in reversed(left):
+            if owned is not None:
+                owned.close()
 
 
 def undo_after(error: BaseException | None, undo: Callable[[], object]) -> None:
@@ -155,13 +164,21 @@ class ResourceStack(Owned):
         failures.raise_first()
 
 
-class _Counted(Owned):
+class _Whole(abc.ABCMeta):
+    """Of classes whose objects take something when they are made: what is taken is counted, whatever signal comes."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        with uninterrupted():
+            return super().__call__(*args, **kwargs)
+
+
+class _Counted(Owned, metaclass=_Whole):
     """One entry of a ledger, from construction until `close` has undone it."""
 
     def __init__(self, ledger: Ledger, kind: str, label: str) -> None:
         self.label = label
         self._ledger = ledger
-        self._token: int | None = ledger.add(kind, label)
+        self._token: int | None = ledger.add(kind, label, self)
 
     def close(self) -> None:
         if self._token is None:
@@ -186,7 +203,8 @@ class Descriptor(_Counted):
     def duplicate(self) -> Descriptor:
         """Another descriptor of the same file, which the caller owns."""
         try:
-            return Descriptor(self._ledger, os.dup(self.fd), self.label)
+            with uninterrupted():
+                return Descriptor(self._ledger, os.dup(self.fd), self.label)
         except OSError as error:
             raise _failure("dup", error, f"duplicate {self.label}") from error
 
@@ -222,7 +240,8 @@ class Allocation(_Counted):
         label: str = "",
     ) -> Self:
         """New memory; ``nbytes`` is a multiple of the driver's granularity at ``location``."""
-        return cls(driver, ledger, driver.create(nbytes, location, handle_type), nbytes, label)
+        with uninterrupted():
+            return cls(driver, ledger, driver.create(nbytes, location, handle_type), nbytes, label)
 
     @classmethod
     def import_(
@@ -236,12 +255,14 @@ class Allocation(_Counted):
     ) -> Self:
         """Another process's memory of ``nbytes``; ``shared`` stays with the caller, who may close it afterwards."""
         value = shared.fd if isinstance(shared, Descriptor) else shared
-        return cls(driver, ledger, driver.import_(value, handle_type, nbytes), nbytes, label)
+        with uninterrupted():
+            return cls(driver, ledger, driver.import_(value, handle_type, nbytes), nbytes, label)
 
     def export(self, handle_type: HandleType) -> Descriptor | bytes:
         """What another process can import; a descriptor belongs to the caller."""
-        shared = self._driver.export(self.handle, handle_type)
-        return Descriptor(self._ledger, shared, self.label) if isinstance(shared, int) else shared
+        with uninterrupted():
+            shared = self._driver.export(self.handle, handle_type)
+            return Descriptor(self._ledger, shared, self.label) if isinstance(shared, int) else shared
 
     def _undo(self) -> None:
         self._driver.release(self.handle)
@@ -274,7 +295,8 @@ class Reservation(_Counted):
     def map(self, offset: int, allocation: Allocation) -> Mapping:
         """Put the whole allocation at ``offset``; `set_access` comes next. It stays mapped until `unmap` or `close`."""
         label = f"{allocation.label} in {self.label} at offset {offset}"
-        return self._mappings.push(Mapping(self._driver, self._ledger, self.address + offset, allocation, label))
+        with uninterrupted():
+            return self._mappings.push(Mapping(self._driver, self._ledger, self.address + offset, allocation, label))
 
     def unmap(self, mapping: Mapping) -> None:
         """Undo `map`, which returned ``mapping``: other memory may come there. Nothing uses it any more."""
@@ -303,12 +325,14 @@ class PlainMemory(_Counted):
     @classmethod
     def create(cls, driver: Driver, ledger: Ledger, nbytes: int, label: str = "") -> Self:
         """New memory of this process."""
-        return cls(driver, ledger, driver.allocate(nbytes), nbytes, label, opened=False)
+        with uninterrupted():
+            return cls(driver, ledger, driver.allocate(nbytes), nbytes, label, opened=False)
 
     @classmethod
     def open(cls, driver: Driver, ledger: Ledger, token: bytes, nbytes: int, label: str = "") -> Self:
         """The ``nbytes`` whose `token` another process of this machine sent."""
-        return cls(driver, ledger, driver.open_allocation(token, nbytes), nbytes, label, opened=True)
+        with uninterrupted():
+            return cls(driver, ledger, driver.open_allocation(token, nbytes), nbytes, label, opened=True)
 
     def token(self) -> bytes:
         """What another process opens this memory by, while this process holds it."""

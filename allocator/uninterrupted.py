@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import Final
+from typing import Any, Final
+
+_Handler = Callable[[int, FrameType | None], Any]
 
 _NUMBERS: Final = tuple(map(int, signal.valid_signals()))
-_handled: Final[list[tuple[int, FrameType | None]]] = []
+_arrived: Final[list[tuple[int, FrameType | None]]] = []
 _deferring = False
 
 
@@ -25,19 +27,42 @@ def uninterrupted() -> Iterator[None]:
         yield
         return
     handlers = {number: handler for number in _NUMBERS if callable(handler := signal.getsignal(number))}
-    _deferring = True
     try:
+        _deferring = True
         for number in handlers:
             signal.signal(number, _defer)
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        _deferring = False
-        arrived, _handled[:] = list(_handled), []
-        for number, frame in arrived:
-            handlers[number](number, frame)
+        _deferring = False  # until the first handler is back, nothing is raised
+        try:
+            _restore(handlers, list(handlers))
+        finally:
+            arrived = list(_arrived)
+            _arrived.clear()
+            _call(handlers, arrived)
 
 
 def _defer(number: int, frame: FrameType | None) -> None:
-    _handled.append((number, frame))
+    _arrived.append((number, frame))
+
+
+def _restore(handlers: Mapping[int, _Handler], rest: list[int]) -> None:
+    """All of them, although one that is back may raise meanwhile."""
+    try:
+        while rest:
+            signal.signal(rest[-1], handlers[rest[-1]])
+            rest.pop()
+    except BaseException:
+        _restore(handlers, rest)
+        raise
+
+
+def _call(handlers: Mapping[int, _Handler], arrived: list[tuple[int, FrameType | None]]) -> None:
+    """All of them, although one may raise."""
+    while arrived:
+        number, frame = arrived.pop(0)
+        try:
+            handlers[number](number, frame)
+        except BaseException:
+            _call(handlers, arrived)
+            raise

@@ -15,6 +15,7 @@ from typing import Any, Final, Literal, Protocol
 
 from vmm_dwdp.allocator.driver import Driver, IssuingThread, Lane, Ticket
 from vmm_dwdp.allocator.handles import Ledger
+from vmm_dwdp.errors import DriverError
 
 # Copies that the launching thread gives the driver itself rather than wake a thread of Python's: six take it 0.1 ms (on
 # an H200's host); where a thread gave them, acquire, release and 60 kernels took 0.5 ms longer than the kernels alone
@@ -33,13 +34,14 @@ class Job:
         self._error: Exception | None = None
 
     def run(self) -> None:
+        self._error = None
         try:
             self.work()
-            self._error = None
-            self.done = True
-        except Exception as error:
+        except DriverError as error:
             # Without its traceback: the caller's frames in it would hold on to the caller's tensors.
             self._error = error.with_traceback(None)
+        else:
+            self.done = True
 
     def result(self) -> None:
         if self._error is not None:
@@ -59,8 +61,12 @@ class _Awaited(Job):
         jobs.put(self)
 
     def run(self) -> None:
-        super().run()
-        self._over.set()
+        try:
+            super().run()
+        except Exception as error:  # for whoever asks: nobody else will see it
+            self._error = error.with_traceback(None)
+        finally:
+            self._over.set()
 
     def result(self) -> None:
         self._over.wait()

@@ -19,6 +19,7 @@ from vmm_dwdp.mode_choice import ModeChooser
 from vmm_dwdp.staging import Staging
 from vmm_dwdp.stats import LayerStats, Stats
 from vmm_dwdp.trace import Span
+from vmm_dwdp.tracer import Tracer
 
 
 class Passes:
@@ -195,11 +196,11 @@ class Passes:
             cache=None if self._assembly.cache is None else self._assembly.cache.stats(),
         )
 
-    def start_trace(self) -> None:
+    def start_trace(self) -> Tracer:
         """Mark what happens from now on. Raises `StateError` if nothing is staged, or that is done already."""
         if self._staging is None:
             raise StateError("there is nothing to trace: with prefetch_depth 0 nothing is copied")
-        self._staging.start_trace(self._driver.current_stream())
+        return self._staging.start_trace(self._driver.current_stream())
 
     def finish_trace(self) -> list[Span]:
         """What happened since `start_trace`; waits for the device."""
@@ -207,14 +208,13 @@ class Passes:
         return self._staging.finish_trace()
 
     def stop(self) -> None:
-        """Copy nothing more, and wait until the device is idle. Another call tries again."""
+        """Copy nothing more; what was issued may still run. Needs no device."""
         self._weights = {}
         if self._staging is not None:
             self._staging.stop()
-        self._driver.synchronize()
 
     def close(self) -> None:
-        """Free streams and events, after `stop`. Another call tries again."""
+        """Free streams and events, after `stop`; the device is idle. Another call tries again."""
         failures = Failures()
         for part in self._staging, self._chooser:
             if part is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import get_ident
@@ -421,13 +422,17 @@ class DWDPRuntime:
         """
         trace = Trace(self.rank, time.time())
         with self._undisturbed():
-            self._passes.start_trace()
+            tracer = self._passes.start_trace()
+        error: BaseException | None = None
         try:
+            tracer.recording = True
             yield trace
-        except BaseException as error:
-            undo_after(error, lambda: self._finish_trace(trace))
+        except BaseException as raised:
+            error = raised
             raise
-        self._finish_trace(trace)
+        finally:
+            tracer.recording = False  # so that another trace may begin, whatever comes now
+            undo_after(error, lambda: self._finish_trace(trace))
 
     def _finish_trace(self, trace: Trace) -> None:
         if self._lifecycle.is_running:  # a trace that outlives the runtime stays empty
@@ -454,13 +459,16 @@ class DWDPRuntime:
             return self.ledger
         self._lifecycle.close()
         failures = Failures()
-        with failures.noted():
-            self._membership.leave()
+        for need_no_device in self._membership.leave, self._passes.stop:
+            with failures.noted():
+                need_no_device()
         with failures.noted(), self._driver.current():
-            self._passes.stop()
+            self._driver.synchronize()
             for free in (self._passes.close, self._membership.close, self._assembly.close):
                 with failures.noted():
                     free()
+            if not failures:
+                self.ledger.sweep()
         left = ", ".join(f"{number} {kind}" for kind, number in self.ledger.counts().items() if number)
         failures.raise_first(f"left open: {left or 'nothing'}")
         return self.ledger
@@ -468,7 +476,7 @@ class DWDPRuntime:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, at: Any) -> None:
         """`close`. What the block raised stays what is raised: a failure to close becomes a note on it."""
         undo_after(error, self.close)
 
@@ -477,6 +485,7 @@ class DWDPRuntime:
         try:
             yield
         except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # tensors in them would keep the memory that they are over
             undo_after(error, self.close)
             raise
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vmm_dwdp.allocator.driver import Driver
-from vmm_dwdp.allocator.handles import Failures, Ledger, undo_after
+from vmm_dwdp.allocator.handles import Failures, Ledger, ResourceStack, undo_after
+from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.assembly import Assembly
 from vmm_dwdp.capture import CapturedPasses
 from vmm_dwdp.config import DWDPConfig
@@ -58,7 +59,7 @@ class Staging:
         issuer = open_issuer(driver, ledger, most.num_copies)
         self.copy_path = _describe(most, config, issuer)
         self._prefetcher = Prefetcher(driver, ledger, issuer, eager, config.prefetch_depth)
-        self._tracer: Tracer | None = None  # closed by `finish_trace`, or with all else
+        self._traces = ResourceStack()  # the one that is being recorded, or one whose end was interrupted
         try:
             self._captured = CapturedPasses(driver, ledger, self._prefetcher, captured)
         except BaseException as error:
@@ -126,22 +127,29 @@ class Staging:
             for counts, waited_s in zip(prefetcher.counts, prefetcher.timer.waited_s, strict=True)
         ]
 
-    def start_trace(self, stream: int) -> None:
+    def start_trace(self, stream: int) -> Tracer:
         """Mark what happens from now on; time begins when ``stream`` comes to this point.
 
         Raises `StateError` if that is done already.
         """
-        if self._tracer is not None:
+        before = self._prefetcher.tracer
+        if before is not None and before.recording:
             raise StateError("a trace is being recorded already")
-        self._tracer = self._prefetcher.tracer = Tracer(self._driver, self._ledger, stream)
+        self._prefetcher.tracer = None
+        self._traces.close()  # of one whose end was interrupted
+        with uninterrupted():
+            tracer = self._prefetcher.tracer = self._traces.push(Tracer(self._driver, self._ledger, stream))
+        return tracer
 
     def finish_trace(self) -> list[Span]:
         """What happened since `start_trace`; waits for the device."""
-        assert self._tracer is not None, "a trace is finished once"
-        with self._tracer as tracer:
-            self._prefetcher.tracer = None
+        tracer = self._prefetcher.tracer
+        assert tracer is not None, "a trace is finished once"
+        self._prefetcher.tracer = None
+        try:
             marks = tracer.finish()
-        self._tracer = None
+        finally:
+            self._traces.close()
         return spans_of(marks, self._layers, len(self._prefetcher.slots))
 
     def stop(self) -> None:
@@ -151,10 +159,9 @@ class Staging:
     def close(self) -> None:
         """Free streams and events, after `stop`; the device is idle."""
         failures = Failures()
-        for part in self._prefetcher, self._captured, self._tracer:
-            if part is not None:
-                with failures.noted():
-                    part.close()
+        for part in self._prefetcher, self._captured, self._traces:
+            with failures.noted():
+                part.close()
         failures.raise_first()
 
 

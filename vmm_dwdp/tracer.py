@@ -13,6 +13,7 @@ import torch
 
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Event, Ledger, Owned, ResourceStack
+from vmm_dwdp.allocator.uninterrupted import uninterrupted
 
 What = Literal["arrived", "resumed", "released", "copies begin", "copies end"]
 
@@ -35,10 +36,15 @@ class Mark(NamedTuple):
 
 
 class Tracer(Owned):
-    """Marks of one rank, all made by the launching thread: while it traces, it issues the copies, too."""
+    """Marks of one rank, all made by the launching thread: while it traces, it issues the copies, too.
+
+    Attributes:
+        recording: whether somebody waits for what is marked; set by whom.
+    """
 
     def __init__(self, driver: Driver, ledger: Ledger, stream: int) -> None:
         """Time 0 is when ``stream`` comes to this point."""
+        self.recording = False
         self._driver = driver
         self._ledger = ledger
         self._resources = ResourceStack()
@@ -55,11 +61,10 @@ class Tracer(Owned):
             raise
 
     def _event(self) -> Event:
-        return (
-            self._free.pop()
-            if self._free
-            else self._resources.push(Event(self._driver, self._ledger, "trace", timed=True))
-        )
+        if self._free:
+            return self._free.pop()
+        with uninterrupted():
+            return self._resources.push(Event(self._driver, self._ledger, "trace", timed=True))
 
     def mark(self, what: What, layer: int, lane: int, stream: int) -> None:
         """``what`` happens when ``stream`` comes to this point."""

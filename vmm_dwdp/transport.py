@@ -108,6 +108,7 @@ class Transport:
             answer, refusal = {}, "its answer is not a JSON object"
         if refusal is not None:
             close_shares(descriptors)
+            self.raise_failure()  # because of which the other may have given up
             raise Refused(f"rank {rank} refused: {refusal}")
         return answer, descriptors
 

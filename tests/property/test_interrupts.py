@@ -81,7 +81,7 @@ def test_reset(issuer: tuple[DWDPConfig, MakeDriver], mode: Mode) -> None:
 
 def test_trace(issuer: tuple[DWDPConfig, MakeDriver]) -> None:
     config, driver = issuer
-    sweep(lambda: Traced(config, driver, IN_ORDER, None), lambda at: Interrupter(at), most=40)
+    sweep(lambda: Traced(config, driver, IN_ORDER, None), lambda at: Interrupter(at, "signal"), most=40)
 
 
 @pytest.mark.parametrize("mode", ["two slots", "auto"])

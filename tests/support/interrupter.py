@@ -20,6 +20,7 @@ from types import CodeType, FrameType
 from typing import Any, Final, Literal, Protocol, Self
 
 import vmm_dwdp
+from vmm_dwdp.allocator import uninterrupted
 
 How = Literal["line", "signal"]
 
@@ -27,7 +28,13 @@ EVERY: Final = os.environ.get("EVERY_POINT") == "1"  # every point, instead of a
 PATIENCE: Final = float(os.environ.get("PATIENCE", "10"))  # seconds, after which one attempt is stuck
 FAILURES: Final = 4  # after which a sweep ends
 _LIBRARY: Final = str(Path(vmm_dwdp.__file__).parent) + os.sep
-_DEVICE: Final = {"host_driver.py", "host_stream.py", "host_pages.py"}  # what stands for the device
+_DEVICE: Final = {
+    "host_context.py",
+    "host_driver.py",
+    "host_pages.py",
+    "host_ranges.py",
+    "host_stream.py",
+}  # what stands for the device
 _CALLS: Final = {"CALL", "CALL_FUNCTION_EX", "CALL_KW", "JUMP_BACKWARD"}
 
 
@@ -62,9 +69,10 @@ class Interruption(Protocol):
 class Interrupter:
     """Raises ``error`` at point ``at`` of what the library does in this thread.
 
-    ``how="line"``: at the beginning of a line, directly. ``how="signal"``: by the handler of a signal that is sent at a
-    point where the interpreter looks for signals: at the begin of a function, after a call, at the end of a loop's
-    body. Where the library puts signals off, it comes later. In the main thread only.
+    ``how="line"``: at the beginning of a line, directly, but not where the library puts signals off. ``how="signal"``:
+    by the handler of a signal that is sent at a point where the interpreter looks for signals: at the begin of a
+    function, after a call, at the end of a loop's body. Where the library puts signals off, it comes later. In the main
+    thread only.
     """
 
     def __init__(self, at: int, how: How = "line", error: type[BaseException] = Interrupted) -> None:
@@ -100,7 +108,7 @@ class Interrupter:
         return self._opcode
 
     def _line(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any]:
-        if event == "line" and frame.f_lasti not in _ends_of_with(frame.f_code):
+        if event == "line" and not _puts_off(frame.f_code) and frame.f_lasti not in _ends_of_with(frame.f_code):
             self._point(frame)
         return self._line
 
@@ -129,6 +137,11 @@ class Interrupter:
 def _is_ours(code: CodeType) -> bool:
     path = code.co_filename
     return path.startswith(_LIBRARY) and os.path.basename(path) not in _DEVICE
+
+
+def _puts_off(code: CodeType) -> bool:
+    """Whether the library puts signals off at the moment, or is about to: nothing comes directly there."""
+    return uninterrupted._deferring or code.co_filename == uninterrupted.__file__
 
 
 @functools.cache

@@ -82,7 +82,7 @@ def check_graphs(server_args: Any) -> None:
 
 
 def revision(server_args: Any) -> str | None:
-    """Of the checkpoint that the engine reads, if that is a folder of safetensors files; `DWDPRuntime.publish` takes it."""
+    """Of the checkpoint that the engine reads, for `DWDPRuntime.publish`, if that is a folder of safetensors files."""
     resolved = _resolved(server_args)
     folder = Path(resolved.model_path)
     read = getattr(resolved.load_format, "value", resolved.load_format) in ("auto", "safetensors")
