@@ -79,6 +79,8 @@ class Membership:
     def require_fits(self, layer: Layer, weight: str, owner: Owner, value: torch.Tensor) -> None:
         """Raise `ConfigError` unless `update` can write ``value`` to the shard of ``owner``."""
         self.require_held(owner)
+        if not isinstance(value, torch.Tensor):
+            raise ConfigError(f"layer {layer.number}, {weight}: a shard is a tensor, not {type(value).__name__}")
         spec = layer.weights[weight]
         shape = spec.of(len(layer.placement.experts(owner)))
         if tuple(value.shape) != shape or value.dtype != spec.dtype:

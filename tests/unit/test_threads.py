@@ -56,7 +56,7 @@ def test_three_threads_in_passes_of_one_runtime(tmp_path: Path, mode: str) -> No
     for thread in threads:
         thread.join()
     assert not wrong, f"{len(wrong)} of {sum(right) + len(wrong)}: {wrong[:5]}"
-    assert sum(right) > PASSES
+    assert sum(right) >= len(MODEL)
     runtime.reset()
     for number, weights in MODEL.items():
         with runtime.layer(number, tokens=5) as found:
