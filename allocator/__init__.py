@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from typing import Final
-
 import torch
 
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.errors import ConfigError
-
-# Whether `_issue.c` was compiled at installation, for which there had to be a C compiler
-HAS_NATIVE_THREAD: Final = find_spec("vmm_dwdp.allocator._issue") is not None
 
 
 def open_driver(device: torch.device, granularity: int | None = None) -> Driver:

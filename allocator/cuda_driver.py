@@ -11,13 +11,13 @@ from typing import Final
 import torch
 from cuda.bindings import driver as cuda
 
-from vmm_dwdp.allocator import HAS_NATIVE_THREAD
 from vmm_dwdp.allocator.cuda_batch import BatchCall, CopyBatch
 from vmm_dwdp.allocator.cuda_check import check
 from vmm_dwdp.allocator.cuda_context import PrimaryContext
 from vmm_dwdp.allocator.cuda_events import EventCalls
 from vmm_dwdp.allocator.cuda_issue import CudaIssuingThread
 from vmm_dwdp.allocator.driver import DEVICE, Access, Copy, HandleType, Location
+from vmm_dwdp.allocator.native import HAS_NATIVE_THREAD
 from vmm_dwdp.errors import DriverError
 
 _HANDLE_TYPES: Final = {

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from cuda.bindings import driver as cuda
 
-from vmm_dwdp.allocator import HAS_NATIVE_THREAD
 from vmm_dwdp.allocator.cuda_batch import BatchCall
 from vmm_dwdp.allocator.cuda_events import EventCalls, address
 from vmm_dwdp.allocator.driver import Lane
+from vmm_dwdp.allocator.native import HAS_NATIVE_THREAD
 from vmm_dwdp.errors import DriverError
 
 if HAS_NATIVE_THREAD:

@@ -1,7 +1,7 @@
 """The driver calls that the allocator and the prefetcher are written against.
 
 Two drivers implement this Protocol: ``CudaDriver`` (a GPU) and ``HostDriver`` (real pages and descriptors, no GPU).
-Both obey the same rules and refuse the same mistakes; ``tests/unit/test_driver_conformance.py`` states
+Both obey the same rules and refuse the same mistakes; ``tests/unit/allocator/test_driver_conformance.py`` states
 those rules and runs unchanged on both. Every method raises :class:`~vmm_dwdp.errors.DriverError` on refusal.
 
 Addresses, handles, streams and events are plain integers: two handles compare as integers compare, and an integer can

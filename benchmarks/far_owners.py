@@ -17,9 +17,9 @@ from vmm_dwdp import DWDPConfig, DWDPRuntime, WeightSpec
 from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.driver import DEVICE, Driver, HandleType, Location
 from vmm_dwdp.allocator.handles import Ledger
-from vmm_dwdp.assembly import Assembly, Share
-from vmm_dwdp.assembly_choice import make_assembly
-from vmm_dwdp.layer import Layer, describe_layer
+from vmm_dwdp.layout.layer import Layer, describe_layer
+from vmm_dwdp.memory.assembly import Assembly, Share
+from vmm_dwdp.memory.choice import make_assembly
 
 FP8, BF16 = torch.float8_e4m3fn, torch.bfloat16
 SHAPES: dict[str, dict[str, WeightSpec]] = {

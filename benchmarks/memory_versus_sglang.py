@@ -10,8 +10,8 @@ import torch
 from common import parser, report
 
 from vmm_dwdp import DWDPConfig, WeightSpec
-from vmm_dwdp.layer import Layer, describe_layer
-from vmm_dwdp.slots import divide
+from vmm_dwdp.layout.layer import Layer, describe_layer
+from vmm_dwdp.layout.slots import divide
 
 GRANULARITY = 2 << 20
 POOL_PAGE = 16 << 20  # of SGLang's slots

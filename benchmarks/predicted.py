@@ -26,7 +26,7 @@ import torch
 from common import Row, parser, report
 
 from vmm_dwdp import DWDPConfig, DWDPRuntime
-from vmm_dwdp.layer import describe_layer
+from vmm_dwdp.layout.layer import describe_layer
 from vmm_dwdp.planning.calibrate import Part, calibrate, preset_of, settled, sustained
 from vmm_dwdp.planning.estimate import Estimate
 from vmm_dwdp.planning.gpus import GpuSpec, load_gpu

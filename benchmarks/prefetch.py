@@ -36,7 +36,7 @@ from far_owners import SHAPES, FarOwners
 from vmm_dwdp import DWDPConfig
 from vmm_dwdp.allocator.driver import Copy
 from vmm_dwdp.allocator.handles import Stream
-from vmm_dwdp.timing import EVERY, FIRST
+from vmm_dwdp.observe.timing import EVERY, FIRST
 
 RATIOS = [0.2, 0.5, 0.8, 1.1, 1.5, 2.0, 5.0]  # of compute to copies
 PLANS = {"slices of 2 MiB": 2 << 20, "auto": "auto"}

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from vmm_dwdp import DWDPConfig, WeightSpec
-from vmm_dwdp.layer import describe_layer
+from vmm_dwdp.layout.layer import describe_layer
 from vmm_dwdp.planning.contention import meeting_shares, serial_efficiency
 from vmm_dwdp.planning.estimate import Estimate, steady_period
 from vmm_dwdp.planning.gpus import Efficiency, load_gpu

@@ -43,8 +43,8 @@ from far_owners import SHAPES, FarOwners
 from prefetch import PLANS, Passes, device_seconds, launched, link
 
 from vmm_dwdp import DWDPConfig, DWDPRuntime, WeightSpec
+from vmm_dwdp.observe.timing import EVERY, FIRST
 from vmm_dwdp.testing import run_group
-from vmm_dwdp.timing import EVERY, FIRST
 
 GROUP_SIZE = 4
 RATIOS = [0.2, 0.8, 1.0, 1.1, 1.5]

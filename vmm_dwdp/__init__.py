@@ -8,10 +8,10 @@ import logging
 
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError, DriverError, DWDPError, ExchangeError, StateError
-from vmm_dwdp.placement import HOST, ExpertPlacement
+from vmm_dwdp.layout.placement import HOST, ExpertPlacement
+from vmm_dwdp.layout.weight_spec import WeightSpec
+from vmm_dwdp.observe.stats import LayerStats, Stats
 from vmm_dwdp.runtime import DWDPRuntime
-from vmm_dwdp.stats import LayerStats, Stats
-from vmm_dwdp.weight_spec import WeightSpec
 
 __all__ = [
     "HOST",

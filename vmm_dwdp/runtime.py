@@ -19,20 +19,19 @@ from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Failures, Ledger, undo_after
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
-from vmm_dwdp.assembly import Weights
-from vmm_dwdp.assembly_choice import make_assembly
-from vmm_dwdp.compiled_models import between_regions, warn_of_with
 from vmm_dwdp.config import DWDPConfig, ModeSetting
 from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.layer import describe_layer
-from vmm_dwdp.layers import Layers
-from vmm_dwdp.lifecycle import Lifecycle
-from vmm_dwdp.membership import Membership, ShardKey
-from vmm_dwdp.passes import Passes
-from vmm_dwdp.placement import Owner
-from vmm_dwdp.stats import Stats
-from vmm_dwdp.trace import Trace
-from vmm_dwdp.weight_spec import WeightSpec
+from vmm_dwdp.group.membership import Membership, ShardKey
+from vmm_dwdp.layout.layer import Layers, describe_layer
+from vmm_dwdp.layout.placement import Owner
+from vmm_dwdp.layout.weight_spec import WeightSpec
+from vmm_dwdp.memory.assembly import Weights
+from vmm_dwdp.memory.choice import make_assembly
+from vmm_dwdp.observe.stats import Stats
+from vmm_dwdp.observe.trace import Trace
+from vmm_dwdp.schedule.compiled_models import between_regions, warn_of_with
+from vmm_dwdp.schedule.lifecycle import Lifecycle
+from vmm_dwdp.schedule.passes import Passes
 
 _log = logging.getLogger("vmm_dwdp")
 

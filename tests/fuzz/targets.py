@@ -21,13 +21,13 @@ from typing import Final
 from support.doors import GROUP_SIZE, PATIENCE, exchange, request
 
 from vmm_dwdp import ConfigError, DWDPConfig, ExchangeError
-from vmm_dwdp.agreement import Word
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.allocator.sharing import MAGIC
-from vmm_dwdp.assembly import close_shares
 from vmm_dwdp.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
-from vmm_dwdp.rendezvous import Rendezvous
-from vmm_dwdp.transport import Transport
+from vmm_dwdp.group.agreement import Word
+from vmm_dwdp.group.rendezvous import Rendezvous
+from vmm_dwdp.group.transport import Transport
+from vmm_dwdp.memory.assembly import close_shares
 
 Target = Callable[[bytes], None]
 

@@ -9,7 +9,8 @@ import torch
 from support.groups import check_pass, join, random_model
 
 from vmm_dwdp import DWDPConfig
-from vmm_dwdp.allocator import HAS_NATIVE_THREAD, open_driver
+from vmm_dwdp.allocator import open_driver
+from vmm_dwdp.allocator.native import HAS_NATIVE_THREAD
 
 
 @pytest.mark.gpu

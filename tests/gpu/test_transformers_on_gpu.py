@@ -14,8 +14,7 @@ from support.moe_models import logits, prompt, tiny_model
 from transformers import AutoModelForCausalLM
 
 from vmm_dwdp import DWDPConfig, DWDPRuntime
-from vmm_dwdp.integrations import transformers_tensor_list
-from vmm_dwdp.integrations.transformers import attach, from_pretrained
+from vmm_dwdp.integrations.transformers import attach, from_pretrained, tensor_list
 from vmm_dwdp.kernels import tensor_list_grouped_gemm
 from vmm_dwdp.testing import run_group
 
@@ -73,7 +72,7 @@ def run_families(rank: int, root: Path, config: DWDPConfig) -> list[str]:
 
 def run_families_by_torch(rank: int, root: Path, config: DWDPConfig) -> list[str]:
     """With lists, "auto" may choose a kernel that adds in another order than torch's."""
-    with mock.patch.object(transformers_tensor_list, "tensor_list_grouped_gemm", BY_TORCH):
+    with mock.patch.object(tensor_list, "tensor_list_grouped_gemm", BY_TORCH):
         return run_families(rank, root, config)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from vmm_dwdp import cli
 from vmm_dwdp.allocator.handles import KINDS
-from vmm_dwdp.demo_models import MODEL
+from vmm_dwdp.cli.demo_models import MODEL
 
 pytest.importorskip("transformers")
 

@@ -8,7 +8,7 @@ import torch
 
 from vmm_dwdp import DWDPConfig, DWDPRuntime, WeightSpec
 from vmm_dwdp.allocator import open_driver
-from vmm_dwdp.layer import describe_layer
+from vmm_dwdp.layout.layer import describe_layer
 from vmm_dwdp.planning.memory import expert_memory
 from vmm_dwdp.testing import run_group
 

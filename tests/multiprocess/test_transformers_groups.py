@@ -16,7 +16,7 @@ from support.moe_models import FAMILIES, logits, tiny_model
 from vmm_dwdp import DWDPConfig, DWDPRuntime, ExchangeError
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.integrations.transformers import attach, from_pretrained
-from vmm_dwdp.integrations.transformers_experts import align_experts
+from vmm_dwdp.integrations.transformers.experts import align_experts
 from vmm_dwdp.testing import run_group
 
 GROUPS = [

@@ -17,7 +17,7 @@ from vmm_dwdp import HOST, ConfigError, DriverError, DWDPConfig, DWDPRuntime, Ex
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.allocator.tensors import tensor_at
 from vmm_dwdp.config import Mode
-from vmm_dwdp.stats import CacheStats
+from vmm_dwdp.observe.stats import CacheStats
 
 CONFIG = DWDPConfig(group_size=3, host_experts=2, mode="in_place", checksums=True)
 SHAPES = {number: {"a": ((11, 1777), torch.bfloat16), "b": ((11, 300), torch.float32)} for number in range(5)}

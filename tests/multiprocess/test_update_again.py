@@ -19,9 +19,9 @@ from support.groups import PAGE, Model, add_layers, check_pass, fill_shards, in_
 from vmm_dwdp import ConfigError, DWDPConfig, DWDPRuntime, ExchangeError, StateError
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.allocator.host_driver import HostDriver
-from vmm_dwdp.assembly import Share
-from vmm_dwdp.layer import Layer
-from vmm_dwdp.membership import ShardKey
+from vmm_dwdp.group.membership import ShardKey
+from vmm_dwdp.layout.layer import Layer
+from vmm_dwdp.memory.assembly import Share
 
 CONFIG = DWDPConfig(group_size=2)
 SHAPES = {number: {"a": ((6, 1777), torch.bfloat16)} for number in range(3)}

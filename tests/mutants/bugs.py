@@ -15,33 +15,33 @@ class Bug(NamedTuple):
     tests: tuple[str, ...]
 
 
-_EVENTS = ("tests/unit/test_event_protocol.py",)
-_NATIVE = ("tests/unit/test_native_issue.py", "tests/unit/test_native_sanitized.py")
+_EVENTS = ("tests/unit/schedule/test_event_protocol.py",)
+_NATIVE = ("tests/unit/allocator/test_native_issue.py", "tests/unit/allocator/test_native_sanitized.py")
 _PLANS = ("tests/property/test_placement_and_layout.py",)
 _BYTES = ("tests/property/test_assembled_bytes.py",)
-_HANDLES = ("tests/unit/test_handles.py",)
-_DOOR = ("tests/unit/test_door.py",)
-_RENDEZVOUS = ("tests/unit/test_rendezvous.py",)
-_SHARING = ("tests/unit/test_sharing.py",)
+_HANDLES = ("tests/unit/allocator/test_handles.py",)
+_DOOR = ("tests/unit/group/test_door.py",)
+_RENDEZVOUS = ("tests/unit/group/test_rendezvous.py",)
+_SHARING = ("tests/unit/allocator/test_sharing.py",)
 _UPDATE = ("tests/multiprocess/test_update.py",)
 _STATES = ("tests/unit/test_runtime_states.py",)
-_SOCKETS = ("tests/unit/test_socket_failures.py",)
+_SOCKETS = ("tests/unit/group/test_socket_failures.py",)
 _CACHE = ("tests/property/test_resident_cache.py",)
 _FAILURES = ("tests/unit/test_failures.py",)
-_AGREEMENT = ("tests/unit/test_agreement_protocol.py",)
+_AGREEMENT = ("tests/unit/group/test_agreement_protocol.py",)
 _AGAIN = ("tests/multiprocess/test_update_again.py",)
 
 BUGS: Final = (
     Bug(
         "copies wait for the event of another slot",
-        "vmm_dwdp/prefetch.py",
+        "vmm_dwdp/schedule/prefetch.py",
         "Lane(stream.stream, slot.consumed.event, copies, ready.event)",
         "Lane(stream.stream, self.slots[0].consumed.event, copies, ready.event)",
         _EVENTS,
     ),
     Bug(
         "ready is recorded before the copies",
-        "vmm_dwdp/prefetch.py",
+        "vmm_dwdp/schedule/prefetch.py",
         """            self._driver.copy(lane.copies, lane.stream)
             self._driver.record(lane.then, lane.stream)
 """,
@@ -75,14 +75,14 @@ BUGS: Final = (
         pthread_cond_signal(&issuer->work);
 """,
         "    (void)asleep;\n",
-        ("tests/unit/test_native_issue.py::test_submit_does_not_wait",),
+        ("tests/unit/allocator/test_native_issue.py::test_submit_does_not_wait",),
     ),
     Bug(
         "copies are given by the native thread while a trace is recorded",
-        "vmm_dwdp/prefetch.py",
+        "vmm_dwdp/schedule/prefetch.py",
         "        if self.tracer is None:\n",
         "        if True:\n",
-        ("tests/unit/test_copy_path.py",),
+        ("tests/unit/schedule/test_copy_path.py",),
     ),
     Bug(
         "what a job's addresses point into is not kept",
@@ -100,14 +100,14 @@ BUGS: Final = (
     ),
     Bug(
         "acquire does not wait for the thread that issues copies",
-        "vmm_dwdp/prefetch.py",
+        "vmm_dwdp/schedule/prefetch.py",
         "        if slot.ticket is not None and not slot.ticket.done:\n",
         "        if False:\n",
         _EVENTS,
     ),
     Bug(
         "release does not record that the slot was read",
-        "vmm_dwdp/prefetch.py",
+        "vmm_dwdp/schedule/prefetch.py",
         """        self._driver.record(slot.consumed.event, stream)
         if self.tracer""",
         "        if self.tracer",
@@ -115,63 +115,63 @@ BUGS: Final = (
     ),
     Bug(
         "the end of a pass fetches the first layer into every slot",
-        "vmm_dwdp/prefetch.py",
+        "vmm_dwdp/schedule/prefetch.py",
         "[i + depth if i + depth < len(fetches) else i % depth for",
         "[i + depth if i + depth < len(fetches) else 0 for",
         _EVENTS,
     ),
     Bug(
         "a slot that nobody read is overwritten at once",
-        "vmm_dwdp/prefetch.py",
+        "vmm_dwdp/schedule/prefetch.py",
         "        if not slot.read:\n",
         "        if False:\n",
         _EVENTS,
     ),
     Bug(
         "an abandoned layer is still acquired after reset",
-        "vmm_dwdp/in_place.py",
+        "vmm_dwdp/schedule/in_place.py",
         "        self._acquired.clear()\n",
         "        pass\n",
         _STATES,
     ),
     Bug(
         "a copy is one page short",
-        "vmm_dwdp/assembly.py",
+        "vmm_dwdp/memory/assembly.py",
         "                len(run),\n",
         "                max(1, len(run) - 4096),\n",
         _BYTES,
     ),
     Bug(
         "a copy begins at the reader's place among the owner's pages",
-        "vmm_dwdp/virtual_assembly.py",
+        "vmm_dwdp/memory/virtual.py",
         "        offset = byte - layer.layouts[weight].resident_bytes(owner).start\n        return self._views",
         "        offset = byte - layer.layouts[weight].resident_bytes(self.rank).start\n        return self._views",
         _BYTES,
     ),
     Bug(
         "two owners are swapped",
-        "vmm_dwdp/placement.py",
+        "vmm_dwdp/layout/placement.py",
         "                    sources.append(Source(range(start, start + count), owner))\n",
         "                    sources.append(Source(range(start, start + count), max(share, key=str)))\n",
         _PLANS,
     ),
     Bug(
         "a resident span is rounded inward",
-        "vmm_dwdp/layout.py",
+        "vmm_dwdp/layout/ranges.py",
         "return range(first, -(-shard.stop // self.granularity) if shard else first)",
         "return range(first, max(first, shard.stop // self.granularity))",
         _PLANS,
     ),
     Bug(
         "the last slice of a segment is forgotten",
-        "vmm_dwdp/plan.py",
+        "vmm_dwdp/layout/copies.py",
         "        for start in range(run.start, run.stop, slice_bytes):\n",
         "        for start in range(run.start, max(run.start + 1, run.stop - slice_bytes), slice_bytes):\n",
         _PLANS,
     ),
     Bug(
         "the edges are not filled",
-        "vmm_dwdp/membership.py",
+        "vmm_dwdp/group/membership.py",
         """            self._assembly.build()
             self._fill_edges()
 """,
@@ -180,7 +180,7 @@ BUGS: Final = (
     ),
     Bug(
         "the edges keep old bytes in an update",
-        "vmm_dwdp/membership.py",
+        "vmm_dwdp/group/membership.py",
         """                self._fill_edges()
                 for owner in""",
         "                for owner in",
@@ -188,7 +188,7 @@ BUGS: Final = (
     ),
     Bug(
         "slots keep old bytes in an update",
-        "vmm_dwdp/prefetch.py",
+        "vmm_dwdp/schedule/prefetch.py",
         """            slot.holds = None
             slot.read = True
         self.reset(stream)
@@ -198,21 +198,21 @@ BUGS: Final = (
     ),
     Bug(
         "a checksum that differs is passed over",
-        "vmm_dwdp/membership.py",
+        "vmm_dwdp/group/membership.py",
         "if checksum(self._assembly.shard(layer, weight, owner)) != expected:",
         "if not checksum(self._assembly.shard(layer, weight, owner)):",
         _UPDATE,
     ),
     Bug(
         "the shards of a dead rank are handed over in another order",
-        "vmm_dwdp/assembly.py",
+        "vmm_dwdp/memory/assembly.py",
         "        self._received[owner] = list(shares)\n",
         "        self._received[owner] = list(reversed(shares))\n",
         ("tests/multiprocess/test_death_and_return.py",),
     ),
     Bug(
         "two configs that differ count as equal",
-        "vmm_dwdp/membership.py",
+        "vmm_dwdp/group/membership.py",
         "config = dataclasses.asdict(self._config)",
         "config = self._config.group_size",
         ("tests/multiprocess/test_group.py::test_ranks_with_different_configs_are_refused",),
@@ -222,7 +222,7 @@ BUGS: Final = (
         "allocator/host_pages.py",
         "    if _libc.mprotect(address, nbytes, access) != 0:\n",
         "    if _libc.mprotect(address, nbytes, access) > 0:\n",
-        ("tests/unit/test_host_driver.py",),
+        ("tests/unit/allocator/test_host_driver.py",),
     ),
     Bug(
         "resources are closed in the order in which they were made",
@@ -258,7 +258,7 @@ BUGS: Final = (
     ),
     Bug(
         "descriptors of a wrong answer stay open",
-        "vmm_dwdp/exchange.py",
+        "vmm_dwdp/group/exchange.py",
         """        except ExchangeError:
             close_shares(descriptors)
             raise
@@ -277,63 +277,63 @@ BUGS: Final = (
     ),
     Bug(
         "the group may enter the rendezvous directory",
-        "vmm_dwdp/rendezvous.py",
+        "vmm_dwdp/group/rendezvous.py",
         "if found.st_mode & 0o077:",
         "if found.st_mode & 0o007:",
         _RENDEZVOUS,
     ),
     Bug(
         "any token will do",
-        "vmm_dwdp/transport.py",
+        "vmm_dwdp/group/transport.py",
         "if hmac.compare_digest(token, self._rendezvous.token):",
         "if token:",
         _DOOR,
     ),
     Bug(
         "other users are answered",
-        "vmm_dwdp/transport.py",
+        "vmm_dwdp/group/transport.py",
         "            if peer_uid(client) != os.getuid():\n                return\n",
         "",
         _DOOR,
     ),
     Bug(
         "peers may write",
-        "vmm_dwdp/virtual_assembly.py",
+        "vmm_dwdp/memory/virtual.py",
         "view = self._view(layer.layouts[weight], owner, tiles, Access.READ, label)",
         "view = self._view(layer.layouts[weight], owner, tiles, Access.READ_WRITE, label)",
         _DOOR,
     ),
     Bug(
         "two processes may take the place of one rank",
-        "vmm_dwdp/transport.py",
+        "vmm_dwdp/group/transport.py",
         "            with self._rendezvous.locked(deadline):",
         "            with contextlib.nullcontext():",
         _DOOR,
     ),
     Bug(
         "a rank that is too busy to answer has left",
-        "vmm_dwdp/transport.py",
+        "vmm_dwdp/group/transport.py",
         "        except _QueueFull:\n            return True\n",
         "        except _QueueFull:\n            return False\n",
         _DOOR,
     ),
     Bug(
         "one client after another is answered",
-        "vmm_dwdp/transport.py",
+        "vmm_dwdp/group/transport.py",
         "                self._start(self._answer, client)\n",
         "                self._answer(client)\n                client.close()\n",
-        ("tests/unit/test_door.py::test_a_group_publishes_and_passes_among_the_slow_and_the_silent",),
+        ("tests/unit/group/test_door.py::test_a_group_publishes_and_passes_among_the_slow_and_the_silent",),
     ),
     Bug(
         "one accept that fails shuts the door",
-        "vmm_dwdp/transport.py",
+        "vmm_dwdp/group/transport.py",
         "                if error.errno == errno.EINVAL:\n",
         "                if error.errno:\n",
         _DOOR,
     ),
     Bug(
         "a socket that could not be listened at stays in the directory",
-        "vmm_dwdp/transport.py",
+        "vmm_dwdp/group/transport.py",
         "                    made.unlink(missing_ok=True)\n",
         "                    made.exists()\n",
         _SOCKETS,
@@ -347,49 +347,49 @@ BUGS: Final = (
     ),
     Bug(
         "a page of the cache that is in use counts as free",
-        "vmm_dwdp/resident_cache.py",
+        "vmm_dwdp/memory/cache.py",
         "if page not in used]",
         "]",
         _CACHE,
     ),
     Bug(
         "pages of the cache are mapped before they are filled",
-        "vmm_dwdp/resident_cache.py",
+        "vmm_dwdp/memory/cache.py",
         "            self._fill(moves)\n",
         "",
         _CACHE,
     ),
     Bug(
         "the cache cuts a shared page at the next expert",
-        "vmm_dwdp/layout.py",
+        "vmm_dwdp/layout/ranges.py",
         "        return tuple((expert, min(run.stop, stop) - max(run.start, first)) for expert, run in runs)",
         "        return tuple((expert, min(run.stop, stop) - run.start) for expert, run in runs)",
         _CACHE,
     ),
     Bug(
         "an update is made while a layer is read in place",
-        "vmm_dwdp/passes.py",
+        "vmm_dwdp/schedule/passes.py",
         "            self._in_place.require_idle()\n",
         "            pass\n",
         _UPDATE,
     ),
     Bug(
         "the cache keeps old bytes after an update",
-        "vmm_dwdp/passes.py",
+        "vmm_dwdp/schedule/passes.py",
         "            self._assembly.cache.refill()\n",
         "            self._assembly.cache.stats()\n",
         _UPDATE,
     ),
     Bug(
         "a tile stays unmapped after a refresh that failed",
-        "vmm_dwdp/resident_cache.py",
+        "vmm_dwdp/memory/cache.py",
         "            try:\n                self._mend()\n",
         "            try:\n                self._torn.clear()\n",
         _FAILURES,
     ),
     Bug(
         "a torn tile is read",
-        "vmm_dwdp/resident_cache.py",
+        "vmm_dwdp/memory/cache.py",
         "        if self._torn:\n",
         "        if not self:\n",
         _FAILURES,
@@ -403,49 +403,49 @@ BUGS: Final = (
     ),
     Bug(
         "an earlier entry of a rank counts when it comes last",
-        "vmm_dwdp/agreement.py",
+        "vmm_dwdp/group/agreement.py",
         "self._move_to(tuple(map(max, self.vector, vector)))",
         "self._move_to((*vector[: self._rank], own, *vector[self._rank + 1 :]))",
         _AGREEMENT,
     ),
     Bug(
         "a name is committed with the promises that were made to another",
-        "vmm_dwdp/agreement.py",
+        "vmm_dwdp/group/agreement.py",
         "            self._accepted = self._refused = frozenset()\n            self.vector = vector",
         "            self._refused = frozenset()\n            self.vector = vector",
         _AGREEMENT,
     ),
     Bug(
         "a step of any attempt counts",
-        "vmm_dwdp/agreement.py",
+        "vmm_dwdp/group/agreement.py",
         "self._heard |= {(word.vector, word.step, rank)}",
         "self._heard |= {(self.committed or word.vector, word.step, rank)}",
         _AGREEMENT,
     ),
     Bug(
         "to be bound is no doubt",
-        "vmm_dwdp/agreement.py",
+        "vmm_dwdp/group/agreement.py",
         "            if counts:\n                self._doubt()\n",
         "            if counts:\n",
         _AGREEMENT,
     ),
     Bug(
         "a rank that has committed binds itself to another name",
-        "vmm_dwdp/agreement.py",
+        "vmm_dwdp/group/agreement.py",
         " and self.committed in (None, word.vector)",
         "",
         _AGREEMENT,
     ),
     Bug(
         "a rank that comes back does not hear of the doubt of others",
-        "vmm_dwdp/agreement.py",
+        "vmm_dwdp/group/agreement.py",
         "if not self._under_way and answer.doubt is not None:",
         "if self._under_way and answer.doubt is not None:",
         _AGREEMENT,
     ),
     Bug(
         "one that does not tell has no doubt",
-        "vmm_dwdp/agreement.py",
+        "vmm_dwdp/group/agreement.py",
         """        self._audience -= {rank}
         self.doubt = """,
         """        self._audience -= {rank}
@@ -454,51 +454,51 @@ BUGS: Final = (
     ),
     Bug(
         "an update need not have what the one before left half written",
-        "vmm_dwdp/membership.py",
+        "vmm_dwdp/group/membership.py",
         "self._begun |= shards.keys()",
         "self._begun -= shards.keys()",
         _AGAIN,
     ),
     Bug(
         "two revisions that differ count as equal",
-        "vmm_dwdp/exchange.py",
+        "vmm_dwdp/group/exchange.py",
         "hashlib.sha256(revision.encode()).hexdigest()",
         "hashlib.sha256().hexdigest()",
         _AGAIN,
     ),
     Bug(
         "who begins anew is given shares for the attempt before",
-        "vmm_dwdp/agreement.py",
+        "vmm_dwdp/group/agreement.py",
         "return name in self._bound",
         "return True",
         _DOOR,
     ),
     Bug(
         "the first to leave takes the token along",
-        "vmm_dwdp/rendezvous.py",
+        "vmm_dwdp/group/rendezvous.py",
         "if presence.alone() and presence.is_at(self._token_path):",
         "if presence.is_at(self._token_path):",
         _RENDEZVOUS,
     ),
     Bug(
         "who leaves removes the socket of its successor",
-        "vmm_dwdp/rendezvous.py",
+        "vmm_dwdp/group/rendezvous.py",
         "if self._socket is not None and _is_same(*self._socket):",
         "if self._socket is not None:",
         _RENDEZVOUS,
     ),
     Bug(
         "descriptors that another awaits are not counted",
-        "vmm_dwdp/limits.py",
+        "vmm_dwdp/group/membership.py",
         " + sum(_reserved.values()) + count",
         " + count",
-        ("tests/unit/test_limits.py",),
+        ("tests/unit/group/test_limits.py",),
     ),
     Bug(
         "the soft limit stays raised",
-        "vmm_dwdp/limits.py",
+        "vmm_dwdp/group/membership.py",
         "            if soft == after:",
         "            if soft != after:",
-        ("tests/unit/test_limits.py",),
+        ("tests/unit/group/test_limits.py",),
     ),
 )

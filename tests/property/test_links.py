@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.planning.links import CopyLinks, FetchLinks, Flow, Rates
 from vmm_dwdp.planning.simulator import Group, LayerWork, Outcome, Phase, simulate
-from vmm_dwdp.weight_spec import WeightSpec
 
 READERS, LANES = 4, 3
 

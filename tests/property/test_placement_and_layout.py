@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmm_dwdp import HOST, DWDPConfig, ExpertPlacement
-from vmm_dwdp.layout import RangeLayout
-from vmm_dwdp.plan import MAX_STREAMS, plan_layer
-from vmm_dwdp.slots import divide
+from vmm_dwdp.layout.copies import MAX_STREAMS, plan_layer
+from vmm_dwdp.layout.ranges import RangeLayout
+from vmm_dwdp.layout.slots import divide
 
 
 @st.composite

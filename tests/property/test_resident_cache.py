@@ -13,7 +13,7 @@ from support.groups import PAGE, Model, Shapes, check_pass, published, random_mo
 
 from vmm_dwdp import DWDPConfig, DWDPRuntime
 from vmm_dwdp.config import Mode
-from vmm_dwdp.hot_tiles import KEEP, Candidate, hottest
+from vmm_dwdp.memory.cache import KEEP, Candidate, hottest
 
 
 @st.composite

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from vmm_dwdp.config import DWDPConfig
-from vmm_dwdp.layer import describe_layer
+from vmm_dwdp.layout.layer import describe_layer
+from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.planning.links import Rates
 from vmm_dwdp.planning.simulator import Group, LayerWork, Phase, simulate
-from vmm_dwdp.weight_spec import WeightSpec
 
 IN_TURN = 1 << 40
 WEIGHTS = {"w": WeightSpec((8, 100), torch.uint8)}

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from vmm_dwdp.agreement import LAST_STEP, Agreement, Answer, Vector, Word
+from vmm_dwdp.group.agreement import LAST_STEP, Agreement, Answer, Vector, Word
 
 GROUP_SIZE: Final = 3
 OLD: Final = "old"

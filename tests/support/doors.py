@@ -13,10 +13,10 @@ from typing import Any
 
 from vmm_dwdp.allocator.handles import Descriptor, Ledger
 from vmm_dwdp.allocator.sharing import receive, send
-from vmm_dwdp.assembly import Share
-from vmm_dwdp.exchange import PROTOCOL_VERSION, Exchange
-from vmm_dwdp.placement import Owner
-from vmm_dwdp.rendezvous import Rendezvous
+from vmm_dwdp.group.exchange import PROTOCOL_VERSION, Exchange
+from vmm_dwdp.group.rendezvous import Rendezvous
+from vmm_dwdp.layout.placement import Owner
+from vmm_dwdp.memory.assembly import Share
 
 GROUP_SIZE = 3
 PATIENCE = 60.0  # seconds

@@ -11,9 +11,9 @@ from typing import Any, Final, Self
 import pytest
 
 from support.groups import PAGE
-from vmm_dwdp.allocator import HAS_NATIVE_THREAD
 from vmm_dwdp.allocator.driver import Copy, Driver, Lane
 from vmm_dwdp.allocator.host_driver import HostDriver
+from vmm_dwdp.allocator.native import HAS_NATIVE_THREAD
 from vmm_dwdp.errors import DriverError
 
 CALLS: Final = {name for name in vars(Driver) if not name.startswith("_") and callable(getattr(Driver, name))}

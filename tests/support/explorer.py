@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 from vmm_dwdp.allocator.driver import Copy, Lane
 from vmm_dwdp.allocator.handles import Ledger
-from vmm_dwdp.issue import InlineIssuer, Job
-from vmm_dwdp.prefetch import Fetch, Prefetcher
+from vmm_dwdp.schedule.issue import InlineIssuer, Job
+from vmm_dwdp.schedule.prefetch import Fetch, Prefetcher
 
 COMPUTE = 0  # the stream of kernels
 

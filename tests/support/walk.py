@@ -17,7 +17,7 @@ from support.drivers import NativeDriver
 from support.groups import PAGE
 from support.ranks import Bytes, InProcess, InThread, Outcome, Shape, Side, digest
 from vmm_dwdp import HOST, DWDPConfig, ExpertPlacement
-from vmm_dwdp.allocator import HAS_NATIVE_THREAD
+from vmm_dwdp.allocator.native import HAS_NATIVE_THREAD
 
 SOON: Final = 0.25  # seconds: how long is waited for a rank that does not come
 LATE: Final = 30.0  # seconds: for one that does

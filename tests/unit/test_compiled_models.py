@@ -12,7 +12,7 @@ import torch
 from support.groups import join, random_model
 
 from vmm_dwdp import DWDPConfig, DWDPRuntime
-from vmm_dwdp.compiled_models import between_regions
+from vmm_dwdp.schedule.compiled_models import between_regions
 
 MODEL = random_model({number: {"w": ((4, 64, 64), torch.bfloat16)} for number in range(5)}, seed=3)
 

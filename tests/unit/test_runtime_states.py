@@ -19,9 +19,9 @@ from support.groups import PAGE, add_layers, check_pass, fill_shards, in_threads
 from vmm_dwdp import HOST, ConfigError, DriverError, DWDPConfig, DWDPRuntime, ExchangeError, StateError, WeightSpec
 from vmm_dwdp.allocator.handles import Allocation
 from vmm_dwdp.allocator.host_driver import HostDriver
-from vmm_dwdp.prefetch import Slot
-from vmm_dwdp.stats import CacheStats
-from vmm_dwdp.virtual_assembly import VirtualAssembly
+from vmm_dwdp.memory.virtual import VirtualAssembly
+from vmm_dwdp.observe.stats import CacheStats
+from vmm_dwdp.schedule.prefetch import Slot
 
 MODEL = random_model({number: {"w": ((6, 1000), torch.float32)} for number in range(5)})
 ALONE = DWDPConfig(group_size=1, host_experts=4)  # two slots, so the layers in flight are limited

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from support.groups import join, random_model, same_bytes
 
 from vmm_dwdp import DWDPConfig, StateError
-from vmm_dwdp.metrics import StatsCollector
+from vmm_dwdp.observe.metrics import StatsCollector
 
 MODEL = random_model({number: {"w": ((6, 1100), torch.float32)} for number in range(5)})
 PASSES = 100

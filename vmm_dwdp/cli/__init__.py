@@ -26,12 +26,14 @@ class _CommandModule(Protocol):
 
 
 COMMANDS: Final = {
-    "bench": _Command("vmm_dwdp.bench_command", "run the benchmarks that suit this machine, or measure its rates"),
-    "demo": _Command("vmm_dwdp.demo", "run a model with its experts spread over a group, and compare with the whole"),
-    "doctor": _Command("vmm_dwdp.doctor", "say what this machine can do, and why not"),
-    "plan": _Command("vmm_dwdp.planning.plan_command", "say what a model needs on some GPUs, and whether it pays"),
-    "simulate": _Command("vmm_dwdp.planning.simulate_command", "run a group of any size, event by event, on paper"),
-    "trace": _Command("vmm_dwdp.trace_command", "run layers in a group and write when everything happened"),
+    "bench": _Command("vmm_dwdp.cli.bench", "run the benchmarks that suit this machine, or measure its rates"),
+    "demo": _Command(
+        "vmm_dwdp.cli.demo", "run a model with its experts spread over a group, and compare with the whole"
+    ),
+    "doctor": _Command("vmm_dwdp.cli.doctor", "say what this machine can do, and why not"),
+    "plan": _Command("vmm_dwdp.cli.plan", "say what a model needs on some GPUs, and whether it pays"),
+    "simulate": _Command("vmm_dwdp.cli.simulate", "run a group of any size, event by event, on paper"),
+    "trace": _Command("vmm_dwdp.cli.trace", "run layers in a group and write when everything happened"),
 }
 
 _SHELL_SIGNAL: Final = 128  # what a shell adds to the number of the signal that ended a command
@@ -73,7 +75,3 @@ def _run(argv: Sequence[str]) -> int:
     except DWDPError as error:
         print(f"vmm-dwdp {name}: {error}", file=sys.stderr)
         return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

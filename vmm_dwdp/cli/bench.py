@@ -14,10 +14,10 @@ from typing import Any, Final
 
 import torch
 
-from vmm_dwdp.console import print_table
+from vmm_dwdp.cli.console import print_table
 from vmm_dwdp.errors import ConfigError
 
-BENCHMARKS: Final = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS: Final = Path(__file__).parents[2] / "benchmarks"
 # By the number of GPUs that they need: what to run, and with which arguments, in a few minutes in all.
 SUITES: Final[Mapping[int, Mapping[str, tuple[str, ...]]]] = {
     0: {"allocator": ("--scale", "1024", "--repeats", "3"), "assembly": ("--group-size", "2", "--passes", "3")},

@@ -24,9 +24,8 @@ import torch
 
 from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.handles import KINDS
-from vmm_dwdp.config import DWDPConfig, ModeSetting
-from vmm_dwdp.console import group_progress, print_table, report_step, size, working
-from vmm_dwdp.demo_models import (
+from vmm_dwdp.cli.console import group_progress, print_table, report_step, size, working
+from vmm_dwdp.cli.demo_models import (
     MODEL,
     Generated,
     Text,
@@ -35,8 +34,9 @@ from vmm_dwdp.demo_models import (
     models_to_run,
     quiet_transformers,
 )
+from vmm_dwdp.config import DWDPConfig, ModeSetting
 from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.stats import Stats
+from vmm_dwdp.observe.stats import Stats
 from vmm_dwdp.testing import run_group
 
 HOST_GRANULARITY: Final = 4 << 10  # the model is smaller than a page of 2 MiB per weight and layer

@@ -17,10 +17,10 @@ import torch
 
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.placement import ExpertPlacement
-from vmm_dwdp.weight_spec import WeightSpec
+from vmm_dwdp.layout.placement import ExpertPlacement
+from vmm_dwdp.layout.weight_spec import WeightSpec
 
-MODEL: Final = Path(__file__).parent / "models" / "bytes-moe"
+MODEL: Final = Path(__file__).parents[1] / "models" / "bytes-moe"
 LARGE_WEIGHT: Final = 64 << 20  # bytes per weight and layer from which a group's shares fill pages on any GPU
 
 
@@ -41,7 +41,7 @@ def continue_by_the_whole(path: Path, device: str, prompts: tuple[str, ...], new
     """What the whole model makes of each prompt."""
     import transformers
 
-    from vmm_dwdp.integrations.transformers_experts import align_experts
+    from vmm_dwdp.integrations.transformers.experts import align_experts
 
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device).eval()
     align_experts(model)
@@ -115,7 +115,7 @@ def _largest_weight(path: Path, config: DWDPConfig) -> int:
     """
     import transformers
 
-    from vmm_dwdp.integrations.transformers_experts import find_experts
+    from vmm_dwdp.integrations.transformers.experts import find_experts
 
     if not (path / "config.json").is_file():
         raise ConfigError(f"{path} is not the folder of a Hugging Face model: it has no config.json")

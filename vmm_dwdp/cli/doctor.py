@@ -14,16 +14,17 @@ from typing import Final
 
 import torch
 
-from vmm_dwdp.allocator import HAS_NATIVE_THREAD, open_driver
+from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.driver import DEVICE, Location
+from vmm_dwdp.allocator.native import HAS_NATIVE_THREAD
 from vmm_dwdp.allocator.probe import supported_handle_types
-from vmm_dwdp.console import print_table, size
+from vmm_dwdp.cli.console import print_table, size
 from vmm_dwdp.errors import DWDPError
 from vmm_dwdp.kernels import providers
-from vmm_dwdp.link_rates import LinkRates, measure_link
-from vmm_dwdp.mode_choice import crossover
+from vmm_dwdp.planning.link_rates import LinkRates, measure_link
 from vmm_dwdp.planning.models import load_model
 from vmm_dwdp.planning.presets import preset_names
+from vmm_dwdp.schedule.mode_choice import crossover
 
 _PACKAGES: Final = ("vmm-dwdp", "torch", "cuda-bindings", "transformers", "flashinfer-python", "nvidia-cutlass-dsl")
 

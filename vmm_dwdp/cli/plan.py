@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vmm_dwdp.cli.console import print_table, size
 from vmm_dwdp.config import DWDPConfig
-from vmm_dwdp.console import print_table, size
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.planning.estimate import Estimate, recommend
 from vmm_dwdp.planning.gpus import load_gpu

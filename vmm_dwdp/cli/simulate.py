@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from vmm_dwdp.console import print_table
+from vmm_dwdp.cli.console import print_table
+from vmm_dwdp.cli.plan import add_group_arguments, estimate_from
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.planning.estimate import Estimate
-from vmm_dwdp.planning.plan_command import add_group_arguments, estimate_from
 from vmm_dwdp.planning.roofline import all_to_all
 from vmm_dwdp.planning.simulator import Group, LayerWork, Outcome, Phase, simulate
 from vmm_dwdp.planning.work import average_operations, layer_work, link_rates

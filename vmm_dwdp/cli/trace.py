@@ -13,12 +13,12 @@ import torch
 from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.observe.trace import COMPUTE, WAITING, Trace, plot_traces, write_traces
 from vmm_dwdp.planning.models import ModelSpec, model_from_config
 from vmm_dwdp.planning.roofline import Batch
 from vmm_dwdp.planning.torch_layer import TorchLayer, fill
 from vmm_dwdp.runtime import DWDPRuntime
 from vmm_dwdp.testing import run_group
-from vmm_dwdp.trace import COMPUTE, WAITING, Trace, plot_traces, write_traces
 
 # What a CPU computes in milliseconds, and a layer of Qwen3-30B-A3B.
 SIZES = {

@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, Literal, get_args
 
-from vmm_dwdp.agreement import Agreement, Answer, Vector, Word
 from vmm_dwdp.allocator.handles import Ledger
-from vmm_dwdp.assembly import Share, close_shares
 from vmm_dwdp.errors import DriverError, DWDPError, ExchangeError
-from vmm_dwdp.placement import HOST, Owner
-from vmm_dwdp.rendezvous import Rendezvous
-from vmm_dwdp.transport import Message, Refused, Transport
+from vmm_dwdp.group.agreement import Agreement, Answer, Vector, Word
+from vmm_dwdp.group.rendezvous import Rendezvous
+from vmm_dwdp.group.transport import Message, Refused, Transport
+from vmm_dwdp.layout.placement import HOST, Owner
+from vmm_dwdp.memory.assembly import Share, close_shares
 
 PROTOCOL_VERSION: Final = 2
 PUBLISHING: Final = ""  # in the place of a group's name

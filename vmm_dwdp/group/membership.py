@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import resource
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Final
@@ -13,18 +15,16 @@ from typing import Final
 import torch
 import torch.distributed as dist
 
-from vmm_dwdp.agreement import LAST_STEP
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Ledger, ResourceStack, Stream
-from vmm_dwdp.assembly import Assembly, Share
-from vmm_dwdp.checksum import checksum
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError, DriverError, ExchangeError, StateError
-from vmm_dwdp.exchange import Exchange
-from vmm_dwdp.layer import Layer
-from vmm_dwdp.limits import DescriptorReservation
-from vmm_dwdp.placement import HOST, Owner, in_words
-from vmm_dwdp.rendezvous import Rendezvous
+from vmm_dwdp.group.agreement import LAST_STEP
+from vmm_dwdp.group.exchange import Exchange
+from vmm_dwdp.group.rendezvous import Rendezvous
+from vmm_dwdp.layout.layer import Layer
+from vmm_dwdp.layout.placement import HOST, Owner, in_words
+from vmm_dwdp.memory.assembly import Assembly, Share
 
 HOST_CREATOR: Final = 0  # the rank that creates, fills and serves the pool of host memory
 
@@ -307,3 +307,82 @@ class Membership:
         if self._config.checksums:
             count = sum(1 for _ in self._weights())
             self._checksums[owner] = exchange.collect_checksums(owner, holder, count, deadline)
+
+
+# A fingerprint of a tensor's bytes, computed where the tensor is.
+_CHUNK: Final = 32 << 20  # bytes at a time, so that the temporary memory is small
+_WORD: Final = 8
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """64 bits that change with any byte of a contiguous ``tensor``, and with the order of its 8-byte words.
+
+    Every word is multiplied by an odd number of its own, and all are added modulo 2**64: for accidents, not forgery.
+    """
+    data = tensor.reshape(-1).view(torch.uint8)
+    total = 0
+    for start in range(0, data.numel(), _CHUNK):
+        chunk = data[start : start + _CHUNK]
+        if chunk.numel() % _WORD or chunk.data_ptr() % _WORD:
+            padded = chunk.new_zeros(-(-chunk.numel() // _WORD) * _WORD)
+            padded[: chunk.numel()] = chunk
+            chunk = padded
+        words = chunk.view(torch.int64)
+        first = start // _WORD
+        factors = torch.arange(2 * first + 1, 2 * (first + words.numel()), 2, device=data.device)
+        total += int((words * factors).sum())
+    return total % 2**64
+
+
+# What the operating system allows one process: reserved before anything is taken, and given back.
+_lock: Final = threading.Lock()  # guards what follows
+_reserved: Final[dict[DescriptorReservation, int]] = {}  # by reservation, how many are not open yet
+_raised: tuple[int, int] | None = None  # the soft limit before and after it was raised
+
+
+class DescriptorReservation:
+    """Leave for this process to open ``count`` more files, its soft limit raised if need be.
+
+    Several at once are counted together. `settle` when the files are open: from then on the kernel counts them. The
+    soft limit stays raised as long as they are, until the last reservation is closed: below the number of open files
+    nobody in this process could open another.
+
+    Raises `ConfigError` if the hard limit is lower, or if not even the open ones can be counted.
+    """
+
+    def __init__(self, count: int) -> None:
+        global _raised
+        with _lock:
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            try:
+                needed = len(os.listdir("/proc/self/fd")) + sum(_reserved.values()) + count
+            except OSError as error:
+                raise ConfigError(f"the open files of this process cannot be counted: {error.strerror}") from error
+            if hard != resource.RLIM_INFINITY and needed > hard:
+                raise ConfigError(
+                    f"sharing memory with the other ranks takes {count} file descriptors, "
+                    f"but a process may open {hard}, and this one has or awaits {needed - count} others"
+                )
+            if soft != resource.RLIM_INFINITY and needed > soft:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+                _raised = (soft if _raised is None else _raised[0]), hard
+            _reserved[self] = count
+
+    def settle(self) -> None:
+        """What was reserved is open now, or not needed any more."""
+        with _lock:
+            if self in _reserved:
+                _reserved[self] = 0
+
+    def close(self) -> None:
+        """Nothing of it is open any more. The last to close lowers the soft limit, unless others have set it since."""
+        global _raised
+        with _lock:
+            _reserved.pop(self, None)
+            if _reserved or _raised is None:
+                return
+            before, after = _raised
+            _raised = None
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            if soft == after:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (min(before, hard) if hard >= 0 else before, hard))

@@ -21,9 +21,9 @@ from typing import Any, Final
 
 from vmm_dwdp.allocator.handles import Descriptor, Ledger
 from vmm_dwdp.allocator.sharing import peer_uid, receive, send
-from vmm_dwdp.assembly import Share, close_shares
 from vmm_dwdp.errors import DWDPError, ExchangeError
-from vmm_dwdp.rendezvous import Rendezvous
+from vmm_dwdp.group.rendezvous import Rendezvous
+from vmm_dwdp.memory.assembly import Share, close_shares
 
 MAX_REQUEST_NBYTES: Final = 4096
 MAX_CLIENTS: Final = 64  # at one time; more wait in the kernel's queue

@@ -26,8 +26,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from vmm_dwdp.layout import RangeLayout
-from vmm_dwdp.placement import Owner, nearest_first
+from vmm_dwdp.layout.placement import Owner, nearest_first
+from vmm_dwdp.layout.ranges import RangeLayout
 
 MAX_STREAMS: Final = 8  # a GPU has few copy engines, and every stream costs the launching thread an event
 

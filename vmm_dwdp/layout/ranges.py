@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
-from vmm_dwdp.placement import ExpertPlacement, Owner
+from vmm_dwdp.layout.placement import ExpertPlacement, Owner
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What turns shards and staging memory into the weights that a layer's forward pass reads.
 
-Two ways to do it: :class:`~vmm_dwdp.virtual_assembly.VirtualAssembly` gives one tensor per weight,
-:class:`~vmm_dwdp.tensor_list_assembly.TensorListAssembly` a list of them. The runtime drives both by the same calls, in
+Two ways to do it: :class:`~vmm_dwdp.memory.virtual.VirtualAssembly` gives one tensor per weight,
+:class:`~vmm_dwdp.memory.tensor_list.TensorListAssembly` a list of them. The runtime drives both by the same calls, in
 this order: `add`; `shard`, filled by the caller; `shares`, given to others; `attach`, for every other owner; `build`;
 then `copies` and `weights` for as long as it lives; `close`.
 """
@@ -12,25 +12,48 @@ import abc
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 import torch
 
 from vmm_dwdp.allocator.driver import Copy, Driver
-from vmm_dwdp.allocator.handles import Descriptor, Ledger, ResourceStack
-from vmm_dwdp.allocator.tensors import tensor_at
+from vmm_dwdp.allocator.handles import Descriptor, Ledger, PlainMemory, Reservation, ResourceStack
+from vmm_dwdp.allocator.tensors import StorageWatch, tensor_at
 from vmm_dwdp.config import Mode
 from vmm_dwdp.errors import StateError
-from vmm_dwdp.layer import Layer
-from vmm_dwdp.placement import Owner, in_words
-from vmm_dwdp.plan import Segment
-from vmm_dwdp.resident_cache import ResidentCache
-from vmm_dwdp.tensor_memory import TensorMemory
+from vmm_dwdp.layout.copies import Segment
+from vmm_dwdp.layout.layer import Layer
+from vmm_dwdp.layout.placement import Owner, in_words
+from vmm_dwdp.memory.cache import ResidentCache
 
 _COMPARED_NBYTES: Final = 64 << 20  # at one time, because comparing takes memory, too
 
 Weights = dict[str, torch.Tensor] | dict[str, list[torch.Tensor]]
 Share = Descriptor | bytes  # physical memory on its way to another process
+
+
+# Memory that hands out tensors, and knows whether one of them is still held.
+M = TypeVar("M", Reservation, PlainMemory)
+
+
+class TensorMemory(Generic[M]):
+    """A reservation or ordinary memory, and the tensors made over it. Whoever made it closes ``memory``."""
+
+    def __init__(self, memory: M, device: torch.device) -> None:
+        self.memory: M = memory
+        self._device = device
+        self._watches: list[StorageWatch] = []
+
+    def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous tensor whose first byte is at ``offset``; it owns nothing."""
+        tensor = tensor_at(self.memory.address + offset, shape, dtype, self._device)
+        # Only those still held matter; `update` and `check_integrity` make new tensors for as long as a runtime lives.
+        self._watches = [*filter(StorageWatch.alive, self._watches), StorageWatch(tensor)]
+        return tensor
+
+    def in_use(self) -> bool:
+        """Whether anybody still holds a tensor, or a view of one, that `tensor` returned."""
+        return any(watch.alive() for watch in self._watches)
 
 
 def close_shares(shares: Iterable[Share]) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 import torch
 
@@ -25,8 +26,7 @@ from vmm_dwdp.allocator.handles import Allocation, Ledger, Reservation, Resource
 from vmm_dwdp.allocator.tensors import tensor_at
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.errors import ConfigError, DriverError, StateError
-from vmm_dwdp.hot_tiles import Candidate, hottest
-from vmm_dwdp.stats import CacheStats
+from vmm_dwdp.observe.stats import CacheStats
 
 
 @dataclass(eq=False)
@@ -232,3 +232,40 @@ class ResidentCache:
         for tile in self._all_torn():
             self._map(tile, ())
         self._old = False
+
+
+# Which tiles of the in-place ranges a resident cache holds. Pure integers.
+KEEP: Final = 1.25  # how much hotter a tile must be to take another's place, which costs a copy and driver calls
+
+
+class Candidate(NamedTuple):
+    """A tile that another owner backs.
+
+    Attributes:
+        heat: tokens times the bytes of the tile that each of them reads.
+        num_pages: what it would take of the cache.
+        cached: whether it is there now.
+    """
+
+    heat: int
+    num_pages: int
+    cached: bool
+
+
+def hottest(candidates: Sequence[Candidate], num_pages: int) -> set[int]:
+    """The places of those that a cache of ``num_pages`` holds best: the hottest by page first, as long as they fit.
+
+    What nobody read does not come, and leaves only for something else.
+    """
+
+    def by_page(place: int) -> float:
+        heat, pages, cached = candidates[place]
+        return heat / pages * (KEEP if cached else 1)
+
+    chosen = set()
+    for place in sorted(range(len(candidates)), key=by_page, reverse=True):
+        heat, pages, cached = candidates[place]
+        if (heat or cached) and pages <= num_pages:
+            chosen.add(place)
+            num_pages -= pages
+    return chosen

@@ -6,11 +6,11 @@ from vmm_dwdp.allocator.driver import DEVICE, Driver, HandleType, Location
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.allocator.numa import numa_nodes
 from vmm_dwdp.allocator.probe import refusal
-from vmm_dwdp.assembly import Assembly
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.tensor_list_assembly import TensorListAssembly
-from vmm_dwdp.virtual_assembly import VirtualAssembly
+from vmm_dwdp.memory.assembly import Assembly
+from vmm_dwdp.memory.tensor_list import TensorListAssembly
+from vmm_dwdp.memory.virtual import VirtualAssembly
 
 
 def make_assembly(config: DWDPConfig, rank: int, driver: Driver, ledger: Ledger) -> Assembly:

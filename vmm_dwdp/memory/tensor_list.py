@@ -15,12 +15,11 @@ import torch
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Ledger, PlainMemory
 from vmm_dwdp.allocator.tensors import tensor_at
-from vmm_dwdp.assembly import Assembly, Share, Weights
 from vmm_dwdp.config import Mode
 from vmm_dwdp.errors import ExchangeError, StateError
-from vmm_dwdp.layer import Layer
-from vmm_dwdp.placement import Owner
-from vmm_dwdp.tensor_memory import TensorMemory
+from vmm_dwdp.layout.layer import Layer
+from vmm_dwdp.layout.placement import Owner
+from vmm_dwdp.memory.assembly import Assembly, Share, TensorMemory, Weights
 
 
 class TensorListAssembly(Assembly):

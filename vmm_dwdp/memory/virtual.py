@@ -16,15 +16,14 @@ import torch
 
 from vmm_dwdp.allocator.driver import DEVICE, Access, Driver, HandleType, Location
 from vmm_dwdp.allocator.handles import Allocation, Ledger, Mapping, Reservation
-from vmm_dwdp.assembly import Assembly, Share, Weights, close_shares
 from vmm_dwdp.config import Mode
 from vmm_dwdp.errors import StateError
-from vmm_dwdp.layer import Layer
-from vmm_dwdp.layout import RangeLayout, Tile
-from vmm_dwdp.placement import HOST, Owner, in_words, nearest_first
-from vmm_dwdp.resident_cache import RemoteTile, ResidentCache
-from vmm_dwdp.slots import SlotBlocks, divide
-from vmm_dwdp.tensor_memory import TensorMemory
+from vmm_dwdp.layout.layer import Layer
+from vmm_dwdp.layout.placement import HOST, Owner, in_words, nearest_first
+from vmm_dwdp.layout.ranges import RangeLayout, Tile
+from vmm_dwdp.layout.slots import SlotBlocks, divide
+from vmm_dwdp.memory.assembly import Assembly, Share, TensorMemory, Weights, close_shares
+from vmm_dwdp.memory.cache import RemoteTile, ResidentCache
 
 LARGE_BLOCK: Final = 16 << 20  # bytes of a slot's large blocks where layers differ: few mappings, little memory unused
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-from vmm_dwdp.timing import PassTimes
+from vmm_dwdp.observe.timing import PassTimes
 
 EXPOSED: Final = 0.05  # the part of a pass that may be waits before it counts as held up by its copies
 PASSES: Final = 3  # in a row, after which it is said

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from vmm_dwdp.stats import CacheStats, Stats
+from vmm_dwdp.observe.stats import CacheStats, Stats
 
 _NO_CACHE = CacheStats(nbytes=0, used_bytes=0, refreshes=0, served=None)
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from vmm_dwdp.issue import IssuedBy
-from vmm_dwdp.mode_choice import ModeChoice
+from vmm_dwdp.config import Mode
+
+IssuedBy = Literal["native thread", "thread", "launching thread"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,21 @@ class CacheStats:
     used_bytes: int
     refreshes: int
     served: float | None
+
+
+@dataclass(frozen=True)
+class ModeChoice:
+    """Where the crossover between the modes is, as far as is known.
+
+    Attributes:
+        in_place_below: passes of fewer tokens read in place.
+        staged_from: passes of so many tokens and more are staged; between the two, the mode that was faster is chosen.
+        seconds: what passes between the two took, by the least number of tokens of their bucket, and by mode.
+    """
+
+    in_place_below: int
+    staged_from: int
+    seconds: Mapping[int, Mapping[Mode, float]]
 
 
 @dataclass(frozen=True)

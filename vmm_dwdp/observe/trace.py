@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from vmm_dwdp.errors import StateError
-from vmm_dwdp.figures import new_figure
-from vmm_dwdp.layer import Layer
-from vmm_dwdp.placement import in_words
-from vmm_dwdp.tracer import Mark
+from vmm_dwdp.layout.layer import Layer
+from vmm_dwdp.layout.placement import in_words
+from vmm_dwdp.observe.figures import new_figure
+from vmm_dwdp.observe.tracer import Mark
 
 COMPUTE: Final = "compute"
 WAITING: Final = "waiting for copies"

@@ -9,9 +9,9 @@ from functools import cached_property
 
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.layer import describe_layer
-from vmm_dwdp.placement import HOST
-from vmm_dwdp.plan import LayerPlan
+from vmm_dwdp.layout.copies import LayerPlan
+from vmm_dwdp.layout.layer import describe_layer
+from vmm_dwdp.layout.placement import HOST
 from vmm_dwdp.planning.gpus import GpuSpec
 from vmm_dwdp.planning.memory import RankMemory, rank_memory
 from vmm_dwdp.planning.models import ModelSpec

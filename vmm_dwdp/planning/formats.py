@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.weight_spec import WeightSpec
+from vmm_dwdp.layout.weight_spec import WeightSpec
 
 
 class WeightFormat(enum.Enum):

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from vmm_dwdp.config import DWDPConfig
-from vmm_dwdp.placement import HOST
+from vmm_dwdp.layout.placement import HOST
+from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.runtime import DWDPRuntime
-from vmm_dwdp.weight_spec import WeightSpec
 
 SHAPE: Final = (16, 2048, 2048)  # experts, N, K, in bf16: 128 MiB, more than what a GPU caches
 REPEATS: Final = 5

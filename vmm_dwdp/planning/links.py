@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from vmm_dwdp.placement import HOST, Owner
+from vmm_dwdp.layout.placement import HOST, Owner
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from vmm_dwdp.config import DWDPConfig
-from vmm_dwdp.layer import Layer, describe_layer
-from vmm_dwdp.placement import HOST, Owner
+from vmm_dwdp.layout.layer import Layer, describe_layer
+from vmm_dwdp.layout.placement import HOST, Owner
 from vmm_dwdp.planning.gpus import GpuSpec
 from vmm_dwdp.planning.models import ModelSpec
 from vmm_dwdp.planning.roofline import ACTIVATION

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.planning.formats import WeightFormat, expert_format
 from vmm_dwdp.planning.presets import load_preset, read_mapping
-from vmm_dwdp.weight_spec import WeightSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vmm_dwdp.figures import new_figure
+from vmm_dwdp.observe.figures import new_figure
 from vmm_dwdp.planning.estimate import Estimate
 
 

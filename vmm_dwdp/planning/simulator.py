@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.layer import describe_layer
-from vmm_dwdp.placement import Owner
+from vmm_dwdp.layout.layer import describe_layer
+from vmm_dwdp.layout.placement import Owner
+from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.planning.links import CopyLinks, FetchLinks, Flow, Links, Rates
-from vmm_dwdp.weight_spec import WeightSpec
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Ledger, ResourceStack
 from vmm_dwdp.errors import StateError
-from vmm_dwdp.prefetch import Fetch, Prefetcher, SlotEvents, open_streams_and_slots
+from vmm_dwdp.schedule.prefetch import Fetch, Prefetcher, SlotEvents, open_streams_and_slots
 
 
 @dataclass

@@ -8,10 +8,10 @@ from contextlib import nullcontext
 import torch
 
 from vmm_dwdp.allocator.driver import Driver
-from vmm_dwdp.assembly import Assembly
 from vmm_dwdp.errors import StateError
-from vmm_dwdp.layer import Layer
-from vmm_dwdp.routing_counts import RoutingCounts
+from vmm_dwdp.layout.layer import Layer
+from vmm_dwdp.memory.assembly import Assembly
+from vmm_dwdp.schedule.routing_counts import RoutingCounts
 
 
 class InPlace:

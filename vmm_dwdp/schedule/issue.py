@@ -11,18 +11,17 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Protocol
 
 from vmm_dwdp.allocator.driver import Driver, IssuingThread, Lane, Ticket
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.errors import DriverError
+from vmm_dwdp.observe.stats import IssuedBy
 
 # Copies that the launching thread gives the driver itself rather than wake a thread of Python's: six take it 0.1 ms (on
 # an H200's host); where a thread gave them, acquire, release and 60 kernels took 0.5 ms longer than the kernels alone
 # (on an H100's). See docs/copy-path.md.
 _FEW: Final = 32
-
-IssuedBy = Literal["native thread", "thread", "launching thread"]
 
 
 class Job:

@@ -26,15 +26,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Final, get_args
 
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Ledger, Owned
 from vmm_dwdp.config import Mode, ModeSetting
 from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.timing import Span
+from vmm_dwdp.observe.stats import ModeChoice
+from vmm_dwdp.observe.timing import Span
 
 DOUBLING: Final = 8  # buckets
 SAMPLES: Final = 3  # passes that make a measurement: the fastest of the latest ones
@@ -57,21 +57,6 @@ def crossover(num_experts: int, top_k: int, in_place_rate: float) -> float:
     """
     unused = max(1 - top_k / num_experts, 1e-9)  # the part of the experts that one token leaves alone
     return math.log(max(1 - in_place_rate, 1e-9)) / math.log(unused)
-
-
-@dataclass(frozen=True)
-class ModeChoice:
-    """Where the crossover between the modes is, as far as is known.
-
-    Attributes:
-        in_place_below: passes of fewer tokens read in place.
-        staged_from: passes of so many tokens and more are staged; between the two, the mode that was faster is chosen.
-        seconds: what passes between the two took, by the least number of tokens of their bucket, and by mode.
-    """
-
-    in_place_below: int
-    staged_from: int
-    seconds: Mapping[int, Mapping[Mode, float]]
 
 
 class _Bucket:

@@ -10,16 +10,16 @@ import torch
 
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Failures, Ledger, undo_after
-from vmm_dwdp.assembly import Assembly, Weights
 from vmm_dwdp.config import DWDPConfig, Mode, ModeSetting
 from vmm_dwdp.errors import ConfigError, StateError
-from vmm_dwdp.in_place import InPlace
-from vmm_dwdp.layer import Layer
-from vmm_dwdp.mode_choice import ModeChooser
-from vmm_dwdp.staging import Staging
-from vmm_dwdp.stats import LayerStats, Stats
-from vmm_dwdp.trace import Span
-from vmm_dwdp.tracer import Tracer
+from vmm_dwdp.layout.layer import Layer
+from vmm_dwdp.memory.assembly import Assembly, Weights
+from vmm_dwdp.observe.stats import LayerStats, Stats
+from vmm_dwdp.observe.trace import Span
+from vmm_dwdp.observe.tracer import Tracer
+from vmm_dwdp.schedule.in_place import InPlace
+from vmm_dwdp.schedule.mode_choice import ModeChooser
+from vmm_dwdp.schedule.staging import Staging
 
 
 class Passes:

@@ -45,9 +45,9 @@ from typing import Any, TypeVar
 from vmm_dwdp.allocator.driver import Driver, Lane, Ticket
 from vmm_dwdp.allocator.handles import Event, Ledger, ResourceStack, Stream, undo_after
 from vmm_dwdp.errors import StateError
-from vmm_dwdp.issue import InlineIssuer, Issuer, Job
-from vmm_dwdp.timing import PassTimer
-from vmm_dwdp.tracer import Tracer
+from vmm_dwdp.observe.timing import PassTimer
+from vmm_dwdp.observe.tracer import Tracer
+from vmm_dwdp.schedule.issue import InlineIssuer, Issuer, Job
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Failures, Ledger, ResourceStack, undo_after
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
-from vmm_dwdp.assembly import Assembly
-from vmm_dwdp.capture import CapturedPasses
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import StateError
-from vmm_dwdp.guard import Guard
-from vmm_dwdp.issue import Issuer, open_issuer
-from vmm_dwdp.layer import Layer
-from vmm_dwdp.plan import LayerPlan, plan_layer
-from vmm_dwdp.prefetch import Fetch, Prefetcher
-from vmm_dwdp.stats import CopyPath, LayerStats
-from vmm_dwdp.trace import Span, spans_of
-from vmm_dwdp.tracer import Tracer
+from vmm_dwdp.layout.copies import LayerPlan, plan_layer
+from vmm_dwdp.layout.layer import Layer
+from vmm_dwdp.memory.assembly import Assembly
+from vmm_dwdp.observe.guard import Guard
+from vmm_dwdp.observe.stats import CopyPath, LayerStats
+from vmm_dwdp.observe.trace import Span, spans_of
+from vmm_dwdp.observe.tracer import Tracer
+from vmm_dwdp.schedule.capture import CapturedPasses
+from vmm_dwdp.schedule.issue import Issuer, open_issuer
+from vmm_dwdp.schedule.prefetch import Fetch, Prefetcher
 
 
 class Staging:

@@ -15,12 +15,13 @@ pytest.importorskip("cuda.bindings.driver")
 
 from cuda.bindings import driver as cuda
 
-from vmm_dwdp.allocator import HAS_NATIVE_THREAD, cuda_driver
+from vmm_dwdp.allocator import cuda_driver
 from vmm_dwdp.allocator.cuda_batch import _CALL, BatchCall
 from vmm_dwdp.allocator.cuda_driver import CudaDriver
 from vmm_dwdp.allocator.cuda_events import _CALL as EVENT_CALL
 from vmm_dwdp.allocator.cuda_events import EventCalls
 from vmm_dwdp.allocator.cuda_issue import CudaIssuingThread
+from vmm_dwdp.allocator.native import HAS_NATIVE_THREAD
 
 COPIES = [Copy(dst=1000 + n, src=5000 + n, nbytes=16 * n) for n in range(1, 150)]
 CAPTURED, REFUSING = 77, 88  # streams

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vmm_dwdp import bench_command, cli
+from vmm_dwdp import cli
+from vmm_dwdp.cli import bench
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.planning import calibrate
 from vmm_dwdp.planning.calibrate import preset_of
@@ -17,16 +18,16 @@ BAD = 'raise SystemExit("no luck today")'
 
 
 def test_every_benchmark_of_a_suite_exists() -> None:
-    named = {name for suite in bench_command.SUITES.values() for name in suite}
+    named = {name for suite in bench.SUITES.values() for name in suite}
 
-    assert [name for name in named if not (bench_command.BENCHMARKS / f"{name}.py").exists()] == []
+    assert [name for name in named if not (bench.BENCHMARKS / f"{name}.py").exists()] == []
 
 
 @pytest.fixture
 def benchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine without a GPU whose one benchmark is the caller's to write."""
-    monkeypatch.setattr(bench_command, "BENCHMARKS", tmp_path)
-    monkeypatch.setattr(bench_command, "SUITES", {0: {"one": ()}})
+    monkeypatch.setattr(bench, "BENCHMARKS", tmp_path)
+    monkeypatch.setattr(bench, "SUITES", {0: {"one": ()}})
     return tmp_path
 
 
@@ -47,7 +48,7 @@ def test_bench_says_what_failed(benchmarks: Path, capsys: pytest.CaptureFixture[
 
 
 def test_bench_needs_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_command, "BENCHMARKS", tmp_path / "nowhere")
+    monkeypatch.setattr(bench, "BENCHMARKS", tmp_path / "nowhere")
 
     assert cli.main(["bench"]) == 2
 

@@ -44,7 +44,7 @@ def test_error_becomes_one_sentence_and_status_2(
     def fail(_: object) -> int:
         raise DWDPError("nothing works today")
 
-    monkeypatch.setattr("vmm_dwdp.doctor.run", fail)
+    monkeypatch.setattr("vmm_dwdp.cli.doctor.run", fail)
 
     assert cli.main(["doctor"]) == 2
     assert capsys.readouterr().err == "vmm-dwdp doctor: nothing works today\n"

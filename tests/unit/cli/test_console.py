@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vmm_dwdp.console import group_progress, print_table, report_step, size
+from vmm_dwdp.cli.console import group_progress, print_table, report_step, size
 
 
 @pytest.mark.parametrize(

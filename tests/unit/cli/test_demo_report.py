@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vmm_dwdp import demo
+from vmm_dwdp.cli import demo
+from vmm_dwdp.cli.demo import RankReport as Rank
+from vmm_dwdp.cli.demo import Report
+from vmm_dwdp.cli.demo_models import Generated
 from vmm_dwdp.config import DWDPConfig
-from vmm_dwdp.demo import RankReport as Rank
-from vmm_dwdp.demo import Report
-from vmm_dwdp.demo_models import Generated
 
 
 def test_options_go_before_the_config_file(tmp_path: Path) -> None:

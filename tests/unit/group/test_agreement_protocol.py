@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from support.agreement_explorer import Explorer, explore
 
-from vmm_dwdp.agreement import Agreement, Answer, Vector, Word
+from vmm_dwdp.group.agreement import Agreement, Answer, Vector, Word
 
 SCOPES = {
     "two attempts": Explorer(attempts=2, faults=1, switches=0),

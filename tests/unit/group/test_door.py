@@ -26,12 +26,12 @@ from support.failing_calls import FailingCalls
 from support.groups import check_pass, published, random_model
 
 from vmm_dwdp import HOST, DWDPConfig, ExchangeError
-from vmm_dwdp.agreement import LAST_STEP
 from vmm_dwdp.allocator.handles import Descriptor, Ledger
 from vmm_dwdp.allocator.sharing import MAGIC, receive
-from vmm_dwdp.exchange import PUBLISHING, Exchange
-from vmm_dwdp.rendezvous import TOKEN_NBYTES, Rendezvous
-from vmm_dwdp.transport import MAX_REQUEST_NBYTES, Transport
+from vmm_dwdp.group.agreement import LAST_STEP
+from vmm_dwdp.group.exchange import PUBLISHING, Exchange
+from vmm_dwdp.group.rendezvous import TOKEN_NBYTES, Rendezvous
+from vmm_dwdp.group.transport import MAX_REQUEST_NBYTES, Transport
 
 HEADER = struct.Struct("!4sII")
 pytestmark = pytest.mark.usefixtures("open_descriptors")
@@ -159,7 +159,7 @@ def framed(payload: bytes, magic: bytes = MAGIC, fds: int = 0, nbytes: int | Non
 
 def test_another_user_is_not_answered(directory: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(directory, ledger), monkeypatch.context() as patched:
-        patched.setattr("vmm_dwdp.transport.peer_uid", lambda sock: os.getuid() + 1)
+        patched.setattr("vmm_dwdp.group.transport.peer_uid", lambda sock: os.getuid() + 1)
         with knock(directory) as sock:
             say(sock, framed(json.dumps(request(directory)).encode()))
             assert ends_without_an_answer(sock)
@@ -171,7 +171,7 @@ def test_another_user_is_not_asked(directory: Path, ledger: Ledger, monkeypatch:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(directory / "rank-0"))
         listener.listen()
-        monkeypatch.setattr("vmm_dwdp.transport.peer_uid", lambda sock: os.getuid() + 1)
+        monkeypatch.setattr("vmm_dwdp.group.transport.peer_uid", lambda sock: os.getuid() + 1)
         with pytest.raises(ExchangeError, match=r"user \d+ listens at"):
             door.collect(0, 0, 1, soon())
         client, _ = listener.accept()

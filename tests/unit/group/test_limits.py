@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from vmm_dwdp import ConfigError
-from vmm_dwdp.limits import DescriptorReservation
+from vmm_dwdp.group.membership import DescriptorReservation
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from support.doors import exchange, serving
 
 from vmm_dwdp import ExchangeError
 from vmm_dwdp.allocator.handles import Ledger
-from vmm_dwdp.rendezvous import TOKEN_NBYTES, Rendezvous
+from vmm_dwdp.group.rendezvous import TOKEN_NBYTES, Rendezvous
 
 pytestmark = pytest.mark.usefixtures("open_descriptors")
 

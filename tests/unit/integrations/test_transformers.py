@@ -21,8 +21,7 @@ from vmm_dwdp import ConfigError, DWDPConfig, DWDPRuntime, ExchangeError, StateE
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.checkpoint import SINGLE_FILE, Checkpoint
 from vmm_dwdp.integrations.transformers import attach, from_pretrained
-from vmm_dwdp.integrations.transformers_experts import find_experts
-from vmm_dwdp.refresh_schedule import FIRST
+from vmm_dwdp.integrations.transformers.experts import FIRST, find_experts
 
 ALONE = DWDPConfig(group_size=1, host_experts=5)
 IN_PLACE = DWDPConfig(group_size=1, host_experts=5, mode="in_place", prefetch_depth=0)

@@ -26,9 +26,9 @@ from transformers.core_model_loading import (
 
 from vmm_dwdp import ConfigError, WeightSpec
 from vmm_dwdp.checkpoint import SINGLE_FILE, Checkpoint
-from vmm_dwdp.integrations import transformers_checkpoint
-from vmm_dwdp.integrations.transformers_checkpoint import ExpertSource, expert_sources
-from vmm_dwdp.integrations.transformers_experts import find_experts
+from vmm_dwdp.integrations.transformers import checkpoint as transformers_checkpoint
+from vmm_dwdp.integrations.transformers.checkpoint import ExpertSource, expert_sources
+from vmm_dwdp.integrations.transformers.experts import find_experts
 
 GATE = "model.layers.1.mlp.experts.{}.gate_proj.weight"
 STACKED = "model.layers.1.mlp.experts.gate_up_proj"

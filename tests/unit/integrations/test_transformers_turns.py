@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from vmm_dwdp import DWDPConfig, DWDPRuntime, StateError
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.integrations.transformers import attach
-from vmm_dwdp.integrations.transformers_turns import Turns
+from vmm_dwdp.integrations.transformers.turns import Turns
 
 THREADS, PASSES = 4, 1000
 PROMPTS = [torch.arange(3, 7)[None], torch.arange(20, 24)[None]]

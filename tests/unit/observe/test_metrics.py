@@ -11,7 +11,7 @@ from support.groups import PAGE, check_pass, published, random_model
 
 from vmm_dwdp import DWDPConfig, Stats
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MODEL = random_model({number: {"w": ((4, 64, 64), torch.bfloat16)} for number in (3, 5)})
 
 
@@ -35,7 +35,7 @@ def scraped(stats: Stats) -> dict[tuple[str, str | None], float]:
     client = pytest.importorskip("prometheus_client")
     from prometheus_client.parser import text_string_to_metric_families
 
-    from vmm_dwdp.metrics import StatsCollector
+    from vmm_dwdp.observe.metrics import StatsCollector
 
     registry = client.CollectorRegistry()
     collector = StatsCollector(rank=1)

@@ -10,9 +10,9 @@ import torch
 from vmm_dwdp import DWDPConfig, DWDPRuntime, StateError, WeightSpec
 from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.handles import Ledger
-from vmm_dwdp.layer import describe_layer
-from vmm_dwdp.trace import COMPUTE, WAITING, Span, Trace, plot_traces, spans_of, write_traces
-from vmm_dwdp.tracer import READ_AFTER, Mark, Tracer
+from vmm_dwdp.layout.layer import describe_layer
+from vmm_dwdp.observe.trace import COMPUTE, WAITING, Span, Trace, plot_traces, spans_of, write_traces
+from vmm_dwdp.observe.tracer import READ_AFTER, Mark, Tracer
 
 PAGE, LAYERS = 4096, 4
 WEIGHTS = {"w": WeightSpec((4, PAGE), torch.uint8)}

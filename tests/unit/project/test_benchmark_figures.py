@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BENCHMARKS = ROOT / "benchmarks"
 PAGE = (BENCHMARKS / "README.md").read_text()
 MEASURED = PAGE.partition("\n## What was measured last\n")[2].partition("\n## ")[0]

@@ -20,14 +20,14 @@ import yaml
 
 from vmm_dwdp import DWDPConfig, cli
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
 LANGUAGES = {"python", "yaml", "sh"}  # are run or looked up here
 SHOWN_ONLY = {
     "text": "what first-steps.md says that README's first script prints, as AROUND has it too",
     "promql": "looked up by test_metrics.py",
 }
-TESTED_ELSEWHERE = {"model-runners.md": "tests/unit/test_model_runners.py"}
+TESTED_ELSEWHERE = {"model-runners.md": "tests/unit/project/test_model_runners.py"}
 
 MODEL = """
 import os

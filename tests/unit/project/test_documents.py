@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 NAMED_TESTS = sorted(set(re.findall(r"`(tests/\S+?\.py)::(\w+)`", (ROOT / "docs/invariants.md").read_text())))
 

@@ -11,7 +11,7 @@ import torch
 from vmm_dwdp import DWDPConfig
 from vmm_dwdp.config import AssemblyKind
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 
 from far_owners import SHAPES, FarOwners
 

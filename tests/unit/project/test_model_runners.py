@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-PAGE = Path(__file__).parents[2] / "docs/model-runners.md"
+PAGE = Path(__file__).parents[3] / "docs/model-runners.md"
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from mutants.bugs import BUGS, Bug
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=[bug.name for bug in BUGS])

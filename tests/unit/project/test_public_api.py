@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs/public-api.md").read_text()
 REFERENCE = "".join(page.read_text() for page in (ROOT / "docs/reference").glob("*.md"))
 EXPLAINED = set(re.findall(r"^(?:::: |`)(vmm_dwdp\.[\w.]+)", REFERENCE, re.MULTILINE))

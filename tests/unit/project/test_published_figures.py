@@ -13,7 +13,7 @@ from vmm_dwdp.planning.roofline import all_to_all, layer_operations
 
 @pytest.fixture(scope="module")
 def validation() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks/validation.py"
+    path = Path(__file__).parents[3] / "benchmarks/validation.py"
     spec = importlib.util.spec_from_file_location("validation", path)
     assert spec is not None
     assert spec.loader is not None

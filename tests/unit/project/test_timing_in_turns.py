@@ -13,7 +13,7 @@ from typing import TypeVar
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 
 import grouped_gemm
 import in_turns

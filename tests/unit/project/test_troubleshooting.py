@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FIRST_CELLS = re.findall(r"^\| (`.+?) \|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
 SENTENCES = [sentence for cell in FIRST_CELLS for sentence in re.findall(r"`([^`]+)`", cell)]
 DRIVER_ERROR = re.compile(r"(\S+) failed with .* while trying to (?:.*: )?(.+)")  # the code has its parts

@@ -14,10 +14,10 @@ from support.groups import PAGE, check_pass, join, random_model
 from vmm_dwdp import DWDPConfig
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.allocator.host_driver import HostDriver
-from vmm_dwdp.capture import CapturedPasses
 from vmm_dwdp.errors import StateError
-from vmm_dwdp.issue import InlineIssuer
-from vmm_dwdp.prefetch import Prefetcher
+from vmm_dwdp.schedule.capture import CapturedPasses
+from vmm_dwdp.schedule.issue import InlineIssuer
+from vmm_dwdp.schedule.prefetch import Prefetcher
 
 
 class Rig:

@@ -17,9 +17,9 @@ from vmm_dwdp.allocator.driver import Copy, Lane
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.allocator.host_context import HostContext
 from vmm_dwdp.allocator.host_driver import HostDriver
-from vmm_dwdp.guard import PASSES, Guard
-from vmm_dwdp.issue import InlineIssuer, Issuer, ThreadIssuer, open_issuer
-from vmm_dwdp.timing import EVERY, FIRST, PassTimer, PassTimes
+from vmm_dwdp.observe.guard import PASSES, Guard
+from vmm_dwdp.observe.timing import EVERY, FIRST, PassTimer, PassTimes
+from vmm_dwdp.schedule.issue import InlineIssuer, Issuer, ThreadIssuer, open_issuer
 
 MODEL = random_model({number: {"w": ((8, 3000), torch.float32)} for number in range(3)})
 

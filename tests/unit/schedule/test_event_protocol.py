@@ -9,7 +9,7 @@ import pytest
 from support.explorer import Launch, explore, record
 
 from vmm_dwdp.allocator.driver import Lane, Ticket
-from vmm_dwdp.prefetch import Fetch, Prefetcher, Slot
+from vmm_dwdp.schedule.prefetch import Fetch, Prefetcher, Slot
 
 Run = Callable[[int], None]
 

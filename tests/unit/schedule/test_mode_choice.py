@@ -14,8 +14,8 @@ from support.groups import check_pass, join, random_model
 from vmm_dwdp import ConfigError, DWDPConfig
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.config import Mode, ModeSetting
-from vmm_dwdp.guard import Guard
-from vmm_dwdp.mode_choice import FORGET, RETRY, RETRY_TRIED, SAMPLES, TRIAL, ModeChooser, crossover
+from vmm_dwdp.observe.guard import Guard
+from vmm_dwdp.schedule.mode_choice import FORGET, RETRY, RETRY_TRIED, SAMPLES, TRIAL, ModeChooser, crossover
 
 EXPERTS, TOP_K, LAYERS = 128, 8, 3
 PassTime = Callable[[int, Mode], float]

@@ -10,9 +10,9 @@ from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.integrations.sglang.expert_tensor import ExpertBlocks, find, replace
 from vmm_dwdp.integrations.sglang.expert_view import ExpertView
 from vmm_dwdp.integrations.sglang.schemes import Scheme, scheme_of
-from vmm_dwdp.placement import HOST, Owner
+from vmm_dwdp.layout.placement import HOST, Owner
+from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.runtime import DWDPRuntime
-from vmm_dwdp.weight_spec import WeightSpec
 
 NO_UPDATES: Final = (
     "the weights of a running model cannot be updated while DWDP spreads its experts; restart with the new ones"

@@ -7,12 +7,12 @@ from typing import Any, Final
 
 import torch
 
-from vmm_dwdp.assembly import Weights
-from vmm_dwdp.compiled_models import between_regions
 from vmm_dwdp.errors import StateError
 from vmm_dwdp.integrations.sglang.expert_tensor import ExpertBlocks, note_count, places
 from vmm_dwdp.integrations.spread_tensor import SpreadTensor
+from vmm_dwdp.memory.assembly import Weights
 from vmm_dwdp.runtime import DWDPRuntime
+from vmm_dwdp.schedule.compiled_models import between_regions
 
 _Exchange = list[tuple[dict[str, Any], dict[str, Any]]]  # dictionaries of the layer, and what is to be put into each
 

@@ -22,7 +22,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from vmm_dwdp.checkpoint import Checkpoint
 from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.weight_spec import WeightSpec
+from vmm_dwdp.layout.weight_spec import WeightSpec
 
 
 @dataclass

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,10 +23,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vmm_dwdp.errors import ConfigError, StateError
 from vmm_dwdp.integrations.spread_tensor import SpreadTensor
-from vmm_dwdp.integrations.transformers_turns import Turns
-from vmm_dwdp.refresh_schedule import RefreshSchedule
+from vmm_dwdp.integrations.transformers.turns import Turns
+from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.runtime import DWDPRuntime
-from vmm_dwdp.weight_spec import WeightSpec
 
 
 @dataclass(frozen=True)
@@ -103,6 +102,38 @@ def align_experts(model: Module) -> None:
         for name in experts.weights:
             parameter = experts.module.get_parameter(name)
             parameter.data = parameter.data.clone()
+
+
+# When a model's passes refresh the resident cache.
+FIRST: Final = 16  # passes before the first refresh: few, because until then nothing is cached
+MOST: Final = 1024  # passes between two refreshes, once there is a cache that follows the routing
+
+
+class RefreshSchedule:
+    """Refreshes the cache of ``runtime``, if it has one, after 16 passes, 32 more, 64 more, and so on to 1,024.
+
+    Replays of a graph do not come by here: whoever replays refreshes between them.
+    """
+
+    def __init__(self, runtime: DWDPRuntime) -> None:
+        self._runtime = runtime
+        self._interval = FIRST
+        self._passes = 0
+
+    def begin_pass(self) -> None:
+        """A pass begins, in which no layer is acquired yet. Refreshes may wait for the device, but not in a capture."""
+        if not self._runtime.config.resident_cache or self._captured():
+            return
+        if self._passes >= self._interval:
+            self._runtime.refresh_cache()
+            self._passes, self._interval = 0, min(2 * self._interval, MOST)
+        self._passes += 1
+
+    def _captured(self) -> bool:
+        if self._runtime.device.type != "cuda":
+            return False
+        with torch.cuda.device(self._runtime.device):
+            return torch.cuda.is_current_stream_capturing()
 
 
 class SpreadExperts:

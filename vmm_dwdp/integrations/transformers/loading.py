@@ -18,9 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from vmm_dwdp.checkpoint import Checkpoint, revision_of
 from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.integrations.transformers_checkpoint import ExpertSource, expert_sources
-from vmm_dwdp.integrations.transformers_experts import ExpertsModule, by_layer, find_experts
-from vmm_dwdp.weight_spec import WeightSpec
+from vmm_dwdp.integrations.transformers.checkpoint import ExpertSource, expert_sources
+from vmm_dwdp.integrations.transformers.experts import ExpertsModule, by_layer, find_experts
+from vmm_dwdp.layout.weight_spec import WeightSpec
 
 _CONFIG_FILE: Final = "config.json"
 _ADAPTER_FILE: Final = "adapter_config.json"

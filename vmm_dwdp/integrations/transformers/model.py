@@ -21,11 +21,16 @@ from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.checkpoint import fill_shards
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError, DWDPError
-from vmm_dwdp.integrations.transformers_experts import ExpertsModule, SpreadExperts, by_layer, find_experts
-from vmm_dwdp.integrations.transformers_loading import load_without_experts, read_config
-from vmm_dwdp.integrations.transformers_tensor_list import IMPLEMENTATION, takes_lists
-from vmm_dwdp.integrations.transformers_turns import Turns
-from vmm_dwdp.refresh_schedule import RefreshSchedule
+from vmm_dwdp.integrations.transformers.experts import (
+    ExpertsModule,
+    RefreshSchedule,
+    SpreadExperts,
+    by_layer,
+    find_experts,
+)
+from vmm_dwdp.integrations.transformers.loading import load_without_experts, read_config
+from vmm_dwdp.integrations.transformers.tensor_list import IMPLEMENTATION, takes_lists
+from vmm_dwdp.integrations.transformers.turns import Turns
 from vmm_dwdp.runtime import DWDPRuntime
 
 ReadExpert = Callable[[str, int], Tensor]  # a parameter's full name and an expert -> the expert's part

@@ -1,0 +1,5 @@
+"""transformers models whose experts are spread over a group, the models' own code unchanged."""
+
+from vmm_dwdp.integrations.transformers.model import attach, from_pretrained
+
+__all__ = ["attach", "from_pretrained"]

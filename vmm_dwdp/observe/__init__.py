@@ -1,0 +1,1 @@
+"""What a person is told: figures, metrics, traces, and the clocks that they are read from."""

@@ -1,0 +1,5 @@
+"""The parts of `vmm_dwdp.Stats` that have no name at the top: public names, by the module that users have them from."""
+
+from vmm_dwdp.observe.stats import CacheStats, CopyPath
+
+__all__ = ["CacheStats", "CopyPath"]
