@@ -33,6 +33,8 @@ KINDS: Final = (
     "threads",
 )
 
+_NEVER_KEPT: Final = ("handles", "descriptors", "streams", "events")
+
 T = TypeVar("T", bound="Owned")
 
 
@@ -71,9 +73,9 @@ class Ledger:
 
     def sweep(self) -> None:
         """Close what has no owner any more, because whoever was to own it was interrupted before it did. To be called
-        when all owners have closed what is theirs; ranges that a caller's tensors keep are left alone."""
+        when all owners have closed what is theirs; memory that a caller's tensors may keep is left alone."""
         with self._lock:
-            left = [owned for kind, _, owned in self._entries.values() if kind not in ("reservations", "mappings")]
+            left = [owned for kind, _, owned in self._entries.values() if kind in _NEVER_KEPT]
         for owned in reversed(left):
             if owned is not None:
                 owned.close()

@@ -97,9 +97,11 @@ class FarOwners(DWDPRuntime):
                 self.local_shard(number, weight).view(torch.uint8).random_()
         with self._ready_afterwards("publish"):
             for owner in range(1, config.group_size):
-                far = make_assembly(config, owner, _OneProcess(driver, far=True), self.ledger)
+                one: list[Layer] = []
+                far = make_assembly(config, owner, _OneProcess(driver, far=True), self.ledger, one)
+                one.append(describe_layer(0, weights, config, owner, far.granularity))
                 self.far.append(far)
-                self.assembly.attach(owner, _shares(far, config, weights, num_layers))
+                self.assembly.attach(owner, _shares(far, one[0], num_layers))
             self.assembly.build()
             driver.synchronize()  # copies begin next, on streams that do not wait for what fills the memory
 
@@ -124,10 +126,8 @@ class FarOwners(DWDPRuntime):
         return self.ledger
 
 
-def _shares(far: Assembly, config: DWDPConfig, weights: Mapping[str, WeightSpec], num_layers: int) -> list[Share]:
+def _shares(far: Assembly, layer: Layer, num_layers: int) -> list[Share]:
     """What ``far`` has, once for every layer."""
-    layer = describe_layer(0, weights, config, far.rank, far.granularity)
-    far.add(layer)
-    for weight in weights:
+    for weight in layer.weights:
         far.shard(layer, weight, far.rank).view(torch.uint8).random_()
     return [share for _ in range(num_layers) for share in far.shares(far.rank)]

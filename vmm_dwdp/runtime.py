@@ -31,7 +31,7 @@ from vmm_dwdp.observe.stats import Stats
 from vmm_dwdp.observe.trace import Trace
 from vmm_dwdp.schedule.compiled_models import between_regions, warn_of_with
 from vmm_dwdp.schedule.lifecycle import Lifecycle
-from vmm_dwdp.schedule.passes import Passes
+from vmm_dwdp.schedule.schedule import Schedule
 
 _log = logging.getLogger("vmm_dwdp")
 
@@ -84,9 +84,9 @@ class DWDPRuntime:
         self._layers = Layers()
         layers = self._layers.in_order
         with self._driver.current():
-            self._assembly = make_assembly(config, rank, self._driver, self.ledger)
+            self._assembly = make_assembly(config, rank, self._driver, self.ledger, layers)
             self._membership = Membership(config, rank, self._driver, self.ledger, rendezvous, self._assembly, layers)
-            self._passes = Passes(self._driver, self.ledger, self._assembly, layers, config)
+            self._schedule = Schedule(self._driver, self.ledger, self._assembly, layers, config)
         self._last_layer: int | None = None  # the number of the one that a pass ends with
         _open.add(self)
 
@@ -106,16 +106,13 @@ class DWDPRuntime:
             StateError: after `publish`.
         """
         self._lifecycle.require_setup("add_layer")
-        if layer in self._layers:
-            raise ConfigError(f"layer {layer} was added already")
         with self._driver.current():
             described = describe_layer(layer, weights, self.config, self.rank, self._assembly.granularity)
-        self._assembly.add(described)
         self._layers.add(described)
 
     def local_experts(self, layer: int, owner: Owner | None = None) -> range:
         """The experts that this rank, or ``owner``, holds of ``layer``; raises `ConfigError` if there is no such."""
-        return self._layers.numbered(layer).placement.experts(self.rank if owner is None else owner)
+        return self._layers.numbered[layer].placement.experts(self.rank if owner is None else owner)
 
     def local_shard(self, layer: int, weight: str, owner: Owner | None = None) -> torch.Tensor:
         """A tensor ``[n, ...]`` over this rank's own pages of a weight: fill it with the experts `local_experts`.
@@ -193,7 +190,7 @@ class DWDPRuntime:
         with self._closed_on_failure(), self._driver.current():
             yield
             with uninterrupted():
-                self._passes.start()
+                self._schedule.start()
         self._last_layer = self._layers.in_order[-1].number
         self._lifecycle.publish()
         ready = len(self._layers.in_order)
@@ -227,7 +224,7 @@ class DWDPRuntime:
                 self._membership.require_fits(self._layers.with_weight(layer, weight), weight, owner, value)
             self._membership.require_covers(shards)
             self._lifecycle.end_pass()  # so that the next acquire asks whether weights are whole
-            with self._passes.suspended():
+            with self._schedule.suspended():
                 self._membership.update(shards, time.monotonic() + timeout)
 
     def check_integrity(self, *, verify: bool = False) -> None:
@@ -245,7 +242,7 @@ class DWDPRuntime:
             self._assembly.check_integrity()
             if verify:
                 self._membership.verify()
-            self._passes.check_integrity(verify=verify)
+            self._schedule.check_integrity(verify=verify)
 
     # -- a pass ------------------------------------------------------------------------------------------------------
     @between_regions
@@ -288,13 +285,13 @@ class DWDPRuntime:
             DriverError: a copy could not be issued; the call may be repeated.
         """
         if self._lifecycle.runner == get_ident() and self._current_device() == self._index:
-            return self._passes.acquire(self._layers.places[layer], mode, tokens, top_k, chosen, stream)
+            return self._schedule.acquire(layer, mode, tokens, top_k, chosen, stream)
         self._lifecycle.require_running()
         self._membership.require_updated()
         begins = self._lifecycle.claim()
         try:
             with nullcontext() if self._driver.is_current() else self._driver.current():
-                return self._passes.acquire(self._layers.places[layer], mode, tokens, top_k, chosen, stream)
+                return self._schedule.acquire(layer, mode, tokens, top_k, chosen, stream)
         except BaseException:
             if begins:
                 self._lifecycle.end_pass()
@@ -312,10 +309,10 @@ class DWDPRuntime:
             DriverError: a call failed; `reset` makes the slots ready again.
         """
         if self._lifecycle.runner == get_ident() and self._current_device() == self._index:
-            self._passes.release(self._layers.places[layer], stream)
+            self._schedule.release(layer, stream)
         else:
             with self._undisturbed():
-                self._passes.release(self._layers.places[layer], stream)
+                self._schedule.release(layer, stream)
         if layer == self._last_layer:
             self._lifecycle.end_pass()
 
@@ -363,7 +360,7 @@ class DWDPRuntime:
         """
         with self._undisturbed():
             try:
-                self._passes.reset(stream)
+                self._schedule.reset(stream)
             finally:
                 self._lifecycle.end_pass()  # so that another thread may repeat it, too
 
@@ -382,7 +379,7 @@ class DWDPRuntime:
         """
         with self._undisturbed():
             self._membership.require_updated()
-            self._passes.refresh_cache()
+            self._schedule.refresh_cache()
 
     def tensor_list(self, layer: int, weight: str) -> list[torch.Tensor]:
         """The same bytes as `acquire` returned, as at most three contiguous tensors ``[E_i, ...]`` in expert order: the
@@ -394,7 +391,7 @@ class DWDPRuntime:
         """
         with self._undisturbed():
             self._layers.with_weight(layer, weight)
-            return self._passes.tensor_list(self._layers.places[layer], weight)
+            return self._schedule.tensor_list(layer, weight)
 
     # -- what it tells -----------------------------------------------------------------------------------------------
     def stats(self) -> Stats:
@@ -405,7 +402,7 @@ class DWDPRuntime:
         """
         own = self._lifecycle.latest_runner == get_ident() and self._lifecycle.is_running
         with self._driver.current() if own else nullcontext():
-            return self._passes.stats(read=own)
+            return self._schedule.stats(read=own)
 
     @contextmanager
     def trace(self) -> Iterator[Trace]:
@@ -421,7 +418,7 @@ class DWDPRuntime:
         """
         trace = Trace(self.rank, time.time())
         with self._undisturbed():
-            tracer = self._passes.start_trace()
+            tracer = self._schedule.start_trace()
         error: BaseException | None = None
         try:
             tracer.recording = True
@@ -436,7 +433,7 @@ class DWDPRuntime:
     def _finish_trace(self, trace: Trace) -> None:
         if self._lifecycle.is_running:  # a trace that outlives the runtime stays empty
             with self._driver.current():
-                trace.spans += self._passes.finish_trace()
+                trace.spans += self._schedule.finish_trace()
 
     def peers(self, timeout: float = 5.0) -> dict[int, bool]:
         """For every other rank, whether it answers within ``timeout`` seconds; one that has left is not waited for."""
@@ -458,12 +455,12 @@ class DWDPRuntime:
             return self.ledger
         self._lifecycle.close()
         failures = Failures()
-        for need_no_device in self._membership.leave, self._passes.stop:
+        for need_no_device in self._membership.leave, self._schedule.stop:
             with failures.noted():
                 need_no_device()
         with failures.noted(), self._driver.current():
             self._driver.synchronize()
-            for free in (self._passes.close, self._membership.close, self._assembly.close):
+            for free in (self._schedule.close, self._membership.close, self._assembly.close):
                 with failures.noted():
                     free()
             if not failures:

@@ -1,6 +1,6 @@
-"""Every order in which launcher, issuing thread, copies and kernels can run, for what the prefetcher asks of them.
+"""Every order in which launcher, issuing thread, copies and kernels can run, for what staged layers ask of them.
 
-What the prefetcher asks of the driver does not depend on how fast the device is: it never looks. So one run against a
+What staged layers ask of the driver does not depend on how fast the device is: it never looks. So one run against a
 recording driver gives the whole program: what the launching thread does, what the issuing thread does, and what each of
 them puts on which stream. `explore` then runs that program in every order that threads and streams allow, over states
 that are a handful of integers, and checks that no kernel ever reads a slot with another layer's bytes in it.
@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 from vmm_dwdp.allocator.driver import Copy, Lane
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.schedule.issue import InlineIssuer, Job
-from vmm_dwdp.schedule.prefetch import Fetch, Prefetcher
+from vmm_dwdp.schedule.layer import Fetch
+from vmm_dwdp.schedule.staging import Staging
 
 COMPUTE = 0  # the stream of kernels
 
@@ -57,7 +58,7 @@ class Program:
 
 
 class RecordingDriver:
-    """The part of a driver that the prefetcher uses, which only writes down what it is asked to do."""
+    """The part of a driver that staged layers use, which only writes down what it is asked to do."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -154,7 +155,7 @@ def rotating(num_layers: int, depth: int, num_streams: int) -> list[Fetch]:
     ]
 
 
-Launch = Callable[[Prefetcher, Callable[[int], None]], None]
+Launch = Callable[[Staging, Callable[[int], None]], None]
 
 
 def record(
@@ -163,19 +164,19 @@ def record(
     depth: int,
     *,
     thread: bool,
-    prefetcher: type[Prefetcher] = Prefetcher,
+    staging: type[Staging] = Staging,
     num_streams: int = 1,
 ) -> Program:
-    """The program of ``launch(prefetcher, run)``, where ``run(layer)`` acquires, launches one kernel and releases."""
+    """The program of ``launch(staging, run)``, where ``run(layer)`` acquires, launches one kernel and releases."""
     program = Program(num_layers, min(depth, num_layers), num_streams)
     driver = RecordingDriver(program)
     issuer = RecordingIssuer(driver) if thread else InlineIssuer()
-    made = prefetcher(driver, Ledger(), issuer, rotating(num_layers, depth, num_streams), depth)  # type: ignore[arg-type]
+    made = staging(driver, Ledger(), issuer, rotating(num_layers, depth, num_streams), depth)  # type: ignore[arg-type]
 
     def run(layer: int) -> None:
-        made.acquire(layer, COMPUTE)
+        made.layers[layer].acquire(COMPUTE)
         driver.kernel(layer)
-        made.release(layer, COMPUTE)
+        made.layers[layer].release(COMPUTE)
 
     launch(made, run)
     program.launcher = without_timing(program)

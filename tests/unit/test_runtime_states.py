@@ -21,7 +21,7 @@ from vmm_dwdp.allocator.handles import Allocation
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.memory.virtual import VirtualAssembly
 from vmm_dwdp.observe.stats import CacheStats
-from vmm_dwdp.schedule.prefetch import Slot
+from vmm_dwdp.schedule.layer import Slot, StagedLayer
 
 MODEL = random_model({number: {"w": ((6, 1000), torch.float32)} for number in range(5)})
 ALONE = DWDPConfig(group_size=1, host_experts=4)  # two slots, so the layers in flight are limited
@@ -294,8 +294,12 @@ def test_lists_of_tensors_cannot_rejoin(tmp_path: Path) -> None:
 
 
 SPOILS: dict[str, Callable[[DWDPRuntime], object]] = {
-    r"slot 0 holds layer 1, which is not its own": lambda runtime: setattr(first_slot(runtime), "holds", 1),
-    r"slot 0 is read as layer 2, which it is not": lambda runtime: setattr(first_slot(runtime), "reader", 2),
+    r"slot 0 holds layer 1, which is not its own": lambda runtime: setattr(
+        first_slot(runtime), "holds", staged(runtime, 1)
+    ),
+    r"slot 0 is read as layer 2, which it is not": lambda runtime: setattr(
+        first_slot(runtime), "reader", staged(runtime, 2)
+    ),
     r"the slots have 1 bytes, but the layouts need \d+": lambda runtime: setattr(runtime._assembly, "staged_nbytes", 1),
     r"counts \d+ handles, but the layouts have": lambda runtime: runtime.ledger.add("handles", "nobody's"),
     r"the handles of host memory do not make up": lambda runtime: setattr(tile(runtime), "nbytes", PAGE // 2),
@@ -303,8 +307,13 @@ SPOILS: dict[str, Callable[[DWDPRuntime], object]] = {
 
 
 def first_slot(runtime: DWDPRuntime) -> Slot:
-    assert runtime._passes._staging is not None
-    return runtime._passes._staging._prefetcher.slots[0]
+    return staged(runtime, 0).slot
+
+
+def staged(runtime: DWDPRuntime, number: int) -> StagedLayer:
+    layer = runtime._schedule._layers[number].staged
+    assert layer is not None
+    return layer
 
 
 def tile(runtime: DWDPRuntime) -> Allocation:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Ledger, ResourceStack, Stream
+from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError, DriverError, ExchangeError, StateError
 from vmm_dwdp.group.agreement import LAST_STEP
@@ -106,7 +107,8 @@ class Membership:
         self._check_limits()
         for layer, weight in self._weights():
             for owner in self.held_owners:
-                self._assembly.shard(layer, weight, owner)
+                with uninterrupted():
+                    self._assembly.shard(layer, weight, owner)
         self._driver.synchronize()  # what the caller copied into the shards is there before anybody reads it
         self._sum_held_shards()
         self._exchange = exchange = self._make_exchange(timeout, revision)
@@ -114,7 +116,8 @@ class Membership:
         with exchange.attempt("publish", deadline):
             for owner in self._other_owners():
                 self._take(exchange, owner, HOST_CREATOR if owner == HOST else owner, deadline)
-            self._assembly.build()
+            with uninterrupted():
+                self._assembly.build()
             self._fill_edges()
             exchange.step(1, "publish: this rank has all it needs", deadline)
             exchange.step(LAST_STEP, "publish: all have", deadline)
@@ -135,7 +138,8 @@ class Membership:
             raise ExchangeError(f"no other rank is alive at {there}: the group must be loaded again")
         for owner in (*self.held_owners, *self._other_owners()):
             self._take(exchange, owner, holder, deadline)
-        self._assembly.build()
+        with uninterrupted():
+            self._assembly.build()
         self._exchange = exchange
         if exchange.doubt is not None:  # nobody knows how far the dead rank came
             self._begun = set(self._held_keys())
@@ -281,7 +285,8 @@ class Membership:
         shares = exchange.collect(owner, holder, count, deadline) if count else []  # nobody keeps what has no pages
         take = self._assembly.adopt if owner in self.held_owners else self._assembly.attach
         try:
-            take(owner, shares)
+            with uninterrupted():
+                take(owner, shares)
         except DriverError as error:  # where the GPUs cannot reach each other, only this tells which ones
             attempt = f"use the memory of {in_words(owner)} on {self._driver.device}: {error.attempt}"
             raise DriverError(error.call, error.code, attempt) from error
@@ -293,7 +298,8 @@ class Membership:
         copies = [copy for layer in self._layers for copy in self._assembly.copies(layer, layer.plan.edges)]
         if copies:
             if self._edge_stream is None:
-                self._edge_stream = self._resources.push(Stream(self._driver, self._ledger, "edges"))
+                with uninterrupted():
+                    self._edge_stream = self._resources.push(Stream(self._driver, self._ledger, "edges"))
             self._driver.copy(self._driver.prepare(copies), self._edge_stream.stream)
             self._driver.synchronize(self._edge_stream.stream)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
@@ -46,43 +47,38 @@ def describe_layer(
     return Layer(number, dict(weights), placement, layouts, plan_layer(layouts, rank, slice_bytes))
 
 
-# All MoE layers of a model, in the order of a pass and by the model's own numbers.
+T = TypeVar("T")
 
 
-class _Places(dict[int, int]):
-    """Raises `ConfigError` for a number that no layer has."""
+class ByNumber(dict[int, T]):
+    """What belongs to each layer, by the model's own numbers. Raises `ConfigError` for a number that no layer has."""
 
-    def __missing__(self, number: int) -> int:
+    def __missing__(self, number: int) -> T:
         raise ConfigError(f"there is no layer {number}; the layers are {', '.join(map(str, self))}")
 
 
 class Layers:
-    """What was added so far.
+    """The layers that were added so far.
 
     Attributes:
         in_order: in the order in which a pass reads them; whoever keeps the list sees what is added later.
-        places: by a layer's number, where in `in_order` it is. Raises `ConfigError` for one that is not there.
+        numbered: the same by their numbers.
     """
 
     def __init__(self) -> None:
         self.in_order: list[Layer] = []
-        self.places = _Places()
+        self.numbered: ByNumber[Layer] = ByNumber()
 
     def add(self, layer: Layer) -> None:
-        """The next layer of a pass."""
-        self.places[layer.number] = len(self.in_order)
+        """The next layer of a pass. Raises `ConfigError` if there is one of that number."""
+        if layer.number in self.numbered:
+            raise ConfigError(f"layer {layer.number} was added already")
+        self.numbered[layer.number] = layer
         self.in_order.append(layer)
-
-    def __contains__(self, number: int) -> bool:
-        return number in self.places
-
-    def numbered(self, number: int) -> Layer:
-        """The layer of this number. Raises `ConfigError` if there is none."""
-        return self.in_order[self.places[number]]
 
     def with_weight(self, number: int, weight: str) -> Layer:
         """The layer of this number. Raises `ConfigError` if there is none, or it has no such weight."""
-        layer = self.numbered(number)
+        layer = self.numbered[number]
         if weight not in layer.weights:
             raise ConfigError(f"layer {number} has no weight {weight!r}; it has {', '.join(layer.weights)}")
         return layer

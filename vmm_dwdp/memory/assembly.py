@@ -2,7 +2,7 @@
 
 Two ways to do it: :class:`~vmm_dwdp.memory.virtual.VirtualAssembly` gives one tensor per weight,
 :class:`~vmm_dwdp.memory.tensor_list.TensorListAssembly` a list of them. The runtime drives both by the same calls, in
-this order: `add`; `shard`, filled by the caller; `shares`, given to others; `attach`, for every other owner; `build`;
+this order: `shard`, filled by the caller; `shares`, given to others; `attach`, for every other owner; `build`;
 then `copies` and `weights` for as long as it lives; `close`.
 """
 
@@ -73,7 +73,8 @@ class Assembly(abc.ABC):
         cache: of remote experts, once it is built; ``None`` where the config has none or nothing is remote.
     """
 
-    def __init__(self, driver: Driver, ledger: Ledger, rank: int, prefetch_depth: int) -> None:
+    def __init__(self, driver: Driver, ledger: Ledger, rank: int, layers: Sequence[Layer], prefetch_depth: int) -> None:
+        """``layers``, in the order of a pass, may become more until memory is taken."""
         self.resident_nbytes = 0
         self.staged_nbytes = 0
         self.cache: ResidentCache | None = None
@@ -81,7 +82,7 @@ class Assembly(abc.ABC):
         self._ledger = ledger
         self.rank = rank
         self._depth = prefetch_depth
-        self._layers: list[Layer] = []
+        self._layers = layers
         self._ranges: list[TensorMemory[Any]] = []
         self._resources = ResourceStack()
         self._received: dict[Owner, list[Share]] = {}
@@ -90,10 +91,6 @@ class Assembly(abc.ABC):
     @abc.abstractmethod
     def granularity(self) -> int:
         """Bytes to which layouts are rounded outward."""
-
-    def add(self, layer: Layer) -> None:
-        """One more layer, the next in the order of a pass. Takes no memory."""
-        self._layers.append(layer)
 
     @abc.abstractmethod
     def num_mappings(self) -> int:
@@ -222,7 +219,7 @@ class Assembly(abc.ABC):
         self._ranges = kept
         self._resources.close()
 
-    def _layers_of_slot(self) -> list[list[Layer]]:
+    def _layers_of_slot(self) -> list[Sequence[Layer]]:
         """For each slot the layers that use it: the i-th layer uses slot ``i % prefetch_depth``."""
         return [self._layers[slot :: self._depth] for slot in range(min(self._depth, len(self._layers)))]
 

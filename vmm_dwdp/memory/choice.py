@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vmm_dwdp.allocator.driver import DEVICE, Driver, HandleType, Location
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.allocator.numa import numa_nodes
 from vmm_dwdp.allocator.probe import refusal
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.layout.layer import Layer
 from vmm_dwdp.memory.assembly import Assembly
 from vmm_dwdp.memory.tensor_list import TensorListAssembly
 from vmm_dwdp.memory.virtual import VirtualAssembly
 
 
-def make_assembly(config: DWDPConfig, rank: int, driver: Driver, ledger: Ledger) -> Assembly:
-    """The memory of rank ``rank``, of which nothing is taken yet; the caller closes it.
+def make_assembly(config: DWDPConfig, rank: int, driver: Driver, ledger: Ledger, layers: Sequence[Layer]) -> Assembly:
+    """The memory of rank ``rank``, of which nothing is taken yet; the caller closes it. ``layers`` may become more.
 
     Raises:
         ConfigError: the machine lacks what the config asks for; the sentence says what.
     """
     if config.assembly == "tensor_list":
-        return TensorListAssembly(driver, ledger, rank, config.prefetch_depth)
+        return TensorListAssembly(driver, ledger, rank, layers, config.prefetch_depth)
     host_location = _host_location(config, driver) if config.host_experts else DEVICE
     handle_type = _choose_handle_type(driver, host_location) if config.group_size > 1 else None
     depth, in_place = config.prefetch_depth, config.reads_in_place
-    assembly = VirtualAssembly(driver, ledger, rank, depth, handle_type, host_location, in_place, config.resident_cache)
+    cached = config.resident_cache
+    assembly = VirtualAssembly(driver, ledger, rank, layers, depth, handle_type, host_location, in_place, cached)
     if 0 < config.resident_cache < assembly.granularity:
         raise ConfigError(
             f"resident_cache is {config.resident_cache} bytes, and a page of memory has {assembly.granularity} here"

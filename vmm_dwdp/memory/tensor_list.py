@@ -25,8 +25,8 @@ from vmm_dwdp.memory.assembly import Assembly, Share, TensorMemory, Weights
 class TensorListAssembly(Assembly):
     """Shards, and staging tensors for the experts before and after them."""
 
-    def __init__(self, driver: Driver, ledger: Ledger, rank: int, prefetch_depth: int) -> None:
-        super().__init__(driver, ledger, rank, prefetch_depth)
+    def __init__(self, driver: Driver, ledger: Ledger, rank: int, layers: Sequence[Layer], prefetch_depth: int) -> None:
+        super().__init__(driver, ledger, rank, layers, prefetch_depth)
         self._own: dict[tuple[int, str], TensorMemory[PlainMemory]] = {}
         self._views: dict[tuple[int, str, Owner], PlainMemory] = {}
         self._staging: dict[tuple[int, str, int], TensorMemory[PlainMemory]] = {}  # by first byte of the staged run

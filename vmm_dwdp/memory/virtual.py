@@ -45,13 +45,14 @@ class VirtualAssembly(Assembly):
         driver: Driver,
         ledger: Ledger,
         rank: int,
+        layers: Sequence[Layer],
         prefetch_depth: int,
         handle_type: HandleType | None,
         host_location: Location,
         in_place: bool,
         cache_nbytes: int = 0,
     ) -> None:
-        super().__init__(driver, ledger, rank, prefetch_depth)
+        super().__init__(driver, ledger, rank, layers, prefetch_depth)
         self._handle_type = handle_type
         self._host_location = host_location
         self._cache_nbytes = cache_nbytes

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Ledger, ResourceStack
 from vmm_dwdp.errors import StateError
-from vmm_dwdp.schedule.prefetch import Fetch, Prefetcher, SlotEvents, open_streams_and_slots
+from vmm_dwdp.schedule.layer import Fetch, SlotEvents, StagedLayer
+from vmm_dwdp.schedule.staging import Staging, open_streams_and_slots
 
 
 @dataclass
@@ -39,89 +40,92 @@ class _CapturedSlot(SlotEvents):
 
 
 class CapturedPasses:
-    """`Prefetcher`'s counterpart for streams that are being captured; see [Note: Capture].
+    """The second transition table of staged layers, for streams that are being captured; see [Note: Capture].
 
-    The calls come from one thread, the one that calls the prefetcher. One capture can be in progress at a time. A
-    capture that fails leaves nothing behind: the next one starts anew.
+    The calls come from one thread, the one of the passes. One capture can be in progress at a time. A capture that
+    fails leaves nothing behind: the next one starts anew.
     """
 
-    def __init__(self, driver: Driver, ledger: Ledger, prefetcher: Prefetcher, fetches: Sequence[Fetch]) -> None:
-        """``fetches``: of the same layers as the prefetcher's, in few copies, each of which is a node of the graph."""
+    def __init__(self, driver: Driver, ledger: Ledger, staging: Staging, fetches: Sequence[Fetch]) -> None:
+        """``fetches``: of the layers of ``staging``, in few copies, each of which is a node of the graph."""
         self._driver = driver
-        self._prefetcher = prefetcher
+        self._staging = staging
         self._fetches = fetches
         self._capture = 0  # the one in progress, or the latest
         self._resources = ResourceStack()
         try:
             self._streams, self._slots = open_streams_and_slots(
-                _CapturedSlot, len(prefetcher.slots), driver, ledger, fetches, self._resources
+                _CapturedSlot, len(staging.slots), driver, ledger, fetches, self._resources
             )
         except BaseException:
             self.close()
             raise
 
-    def acquire(self, capture: int, index: int, stream: int) -> None:
-        """`Prefetcher.acquire` on a stream that is in ``capture``, as `Driver.capture` tells it.
+    def acquire(self, capture: int, layer: StagedLayer, stream: int) -> None:
+        """`StagedLayer.acquire` on a stream that is in ``capture``, as `Driver.capture` tells it.
 
         Raises `StateError` if the slots are not as they are between passes, or the layer is out of order.
         """
         self._enter(capture)
-        slot, number = self._slots[index % len(self._slots)], self._fetches[index].number
+        slot = self._slot_of(layer)
         if slot.reader is not None:
             held = self._fetches[slot.reader].number
-            raise StateError(f"layer {number} is captured, but layer {held} has its slot and was not released")
-        if slot.holds != index:
+            raise StateError(f"layer {layer.number} is captured, but layer {held} has its slot and was not released")
+        if slot.holds != layer.place:
             held = self._fetches[slot.holds].number
-            raise StateError(f"layer {number} is captured out of order: layer {held} is the next to use its slot")
+            raise StateError(f"layer {layer.number} is captured out of order: layer {held} is the next to use its slot")
         if slot.fetched:
-            for ready in slot.ready[: len(self._fetches[index].streams)]:
+            for ready in slot.ready[: len(self._fetches[layer.place].streams)]:
                 self._driver.wait(stream, ready.event)
         else:
-            for ready in self._prefetcher.ready(index):
+            for ready in layer.ready:
                 self._driver.wait(stream, ready.event, external=True)
-        slot.reader = index
+        slot.reader = layer.place
 
-    def release(self, capture: int, index: int, stream: int) -> None:
-        """`Prefetcher.release` on a stream that is in ``capture``; at the end of a pass it waits for the copies."""
-        slot = self._slots[index % len(self._slots)]
-        if capture != self._capture or slot.reader != index:
-            number = self._fetches[index].number
-            raise StateError(f"layer {number} is released inside a graph capture, but was not acquired inside of it")
+    def release(self, capture: int, layer: StagedLayer, stream: int) -> None:
+        """`StagedLayer.release` on a stream that is in ``capture``; at the end of a pass it waits for the copies."""
+        slot = self._slot_of(layer)
+        if capture != self._capture or slot.reader != layer.place:
+            raise StateError(
+                f"layer {layer.number} is released inside a graph capture, but was not acquired inside of it"
+            )
         slot.reader = None
-        following = self._prefetcher.following[index]
-        if following != index:
-            self._fetch(slot, following, stream)
+        if layer.following is not layer:
+            self._fetch(slot, layer.following.place, stream)
         if all(slot.reader is None and slot.holds == first for first, slot in enumerate(self._slots)):
             self._join(stream)
 
-    def is_acquired(self, index: int) -> bool:
-        """Whether layer ``index`` is being read in the capture in progress."""
-        return self._slots[index % len(self._slots)].reader == index
+    def is_acquired(self, layer: StagedLayer) -> bool:
+        """Whether the layer is being read in the capture in progress."""
+        return self._slot_of(layer).reader == layer.place
+
+    def _slot_of(self, layer: StagedLayer) -> _CapturedSlot:
+        return self._slots[layer.place % len(self._slots)]
 
     def _enter(self, capture: int) -> None:
         """On the first call in a capture: see that the slots are as a replay will find them."""
         if capture == self._capture:
             return
-        self._prefetcher.settle()
+        self._staging.settle()
         for first, slot in enumerate(self._slots):
             slot.holds, slot.fetched, slot.reader = first, False, None
         self._capture = capture
 
-    def _fetch(self, slot: _CapturedSlot, index: int, stream: int) -> None:
+    def _fetch(self, slot: _CapturedSlot, place: int, stream: int) -> None:
         self._driver.record(slot.consumed.event, stream)
-        for k, copies in enumerate(self._fetches[index].streams):
+        for k, copies in enumerate(self._fetches[place].streams):
             copy_stream = self._streams[k].stream
             self._driver.wait(copy_stream, slot.consumed.event)
             self._driver.copy(copies, copy_stream)
             self._driver.record(slot.ready[k].event, copy_stream)
-        slot.holds, slot.fetched = index, True
+        slot.holds, slot.fetched = place, True
 
     def _join(self, stream: int) -> None:
-        for first, slot in enumerate(self._slots):
+        for slot, first in zip(self._slots, self._staging.layers, strict=False):
             if slot.fetched:
-                for ready in slot.ready[: len(self._fetches[first].streams)]:
+                for ready in slot.ready[: len(self._fetches[first.place].streams)]:
                     self._driver.wait(stream, ready.event)
-                for ready in self._prefetcher.ready(first):
+                for ready in first.ready:
                     self._driver.record(ready.event, stream, external=True)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Passes that read experts where they are: which layers are being read, and the resident cache between passes."""
+"""Reading experts where they are: there is nothing to wait for, nor to fetch; and the resident cache between passes."""
 
 from __future__ import annotations
 
@@ -9,58 +9,43 @@ import torch
 
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.errors import StateError
-from vmm_dwdp.layout.layer import Layer
-from vmm_dwdp.memory.assembly import Assembly
+from vmm_dwdp.memory.cache import ResidentCache
+from vmm_dwdp.schedule.layer import ScheduledLayer
 from vmm_dwdp.schedule.routing_counts import RoutingCounts
 
 
 class InPlace:
-    """What `acquire` and `release` of a layer that is read in place do. There is nothing to wait for, nor to fetch.
+    """What `acquire` and `release` of a layer that is read in place do. Calls come from one thread at a time."""
 
-    Layers are numbered by their place in a pass. Calls come from one thread at a time.
-
-    Attributes:
-        counts: by layer, how often it was acquired.
-    """
-
-    def __init__(self, driver: Driver, assembly: Assembly, layers: Sequence[Layer]) -> None:
-        self.counts = [0] * len(layers)
+    def __init__(self, driver: Driver, cache: ResidentCache | None, layers: Sequence[ScheduledLayer]) -> None:
         self._driver = driver
         self._layers = layers
-        self._cache = assembly.cache
-        self._acquired: set[int] = set()
+        self._cache = cache
         self._routing: RoutingCounts | None = None  # by which the cache goes
-        if self._cache is not None:
-            num_experts = {layer.number: layer.placement.num_experts for layer in layers}
+        if cache is not None:
+            num_experts = {each.layer.number: each.layer.placement.num_experts for each in layers}
             self._routing = RoutingCounts(num_experts, driver.device)
 
-    def acquire(self, index: int, chosen: torch.Tensor | None, stream: torch.cuda.Stream | None) -> None:
-        """Layer ``index`` is read from now on; ``stream`` counts the ``chosen`` experts."""
+    def acquire(self, layer: ScheduledLayer, chosen: torch.Tensor | None, stream: torch.cuda.Stream | None) -> None:
+        """The layer is read from now on; ``stream`` counts the ``chosen`` experts."""
         if self._cache is not None:
             self._cache.require_whole()
         if self._routing is not None and chosen is not None:
             with nullcontext() if stream is None else torch.cuda.stream(stream):
-                self._routing.add(self._layers[index].number, chosen)
-        self._acquired.add(index)
-        self.counts[index] += 1
-
-    def is_acquired(self, index: int) -> bool:
-        """Whether layer ``index`` is being read."""
-        return index in self._acquired
-
-    def release(self, index: int) -> None:
-        """Layer ``index``, which is acquired, is not read any more."""
-        self._acquired.remove(index)
+                self._routing.add(layer.layer.number, chosen)
+        layer.read_in_place = True
+        layer.in_place += 1
 
     def reset(self) -> None:
         """Give up layers that are acquired."""
-        self._acquired.clear()
+        for layer in self._layers:
+            layer.read_in_place = False
 
     def require_idle(self) -> None:
         """Raise `StateError` if a layer is acquired."""
-        if self._acquired:
-            held = self._layers[min(self._acquired)].number
-            raise StateError(f"layer {held} was acquired, and was not released")
+        for layer in self._layers:
+            if layer.read_in_place:
+                raise StateError(f"layer {layer.layer.number} was acquired, and was not released")
 
     def refresh_cache(self) -> None:
         """See `DWDPRuntime.refresh_cache`."""

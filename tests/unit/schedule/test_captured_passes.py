@@ -17,11 +17,12 @@ from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.errors import StateError
 from vmm_dwdp.schedule.capture import CapturedPasses
 from vmm_dwdp.schedule.issue import InlineIssuer
-from vmm_dwdp.schedule.prefetch import Prefetcher
+from vmm_dwdp.schedule.layer import StagedLayer
+from vmm_dwdp.schedule.staging import Staging
 
 
 class Rig:
-    """A prefetcher and its captured passes over a driver that writes down what they ask for."""
+    """Staged layers and their captured passes over a driver that writes down what they ask for."""
 
     def __init__(
         self,
@@ -30,22 +31,25 @@ class Rig:
         *,
         thread: bool = True,
         num_streams: int = 1,
-        prefetcher: type[Prefetcher] = Prefetcher,
+        staging: type[Staging] = Staging,
         captured: type[CapturedPasses] = CapturedPasses,
     ) -> None:
         self.program = Program(num_layers, min(depth, num_layers), num_streams)
         self.driver = driver = RecordingDriver(self.program)
         fetches = rotating(num_layers, depth, num_streams)
         issuer = RecordingIssuer(driver) if thread else InlineIssuer()
-        self.prefetcher = prefetcher(driver, Ledger(), issuer, fetches, depth)  # type: ignore[arg-type]
-        self.captured = captured(driver, Ledger(), self.prefetcher, fetches)  # type: ignore[arg-type]
-        self.layers = range(num_layers)
+        self.staging = staging(driver, Ledger(), issuer, fetches, depth)  # type: ignore[arg-type]
+        self.captured = captured(driver, Ledger(), self.staging, fetches)  # type: ignore[arg-type]
+        self.layers = self.staging.layers
 
     def eager(self) -> None:
         for layer in self.layers:
-            self.prefetcher.acquire(layer, COMPUTE)
-            self.driver.kernel(layer)
-            self.prefetcher.release(layer, COMPUTE)
+            self.run(layer)
+
+    def run(self, layer: StagedLayer) -> None:
+        layer.acquire(COMPUTE)
+        self.driver.kernel(layer.place)
+        layer.release(COMPUTE)
 
     def begin(self) -> int:
         """Everything is captured from here until `end`; the number of the capture."""
@@ -61,7 +65,7 @@ class Rig:
         number = self.begin()
         for layer in self.layers:
             self.captured.acquire(number, layer, COMPUTE)
-            self.driver.kernel(layer)
+            self.driver.kernel(layer.place)
             self.captured.release(number, layer, COMPUTE)
         self.end()
         return number - 1
@@ -96,19 +100,17 @@ def a_miss_after_replay(rig: Rig) -> None:
     graph = rig.capture()
     rig.replay(graph)
     last = rig.layers[-1]
-    rig.prefetcher.acquire(last, COMPUTE)
-    rig.driver.kernel(last)
-    rig.prefetcher.release(last, COMPUTE)
-    rig.prefetcher.reset(COMPUTE)
+    rig.run(last)
+    rig.staging.reset(COMPUTE)
     rig.replay(graph)
 
 
 def abandoned_capture(rig: Rig) -> None:
     """An exception in the model, inside a capture: the graph is never made, and nothing has happened."""
     number = rig.begin()
-    rig.captured.acquire(number, 0, COMPUTE)
-    rig.captured.release(number, 0, COMPUTE)
-    rig.captured.acquire(number, 1, COMPUTE)
+    rig.captured.acquire(number, rig.layers[0], COMPUTE)
+    rig.captured.release(number, rig.layers[0], COMPUTE)
+    rig.captured.acquire(number, rig.layers[1], COMPUTE)
     rig.end()
     rig.program.graphs[-1].clear()
     rig.eager()
@@ -132,29 +134,29 @@ def test_replays_with_two_copy_streams_in_every_order() -> None:
     assert rig.violation() is None
 
 
-class _EndsBeforeItsCopiesAreIssued(Prefetcher):
+class _EndsBeforeItsCopiesAreIssued(Staging):
     """Leaves the copies of the first layers to the issuing thread when a pass ends, although there is a graph."""
 
     def settle(self) -> None:
         super().settle()
-        self._prompt = False
+        self.pipeline.prompt = False
 
 
 class _NeverJoins(CapturedPasses):
     """Says that the first layers are in their slots without waiting for their copies."""
 
     def _join(self, stream: int) -> None:
-        for first in range(len(self._slots)):
-            for ready in self._prefetcher.ready(first):
+        for first in self._staging.layers[: len(self._slots)]:
+            for ready in first.ready:
                 self._driver.record(ready.event, stream, external=True)
 
 
 class _OnlyItsOwnEvents(CapturedPasses):
     """Reads the first layers without waiting for whoever filled their slots before the graph was launched."""
 
-    def acquire(self, capture: int, index: int, stream: int) -> None:
+    def acquire(self, capture: int, layer: StagedLayer, stream: int) -> None:
         real, self._driver.wait = self._driver.wait, self._wait_inside  # type: ignore[method-assign]
-        super().acquire(capture, index, stream)
+        super().acquire(capture, layer, stream)
         self._driver.wait = real  # type: ignore[method-assign]
 
     def _wait_inside(self, stream: int, event: int, *, external: bool = False) -> None:
@@ -164,7 +166,7 @@ class _OnlyItsOwnEvents(CapturedPasses):
 
 @pytest.mark.parametrize(
     "broken",
-    [{"prefetcher": _EndsBeforeItsCopiesAreIssued}, {"captured": _NeverJoins}, {"captured": _OnlyItsOwnEvents}],
+    [{"staging": _EndsBeforeItsCopiesAreIssued}, {"captured": _NeverJoins}, {"captured": _OnlyItsOwnEvents}],
 )
 def test_a_broken_capture_is_found(broken: dict[str, type]) -> None:
     rig = Rig(3, 2, **broken)
@@ -174,45 +176,45 @@ def test_a_broken_capture_is_found(broken: dict[str, type]) -> None:
 
 def test_a_capture_begins_between_passes() -> None:
     rig = Rig(4, 2)
-    rig.prefetcher.acquire(0, COMPUTE)
-    rig.prefetcher.release(0, COMPUTE)
+    rig.layers[0].acquire(COMPUTE)
+    rig.layers[0].release(COMPUTE)
     number = rig.begin()
     with pytest.raises(StateError, match="between passes, with layer 0 in its slot"):
-        rig.captured.acquire(number, 1, COMPUTE)
+        rig.captured.acquire(number, rig.layers[1], COMPUTE)
     rig.end()
-    rig.prefetcher.reset(COMPUTE)
+    rig.staging.reset(COMPUTE)
     rig.replay(rig.capture())
     assert rig.violation() is None
 
 
 def test_a_layer_acquired_outside_is_not_released_inside() -> None:
     rig = Rig(4, 2)
-    rig.prefetcher.acquire(0, COMPUTE)
+    rig.layers[0].acquire(COMPUTE)
     number = rig.begin()
     with pytest.raises(StateError, match="layer 0 is released inside a graph capture, but was not acquired inside"):
-        rig.captured.release(number, 0, COMPUTE)
+        rig.captured.release(number, rig.layers[0], COMPUTE)
     with pytest.raises(StateError, match="layer 0 was acquired outside of the graph capture, and was not released"):
-        rig.captured.acquire(number, 1, COMPUTE)
+        rig.captured.acquire(number, rig.layers[1], COMPUTE)
     rig.end()
-    rig.prefetcher.release(0, COMPUTE)
+    rig.layers[0].release(COMPUTE)
 
 
 def test_a_layer_acquired_inside_is_not_released_outside() -> None:
     rig = Rig(4, 2)
-    rig.captured.acquire(rig.begin(), 0, COMPUTE)
+    rig.captured.acquire(rig.begin(), rig.layers[0], COMPUTE)
     rig.end()
     with pytest.raises(StateError, match="layer 0 is released, but was not acquired"):
-        rig.prefetcher.release(0, COMPUTE)
+        rig.layers[0].release(COMPUTE)
 
 
 def test_layers_are_captured_in_order_and_one_at_a_time_in_a_slot() -> None:
     rig = Rig(4, 2)
     number = rig.begin()
     with pytest.raises(StateError, match="layer 2 is captured out of order: layer 0 is the next to use its slot"):
-        rig.captured.acquire(number, 2, COMPUTE)
-    rig.captured.acquire(number, 0, COMPUTE)
+        rig.captured.acquire(number, rig.layers[2], COMPUTE)
+    rig.captured.acquire(number, rig.layers[0], COMPUTE)
     with pytest.raises(StateError, match="layer 2 is captured, but layer 0 has its slot and was not released"):
-        rig.captured.acquire(number, 2, COMPUTE)
+        rig.captured.acquire(number, rig.layers[2], COMPUTE)
 
 
 class Capturing(HostDriver):

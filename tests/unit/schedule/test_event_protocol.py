@@ -9,34 +9,35 @@ import pytest
 from support.explorer import Launch, explore, record
 
 from vmm_dwdp.allocator.driver import Lane, Ticket
-from vmm_dwdp.schedule.prefetch import Fetch, Prefetcher, Slot
+from vmm_dwdp.schedule.layer import Fetch, Slot, StagedLayer
+from vmm_dwdp.schedule.staging import Staging
 
 Run = Callable[[int], None]
 
 
-def two_passes(num_layers: int, prefetcher: Prefetcher, run: Run) -> None:
+def two_passes(num_layers: int, staging: Staging, run: Run) -> None:
     for _ in range(2):
         for layer in range(num_layers):
             run(layer)
 
 
-def out_of_order(num_layers: int, prefetcher: Prefetcher, run: Run) -> None:
+def out_of_order(num_layers: int, staging: Staging, run: Run) -> None:
     for layer in reversed(range(num_layers)):
         run(layer)
     run(num_layers - 1)
-    prefetcher.reset(0)
+    staging.reset(0)
     run(0)
-    prefetcher.reset(0)
+    staging.reset(0)
 
 
-def abandoned(num_layers: int, prefetcher: Prefetcher, run: Run) -> None:
+def abandoned(num_layers: int, staging: Staging, run: Run) -> None:
     """A pass that ends by an exception inside its second layer."""
     run(0)
-    prefetcher.acquire(1 % num_layers, 0)
-    prefetcher.reset(0)
+    staging.layers[1 % num_layers].acquire(0)
+    staging.reset(0)
     for layer in range(num_layers):
         run(layer)
-    prefetcher.reset(0)
+    staging.reset(0)
 
 
 @pytest.mark.parametrize("thread", [False, True], ids=["inline", "thread"])
@@ -66,7 +67,7 @@ def test_the_explorer_reaches_orders_in_which_copies_and_kernels_overlap() -> No
     assert many > 10 * few
 
 
-class _SwappedConsumed(Prefetcher):
+class _SwappedConsumed(Staging):
     """Waits for the other slot's event before it overwrites a slot."""
 
     def _lanes(self, slot: Slot, fetch: Fetch) -> list[Lane]:
@@ -74,7 +75,7 @@ class _SwappedConsumed(Prefetcher):
         return [lane._replace(after=other.consumed.event) for lane in super()._lanes(slot, fetch)]
 
 
-class _SwappedReady(Prefetcher):
+class _SwappedReady(Staging):
     """Tells the other slot's readers that this slot is filled."""
 
     def _lanes(self, slot: Slot, fetch: Fetch) -> list[Lane]:
@@ -82,30 +83,31 @@ class _SwappedReady(Prefetcher):
         return [lane._replace(then=other.ready[0].event) for lane in super()._lanes(slot, fetch)]
 
 
-class _EarlyAtTheWrap(Prefetcher):
+class _EarlyAtTheWrap(Staging):
     """At the end of a pass, fetches the first layers before the last ones, whose slots they take, are released."""
 
-    def acquire(self, index: int, stream: int) -> None:
-        super().acquire(index, stream)
-        slot = index % len(self.slots)
-        if index + len(self.slots) >= len(self._fetches):
-            self._fetch(self.slots[slot], slot, stream)
+    class _layer(StagedLayer):
+        def acquire(self, stream: int) -> None:
+            super().acquire(stream)
+            if self.following.is_first:
+                self.following._fetch(stream)
 
 
-class _NeverWaitsForReady(Prefetcher):
-    def acquire(self, index: int, stream: int) -> None:
-        real, self._driver.wait = self._driver.wait, lambda *_: None  # type: ignore[method-assign]
-        super().acquire(index, stream)
-        self._driver.wait = real  # type: ignore[method-assign]
+class _NeverWaitsForReady(Staging):
+    class _layer(StagedLayer):
+        def acquire(self, stream: int) -> None:
+            real, self._driver.wait = self._driver.wait, lambda *_: None  # type: ignore[method-assign]
+            super().acquire(stream)
+            self._driver.wait = real  # type: ignore[method-assign]
 
 
-class _NeverAwaitsTheIssuer(Prefetcher):
+class _NeverAwaitsTheIssuer(Staging):
     """Waits for an event that the issuing thread has yet to record, which is to wait for the record before."""
 
-    def acquire(self, index: int, stream: int) -> None:
-        slot = self.slots[index % len(self.slots)]
-        slot.ticket = _NothingToAwait() if slot.ticket else None
-        super().acquire(index, stream)
+    class _layer(StagedLayer):
+        def acquire(self, stream: int) -> None:
+            self.slot.ticket = _NothingToAwait() if self.slot.ticket else None
+            super().acquire(stream)
 
 
 class _NothingToAwait(Ticket):
@@ -115,30 +117,32 @@ class _NothingToAwait(Ticket):
         pass
 
 
-class _RecordsTooEarly(Prefetcher):
+class _RecordsTooEarly(Staging):
     """Records that a slot was read before the kernel that reads it is launched."""
 
-    def acquire(self, index: int, stream: int) -> None:
-        super().acquire(index, stream)
-        self._driver.record(self.slots[index % len(self.slots)].consumed.event, stream)
+    class _layer(StagedLayer):
+        def acquire(self, stream: int) -> None:
+            super().acquire(stream)
+            self._driver.record(self.slot.consumed.event, stream)
 
-    def release(self, index: int, stream: int) -> None:
-        real, self._driver.record = self._driver.record, lambda *_: None  # type: ignore[method-assign]
-        super().release(index, stream)
-        self._driver.record = real  # type: ignore[method-assign]
+        def release(self, stream: int) -> None:
+            real, self._driver.record = self._driver.record, lambda *_: None  # type: ignore[method-assign]
+            super().release(stream)
+            self._driver.record = real  # type: ignore[method-assign]
 
 
-class _ForgetsWhatNothingRead(Prefetcher):
+class _ForgetsWhatNothingRead(Staging):
     """Refills a slot that nothing read without waiting for the copies that another stream still makes into it."""
 
-    def _fetch(self, slot, index: int, stream: int) -> None:  # type: ignore[no-untyped-def]
-        slot.read = True
-        super()._fetch(slot, index, stream)
+    class _layer(StagedLayer):
+        def _fetch(self, stream: int) -> None:
+            self.slot.read = True
+            super()._fetch(stream)
 
 
 def test_copies_of_two_streams_that_meet_in_a_slot_are_found() -> None:
     launch = partial(out_of_order, 3)
-    found = explore(record(launch, 3, 2, thread=False, prefetcher=_ForgetsWhatNothingRead, num_streams=2))
+    found = explore(record(launch, 3, 2, thread=False, staging=_ForgetsWhatNothingRead, num_streams=2))
     assert found.violation is not None
 
 
@@ -153,7 +157,7 @@ def test_copies_of_two_streams_that_meet_in_a_slot_are_found() -> None:
         _RecordsTooEarly,
     ],
 )
-def test_a_broken_protocol_is_found(broken: type[Prefetcher]) -> None:
+def test_a_broken_protocol_is_found(broken: type[Staging]) -> None:
     launch: Launch = partial(two_passes, 5)
-    found = explore(record(launch, 5, 2, thread=True, prefetcher=broken))
+    found = explore(record(launch, 5, 2, thread=True, staging=broken))
     assert found.violation is not None

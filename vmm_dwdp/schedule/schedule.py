@@ -1,0 +1,342 @@
+"""Passes through the layers, in each mode that the config provides for: what `publish` and `rejoin` start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from vmm_dwdp.allocator.driver import Driver
+from vmm_dwdp.allocator.handles import Failures, Ledger, ResourceStack, undo_after
+from vmm_dwdp.allocator.uninterrupted import uninterrupted
+from vmm_dwdp.config import DWDPConfig, Mode, ModeSetting
+from vmm_dwdp.errors import ConfigError, StateError
+from vmm_dwdp.layout.copies import LayerPlan, plan_layer
+from vmm_dwdp.layout.layer import ByNumber, Layer
+from vmm_dwdp.memory.assembly import Assembly, Weights
+from vmm_dwdp.observe.guard import Guard
+from vmm_dwdp.observe.stats import CopyPath, LayerStats, Stats
+from vmm_dwdp.observe.trace import Span, spans_of
+from vmm_dwdp.observe.tracer import Tracer
+from vmm_dwdp.schedule.capture import CapturedPasses
+from vmm_dwdp.schedule.in_place import InPlace
+from vmm_dwdp.schedule.issue import Issuer, open_issuer
+from vmm_dwdp.schedule.layer import Fetch, ScheduledLayer
+from vmm_dwdp.schedule.mode_choice import ModeChooser
+from vmm_dwdp.schedule.staging import Staging
+
+
+class Schedule:
+    """The weights of every layer, from its `acquire` to its `release`.
+
+    Layers are named by the model's own numbers. Calls come from one thread at a time. ``stream=None`` is the current
+    one.
+    """
+
+    def __init__(
+        self, driver: Driver, ledger: Ledger, assembly: Assembly, layers: Sequence[Layer], config: DWDPConfig
+    ) -> None:
+        """Takes nothing. ``assembly`` stays the caller's; ``layers`` may become more until `start`."""
+        self._driver = driver
+        self._ledger = ledger
+        self._assembly = assembly
+        self._stated = layers
+        self._config = config
+        self._guard = Guard()
+        self._advises = config.mode != "auto"  # which tries staged passes even where they do not pay
+        self._layers: ByNumber[ScheduledLayer] = ByNumber()  # in the order of a pass
+        self._staging: Staging | None = None
+        self._captured: CapturedPasses | None = None
+        self._copy_path: CopyPath | None = None
+        self._traces = ResourceStack()  # the one that is being recorded, or one whose end was interrupted
+        self._in_place: InPlace | None = None
+        self._chooser: ModeChooser | None = None  # where either mode can be had
+
+    def start(self) -> None:
+        """Make the weights of the built assembly, and fetch the first layers. If it raises, `close` undoes that."""
+        self._layers.update({layer.number: ScheduledLayer(layer, place) for place, layer in enumerate(self._stated)})
+        modes: list[Mode] = []
+        if self._config.prefetch_depth:
+            modes.append("staged")
+            self._stage()
+        if self._config.reads_in_place:
+            modes.append("in_place")
+            self._in_place = InPlace(self._driver, self._assembly.cache, list(self._layers.values()))
+        for each in self._layers.values():
+            each.weights = {mode: self._assembly.weights(each.layer, mode) for mode in modes}
+        if len(modes) > 1:
+            most = max(layer.placement.num_experts for layer in self._stated)
+            remote = sum(layer.plan.fetched_bytes for layer in self._stated)
+            cached = min(1.0, self._config.resident_cache / max(remote, 1))
+            self._chooser = ModeChooser(self._driver, self._ledger, most, len(self._layers), cached)
+
+    def _stage(self) -> None:
+        plans = [layer.plan for layer in self._stated]
+        # A graph launches each copy as a node, which takes longer than a batch: so it has no slices.
+        whole = [plan_layer(layer.layouts, self._assembly.rank, None) for layer in self._stated]
+        eager, captured = self._fetches(plans), self._fetches(whole)
+        most = max(plans, key=lambda plan: plan.num_copies)
+        issuer = open_issuer(self._driver, self._ledger, most.num_copies)
+        self._copy_path = _describe(most, self._config, issuer)
+        self._staging = Staging(self._driver, self._ledger, issuer, eager, self._config.prefetch_depth)
+        for each, staged in zip(self._layers.values(), self._staging.layers, strict=True):
+            each.staged = staged
+        self._captured = CapturedPasses(self._driver, self._ledger, self._staging, captured)
+
+    def _fetches(self, plans: Sequence[LayerPlan]) -> list[Fetch]:
+        return [
+            Fetch(
+                layer.number,
+                tuple(self._driver.prepare(self._assembly.copies(layer, run)) for run in plan.streams),
+                plan.fetched_bytes,
+            )
+            for layer, plan in zip(self._stated, plans, strict=True)
+        ]
+
+    # -- a pass ------------------------------------------------------------------------------------------------------
+    def acquire(
+        self,
+        number: int,
+        mode: ModeSetting | None,
+        tokens: int | None,
+        top_k: int | None,
+        chosen: torch.Tensor | None,
+        stream: torch.cuda.Stream | None,
+    ) -> Weights:
+        """See `DWDPRuntime.acquire`."""
+        layer = self._layers[number]
+        at = self._driver.current_stream() if stream is None else self._stream(stream)
+        if mode is None and self._in_place is None:  # see [Note: The path of the launching thread]
+            self._acquire_staged(layer, at, tokens)
+            return layer.weights["staged"]
+        mode = mode or self._config.mode
+        if self._chooser is None if mode == "auto" else mode not in layer.weights:
+            raise ConfigError(f"the config does not provide for mode {mode}, only for {', '.join(layer.weights)}")
+        if self._mode_of(layer) is not None:
+            raise StateError(f"layer {number} is acquired already, and was not released")
+        if self._chooser is not None:
+            mode = self._chooser.choose(layer.place, mode, tokens, top_k, at)
+        assert mode != "auto"
+        if mode == "in_place":
+            assert self._in_place is not None
+            self._in_place.acquire(layer, chosen, stream)
+        else:
+            self._acquire_staged(layer, at, tokens)
+        if self._chooser is not None:
+            self._chooser.acquired(layer.place, mode)
+        return layer.weights[mode]
+
+    def release(self, number: int, stream: torch.cuda.Stream | None) -> None:
+        """See `DWDPRuntime.release`."""
+        layer = self._layers[number]
+        at = self._driver.current_stream() if stream is None else self._stream(stream)
+        staged = layer.staged
+        if layer.read_in_place:
+            layer.read_in_place = False
+        elif staged is None:
+            raise StateError(f"layer {number} is released, but was not acquired")
+        elif not self._driver.capturing():
+            staged.release(at)
+        else:
+            assert self._captured is not None
+            self._captured.release(self._capture(at), staged, at)
+        if self._chooser is not None:
+            self._chooser.release(layer.place, at)
+
+    def _acquire_staged(self, layer: ScheduledLayer, stream: int, tokens: int | None) -> None:
+        staged = layer.staged
+        assert staged is not None, "the mode is one that the config provides for"
+        if not self._driver.capturing():
+            staged.acquire(stream)
+            if staged.place == 0 and self._advises:
+                assert self._staging is not None
+                self._guard.observe(self._staging.pipeline.timer.latest, tokens)
+        else:
+            assert self._captured is not None
+            self._captured.acquire(self._capture(stream), staged, stream)
+
+    def _capture(self, stream: int) -> int:
+        """The capture of the current stream. Raises `StateError` unless ``stream`` takes part in it, or it would run
+        now what belongs to a replay."""
+        capture = self._driver.capture(stream)
+        if not capture:
+            raise StateError(f"stream {stream:#x} takes no part in the capture of the current stream into a graph")
+        return capture
+
+    def _mode_of(self, layer: ScheduledLayer) -> Mode | None:
+        """How a layer is acquired, on a stream that runs or in the capture of the current one; ``None``: not at all."""
+        if layer.read_in_place:
+            return "in_place"
+        if (staged := layer.staged) is None:
+            return None
+        if self._driver.capturing():
+            assert self._captured is not None
+            return "staged" if self._captured.is_acquired(staged) else None
+        return "staged" if staged.slot.reader is staged else None
+
+    def tensor_list(self, number: int, weight: str) -> list[torch.Tensor]:
+        """See `DWDPRuntime.tensor_list`."""
+        layer = self._layers[number]
+        mode = self._mode_of(layer)
+        if mode is None:
+            raise StateError(f"layer {number} is not acquired: its tensors may be another layer's")
+        return self._assembly.tensor_list(layer.layer, weight, mode)
+
+    def reset(self, stream: torch.cuda.Stream | None) -> None:
+        """Give up a pass that ended early."""
+        if self._in_place is not None:
+            self._in_place.reset()
+        if self._staging is not None:
+            at = self._stream(stream)
+            if self._driver.capturing():
+                raise StateError(
+                    "a capture into a graph leaves the slots as they are: end it, there is nothing to reset"
+                )
+            self._staging.reset(at)
+
+    def _stream(self, stream: torch.cuda.Stream | None) -> int:
+        """Raises `StateError` if ``stream`` is of another device, or is captured and the current one, by which captures
+        are told, is not."""
+        if stream is None:
+            return self._driver.current_stream()
+        if stream.device != self._driver.device:
+            raise StateError(f"the stream is of {stream.device}, but the weights are on {self._driver.device}")
+        if self._driver.capture(stream.cuda_stream) and not self._driver.capturing():
+            raise StateError(f"stream {stream.cuda_stream:#x} is captured into a graph: make it the current stream")
+        return stream.cuda_stream
+
+    # -- between passes ----------------------------------------------------------------------------------------------
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Nothing is read or copied while the body runs, and slots and cache hold nothing; afterwards they are filled
+        anew, whether it succeeds or not.
+
+        Raises `StateError` if a layer is acquired.
+        """
+        if self._in_place is not None:
+            self._in_place.require_idle()
+        if self._staging is not None:
+            self._staging.drain()
+        self._driver.synchronize()
+        if self._staging is not None:
+            self._staging.forget()
+        if self._assembly.cache is not None:
+            self._assembly.cache.forget()
+        try:
+            yield
+        except BaseException as error:
+            undo_after(error, self._refill)
+            raise
+        self._refill()
+
+    def _refill(self) -> None:
+        if self._staging is not None:
+            self._staging.reset(self._driver.current_stream())
+        if self._assembly.cache is not None:
+            self._assembly.cache.refill()
+
+    def refresh_cache(self) -> None:
+        """See `DWDPRuntime.refresh_cache`."""
+        if not self._config.resident_cache:
+            raise ConfigError("there is no cache to refresh: the config has no resident_cache")
+        assert self._in_place is not None, "a resident cache needs a mode that reads in place"
+        self._in_place.refresh_cache()
+
+    def check_integrity(self, *, verify: bool) -> None:
+        """Raise `StateError` unless slots, layers and readers agree; with ``verify``, unless edges, slots and cache
+        have their owners' bytes, too."""
+        if self._staging is not None:
+            self._staging.check_integrity()
+        if verify:
+            for layer in self._stated:
+                self._assembly.require_copied(layer, layer.plan.edges)
+            for held in [] if self._staging is None else self._staging.held():
+                layer = self._layers[held.number].layer
+                for segments in layer.plan.streams:
+                    self._assembly.require_copied(layer, segments)
+            if self._assembly.cache is not None:
+                self._assembly.cache.verify()
+
+    # -- what it tells -----------------------------------------------------------------------------------------------
+    def stats(self, *, read: bool) -> Stats:
+        """See `DWDPRuntime.stats`. ``read``: what the device has timed since, as the thread that runs passes may."""
+        if read and self._staging is not None and not self._driver.capturing():  # which a look at an event would break
+            self._staging.pipeline.timer.read()
+        return Stats(
+            resident_bytes=self._assembly.resident_nbytes,
+            staged_bytes=self._assembly.staged_nbytes,
+            layers={number: self._layer_stats(layer) for number, layer in self._layers.items()},
+            copy_path=self._copy_path,
+            advice=self._guard.advice,
+            mode_choice=None if self._chooser is None else self._chooser.choice(),
+            cache=None if self._assembly.cache is None else self._assembly.cache.stats(),
+        )
+
+    def _layer_stats(self, layer: ScheduledLayer) -> LayerStats:
+        """What a replay of a graph does is not seen."""
+        if layer.staged is None or self._staging is None:
+            return LayerStats(in_place=layer.in_place)
+        counts, timer = layer.staged.counts, self._staging.pipeline.timer
+        waited_s = timer.waited_s[layer.place]
+        return LayerStats(counts.hits, counts.misses, counts.fetched_bytes, waited_s, layer.in_place)
+
+    def start_trace(self) -> Tracer:
+        """Mark what happens from now on. Raises `StateError` if nothing is staged, or that is done already."""
+        if self._staging is None:
+            raise StateError("there is nothing to trace: with prefetch_depth 0 nothing is copied")
+        pipeline = self._staging.pipeline
+        if pipeline.tracer is not None and pipeline.tracer.recording:
+            raise StateError("a trace is being recorded already")
+        pipeline.tracer = None
+        self._traces.close()  # of one whose end was interrupted
+        with uninterrupted():
+            tracer = Tracer(self._driver, self._ledger, self._driver.current_stream())
+            pipeline.tracer = self._traces.push(tracer)
+        return tracer
+
+    def finish_trace(self) -> list[Span]:
+        """What happened since `start_trace`; waits for the device."""
+        assert self._staging is not None, "only what is staged is traced"
+        tracer = self._staging.pipeline.tracer
+        assert tracer is not None, "a trace is finished once"
+        self._staging.pipeline.tracer = None
+        try:
+            marks = tracer.finish()
+        finally:
+            self._traces.close()
+        return spans_of(marks, self._stated, len(self._staging.slots))
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+    def stop(self) -> None:
+        """Copy nothing more; what was issued may still run. Needs no device."""
+        for layer in self._layers.values():
+            layer.weights = {}
+        if self._staging is not None:
+            self._staging.stop()
+
+    def close(self) -> None:
+        """Free streams and events, after `stop`; the device is idle. Another call tries again."""
+        failures = Failures()
+        for part in self._staging, self._captured, self._traces, self._chooser:
+            if part is not None:
+                with failures.noted():
+                    part.close()
+        failures.raise_first()
+
+
+def _describe(plan: LayerPlan, config: DWDPConfig, issuer: Issuer) -> CopyPath:
+    """How the copies of ``plan``, which has most, get to the driver."""
+    if config.slice_bytes != "auto":
+        why = f"slice_bytes is {config.slice_bytes}"
+    elif len(plan.streams) > 1:
+        why = "long copies on a stream for each owner are few, and few copies do not hold up kernel launches"
+    else:
+        why = "there is one owner to copy from" if plan.streams else "nothing is remote"
+    return CopyPath(
+        plan="streams" if config.slice_bytes == "auto" else "slices",
+        why=why,
+        num_streams=len(plan.streams),
+        num_copies=plan.num_copies,
+        issued_by=issuer.issued_by,
+    )
