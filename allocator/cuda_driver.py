@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -16,7 +16,7 @@ from vmm_dwdp.allocator.cuda_check import check
 from vmm_dwdp.allocator.cuda_context import PrimaryContext
 from vmm_dwdp.allocator.cuda_events import EventCalls
 from vmm_dwdp.allocator.cuda_issue import CudaIssuingThread
-from vmm_dwdp.allocator.driver import DEVICE, Access, Copy, HandleType, Location
+from vmm_dwdp.allocator.driver import DEVICE, Access, Address, Copy, EventId, HandleId, HandleType, Location, StreamId
 from vmm_dwdp.allocator.native import HAS_NATIVE_THREAD
 from vmm_dwdp.errors import DriverError
 
@@ -81,7 +81,8 @@ class CudaDriver:
         self.current = self._context.current
         self.is_current = self._context.is_current
         self.current_device = self._context.current_device
-        self.current_stream = partial(torch._C._cuda_getCurrentRawStream, self.device.index)
+        raw: Callable[[int], StreamId] = torch._C._cuda_getCurrentRawStream  # type: ignore[assignment]
+        self.current_stream: Callable[[], StreamId] = partial(raw, self.device.index)
         self.capturing = torch._C._cuda_isCurrentStreamCapturing  # of the current device: this one, as calls are made
         self.is_current()
 
@@ -91,21 +92,21 @@ class CudaDriver:
         attempt = f"find the granularity of memory on {location}"
         return int(check(attempt, cuda.cuMemGetAllocationGranularity, self._properties(location, None), minimum))
 
-    def create(self, nbytes: int, location: Location = DEVICE, handle_type: HandleType | None = None) -> int:
+    def create(self, nbytes: int, location: Location = DEVICE, handle_type: HandleType | None = None) -> HandleId:
         attempt = f"create {nbytes} bytes on {location}"
-        return int(check(attempt, cuda.cuMemCreate, nbytes, self._properties(location, handle_type), 0))
+        return HandleId(int(check(attempt, cuda.cuMemCreate, nbytes, self._properties(location, handle_type), 0)))
 
-    def release(self, handle: int) -> None:
+    def release(self, handle: HandleId) -> None:
         check(f"release handle {handle:#x}", cuda.cuMemRelease, handle)
 
-    def export(self, handle: int, handle_type: HandleType) -> int | bytes:
+    def export(self, handle: HandleId, handle_type: HandleType) -> int | bytes:
         attempt = f"export handle {handle:#x} as {handle_type.value}"
         shared = check(attempt, cuda.cuMemExportToShareableHandle, handle, _HANDLE_TYPES[handle_type], 0)
         return int(shared) if handle_type is HandleType.POSIX_FD else bytes(shared.data)
 
-    def import_(self, shared: int | bytes, handle_type: HandleType, nbytes: int) -> int:
+    def import_(self, shared: int | bytes, handle_type: HandleType, nbytes: int) -> HandleId:
         attempt = f"import {nbytes} bytes as {handle_type.value}{self._sees}"
-        return int(check(attempt, cuda.cuMemImportFromShareableHandle, shared, _HANDLE_TYPES[handle_type]))
+        return HandleId(int(check(attempt, cuda.cuMemImportFromShareableHandle, shared, _HANDLE_TYPES[handle_type])))
 
     def _properties(self, location: Location, handle_type: HandleType | None) -> cuda.CUmemAllocationProp:
         properties = cuda.CUmemAllocationProp()
@@ -124,24 +125,24 @@ class CudaDriver:
         return location
 
     # -- addresses ---------------------------------------------------------------------------------------------------
-    def reserve(self, nbytes: int) -> int:
-        return int(check(f"reserve {nbytes} bytes of addresses", cuda.cuMemAddressReserve, nbytes, 0, 0, 0))
+    def reserve(self, nbytes: int) -> Address:
+        return Address(int(check(f"reserve {nbytes} bytes of addresses", cuda.cuMemAddressReserve, nbytes, 0, 0, 0)))
 
-    def free(self, address: int, nbytes: int) -> None:
+    def free(self, address: Address, nbytes: int) -> None:
         check(f"free {nbytes} bytes at {address:#x}", cuda.cuMemAddressFree, address, nbytes)
 
-    def map(self, address: int, nbytes: int, handle: int) -> None:
+    def map(self, address: Address, nbytes: int, handle: HandleId) -> None:
         attempt = f"map {nbytes} bytes of handle {handle:#x} at {address:#x}"
         check(attempt, cuda.cuMemMap, address, nbytes, 0, handle, 0)
 
-    def unmap(self, address: int, nbytes: int) -> None:
+    def unmap(self, address: Address, nbytes: int) -> None:
         check(f"unmap {nbytes} bytes at {address:#x}", cuda.cuMemUnmap, address, nbytes)
 
-    def set_access(self, address: int, nbytes: int, access: Access) -> None:
+    def set_access(self, address: Address, nbytes: int, access: Access) -> None:
         attempt = f"make {nbytes} bytes at {address:#x} {access.value}{self._sees}"
         self._set_access(attempt, address, nbytes, access, self._device_location())
 
-    def allow_cpu(self, address: int, nbytes: int, location: Location) -> None:
+    def allow_cpu(self, address: Address, nbytes: int, location: Location) -> None:
         assert location.numa_node is not None, "only host memory has addresses for the CPU"
         attempt = f"let the CPU use {nbytes} bytes at {address:#x}"
         self._set_access(attempt, address, nbytes, Access.READ_WRITE, _host_location(location.numa_node))
@@ -153,70 +154,71 @@ class CudaDriver:
         check(attempt, cuda.cuMemSetAccess, address, nbytes, [description], 1)
 
     # -- memory without the above --------------------------------------------------------------------------------------
-    def allocate(self, nbytes: int) -> int:
-        return int(check(f"allocate {nbytes} bytes", cuda.cuMemAlloc, nbytes))
+    def allocate(self, nbytes: int) -> Address:
+        return Address(int(check(f"allocate {nbytes} bytes", cuda.cuMemAlloc, nbytes)))
 
-    def deallocate(self, address: int) -> None:
+    def deallocate(self, address: Address) -> None:
         check(f"deallocate {address:#x}", cuda.cuMemFree, address)
 
-    def export_allocation(self, address: int) -> bytes:
+    def export_allocation(self, address: Address) -> bytes:
         handle = check(f"export the allocation at {address:#x}", cuda.cuIpcGetMemHandle, address)
         return ctypes.string_at(handle.getPtr(), cuda.CU_IPC_HANDLE_SIZE)
 
-    def open_allocation(self, token: bytes, nbytes: int) -> int:
+    def open_allocation(self, token: bytes, nbytes: int) -> Address:
         attempt = f"open an allocation of {nbytes} bytes"
         if len(token) != cuda.CU_IPC_HANDLE_SIZE:
             raise DriverError("open_allocation", _INVALID_VALUE, f"{attempt} by a token of {len(token)} bytes")
         handle = cuda.CUipcMemHandle()
         ctypes.memmove(handle.getPtr(), token, len(token))
         lazily = cuda.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
-        address = int(check(attempt, cuda.cuIpcOpenMemHandle, handle, lazily))
+        address = Address(int(check(attempt, cuda.cuIpcOpenMemHandle, handle, lazily)))
         _, size = check(attempt, cuda.cuMemGetAddressRange, address)
         if size != nbytes:
             self.close_allocation(address)
             raise DriverError("open_allocation", _INVALID_VALUE, f"{attempt}, which has {size}")
         return address
 
-    def close_allocation(self, address: int) -> None:
+    def close_allocation(self, address: Address) -> None:
         check(f"close the allocation at {address:#x}", cuda.cuIpcCloseMemHandle, address)
 
     # -- streams, events, copies -------------------------------------------------------------------------------------
-    def create_stream(self) -> int:
+    def create_stream(self) -> StreamId:
         attempt = "create a stream"
         _, highest = check(attempt, cuda.cuCtxGetStreamPriorityRange)
-        return int(check(attempt, cuda.cuStreamCreateWithPriority, cuda.CUstream_flags.CU_STREAM_NON_BLOCKING, highest))
+        flags = cuda.CUstream_flags.CU_STREAM_NON_BLOCKING
+        return StreamId(int(check(attempt, cuda.cuStreamCreateWithPriority, flags, highest)))
 
-    def destroy_stream(self, stream: int) -> None:
+    def destroy_stream(self, stream: StreamId) -> None:
         check(f"destroy stream {stream:#x}", cuda.cuStreamDestroy, stream)
 
-    def create_event(self, timed: bool) -> int:
+    def create_event(self, timed: bool) -> EventId:
         flags = cuda.CUevent_flags
         flag = flags.CU_EVENT_DEFAULT if timed else flags.CU_EVENT_DISABLE_TIMING
-        return int(check("create an event", cuda.cuEventCreate, flag))
+        return EventId(int(check("create an event", cuda.cuEventCreate, flag)))
 
-    def destroy_event(self, event: int) -> None:
+    def destroy_event(self, event: EventId) -> None:
         check(f"destroy event {event:#x}", cuda.cuEventDestroy, event)
 
     # Calls that every layer of every pass makes: a message is put together only where it is needed.
-    def record(self, event: int, stream: int, *, external: bool = False) -> None:
+    def record(self, event: EventId, stream: StreamId, *, external: bool = False) -> None:
         result = self._events.record(event, stream, _RECORD_EXTERNAL if external else 0)
         if result:
             attempt = f"record event {event:#x} on stream {stream:#x}"
             raise DriverError("cuEventRecordWithFlags", cuda.CUresult(result).name, attempt)
 
-    def wait(self, stream: int, event: int, *, external: bool = False) -> None:
+    def wait(self, stream: StreamId, event: EventId, *, external: bool = False) -> None:
         result = self._events.wait(stream, event, _WAIT_EXTERNAL if external else 0)
         if result:
             attempt = f"let stream {stream:#x} wait for event {event:#x}"
             raise DriverError("cuStreamWaitEvent", cuda.CUresult(result).name, attempt)
 
-    def complete(self, event: int) -> bool:
+    def complete(self, event: EventId) -> bool:
         (result,) = cuda.cuEventQuery(event)
         if result not in (_SUCCESS, _NOT_READY):
             raise DriverError("cuEventQuery", result.name, f"look at event {event:#x}")
         return bool(result == _SUCCESS)
 
-    def elapsed(self, start: int, end: int) -> float:
+    def elapsed(self, start: EventId, end: EventId) -> float:
         milliseconds = check("take the time between two events", cuda.cuEventElapsedTime, start, end)
         return float(milliseconds) * 1e-3
 
@@ -226,7 +228,7 @@ class CudaDriver:
         starts = range(0, len(copies), _BATCH)
         return _Copies(tuple(copies), tuple(CopyBatch(call, copies[start : start + _BATCH]) for start in starts))
 
-    def copy(self, prepared: _Copies, stream: int) -> None:
+    def copy(self, prepared: _Copies, stream: StreamId) -> None:
         # A batch given to a stream that is captured would be missing from the graph, which is otherwise fine.
         if prepared.batches and stream != _DEFAULT_STREAM and not self.capture(stream):
             for batch in prepared.batches:
@@ -244,7 +246,7 @@ class CudaDriver:
             return None
         return CudaIssuingThread.start(self._context.address, self._events, self._batch_call)
 
-    def capture(self, stream: int) -> int:
+    def capture(self, stream: StreamId) -> int:
         result, status = cuda.cuStreamIsCapturing(stream)
         if result == _SUCCESS and status == _NOT_CAPTURING:
             return 0
@@ -252,7 +254,7 @@ class CudaDriver:
         _, capture, *_ = check(attempt, cuda.cuStreamGetCaptureInfo, stream)
         return int(capture)
 
-    def synchronize(self, stream: int | None = None) -> None:
+    def synchronize(self, stream: StreamId | None = None) -> None:
         if stream is None:
             check(f"wait for {self.device}", cuda.cuCtxSynchronize)
         else:

@@ -28,9 +28,14 @@ import enum
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NewType, Protocol
 
 import torch
+
+Address = NewType("Address", int)  # of a byte, as the device and this process see it
+HandleId = NewType("HandleId", int)  # of physical memory
+StreamId = NewType("StreamId", int)
+EventId = NewType("EventId", int)
 
 
 class Access(enum.Enum):
@@ -63,18 +68,18 @@ DEVICE = Location()
 class Copy(NamedTuple):
     """``nbytes`` bytes from address ``src`` to address ``dst``; the two do not overlap."""
 
-    dst: int
-    src: int
+    dst: Address
+    src: Address
     nbytes: int
 
 
 class Lane(NamedTuple):
     """What one stream is given: it waits for the event ``after``, copies, and records ``then``."""
 
-    stream: int
-    after: int
+    stream: StreamId
+    after: EventId
     copies: Any  # as `Driver.prepare` made them
-    then: int
+    then: EventId
 
 
 class Ticket(Protocol):
@@ -138,89 +143,89 @@ class Driver(Protocol):
     def granularity(self, location: Location = DEVICE) -> int:
         """Bytes per page: sizes and addresses of mappings are multiples of it."""
 
-    def create(self, nbytes: int, location: Location = DEVICE, handle_type: HandleType | None = None) -> int:
+    def create(self, nbytes: int, location: Location = DEVICE, handle_type: HandleType | None = None) -> HandleId:
         """Take ``nbytes`` of physical memory, undefined at first, exportable as ``handle_type``. Undo: `release`."""
 
-    def release(self, handle: int) -> None:
+    def release(self, handle: HandleId) -> None:
         """Give the handle back. Memory that is still mapped stays until it is unmapped."""
 
-    def export(self, handle: int, handle_type: HandleType) -> int | bytes:
+    def export(self, handle: HandleId, handle_type: HandleType) -> int | bytes:
         """The handle as a file descriptor (the caller owns and closes it) or as bytes."""
 
-    def import_(self, shared: int | bytes, handle_type: HandleType, nbytes: int) -> int:
+    def import_(self, shared: int | bytes, handle_type: HandleType, nbytes: int) -> HandleId:
         """A handle to another process's ``nbytes``; the caller still owns a descriptor. Undo with `release`."""
 
     # -- addresses ---------------------------------------------------------------------------------------------------
-    def reserve(self, nbytes: int) -> int:
+    def reserve(self, nbytes: int) -> Address:
         """The first address of a free range of ``nbytes``, aligned to the granularity; undo with `free`."""
 
-    def free(self, address: int, nbytes: int) -> None:
+    def free(self, address: Address, nbytes: int) -> None:
         """Give back exactly what `reserve` returned."""
 
-    def map(self, address: int, nbytes: int, handle: int) -> None:
+    def map(self, address: Address, nbytes: int, handle: HandleId) -> None:
         """Put the whole handle, of ``nbytes``, at ``address``. No access until `set_access`; undo with `unmap`."""
 
-    def unmap(self, address: int, nbytes: int) -> None:
+    def unmap(self, address: Address, nbytes: int) -> None:
         """Remove the mappings that make up exactly this range."""
 
-    def set_access(self, address: int, nbytes: int, access: Access) -> None:
+    def set_access(self, address: Address, nbytes: int, access: Access) -> None:
         """Allow this device to read, or to read and write, the mappings that make up exactly this range."""
 
-    def allow_cpu(self, address: int, nbytes: int, location: Location) -> None:
+    def allow_cpu(self, address: Address, nbytes: int, location: Location) -> None:
         """Allow the CPU, too, to read and write the mappings of ``location``'s host memory that make up this range."""
 
     # -- memory without the above, for `assembly: tensor_list` ---------------------------------------------------------
-    def allocate(self, nbytes: int) -> int:
+    def allocate(self, nbytes: int) -> Address:
         """Ordinary device memory; its first address. Undo with `deallocate`."""
 
-    def deallocate(self, address: int) -> None:
+    def deallocate(self, address: Address) -> None:
         """Give back what `allocate` returned."""
 
-    def export_allocation(self, address: int) -> bytes:
+    def export_allocation(self, address: Address) -> bytes:
         """A token by which another process of this machine can open what `allocate` returned."""
 
-    def open_allocation(self, token: bytes, nbytes: int) -> int:
+    def open_allocation(self, token: bytes, nbytes: int) -> Address:
         """The address here of another process's allocation of ``nbytes``. Undo with `close_allocation`."""
 
-    def close_allocation(self, address: int) -> None:
+    def close_allocation(self, address: Address) -> None:
         """Undo `open_allocation`."""
 
     # -- streams, events, copies -------------------------------------------------------------------------------------
-    def current_stream(self) -> int:
+    def current_stream(self) -> StreamId:
         """The stream on which the calling thread's kernels run now."""
 
-    def create_stream(self) -> int:
+    def create_stream(self) -> StreamId:
         """A stream for copies: not ordered with the default stream, of the highest priority. Undo: `destroy_stream`."""
 
-    def destroy_stream(self, stream: int) -> None:
+    def destroy_stream(self, stream: StreamId) -> None:
         """Undo `create_stream`; the caller has synchronised it."""
 
-    def create_event(self, timed: bool) -> int:
+    def create_event(self, timed: bool) -> EventId:
         """An event, which counts as complete until it is recorded. Only one that is ``timed`` has a time for `elapsed`,
         and it costs more to record. Undo with `destroy_event`."""
 
-    def destroy_event(self, event: int) -> None:
+    def destroy_event(self, event: EventId) -> None:
         """Undo `create_event`."""
 
-    def record(self, event: int, stream: int, *, external: bool = False) -> None:
+    def record(self, event: EventId, stream: StreamId, *, external: bool = False) -> None:
         """``event`` is complete once all work given to ``stream`` so far is; for ``external`` see `capture`."""
 
-    def wait(self, stream: int, event: int, *, external: bool = False) -> None:
+    def wait(self, stream: StreamId, event: EventId, *, external: bool = False) -> None:
         """Work given to ``stream`` from now on starts after the latest `record` of ``event``, made before this call.
 
         For ``external`` see `capture`.
         """
 
-    def complete(self, event: int) -> bool:
+    def complete(self, event: EventId) -> bool:
         """Whether the latest record of ``event`` is complete."""
 
-    def elapsed(self, start: int, end: int) -> float:
+    def elapsed(self, start: EventId, end: EventId) -> float:
         """Seconds from one complete timed event to another; negative if ``end`` came first."""
 
     def prepare(self, copies: Sequence[Copy]) -> Any:
         """Whatever `copy` wants to have ready: made once, used many times, owned by the garbage collector."""
 
-    def copy(self, prepared: Any, stream: int) -> None:
+    def copy(self, prepared: Any, stream: StreamId) -> None:
         """Give the prepared copies to ``stream``. They may run in any order among themselves.
 
         While ``stream`` is captured, each becomes a node of the graph.
@@ -229,7 +234,7 @@ class Driver(Protocol):
     def issuing_thread(self) -> IssuingThread | None:
         """A new one, or ``None`` where there is none: then a thread of Python's has to do."""
 
-    def capture(self, stream: int) -> int:
+    def capture(self, stream: StreamId) -> int:
         """Which capture into a graph ``stream`` takes part in, a number that no other capture has; 0 if none.
 
         A stream takes part from its first `wait` for an event that was recorded in the capture; such events are edges
@@ -240,5 +245,5 @@ class Driver(Protocol):
     def capturing(self) -> bool:
         """Whether the stream that `current_stream` tells takes part in a capture; cheaper than `capture`."""
 
-    def synchronize(self, stream: int | None = None) -> None:
+    def synchronize(self, stream: StreamId | None = None) -> None:
         """Wait until all work of ``stream``, or of the whole device, is complete."""

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
-from vmm_dwdp.allocator.driver import DEVICE, Access, Driver, HandleType, Location
+from vmm_dwdp.allocator.driver import DEVICE, Access, Address, Driver, HandleId, HandleType, Location
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.errors import DriverError
 
@@ -224,7 +224,7 @@ def _failure(call: str, error: OSError, attempt: str) -> DriverError:
 class Allocation(_Counted):
     """Physical memory: ``nbytes`` behind the driver's ``handle``. It may be closed while it is mapped."""
 
-    def __init__(self, driver: Driver, ledger: Ledger, handle: int, nbytes: int, label: str) -> None:
+    def __init__(self, driver: Driver, ledger: Ledger, handle: HandleId, nbytes: int, label: str) -> None:
         """Takes over ``handle``; `create` and `import_` are the ways to get one."""
         super().__init__(ledger, "handles", label or f"{nbytes} bytes")
         self.handle = handle
@@ -273,7 +273,7 @@ class Allocation(_Counted):
 class Mapping(_Counted):
     """A whole allocation at one address."""
 
-    def __init__(self, driver: Driver, ledger: Ledger, address: int, allocation: Allocation, label: str) -> None:
+    def __init__(self, driver: Driver, ledger: Ledger, address: Address, allocation: Allocation, label: str) -> None:
         driver.map(address, allocation.nbytes, allocation.handle)
         super().__init__(ledger, "mappings", label)
         self.address = address
@@ -294,11 +294,15 @@ class Reservation(_Counted):
         self._driver = driver
         self._mappings = ResourceStack()
 
+    def at(self, offset: int) -> Address:
+        """Of the byte at ``offset``."""
+        return Address(self.address + offset)
+
     def map(self, offset: int, allocation: Allocation) -> Mapping:
         """Put the whole allocation at ``offset``; `set_access` comes next. It stays mapped until `unmap` or `close`."""
         label = f"{allocation.label} in {self.label} at offset {offset}"
         with uninterrupted():
-            return self._mappings.push(Mapping(self._driver, self._ledger, self.address + offset, allocation, label))
+            return self._mappings.push(Mapping(self._driver, self._ledger, self.at(offset), allocation, label))
 
     def unmap(self, mapping: Mapping) -> None:
         """Undo `map`, which returned ``mapping``: other memory may come there. Nothing uses it any more."""
@@ -306,7 +310,7 @@ class Reservation(_Counted):
 
     def set_access(self, offset: int, nbytes: int, access: Access) -> None:
         """Allow this device to use the mappings that make up exactly ``[offset, offset + nbytes)``."""
-        self._driver.set_access(self.address + offset, nbytes, access)
+        self._driver.set_access(self.at(offset), nbytes, access)
 
     def _undo(self) -> None:
         self._mappings.close()
@@ -316,7 +320,7 @@ class Reservation(_Counted):
 class PlainMemory(_Counted):
     """``nbytes`` of ordinary device memory at ``address``, of this process or opened from another one."""
 
-    def __init__(self, driver: Driver, ledger: Ledger, address: int, nbytes: int, label: str, opened: bool) -> None:
+    def __init__(self, driver: Driver, ledger: Ledger, address: Address, nbytes: int, label: str, opened: bool) -> None:
         """Takes over ``address``; `create` and `open` are the ways to get one."""
         super().__init__(ledger, "allocations", label or f"{nbytes} bytes at {address:#x}")
         self.address = address
@@ -335,6 +339,10 @@ class PlainMemory(_Counted):
         """The ``nbytes`` whose `token` another process of this machine sent."""
         with uninterrupted():
             return cls(driver, ledger, driver.open_allocation(token, nbytes), nbytes, label, opened=True)
+
+    def at(self, offset: int) -> Address:
+        """Of the byte at ``offset``."""
+        return Address(self.address + offset)
 
     def token(self) -> bytes:
         """What another process opens this memory by, while this process holds it."""

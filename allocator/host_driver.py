@@ -22,7 +22,18 @@ from typing import Final, NamedTuple
 import torch
 
 from vmm_dwdp.allocator import host_pages
-from vmm_dwdp.allocator.driver import DEVICE, Access, Copy, HandleType, IssuingThread, Location
+from vmm_dwdp.allocator.driver import (
+    DEVICE,
+    Access,
+    Address,
+    Copy,
+    EventId,
+    HandleId,
+    HandleType,
+    IssuingThread,
+    Location,
+    StreamId,
+)
 from vmm_dwdp.allocator.host_context import HostContext, current_device
 from vmm_dwdp.allocator.host_ranges import Range, Ranges
 from vmm_dwdp.allocator.host_stream import CallingThread, HostStream, Record
@@ -35,7 +46,7 @@ INVALID_VALUE: Final = "CUDA_ERROR_INVALID_VALUE"
 NOT_READY: Final = "CUDA_ERROR_NOT_READY"
 NOT_SUPPORTED: Final = "CUDA_ERROR_NOT_SUPPORTED"
 
-_COMPUTE_STREAM: Final = 0
+_COMPUTE_STREAM: Final = StreamId(0)
 
 
 class _Memory(NamedTuple):
@@ -90,7 +101,7 @@ class HostDriver:
             raise _invalid("granularity", f"use memory on {location}, which this machine does not have")
         return self._granularity
 
-    def create(self, nbytes: int, location: Location = DEVICE, handle_type: HandleType | None = None) -> int:
+    def create(self, nbytes: int, location: Location = DEVICE, handle_type: HandleType | None = None) -> HandleId:
         attempt = f"create {nbytes} bytes on {location}"
         if nbytes <= 0 or nbytes % self.granularity(location):
             raise _invalid("create", f"{attempt}, no multiple of {self._granularity}")
@@ -98,26 +109,26 @@ class HostDriver:
             raise DriverError("create", NOT_SUPPORTED, f"{attempt} for fabric handles, which the host does not have")
         return self._add_handle(_Memory(host_pages.create_file(nbytes), nbytes, handle_type))
 
-    def release(self, handle: int) -> None:
+    def release(self, handle: HandleId) -> None:
         memory = self._memory("release", handle)
         del self._handles[handle]
         os.close(memory.fd)
 
-    def export(self, handle: int, handle_type: HandleType) -> int | bytes:
+    def export(self, handle: HandleId, handle_type: HandleType) -> int | bytes:
         memory = self._memory("export", handle)
         if memory.handle_type is not handle_type:
             raise _invalid("export", f"export handle {handle}, which was not created as {handle_type}")
         return host_pages.duplicate(memory.fd)
 
-    def import_(self, shared: int | bytes, handle_type: HandleType, nbytes: int) -> int:
+    def import_(self, shared: int | bytes, handle_type: HandleType, nbytes: int) -> HandleId:
         if not isinstance(shared, int):
             raise DriverError("import", NOT_SUPPORTED, "import a fabric handle, which the host does not have")
         if host_pages.sealed_size(shared) != nbytes:
             raise _invalid("import", f"import descriptor {shared}, which is no memory of {nbytes} bytes")
         return self._add_handle(_Memory(host_pages.duplicate(shared), nbytes, handle_type))
 
-    def _add_handle(self, memory: _Memory) -> int:
-        handle = next(self._numbers)
+    def _add_handle(self, memory: _Memory) -> HandleId:
+        handle = HandleId(next(self._numbers))
         self._handles[handle] = memory
         return handle
 
@@ -128,15 +139,15 @@ class HostDriver:
         return memory
 
     # -- addresses ---------------------------------------------------------------------------------------------------
-    def reserve(self, nbytes: int) -> int:
+    def reserve(self, nbytes: int) -> Address:
         if nbytes <= 0 or nbytes % self._granularity:
             raise _invalid("reserve", f"reserve {nbytes} bytes, no multiple of {self._granularity}")
-        address = host_pages.reserve(nbytes, self._granularity)
+        address = Address(host_pages.reserve(nbytes, self._granularity))
         with self._lock:
             self._reservations.add(Range(address, nbytes))
         return address
 
-    def free(self, address: int, nbytes: int) -> None:
+    def free(self, address: Address, nbytes: int) -> None:
         attempt = f"free {nbytes} bytes at {address:#x}"
         with self._lock:
             reserved = self._reservations.exactly(address, nbytes)
@@ -147,7 +158,7 @@ class HostDriver:
             host_pages.remove(address, nbytes)
             self._reservations.remove(reserved)
 
-    def map(self, address: int, nbytes: int, handle: int) -> None:
+    def map(self, address: Address, nbytes: int, handle: HandleId) -> None:
         attempt = f"map {nbytes} bytes of handle {handle} at {address:#x}"
         memory = self._memory("map", handle)
         if nbytes != memory.nbytes:
@@ -162,7 +173,7 @@ class HostDriver:
             host_pages.place(address, nbytes, memory.fd)
             self._mappings.add(Range(address, nbytes))
 
-    def unmap(self, address: int, nbytes: int) -> None:
+    def unmap(self, address: Address, nbytes: int) -> None:
         with self._lock:
             mappings = self._mappings_of("unmap", address, nbytes)
             host_pages.displace(address, nbytes)
@@ -170,14 +181,14 @@ class HostDriver:
             for mapping in mappings:
                 mapping.access = None
 
-    def set_access(self, address: int, nbytes: int, access: Access) -> None:
+    def set_access(self, address: Address, nbytes: int, access: Access) -> None:
         with self._lock:
             mappings = self._mappings_of("set_access", address, nbytes)
             host_pages.protect(address, nbytes, writable=access is Access.READ_WRITE)
             for mapping in mappings:
                 mapping.access = access
 
-    def allow_cpu(self, address: int, nbytes: int, location: Location) -> None:
+    def allow_cpu(self, address: Address, nbytes: int, location: Location) -> None:
         with self._lock:
             self._mappings_of("allow_cpu", address, nbytes)  # the device is the CPU
 
@@ -189,29 +200,29 @@ class HostDriver:
         return mappings
 
     # -- memory without the above --------------------------------------------------------------------------------------
-    def allocate(self, nbytes: int) -> int:
+    def allocate(self, nbytes: int) -> Address:
         self._context.require_current("allocate")
         if nbytes <= 0:
             raise _invalid("allocate", f"allocate {nbytes} bytes")
         fd = host_pages.create_file(nbytes)
         try:
-            address = host_pages.map_anywhere(nbytes, fd)
+            address = Address(host_pages.map_anywhere(nbytes, fd))
         except DriverError:
             os.close(fd)
             raise
         self._allocations[address] = _Memory(fd, nbytes, HandleType.POSIX_FD)
         return address
 
-    def deallocate(self, address: int) -> None:
+    def deallocate(self, address: Address) -> None:
         memory = self._allocation("deallocate", address)
         host_pages.remove(address, memory.nbytes)
         del self._allocations[address]
         os.close(memory.fd)
 
-    def export_allocation(self, address: int) -> bytes:
+    def export_allocation(self, address: Address) -> bytes:
         return f"/proc/{os.getpid()}/fd/{self._allocation('export_allocation', address).fd}".encode()
 
-    def open_allocation(self, token: bytes, nbytes: int) -> int:
+    def open_allocation(self, token: bytes, nbytes: int) -> Address:
         self._context.require_current("open_allocation")
         if re.fullmatch(rb"/proc/\d+/fd/\d+", token) is None:
             raise _invalid("open_allocation", f"open {token!r}, which names no allocation")
@@ -219,13 +230,13 @@ class HostDriver:
         try:
             if host_pages.sealed_size(fd) != nbytes:
                 raise _invalid("open_allocation", f"open {token!r}, which has not {nbytes} bytes")
-            address = host_pages.map_anywhere(nbytes, fd)
+            address = Address(host_pages.map_anywhere(nbytes, fd))
         finally:
             os.close(fd)
         self._opened[address] = nbytes
         return address
 
-    def close_allocation(self, address: int) -> None:
+    def close_allocation(self, address: Address) -> None:
         if address not in self._opened:
             raise _invalid("close_allocation", f"close {address:#x}, which was not opened")
         host_pages.remove(address, self._opened[address])
@@ -238,49 +249,49 @@ class HostDriver:
         return memory
 
     # -- streams, events, copies -------------------------------------------------------------------------------------
-    def current_stream(self) -> int:
+    def current_stream(self) -> StreamId:
         return _COMPUTE_STREAM
 
-    def create_stream(self) -> int:
+    def create_stream(self) -> StreamId:
         self._context.require_current("create_stream")
-        stream = next(self._numbers)
+        stream = StreamId(next(self._numbers))
         self._streams[stream] = HostStream(f"vmm-dwdp stream {stream}")
         return stream
 
-    def destroy_stream(self, stream: int) -> None:
+    def destroy_stream(self, stream: StreamId) -> None:
         self._stream("destroy_stream", stream).close()
         del self._streams[stream]
 
-    def create_event(self, timed: bool) -> int:
+    def create_event(self, timed: bool) -> EventId:
         self._context.require_current("create_event")
-        event = next(self._numbers)
+        event = EventId(next(self._numbers))
         self._events[event] = None
         if timed:
             self._timed.add(event)
         return event
 
-    def destroy_event(self, event: int) -> None:
+    def destroy_event(self, event: EventId) -> None:
         self._record("destroy_event", event)
         del self._events[event]
         self._timed.discard(event)
 
-    def record(self, event: int, stream: int, *, external: bool = False) -> None:
+    def record(self, event: EventId, stream: StreamId, *, external: bool = False) -> None:
         self._record("record", event)
         record = Record()
         self._stream("record", stream).record(record)
         self._events[event] = record
 
-    def wait(self, stream: int, event: int, *, external: bool = False) -> None:
+    def wait(self, stream: StreamId, event: EventId, *, external: bool = False) -> None:
         record = self._record("wait", event)
         queue = self._stream("wait", stream)
         if record is not None:
             queue.submit(record.wait)
 
-    def complete(self, event: int) -> bool:
+    def complete(self, event: EventId) -> bool:
         record = self._record("complete", event)
         return record is None or record.is_complete()
 
-    def elapsed(self, start: int, end: int) -> float:
+    def elapsed(self, start: EventId, end: EventId) -> float:
         first, last = self._record("elapsed", start), self._record("elapsed", end)
         if first is None or last is None or not {start, end} <= self._timed:
             raise DriverError("elapsed", INVALID_HANDLE, "take the time between events that are not timed and recorded")
@@ -291,7 +302,7 @@ class HostDriver:
     def prepare(self, copies: Sequence[Copy]) -> Sequence[Copy]:
         return tuple(copies)
 
-    def copy(self, prepared: Sequence[Copy], stream: int) -> None:
+    def copy(self, prepared: Sequence[Copy], stream: StreamId) -> None:
         self._context.require_current("copy")
         uses = self._uses(prepared)
         self._stream("copy", stream).submit(functools.partial(_copy, prepared, uses))
@@ -299,7 +310,7 @@ class HostDriver:
     def issuing_thread(self) -> IssuingThread | None:
         return None
 
-    def capture(self, stream: int) -> int:
+    def capture(self, stream: StreamId) -> int:
         self._stream("capture", stream)
         return 0  # the host has no graphs
 
@@ -307,7 +318,7 @@ class HostDriver:
         self._context.require_current("capturing")
         return False
 
-    def synchronize(self, stream: int | None = None) -> None:
+    def synchronize(self, stream: StreamId | None = None) -> None:
         if stream is None:
             self._context.require_current("synchronize")
             for each in list(self._streams.values()):

@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
-import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import get_ident
-from typing import Any, Self
-from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 
-from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.driver import Driver
-from vmm_dwdp.allocator.handles import Failures, Ledger, undo_after
-from vmm_dwdp.allocator.uninterrupted import uninterrupted
+from vmm_dwdp.allocator.handles import undo_after
 from vmm_dwdp.config import DWDPConfig, ModeSetting
-from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.group.membership import Membership, ShardKey
-from vmm_dwdp.layout.layer import Layers, describe_layer
-from vmm_dwdp.layout.placement import Owner
-from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.memory.assembly import Weights
-from vmm_dwdp.memory.choice import make_assembly
 from vmm_dwdp.observe.stats import Stats
 from vmm_dwdp.observe.trace import Trace
+from vmm_dwdp.rank import Rank
 from vmm_dwdp.schedule.compiled_models import between_regions, warn_of_with
-from vmm_dwdp.schedule.lifecycle import Lifecycle
-from vmm_dwdp.schedule.schedule import Schedule
-
-_log = logging.getLogger("vmm_dwdp")
 
 
-class DWDPRuntime:
+class DWDPRuntime(Rank):
     """One rank of a group that shares one copy of the experts.
 
     Set-up: `add_layer` for every MoE layer in the order of a pass, fill what `local_shard` returns, `publish`. Then,
@@ -72,177 +57,9 @@ class DWDPRuntime:
         *,
         driver: Driver | None = None,
     ) -> None:
-        if not 0 <= rank < config.group_size:
-            raise ConfigError(f"rank {rank} is not in a group of {config.group_size}")
-        self.config = config
-        self.rank = rank
-        self.ledger = Ledger()
-        self._driver = driver or open_driver(torch.device(device))
+        super().__init__(config, rank, device, rendezvous, driver=driver)
         self._current_device = self._driver.current_device
         self._index = self._driver.index
-        self._lifecycle = Lifecycle()
-        self._layers = Layers()
-        layers = self._layers.in_order
-        with self._driver.current():
-            self._assembly = make_assembly(config, rank, self._driver, self.ledger, layers)
-            self._membership = Membership(config, rank, self._driver, self.ledger, rendezvous, self._assembly, layers)
-            self._schedule = Schedule(self._driver, self.ledger, self._assembly, layers, config)
-        self._last_layer: int | None = None  # the number of the one that a pass ends with
-        _open.add(self)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self._driver.device
-
-    # -- set-up ------------------------------------------------------------------------------------------------------
-    def add_layer(self, layer: int, weights: Mapping[str, WeightSpec]) -> None:
-        """State a layer's weights, all ``[E, ...]`` with the same ``E``, in the order in which a pass reads them.
-
-        Takes no memory. Layers are numbered as the caller likes, and stated in the order of a pass.
-
-        Raises:
-            ConfigError: the layer was added already, its weights disagree, or its experts cannot be spread like this.
-            StateError: after `publish`.
-        """
-        self._lifecycle.require_setup("add_layer")
-        with self._driver.current():
-            described = describe_layer(layer, weights, self.config, self.rank, self._assembly.granularity)
-        self._layers.add(described)
-
-    def local_experts(self, layer: int, owner: Owner | None = None) -> range:
-        """The experts that this rank, or ``owner``, holds of ``layer``; raises `ConfigError` if there is no such."""
-        return self._layers.numbered[layer].placement.experts(self.rank if owner is None else owner)
-
-    def local_shard(self, layer: int, weight: str, owner: Owner | None = None) -> torch.Tensor:
-        """A tensor ``[n, ...]`` over this rank's own pages of a weight: fill it with the experts `local_experts`.
-
-        ``owner="host"`` is the pool of host memory, on the rank that creates it (rank 0), and a tensor on the CPU. The
-        memory is taken by the first call and is undefined until it is filled. The tensor may be kept; writing to it
-        after `publish` changes what other ranks read, without telling them.
-
-        Raises:
-            ConfigError: no such layer, weight or owner here.
-            DriverError: memory could not be had; the runtime is closed then.
-            StateError: after `publish`.
-        """
-        self._lifecycle.require_setup("local_shard")
-        described = self._layers.with_weight(layer, weight)
-        owner = self.rank if owner is None else owner
-        self._membership.require_held(owner)
-        with self._closed_on_failure(), self._driver.current(), uninterrupted():
-            return self._assembly.shard(described, weight, owner)
-
-    @property
-    def held_owners(self) -> tuple[Owner, ...]:
-        """The owners whose memory this rank creates: itself, and on rank 0 the pool of host memory if there is one."""
-        return self._membership.held_owners
-
-    def publish(self, timeout: float = 60.0, *, revision: str | None = None) -> None:
-        """Serve this rank's shards, map those of the others, and start prefetching.
-
-        Waits for the device, and at most ``timeout`` seconds for the other ranks; as long may a request of another rank
-        take from then on. When it returns, every rank has what it needs, and none depends on another's being alive. If
-        it raises, the runtime is closed and nothing stays allocated.
-
-        Args:
-            revision: what the shards were filled from, for example the commit of a checkpoint. Any string, equal on all
-                ranks: otherwise publish is refused on every rank, as experts of several checkpoints would be mixed.
-
-        Raises:
-            ConfigError: there is no layer; the layers need more mappings or descriptors than a process can have; or the
-                resident cache does not fit.
-            ExchangeError: a rank, which is named, did not come in time, or has a different config, different layers or
-                another ``revision``.
-            DriverError: memory could not be had.
-            StateError: published before.
-        """
-        with self._ready_afterwards("publish"):
-            self._membership.publish(timeout, revision)
-
-    def rejoin(self, timeout: float = 60.0, *, revision: str | None = None) -> None:
-        """Instead of filling shards and `publish`: take the place of a rank of the same number that has died.
-
-        A living rank hands over the dead one's memory, filled as it was; nothing is read from a checkpoint, and the
-        others go on meanwhile. Where the rank may have died while an update was written, or a living one does not tell
-        in its part of ``timeout``, no layer can be acquired here until an `update` succeeds to which this rank gives
-        all of its shards. If it raises, the runtime is closed and nothing stays allocated.
-
-        Args:
-            revision: as the group's ranks gave it to `publish`.
-
-        Raises:
-            ConfigError: there is no layer.
-            ExchangeError: no living rank holds what this rank needs; or their configs, layers or ``revision`` differ;
-                or they are not published.
-            StateError: a rank of this number is alive; or published before; or with ``assembly: tensor_list``, whose
-                memory goes with the process that created it.
-        """
-        with self._ready_afterwards("rejoin"):
-            self._membership.rejoin(timeout, revision)
-
-    @contextmanager
-    def _ready_afterwards(self, call: str) -> Iterator[None]:
-        """The body gives this rank all the memory that it needs: then passes can begin."""
-        self._lifecycle.require_setup(call)
-        if not self._layers.in_order:
-            raise ConfigError(f"{call} needs at least one layer")
-        with self._closed_on_failure(), self._driver.current():
-            yield
-            with uninterrupted():
-                self._schedule.start()
-        self._last_layer = self._layers.in_order[-1].number
-        self._lifecycle.publish()
-        ready = len(self._layers.in_order)
-        memory = tuple(nbytes >> 20 for nbytes in (self._assembly.resident_nbytes, self._assembly.staged_nbytes))
-        _log.info("rank %d: %d layers ready, %d MiB resident, %d MiB staged", self.rank, ready, *memory)
-
-    # -- what only owners write --------------------------------------------------------------------------------------
-    def update(self, shards: Mapping[ShardKey, torch.Tensor], timeout: float = 60.0) -> None:
-        """Write new experts into memory that this rank holds, with all ranks together, between passes.
-
-        Every rank of the group calls it, each with what it has to change, which may be nothing. When it returns,
-        every rank's next `acquire` gives the new bytes; until then every rank reads the old ones.
-
-        Args:
-            shards: by (layer, weight, owner), as `local_shard` takes them: a tensor of the shape and dtype that it
-                returns. Where neighbours overlap, the owners of an expert must be given equal bytes.
-
-        Raises:
-            ConfigError: a key or a tensor does not fit, or one is missing that an update which did not end well may
-                have begun to write; nothing was said to others.
-            ExchangeError: a rank, which is named, did not come in time. If it says that nothing was written, the group
-                is as it was. Otherwise a rank left midway, and no layer can be acquired until an `update` succeeds.
-            StateError: a layer is acquired.
-            DriverError: a call failed; where that was midway, as above.
-        """
-        with self._undisturbed():
-            for key, value in shards.items():
-                if not isinstance(key, tuple) or len(key) != 3:
-                    raise ConfigError(f"update takes shards by (layer, weight, owner), not by {key!r}")
-                layer, weight, owner = key
-                self._membership.require_fits(self._layers.with_weight(layer, weight), weight, owner, value)
-            self._membership.require_covers(shards)
-            self._lifecycle.end_pass()  # so that the next acquire asks whether weights are whole
-            with self._schedule.suspended():
-                self._membership.update(shards, time.monotonic() + timeout)
-
-    def check_integrity(self, *, verify: bool = False) -> None:
-        """Check that what is mapped and what the slots hold is what the layouts say; meant for moments of idleness.
-
-        With ``verify``, also that the bytes of every shard, this rank's and the others', are what its owner published,
-        and that edges, slots and the resident cache have the same. That waits for the device, reads all shards, over
-        the link where they are remote, and needs ``checksums: true`` in the config.
-
-        Raises:
-            StateError: something disagrees; the sentence says what.
-            ConfigError: ``verify`` without ``checksums``.
-        """
-        with self._undisturbed():
-            self._assembly.check_integrity()
-            if verify:
-                self._membership.verify()
-            self._schedule.check_integrity(verify=verify)
 
     # -- a pass ------------------------------------------------------------------------------------------------------
     @between_regions
@@ -434,73 +251,3 @@ class DWDPRuntime:
         if self._lifecycle.is_running:  # a trace that outlives the runtime stays empty
             with self._driver.current():
                 trace.spans += self._schedule.finish_trace()
-
-    def peers(self, timeout: float = 5.0) -> dict[int, bool]:
-        """For every other rank, whether it answers within ``timeout`` seconds; one that has left is not waited for."""
-        self._lifecycle.require_running()
-        return self._membership.peers(timeout)
-
-    # -- the end -----------------------------------------------------------------------------------------------------
-    def close(self) -> Ledger:
-        """Wait for the device, and free all that nobody references; the ledger tells what is left.
-
-        A range in which the caller still holds a tensor stays mapped, with a `ResourceWarning` that names it: the
-        tensor reads old bytes instead of crashing the process. The next `close` frees it once it is let go.
-
-        One step that fails does not stop the others: the first failure is raised at the end, with what is left in its
-        notes, and the next `close` tries again. Where the device has failed, its memory goes with the process; sockets
-        and threads are gone. In a child that was forked from the process of the runtime, it does nothing.
-        """
-        if self._lifecycle.is_forked:
-            return self.ledger
-        self._lifecycle.close()
-        failures = Failures()
-        for need_no_device in self._membership.leave, self._schedule.stop:
-            with failures.noted():
-                need_no_device()
-        with failures.noted(), self._driver.current():
-            self._driver.synchronize()
-            for free in (self._schedule.close, self._membership.close, self._assembly.close):
-                with failures.noted():
-                    free()
-            if not failures:
-                self.ledger.sweep()
-        left = ", ".join(f"{number} {kind}" for kind, number in self.ledger.counts().items() if number)
-        failures.raise_first(f"left open: {left or 'nothing'}")
-        return self.ledger
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, at: Any) -> None:
-        """`close`. What the block raised stays what is raised: a failure to close becomes a note on it."""
-        undo_after(error, self.close)
-
-    @contextmanager
-    def _closed_on_failure(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException as error:
-            traceback.clear_frames(error.__traceback__)  # tensors in them would keep the memory that they are over
-            undo_after(error, self.close)
-            raise
-
-    @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """Once published: the device is current while the body runs, and no other thread is in a pass."""
-        self._lifecycle.require_running()
-        with self._driver.current(), self._lifecycle.undisturbed():
-            yield
-
-
-_open: WeakSet[DWDPRuntime] = WeakSet()
-
-
-def _after_fork() -> None:
-    """A child has none of the threads, and what it has of sockets and locks is not to keep others waiting."""
-    for runtime in _open:
-        runtime._lifecycle.fork()
-        runtime._membership.forget()
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -16,7 +16,7 @@ from typing import Any, Final, Generic, TypeVar
 
 import torch
 
-from vmm_dwdp.allocator.driver import Copy, Driver
+from vmm_dwdp.allocator.driver import Address, Copy, Driver
 from vmm_dwdp.allocator.handles import Descriptor, Ledger, PlainMemory, Reservation, ResourceStack
 from vmm_dwdp.allocator.tensors import StorageWatch, tensor_at
 from vmm_dwdp.config import Mode
@@ -198,10 +198,10 @@ class Assembly(abc.ABC):
                     raise StateError(f"{whose}, from byte {run.start + offset} on, are other bytes than its owner's")
 
     @abc.abstractmethod
-    def _destination(self, layer: Layer, weight: str, byte: int) -> int: ...
+    def _destination(self, layer: Layer, weight: str, byte: int) -> Address: ...
 
     @abc.abstractmethod
-    def _source(self, layer: Layer, weight: str, owner: Owner, byte: int) -> int: ...
+    def _source(self, layer: Layer, weight: str, owner: Owner, byte: int) -> Address: ...
 
     def close(self) -> None:
         """Free everything in which no caller's tensor lies, and warn of the rest. The device is idle.

@@ -21,7 +21,7 @@ from typing import Final, NamedTuple
 import torch
 
 from vmm_dwdp.allocator import handles
-from vmm_dwdp.allocator.driver import Access, Copy, Driver
+from vmm_dwdp.allocator.driver import Access, Address, Copy, Driver
 from vmm_dwdp.allocator.handles import Allocation, Ledger, Reservation, ResourceStack
 from vmm_dwdp.allocator.tensors import tensor_at
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
@@ -51,7 +51,7 @@ class RemoteTile:
     memory: Reservation
     offset: int
     handle: Allocation
-    source: int
+    source: Address
     mappings: list[handles.Mapping]
     pages: tuple[int, ...] = ()
     heat: int = 0
@@ -182,12 +182,12 @@ class ResidentCache:
     def _pages_of(self, tile: RemoteTile) -> int:
         return tile.handle.nbytes // self._page_nbytes
 
-    def _sources(self, tile: RemoteTile) -> range:
+    def _sources(self, tile: RemoteTile) -> list[Address]:
         """Addresses of the owner's pages."""
-        return range(tile.source, tile.source + tile.handle.nbytes, self._page_nbytes)
+        return [Address(tile.source + offset) for offset in range(0, tile.handle.nbytes, self._page_nbytes)]
 
-    def _address(self, page: int) -> int:
-        return self._memory.address + page * self._page_nbytes
+    def _address(self, page: int) -> Address:
+        return self._memory.at(page * self._page_nbytes)
 
     def _count(self, counts: Mapping[int, Sequence[int]]) -> None:
         read = cached = 0

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from vmm_dwdp.allocator.driver import Driver
+from vmm_dwdp.allocator.driver import Address, Driver
 from vmm_dwdp.allocator.handles import Ledger, PlainMemory
 from vmm_dwdp.allocator.tensors import tensor_at
 from vmm_dwdp.config import Mode
@@ -127,15 +127,15 @@ class TensorListAssembly(Assembly):
     def tensor_list(self, layer: Layer, weight: str, mode: Mode) -> list[torch.Tensor]:
         return self._lists[layer.number][weight]
 
-    def _destination(self, layer: Layer, weight: str, byte: int) -> int:
+    def _destination(self, layer: Layer, weight: str, byte: int) -> Address:
         for run in layer.layouts[weight].staged_bytes(self.rank):
             if byte in run:
-                return self._staging[layer.number, weight, run.start].memory.address + byte - run.start
+                return self._staging[layer.number, weight, run.start].memory.at(byte - run.start)
         raise AssertionError(f"byte {byte} of {weight} is not staged on rank {self.rank}")
 
-    def _source(self, layer: Layer, weight: str, owner: Owner, byte: int) -> int:
+    def _source(self, layer: Layer, weight: str, owner: Owner, byte: int) -> Address:
         offset = byte - layer.layouts[weight].shard_bytes(owner).start
-        return self._views[layer.number, weight, owner].address + offset
+        return self._views[layer.number, weight, owner].at(offset)
 
     def close(self) -> None:
         self._lists.clear()

@@ -14,7 +14,7 @@ from typing import Final
 
 import torch
 
-from vmm_dwdp.allocator.driver import DEVICE, Access, Driver, HandleType, Location
+from vmm_dwdp.allocator.driver import DEVICE, Access, Address, Driver, HandleType, Location
 from vmm_dwdp.allocator.handles import Allocation, Ledger, Mapping, Reservation
 from vmm_dwdp.config import Mode
 from vmm_dwdp.errors import StateError
@@ -330,12 +330,12 @@ class VirtualAssembly(Assembly):
         tensor = self._weights_in(mode)[layer.number][weight]
         return [tensor[run.start : run.stop] for run in self._parts(layer, weight)]
 
-    def _destination(self, layer: Layer, weight: str, byte: int) -> int:
-        return self._own[layer.number, weight].memory.address + byte
+    def _destination(self, layer: Layer, weight: str, byte: int) -> Address:
+        return self._own[layer.number, weight].memory.at(byte)
 
-    def _source(self, layer: Layer, weight: str, owner: Owner, byte: int) -> int:
+    def _source(self, layer: Layer, weight: str, owner: Owner, byte: int) -> Address:
         offset = byte - layer.layouts[weight].resident_bytes(owner).start
-        return self._views[layer.number, weight, owner].memory.address + offset
+        return self._views[layer.number, weight, owner].memory.at(offset)
 
     def close(self) -> None:
         self._weights.clear()

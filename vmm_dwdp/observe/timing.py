@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from vmm_dwdp.allocator.driver import Driver
+from vmm_dwdp.allocator.driver import Driver, StreamId
 from vmm_dwdp.allocator.handles import Event, Ledger, Owned, ResourceStack
 
 FIRST: Final = 4  # passes that are all timed
@@ -67,11 +67,11 @@ class PassTimer(Owned):
             self._stands_for = 1 if self._pass <= FIRST else EVERY
             self._due = self._pass + self._stands_for
 
-    def arrive(self, index: int, stream: int) -> None:
+    def arrive(self, index: int, stream: StreamId) -> None:
         """Before ``stream`` waits for layer ``index``."""
         self._driver.record(self._arrived[index].event, stream)
 
-    def resume(self, index: int, stream: int) -> None:
+    def resume(self, index: int, stream: StreamId) -> None:
         """After it."""
         self._driver.record(self._resumed[index].event, stream)
         self._order.append(index)
@@ -111,11 +111,11 @@ class Span(Owned):
             self.close()
             raise
 
-    def start(self, stream: int) -> None:
+    def start(self, stream: StreamId) -> None:
         """The stretch begins with the work that ``stream`` is given next."""
         self._driver.record(self._start.event, stream)
 
-    def stop(self, stream: int) -> None:
+    def stop(self, stream: StreamId) -> None:
         """It ends with the work that ``stream`` was given so far."""
         self._driver.record(self._stop.event, stream)
         self.pending = True

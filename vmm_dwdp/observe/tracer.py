@@ -11,7 +11,7 @@ from typing import Final, Literal, NamedTuple
 
 import torch
 
-from vmm_dwdp.allocator.driver import Driver
+from vmm_dwdp.allocator.driver import Driver, StreamId
 from vmm_dwdp.allocator.handles import Event, Ledger, Owned, ResourceStack
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
 
@@ -42,7 +42,7 @@ class Tracer(Owned):
         recording: whether somebody waits for what is marked; set by whom.
     """
 
-    def __init__(self, driver: Driver, ledger: Ledger, stream: int) -> None:
+    def __init__(self, driver: Driver, ledger: Ledger, stream: StreamId) -> None:
         """Time 0 is when ``stream`` comes to this point."""
         self.recording = False
         self._driver = driver
@@ -66,7 +66,7 @@ class Tracer(Owned):
         with uninterrupted():
             return self._resources.push(Event(self._driver, self._ledger, "trace", timed=True))
 
-    def mark(self, what: What, layer: int, lane: int, stream: int) -> None:
+    def mark(self, what: What, layer: int, lane: int, stream: StreamId) -> None:
         """``what`` happens when ``stream`` comes to this point."""
         if self._nvtx and lane == 0:
             self._mark_range(what, layer)

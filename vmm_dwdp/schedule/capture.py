@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vmm_dwdp.allocator.driver import Driver
+from vmm_dwdp.allocator.driver import Driver, StreamId
 from vmm_dwdp.allocator.handles import Ledger, ResourceStack
 from vmm_dwdp.errors import StateError
 from vmm_dwdp.schedule.layer import Fetch, SlotEvents, StagedLayer
@@ -61,7 +61,7 @@ class CapturedPasses:
             self.close()
             raise
 
-    def acquire(self, capture: int, layer: StagedLayer, stream: int) -> None:
+    def acquire(self, capture: int, layer: StagedLayer, stream: StreamId) -> None:
         """`StagedLayer.acquire` on a stream that is in ``capture``, as `Driver.capture` tells it.
 
         Raises `StateError` if the slots are not as they are between passes, or the layer is out of order.
@@ -82,7 +82,7 @@ class CapturedPasses:
                 self._driver.wait(stream, ready.event, external=True)
         slot.reader = layer.place
 
-    def release(self, capture: int, layer: StagedLayer, stream: int) -> None:
+    def release(self, capture: int, layer: StagedLayer, stream: StreamId) -> None:
         """`StagedLayer.release` on a stream that is in ``capture``; at the end of a pass it waits for the copies."""
         slot = self._slot_of(layer)
         if capture != self._capture or slot.reader != layer.place:
@@ -111,7 +111,7 @@ class CapturedPasses:
             slot.holds, slot.fetched, slot.reader = first, False, None
         self._capture = capture
 
-    def _fetch(self, slot: _CapturedSlot, place: int, stream: int) -> None:
+    def _fetch(self, slot: _CapturedSlot, place: int, stream: StreamId) -> None:
         self._driver.record(slot.consumed.event, stream)
         for k, copies in enumerate(self._fetches[place].streams):
             copy_stream = self._streams[k].stream
@@ -120,7 +120,7 @@ class CapturedPasses:
             self._driver.record(slot.ready[k].event, copy_stream)
         slot.holds, slot.fetched = place, True
 
-    def _join(self, stream: int) -> None:
+    def _join(self, stream: StreamId) -> None:
         for slot, first in zip(self._slots, self._staging.layers, strict=False):
             if slot.fetched:
                 for ready in slot.ready[: len(self._fetches[first.place].streams)]:

@@ -42,7 +42,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from vmm_dwdp.allocator.driver import Driver, Lane, Ticket
+from vmm_dwdp.allocator.driver import Driver, Lane, StreamId, Ticket
 from vmm_dwdp.allocator.handles import Event, Stream
 from vmm_dwdp.config import Mode
 from vmm_dwdp.errors import StateError
@@ -163,7 +163,7 @@ class StagedLayer:
         self._lanes = lanes
         self._job = pipeline.issuer.job(partial(self._issue, None), lanes)
 
-    def acquire(self, stream: int) -> None:
+    def acquire(self, stream: StreamId) -> None:
         """Make ``stream`` wait until the layer is in its slot. Raises `StateError` if the slot is being read."""
         slot, pipeline = self.slot, self._pipeline
         timer, tracer = pipeline.timer, pipeline.tracer
@@ -196,7 +196,7 @@ class StagedLayer:
         self.counts.hits += hit
         self.counts.misses += not hit
 
-    def release(self, stream: int) -> None:
+    def release(self, stream: StreamId) -> None:
         """The layer has been read by the work given to ``stream``: fetch the next that uses its slot."""
         slot, pipeline = self.slot, self._pipeline
         if slot.reader is not self:
@@ -207,7 +207,7 @@ class StagedLayer:
         slot.reader = None
         self.following.fill(stream)
 
-    def fill(self, stream: int) -> None:
+    def fill(self, stream: StreamId) -> None:
         """Fetch the layer unless its slot holds it, after the work given to ``stream``, which read the slot last."""
         if self.slot.holds is not self:
             self._fetch(stream)
@@ -219,7 +219,7 @@ class StagedLayer:
         """The events that are recorded after the layer's copies."""
         return self.slot.ready[: len(self._lanes)]
 
-    def _fetch(self, stream: int) -> None:
+    def _fetch(self, stream: StreamId) -> None:
         slot, pipeline = self.slot, self._pipeline
         if slot.holds is None:
             slot.await_issue(pipeline)

@@ -29,7 +29,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final, get_args
 
-from vmm_dwdp.allocator.driver import Driver
+from vmm_dwdp.allocator.driver import Driver, StreamId
 from vmm_dwdp.allocator.handles import Ledger, Owned
 from vmm_dwdp.config import Mode, ModeSetting
 from vmm_dwdp.errors import ConfigError
@@ -117,7 +117,7 @@ class ModeChooser(Owned):
         self._timed: tuple[int, Mode] = 0, "staged"  # bucket and mode of the pass that was timed and not read yet
         self._span = Span(driver, ledger, "pass")
 
-    def choose(self, index: int, asked: ModeSetting, tokens: int | None, top_k: int | None, stream: int) -> Mode:
+    def choose(self, index: int, asked: ModeSetting, tokens: int | None, top_k: int | None, stream: StreamId) -> Mode:
         """The mode of layer ``index``, which may still be refused. Where it was not ``asked`` for, and ``stream`` is
         captured, it is the one supposed or known to be faster.
 
@@ -153,7 +153,7 @@ class ModeChooser(Owned):
             self._passes += 1
             self._mode, self._bucket = mode, self._chosen
 
-    def release(self, index: int, stream: int) -> None:
+    def release(self, index: int, stream: StreamId) -> None:
         """Layer ``index`` of the pass has been read by the work given to ``stream``."""
         if index == self._last_layer and self._bucket is not None:
             self._span.stop(stream)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from vmm_dwdp.allocator.driver import Driver
+from vmm_dwdp.allocator.driver import Driver, StreamId
 from vmm_dwdp.allocator.handles import Failures, Ledger, ResourceStack, undo_after
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.config import DWDPConfig, Mode, ModeSetting
@@ -144,7 +144,7 @@ class Schedule:
         if self._chooser is not None:
             self._chooser.release(layer.place, at)
 
-    def _acquire_staged(self, layer: ScheduledLayer, stream: int, tokens: int | None) -> None:
+    def _acquire_staged(self, layer: ScheduledLayer, stream: StreamId, tokens: int | None) -> None:
         staged = layer.staged
         assert staged is not None, "the mode is one that the config provides for"
         if not self._driver.capturing():
@@ -156,7 +156,7 @@ class Schedule:
             assert self._captured is not None
             self._captured.acquire(self._capture(stream), staged, stream)
 
-    def _capture(self, stream: int) -> int:
+    def _capture(self, stream: StreamId) -> int:
         """The capture of the current stream. Raises `StateError` unless ``stream`` takes part in it, or it would run
         now what belongs to a replay."""
         capture = self._driver.capture(stream)
@@ -195,16 +195,17 @@ class Schedule:
                 )
             self._staging.reset(at)
 
-    def _stream(self, stream: torch.cuda.Stream | None) -> int:
+    def _stream(self, stream: torch.cuda.Stream | None) -> StreamId:
         """Raises `StateError` if ``stream`` is of another device, or is captured and the current one, by which captures
         are told, is not."""
         if stream is None:
             return self._driver.current_stream()
         if stream.device != self._driver.device:
             raise StateError(f"the stream is of {stream.device}, but the weights are on {self._driver.device}")
-        if self._driver.capture(stream.cuda_stream) and not self._driver.capturing():
-            raise StateError(f"stream {stream.cuda_stream:#x} is captured into a graph: make it the current stream")
-        return stream.cuda_stream
+        at = StreamId(stream.cuda_stream)
+        if self._driver.capture(at) and not self._driver.capturing():
+            raise StateError(f"stream {at:#x} is captured into a graph: make it the current stream")
+        return at
 
     # -- between passes ----------------------------------------------------------------------------------------------
     @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from vmm_dwdp.allocator.driver import Driver, Lane
+from vmm_dwdp.allocator.driver import Driver, Lane, StreamId
 from vmm_dwdp.allocator.handles import Event, Ledger, ResourceStack, Stream, undo_after
 from vmm_dwdp.errors import StateError
 from vmm_dwdp.observe.timing import PassTimer
@@ -71,7 +71,7 @@ class Staging:
             for stream, copies, ready in zip(self.pipeline.streams, fetch.streams, slot.ready, strict=False)
         ]
 
-    def reset(self, stream: int) -> None:
+    def reset(self, stream: StreamId) -> None:
         """Give up layers that were acquired on ``stream``, and make the slots as they are between passes."""
         for slot, first in zip(self.slots, self.layers, strict=False):
             if slot.reader is not None:

@@ -26,7 +26,8 @@ ROOMS: Final = {  # from the bottom up: what it is about, in a word, and all tha
     "memory": ("pages", "errors config layout allocator observe"),
     "schedule": ("time", "errors config layout allocator observe memory"),
     "group": ("others", "errors config layout allocator observe memory"),
-    "runtime": ("rank", "errors config layout allocator observe memory schedule group"),
+    "rank": ("lifetime", "errors config layout allocator observe memory schedule group"),
+    "runtime": ("passes", "errors config layout allocator observe memory schedule group rank"),
     "checkpoint": ("files", "errors config layout allocator runtime"),
     "planning": ("paper", "errors config layout allocator observe memory schedule runtime"),
     "integrations": (
