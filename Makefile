@@ -75,7 +75,7 @@ dist-test: dist
 clean:
 	rm -rf $(VENV)* build dist site *.egg-info allocator/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-$(INSTALLED): pyproject.toml allocator/_issue.c
+$(INSTALLED): pyproject.toml $(wildcard allocator/*.[ch])
 	@echo "Installing into $(VENV): a few minutes, once"
 	@$(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/pip install --quiet --upgrade pip

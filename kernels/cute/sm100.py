@@ -53,6 +53,15 @@ class GroupedGemmSm100(GroupedGemm):
 
         return Storage
 
+    def make_operands(self, tiled_mma: cute.TiledMma, storage: Any) -> tuple[cute.Tensor, cute.Tensor]:
+        """The same bytes as the loading warp's, seen as the matrix instruction's operands."""
+        shape_mnk = (TILE_M, TILE_N, self.tile_k)
+        mma_x = blackwell.make_smem_layout_a(tiled_mma, shape_mnk, self.dtype, STAGES)
+        mma_w = blackwell.make_smem_layout_b(tiled_mma, shape_mnk, self.dtype, STAGES)
+        r_x = tiled_mma.make_fragment_A(storage.x.get_tensor(mma_x.outer, swizzle=mma_x.inner))
+        r_w = tiled_mma.make_fragment_B(storage.w.get_tensor(mma_w.outer, swizzle=mma_w.inner))
+        return r_x, r_w
+
     @cute.kernel
     def kernel(
         self,
@@ -106,12 +115,7 @@ class GroupedGemmSm100(GroupedGemm):
             s_w = storage.w.get_tensor(w_layout.outer, swizzle=w_layout.inner)
             self.load_tiles(ring, ends, offsets, x_atom, x, w_atoms, ws, s_x, s_w, tiles_n)
         if warp == 1:
-            # The same bytes as the loading warp's, seen as the matrix instruction's operands.
-            shape_mnk = (TILE_M, TILE_N, self.tile_k)
-            mma_x = blackwell.make_smem_layout_a(tiled_mma, shape_mnk, self.dtype, STAGES)
-            mma_w = blackwell.make_smem_layout_b(tiled_mma, shape_mnk, self.dtype, STAGES)
-            r_x = tiled_mma.make_fragment_A(storage.x.get_tensor(mma_x.outer, swizzle=mma_x.inner))
-            r_w = tiled_mma.make_fragment_B(storage.w.get_tensor(mma_w.outer, swizzle=mma_w.inner))
+            r_x, r_w = self.make_operands(tiled_mma, storage)
             self.multiply_tiles(ring, handover, ends, offsets, tiled_mma, r_x, r_w, sums, x.shape[1])
         if thread >= GROUP_THREADS:
             self.store_tiles(handover, ends, offsets, out, x_scale, ws, weight_scales, sums, tiles_n, x.shape[1])

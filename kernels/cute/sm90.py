@@ -150,21 +150,7 @@ class GroupedGemmSm90(GroupedGemm):
             if cutlass.const_expr(self.scaled):
                 state = self.multiply_scaled(ring, state, tiled_mma, r_x, r_w, acc, k_tiles, scale_addresses, scales)
             else:
-                tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
-                warpgroup.fence()
-                ring.consumer_wait(state)
-                self.multiply_stage(tiled_mma, r_x, r_w, acc, state.index)
-                state.advance()
-                for _ in cutlass.range(1, k_tiles, unroll=1):
-                    ring.consumer_wait(state)
-                    self.multiply_stage(tiled_mma, r_x, r_w, acc, state.index)
-                    warpgroup.wait_group(1)
-                    ring.consumer_release(release)
-                    release.advance()
-                    state.advance()
-                warpgroup.wait_group(0)
-                ring.consumer_release(release)
-                release.advance()
+                state, release = self.multiply_plain(ring, state, release, tiled_mma, r_x, r_w, acc, k_tiles)
             this_row, this_end, column = row, end, n * TILE_N
             tile += num_ctas
             if tile < num_tiles:
@@ -173,6 +159,40 @@ class GroupedGemmSm90(GroupedGemm):
                     self.find_scales(scale_addresses, x_scale, ws, weight_scales, expert, row, n)
                     self.read_scales(scales, scale_addresses, 0)
             self.store_tile(tiled_mma, acc, s_out, out, this_row, this_end, column)
+
+    @cute.jit
+    def multiply_plain(
+        self,
+        ring: pipeline.PipelineTmaAsync,
+        state: pipeline.PipelineState,
+        release: pipeline.PipelineState,
+        tiled_mma: cute.TiledMma,
+        r_x: cute.Tensor,
+        r_w: cute.Tensor,
+        acc: cute.Tensor,
+        k_tiles: Int32,
+    ) -> tuple[pipeline.PipelineState, pipeline.PipelineState]:
+        """All stages of a tile without scales; returns the ring's states after them.
+
+        ``state`` is where to wait next, ``release`` what to give back next: a stage is, once its products are complete,
+        while those of the one after it run.
+        """
+        tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.fence()
+        ring.consumer_wait(state)
+        self.multiply_stage(tiled_mma, r_x, r_w, acc, state.index)
+        state.advance()
+        for _ in cutlass.range(1, k_tiles, unroll=1):
+            ring.consumer_wait(state)
+            self.multiply_stage(tiled_mma, r_x, r_w, acc, state.index)
+            warpgroup.wait_group(1)
+            ring.consumer_release(release)
+            release.advance()
+            state.advance()
+        warpgroup.wait_group(0)
+        ring.consumer_release(release)
+        release.advance()
+        return state, release
 
     @cute.jit
     def find_scales(

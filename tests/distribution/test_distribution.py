@@ -28,6 +28,8 @@ NEEDED = {
     "vmm_dwdp/allocator/driver.py",  # through a symbolic link of the repository, as is the next
     "vmm_dwdp/allocator/_issue.c",
     "vmm_dwdp/allocator/_issue.pyi",
+    "vmm_dwdp/allocator/_issue_thread.c",
+    "vmm_dwdp/allocator/_issue_thread.h",
     "vmm_dwdp/kernels/cute/sm90.py",
     "vmm_dwdp/models/bytes-moe/config.json",
     "vmm_dwdp/models/bytes-moe/model.safetensors",

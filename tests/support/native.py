@@ -8,14 +8,14 @@ import sysconfig
 from pathlib import Path
 from types import ModuleType
 
-SOURCE = Path(__file__).parents[2] / "allocator/_issue.c"
+SOURCES = sorted((Path(__file__).parents[2] / "allocator").glob("*.c"))
 
 
 def compiled(folder: Path, *options: str) -> Path:
     library = folder / "_issue.so"
     strict = ["-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-missing-field-initializers"]
     include = sysconfig.get_path("include")
-    command = ["cc", "-O1", *strict, *options, "-shared", "-fPIC", f"-I{include}", str(SOURCE), "-o", str(library)]
+    command = ["cc", "-O1", *strict, *options, "-shared", "-fPIC", f"-I{include}", *SOURCES, "-o", library]
     subprocess.run(command, check=True)
     return library
 

@@ -1,0 +1,89 @@
+/* A thread that gives copies to the CUDA driver; it knows no Python.
+
+   Giving the driver a layer of slices takes milliseconds. A thread of Python's that does so takes the interpreter's lock
+   after every call, and each time a thread that launches kernels has to wait until it gets it back. This one never has
+   it: what it does is laid out in C structures before, and whoever submits it only appends to a list.
+
+   A child that fork made has none of this process's threads, and locks as they were at that moment, held for good
+   perhaps. So there nothing here locks or waits: of an issuer that its parent started a child may only ask `is_here`. */
+
+#pragma once
+
+#include <pthread.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#pragma GCC visibility push(hidden) /* or a function of the same name elsewhere in the process could take its place */
+
+/* cuCtxSetCurrent, cuStreamWaitEvent, cuMemcpyBatchAsync and cuEventRecordWithFlags; 0 is success */
+typedef int (*SetCurrent)(void *context);
+typedef int (*WaitEvent)(void *stream, void *event, unsigned flags);
+typedef int (*CopyBatch)(void *dsts, void *srcs, void *sizes, size_t count, void *attributes, void *firsts,
+                         size_t num_attributes, void *stream);
+typedef int (*RecordEvent)(void *event, void *stream, unsigned flags);
+
+typedef struct {
+    void *dsts, *srcs, *sizes, *attributes, *firsts;
+    size_t count, num_attributes;
+} Batch;
+
+typedef struct { /* one stream: wait for `after`, copy, record `then` */
+    void *stream, *after, *then;
+    Batch *batches;
+    size_t num_batches;
+} Lane;
+
+enum { READY, SUBMITTED, DONE, FAILED }; /* a job's states */
+
+typedef struct Job { /* its memory, and the lanes', is the caller's, and stays while the job is SUBMITTED */
+    Lane *lanes;
+    size_t num_lanes;
+    struct Job *next; /* in the list of what was submitted */
+    int state;        /* written under the issuer's lock, read without it too */
+    const char *call; /* the one that failed */
+    int result;
+} Job;
+
+typedef struct { /* its memory is the caller's, who states the first five, and zero for the rest */
+    SetCurrent set_current;
+    WaitEvent wait_event;
+    CopyBatch copy_batch;
+    RecordEvent record_event;
+    void *context;
+    unsigned forks; /* as they were when this was started */
+    pthread_t thread;
+    pthread_mutex_t lock; /* of all below, and of the jobs' states */
+    pthread_cond_t work, hurry, progress;
+    Job *first, *last;
+    uint64_t submitted, ended; /* jobs; they end in the order of submission */
+    int started, asleep, waiting, closing;
+    int start_result;
+} Issuer;
+
+/* Once in a process, before it starts an issuer, and again at will. Returns 0, or what errno would be. */
+int count_forks(void);
+
+/* Whether this process is the one that started the issuer. */
+int is_here(const Issuer *issuer);
+
+/* Make the locks and the thread; wait until it has the context, of which `start_result` tells. Returns 0, or what errno
+   would be: then there is no thread to end. The locks are to be destroyed in either case. */
+int start_issuer(Issuer *issuer);
+
+/* Append a job that is not SUBMITTED to what is to be done, and do not wait. */
+void submit_job(Issuer *issuer, Job *job);
+
+/* Wait until `job` is over, or, without one, all that was submitted so far. */
+void await_job(Issuer *issuer, const Job *job);
+
+/* Once: finish what was submitted, and end the thread. */
+void end_issuer(Issuer *issuer);
+
+/* After the thread's end. */
+void destroy_locks(Issuer *issuer);
+
+static inline int job_state(const Job *job) {
+    return __atomic_load_n(&job->state, __ATOMIC_ACQUIRE);
+}
+
+#pragma GCC visibility pop
