@@ -34,14 +34,14 @@ _AGAIN = ("tests/multiprocess/test_update_again.py",)
 BUGS: Final = (
     Bug(
         "copies wait for the event of another slot",
-        "vmm_dwdp/schedule/prefetch.py",
+        "vmm_dwdp/schedule/staging.py",
         "Lane(stream.stream, slot.consumed.event, copies, ready.event)",
         "Lane(stream.stream, self.slots[0].consumed.event, copies, ready.event)",
         _EVENTS,
     ),
     Bug(
         "ready is recorded before the copies",
-        "vmm_dwdp/schedule/prefetch.py",
+        "vmm_dwdp/schedule/layer.py",
         """            self._driver.copy(lane.copies, lane.stream)
             self._driver.record(lane.then, lane.stream)
 """,
@@ -79,8 +79,8 @@ BUGS: Final = (
     ),
     Bug(
         "copies are given by the native thread while a trace is recorded",
-        "vmm_dwdp/schedule/prefetch.py",
-        "        if self.tracer is None:\n",
+        "vmm_dwdp/schedule/layer.py",
+        "        if pipeline.tracer is None:\n",
         "        if True:\n",
         ("tests/unit/schedule/test_copy_path.py",),
     ),
@@ -100,38 +100,38 @@ BUGS: Final = (
     ),
     Bug(
         "acquire does not wait for the thread that issues copies",
-        "vmm_dwdp/schedule/prefetch.py",
+        "vmm_dwdp/schedule/layer.py",
         "        if slot.ticket is not None and not slot.ticket.done:\n",
         "        if False:\n",
         _EVENTS,
     ),
     Bug(
         "release does not record that the slot was read",
-        "vmm_dwdp/schedule/prefetch.py",
+        "vmm_dwdp/schedule/layer.py",
         """        self._driver.record(slot.consumed.event, stream)
-        if self.tracer""",
-        "        if self.tracer",
+        if pipeline.tracer""",
+        "        if pipeline.tracer",
         _EVENTS,
     ),
     Bug(
         "the end of a pass fetches the first layer into every slot",
-        "vmm_dwdp/schedule/prefetch.py",
-        "[i + depth if i + depth < len(fetches) else i % depth for",
-        "[i + depth if i + depth < len(fetches) else 0 for",
+        "vmm_dwdp/schedule/staging.py",
+        "if place + depth < len(fetches) else place % depth]",
+        "if place + depth < len(fetches) else 0]",
         _EVENTS,
     ),
     Bug(
         "a slot that nobody read is overwritten at once",
-        "vmm_dwdp/schedule/prefetch.py",
-        "        if not slot.read:\n",
-        "        if False:\n",
+        "vmm_dwdp/schedule/layer.py",
+        "        elif not slot.read:\n",
+        "        elif False:\n",
         _EVENTS,
     ),
     Bug(
         "an abandoned layer is still acquired after reset",
         "vmm_dwdp/schedule/in_place.py",
-        "        self._acquired.clear()\n",
-        "        pass\n",
+        "            layer.read_in_place = False\n",
+        "            pass\n",
         _STATES,
     ),
     Bug(
@@ -188,12 +188,9 @@ BUGS: Final = (
     ),
     Bug(
         "slots keep old bytes in an update",
-        "vmm_dwdp/schedule/prefetch.py",
-        """            slot.holds = None
-            slot.read = True
-        self.reset(stream)
-""",
-        "            slot.read = True\n        self.reset(stream)\n",
+        "vmm_dwdp/schedule/staging.py",
+        "            slot.holds = None\n",
+        "            pass\n",
         _UPDATE,
     ),
     Bug(
@@ -234,13 +231,13 @@ BUGS: Final = (
     Bug(
         "a resource that could not be closed is forgotten",
         "allocator/handles.py",
-        """        self._undo()
-        self._ledger.remove(self._token)
-        self._token = None
+        """            self._undo()
+            self._ledger.remove(self._token)
+            self._token = None
 """,
-        """        token, self._token = self._token, None
-        self._ledger.remove(token)
-        self._undo()
+        """            token, self._token = self._token, None
+            self._ledger.remove(token)
+            self._undo()
 """,
         _HANDLES,
     ),
@@ -368,14 +365,14 @@ BUGS: Final = (
     ),
     Bug(
         "an update is made while a layer is read in place",
-        "vmm_dwdp/schedule/passes.py",
+        "vmm_dwdp/schedule/schedule.py",
         "            self._in_place.require_idle()\n",
         "            pass\n",
         _UPDATE,
     ),
     Bug(
         "the cache keeps old bytes after an update",
-        "vmm_dwdp/schedule/passes.py",
+        "vmm_dwdp/schedule/schedule.py",
         "            self._assembly.cache.refill()\n",
         "            self._assembly.cache.stats()\n",
         _UPDATE,
@@ -390,8 +387,8 @@ BUGS: Final = (
     Bug(
         "a torn tile is read",
         "vmm_dwdp/memory/cache.py",
-        "        if self._torn:\n",
-        "        if not self:\n",
+        "        if (self._torn or self._old) and (torn",
+        "        if not self and (torn",
         _FAILURES,
     ),
     Bug(
