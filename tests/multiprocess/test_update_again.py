@@ -103,6 +103,16 @@ def test_an_update_covers_what_the_one_before_left_half_written(tmp_path: Path) 
             check_pass(runtime, NEWER)
 
 
+def test_an_update_that_fails_in_the_middle_of_a_pass_ends_the_pass(tmp_path: Path) -> None:
+    """Whose thread would not be asked again before it reads the next layer."""
+    with published(CONFIG, tmp_path, OLD) as (first, second):
+        with first.layer(0):
+            pass
+        fail_midway(first, second)
+        with pytest.raises(StateError, match="weights are partly old and partly new"):
+            first.acquire(1)
+
+
 def _die_while_writing(rendezvous: Path) -> None:
     """In a forked child."""
     runtime = join(CONFIG, 1, rendezvous, OLD)

@@ -19,6 +19,7 @@ from support.groups import PAGE, add_layers, check_pass, fill_shards, in_threads
 from vmm_dwdp import HOST, ConfigError, DriverError, DWDPConfig, DWDPRuntime, ExchangeError, StateError, WeightSpec
 from vmm_dwdp.allocator.handles import Allocation
 from vmm_dwdp.allocator.host_driver import HostDriver
+from vmm_dwdp.config import Mode
 from vmm_dwdp.memory.virtual import VirtualAssembly
 from vmm_dwdp.observe.stats import CacheStats
 from vmm_dwdp.schedule.layer import Slot, StagedLayer
@@ -93,6 +94,17 @@ def test_reading_in_place_leaves_the_slots_as_they_are(tmp_path: Path) -> None:
     runtime.acquire(0)
     runtime.release(0)
     assert runtime.close().open() == []
+
+
+@pytest.mark.parametrize("mode", ["staged", "in_place"])
+def test_the_tensors_of_a_layer_are_those_of_its_mode(tmp_path: Path, mode: Mode) -> None:
+    with join(replace(ALONE, mode="in_place"), 0, tmp_path / "rendezvous", MODEL) as runtime:
+        for number, weights in MODEL.items():
+            with pytest.raises(StateError, match=f"layer {number} is not acquired"):
+                runtime.tensor_list(number, "w")
+            runtime.acquire(number, mode=mode)
+            assert same_bytes(torch.cat(runtime.tensor_list(number, "w")), weights["w"])
+            runtime.release(number)
 
 
 def test_in_place_alone_stages_nothing(tmp_path: Path) -> None:
