@@ -32,9 +32,9 @@ COMPUTE = 0  # the stream of kernels
 
 
 class Op(NamedTuple):
-    """One step of a thread. ``kind``: submit, await (of job ``value``); synchronize (with ``stream``); wait, record (event ``value``, on ``stream``);
-    kernel (layer ``value``, on ``stream``); copy (``part`` of layer ``value``, on ``stream``); replay (of graph
-    ``value``)."""
+    """One step of a thread. ``kind``: submit, await (of job ``value``); synchronize (with ``stream``); wait, record
+    (event ``value``, on ``stream``); kernel (layer ``value``, on ``stream``); copy (``part`` of layer ``value``, on
+    ``stream``); replay (of graph ``value``)."""
 
     kind: str
     value: int
