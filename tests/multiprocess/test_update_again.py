@@ -96,7 +96,7 @@ def test_an_update_covers_what_the_one_before_left_half_written(tmp_path: Path) 
         some = shards(first, NEWER)
         del some[1, "a", 0]
         with pytest.raises(ConfigError, match="layer 1, a: the shard of rank 0 may be half written"):
-            first.update(some)
+            first.update(some, timeout=1)
         in_threads(lambda rank: update((first, second)[rank], NEWER), 2)
         in_threads(lambda rank: (first, second)[rank].update({}), 2)  # nothing is half written any more
         for runtime in (first, second):
