@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from vmm_dwdp.allocator.handles import Descriptor, Ledger
+from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.errors import ExchangeError
 
 DESCRIPTORS_PER_CALL: Final = 253  # SCM_MAX_FD in the kernel
@@ -118,12 +119,19 @@ def _receive_bytes(sock: socket.socket, count: int, deadline: float) -> bytes:
 def _receive_descriptors(sock: socket.socket, expected: int, deadline: float, ledger: Ledger) -> list[Descriptor]:
     """The ``expected`` descriptors that come with the next byte."""
     room = socket.CMSG_SPACE(expected * array.array("i").itemsize)
-    _, ancillary, flags = _receive_some(sock, len(_MARK), room, deadline)
-    fds = array.array("i")
-    for level, kind, body in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            fds.frombytes(body[: len(body) - len(body) % fds.itemsize])
-    descriptors = [Descriptor(ledger, fd, "a received descriptor") for fd in fds]
+    while True:
+        _await(sock, select.POLLIN, deadline)
+        with uninterrupted():  # what the kernel has opened is counted
+            received = _receive_now(sock, len(_MARK), room)
+            if received is None:
+                continue
+            _, ancillary, flags = received
+            fds = array.array("i")
+            for level, kind, body in ancillary:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    fds.frombytes(body[: len(body) - len(body) % fds.itemsize])
+            descriptors = [Descriptor(ledger, fd, "a received descriptor") for fd in fds]
+            break
     if flags & socket.MSG_CTRUNC or len(descriptors) != expected:
         _close_all(descriptors)
         raise ExchangeError(
@@ -133,21 +141,28 @@ def _receive_descriptors(sock: socket.socket, expected: int, deadline: float, le
     return descriptors
 
 
-def _receive_some(
-    sock: socket.socket, num_bytes: int, room: int, deadline: float
-) -> tuple[bytes, list[tuple[int, int, bytes]], int]:
+_Received = tuple[bytes, list[tuple[int, int, bytes]], int]
+
+
+def _receive_some(sock: socket.socket, num_bytes: int, room: int, deadline: float) -> _Received:
     """At least one byte and at most ``num_bytes``, what came with them in ``room``, and the flags of recvmsg(2)."""
     while True:
         _await(sock, select.POLLIN, deadline)
-        try:
-            data, ancillary, flags, _ = sock.recvmsg(num_bytes, room, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
-        except BlockingIOError:
-            continue  # another reader, or a wake-up without cause
-        except OSError as error:
-            raise ExchangeError(f"a message could not be received: {error.strerror}") from error
-        if not data:
-            raise ExchangeError("the peer closed the connection before its message was complete")
-        return data, ancillary, flags
+        if (received := _receive_now(sock, num_bytes, room)) is not None:
+            return received
+
+
+def _receive_now(sock: socket.socket, num_bytes: int, room: int) -> _Received | None:
+    """`_receive_some`, or ``None`` where there is nothing: for another reader's sake, or a wake-up without cause."""
+    try:
+        data, ancillary, flags, _ = sock.recvmsg(num_bytes, room, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        raise ExchangeError(f"a message could not be received: {error.strerror}") from error
+    if not data:
+        raise ExchangeError("the peer closed the connection before its message was complete")
+    return data, ancillary, flags
 
 
 def _await(sock: socket.socket, condition: int, deadline: float) -> None:

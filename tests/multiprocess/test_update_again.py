@@ -96,11 +96,21 @@ def test_an_update_covers_what_the_one_before_left_half_written(tmp_path: Path) 
         some = shards(first, NEWER)
         del some[1, "a", 0]
         with pytest.raises(ConfigError, match="layer 1, a: the shard of rank 0 may be half written"):
-            first.update(some)
+            first.update(some, timeout=1)
         in_threads(lambda rank: update((first, second)[rank], NEWER), 2)
         in_threads(lambda rank: (first, second)[rank].update({}), 2)  # nothing is half written any more
         for runtime in (first, second):
             check_pass(runtime, NEWER)
+
+
+def test_an_update_that_fails_in_the_middle_of_a_pass_ends_the_pass(tmp_path: Path) -> None:
+    """Whose thread would not be asked again before it reads the next layer."""
+    with published(CONFIG, tmp_path, OLD) as (first, second):
+        with first.layer(0):
+            pass
+        fail_midway(first, second)
+        with pytest.raises(StateError, match="weights are partly old and partly new"):
+            first.acquire(1)
 
 
 def _die_while_writing(rendezvous: Path) -> None:

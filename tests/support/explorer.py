@@ -6,7 +6,8 @@ them puts on which stream. `explore` then runs that program in every order that 
 that are a handful of integers, and checks that no kernel ever reads a slot with another layer's bytes in it.
 
     actor            takes its next step when
-    launcher         always, except to await a job that the issuing thread has not finished
+    launcher         always, except to await a job that the issuing thread has not finished, or a stream that has
+                     not come to the end of what it was given
     issuing thread   the job was submitted
     a stream         its next operation was enqueued; a wait, once the record that it refers to has been executed
 
@@ -31,9 +32,9 @@ COMPUTE = 0  # the stream of kernels
 
 
 class Op(NamedTuple):
-    """One step of a thread. ``kind``: submit, await (of job ``value``); wait, record (event ``value``, on ``stream``);
-    kernel (layer ``value``, on ``stream``); copy (``part`` of layer ``value``, on ``stream``); replay (of graph
-    ``value``)."""
+    """One step of a thread. ``kind``: submit, await (of job ``value``); synchronize (with ``stream``); wait, record
+    (event ``value``, on ``stream``); kernel (layer ``value``, on ``stream``); copy (``part`` of layer ``value``, on
+    ``stream``); replay (of graph ``value``)."""
 
     kind: str
     value: int
@@ -79,7 +80,8 @@ class RecordingDriver:
 
     def destroy_event(self, event: int) -> None: ...
 
-    def synchronize(self, stream: int | None = None) -> None: ...
+    def synchronize(self, stream: int) -> None:
+        self.writing.append(Op("synchronize", 0, stream))
 
     def current_stream(self) -> int:
         return COMPUTE
@@ -107,8 +109,8 @@ class RecordingDriver:
         layer, part = prepared
         self.writing.append(Op("copy", layer, stream, part))
 
-    def kernel(self, layer: int) -> None:
-        self.writing.append(Op("kernel", layer, COMPUTE))
+    def kernel(self, layer: int, stream: int = COMPUTE) -> None:
+        self.writing.append(Op("kernel", layer, stream))
 
 
 class RecordingIssuer:
@@ -245,6 +247,8 @@ def explore(program: Program) -> Exploration:
             return after._replace(submitted=state.submitted + 1)
         if op.kind == "await":
             return after if state.issued[0] > op.value else None
+        if op.kind == "synchronize":
+            return None if state.queues[stream_index[op.stream]] else after
         if op.kind == "replay":
             return functools.reduce(enqueue, program.graphs[op.value], after)
         return enqueue(after, op)

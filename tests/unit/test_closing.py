@@ -10,6 +10,7 @@ import torch
 from support.groups import PAGE, check_pass, in_threads, join, random_model
 
 from vmm_dwdp import DriverError, DWDPConfig, DWDPRuntime, StateError
+from vmm_dwdp.allocator.handles import Event
 from vmm_dwdp.allocator.host_driver import HostDriver
 
 MODEL = random_model({number: {"w": ((8, 3000), torch.float32)} for number in range(3)})
@@ -87,6 +88,31 @@ def test_memory_goes_although_the_door_cannot_be_closed(tmp_path: Path, monkeypa
         kind: counts[kind] for kind in ("handles", "mappings", "reservations", "streams", "events")
     } == dict.fromkeys(("handles", "mappings", "reservations", "streams", "events"), 0)
     monkeypatch.undo()
+    assert runtime.close().open() == []
+
+
+@pytest.mark.parametrize("part", ["_schedule", "_membership"])
+def test_a_part_that_cannot_be_freed_does_not_keep_memory(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = join(DWDPConfig(group_size=1, host_experts=8), 0, tmp_path / "group", MODEL)
+
+    def refuse() -> None:
+        raise DriverError("cuEventDestroy", "CUDA_ERROR_UNKNOWN", "close")
+
+    monkeypatch.setattr(getattr(runtime, part), "close", refuse)
+    with pytest.raises(DriverError, match="CUDA_ERROR_UNKNOWN"):
+        runtime.close()
+    counts = runtime.ledger.counts()
+    assert [counts[kind] for kind in ("handles", "mappings", "reservations")] == [0, 0, 0]
+    monkeypatch.undo()
+    assert runtime.close().open() == []
+
+
+def test_close_finds_what_lost_its_owner(tmp_path: Path) -> None:
+    """Somebody was interrupted between making it and keeping it."""
+    runtime = join(DWDPConfig(group_size=1, host_experts=8), 0, tmp_path / "group", MODEL)
+    Event(runtime._driver, runtime.ledger, "nobody's")
     assert runtime.close().open() == []
 
 

@@ -14,11 +14,22 @@ from pathlib import Path
 import pytest
 import torch
 from support.faults import FaultyDriver
-from support.groups import PAGE, add_layers, check_pass, fill_shards, in_threads, join, random_model, same_bytes
+from support.groups import (
+    PAGE,
+    add_layers,
+    check_pass,
+    fill_shards,
+    in_threads,
+    join,
+    published,
+    random_model,
+    same_bytes,
+)
 
 from vmm_dwdp import HOST, ConfigError, DriverError, DWDPConfig, DWDPRuntime, ExchangeError, StateError, WeightSpec
 from vmm_dwdp.allocator.handles import Allocation
 from vmm_dwdp.allocator.host_driver import HostDriver
+from vmm_dwdp.config import Mode
 from vmm_dwdp.memory.virtual import VirtualAssembly
 from vmm_dwdp.observe.stats import CacheStats
 from vmm_dwdp.schedule.layer import Slot, StagedLayer
@@ -93,6 +104,17 @@ def test_reading_in_place_leaves_the_slots_as_they_are(tmp_path: Path) -> None:
     runtime.acquire(0)
     runtime.release(0)
     assert runtime.close().open() == []
+
+
+@pytest.mark.parametrize("mode", ["staged", "in_place"])
+def test_the_tensors_of_a_layer_are_those_of_its_mode(tmp_path: Path, mode: Mode) -> None:
+    with join(replace(ALONE, mode="in_place"), 0, tmp_path / "rendezvous", MODEL) as runtime:
+        for number, weights in MODEL.items():
+            with pytest.raises(StateError, match=f"layer {number} is not acquired"):
+                runtime.tensor_list(number, "w")
+            runtime.acquire(number, mode=mode)
+            assert same_bytes(torch.cat(runtime.tensor_list(number, "w")), weights["w"])
+            runtime.release(number)
 
 
 def test_in_place_alone_stages_nothing(tmp_path: Path) -> None:
@@ -273,10 +295,14 @@ def test_more_layers_than_a_process_can_map(unpublished: DWDPRuntime, monkeypatc
 
 
 def test_more_shares_than_a_process_can_have_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = DWDPConfig(group_size=2)
+    with published(config, tmp_path / "whole", MODEL) as whole:
+        received, handed_over = (each.ledger.counts()["descriptors"] for each in whole)  # by rank 0, and to rank 1
+    count = 2 * received + handed_over  # on the host driver a handle is one, too
     monkeypatch.setattr("resource.getrlimit", lambda _: (5, 5))
-    runtime = DWDPRuntime(DWDPConfig(group_size=2), 0, "cpu", tmp_path, driver=HostDriver(PAGE))
+    runtime = DWDPRuntime(config, 0, "cpu", tmp_path / "group", driver=HostDriver(PAGE))
     add_layers(runtime, MODEL)
-    with pytest.raises(ConfigError, match=r"takes \d+ file descriptors, but a process may open 5"):
+    with pytest.raises(ConfigError, match=f"takes {count} file descriptors, but a process may open 5"):
         runtime.publish()
     assert runtime.ledger.open() == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.groups import PAGE, check_pass, in_threads, join, random_model, same_bytes
+from support.groups import PAGE, add_layers, check_pass, in_threads, join, random_model, same_bytes
 
 from vmm_dwdp import DWDPConfig, DWDPRuntime, StateError
 from vmm_dwdp.allocator.host_driver import HostDriver
@@ -182,3 +183,33 @@ def test_a_forked_child_is_refused_and_the_parent_goes_on(tmp_path: Path) -> Non
     assert other.close().open() == []
     os.close(say_so)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_child_does_not_stand_for_its_parent_that_has_died(tmp_path: Path) -> None:
+    config = DWDPConfig(group_size=2)
+    told, tell = os.pipe()
+    go_on, say_so = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        try:
+            os.close(say_so)
+            runtime = join(config, 0, tmp_path / "group", MODEL)
+            if os.fork() == 0:
+                os.write(tell, b"here")
+            os.read(go_on, 1)  # until the test is over
+            del runtime
+        finally:
+            os._exit(0)
+    os.close(tell)
+    other = join(config, 1, tmp_path / "group", MODEL)
+    assert os.read(told, 4) == b"here"
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    again = DWDPRuntime(config, 0, "cpu", tmp_path / "group", driver=HostDriver(PAGE))
+    add_layers(again, MODEL)
+    again.rejoin()
+    for each in other, again:
+        check_pass(each, MODEL)
+        assert each.close().open() == []
+    for descriptor in (say_so, go_on, told):
+        os.close(descriptor)

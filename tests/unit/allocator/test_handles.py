@@ -204,6 +204,25 @@ def test_an_exception_in_the_block_closes_the_stack() -> None:
     assert closed == ["a"]
 
 
+def test_a_close_that_fails_is_a_note_on_what_the_block_raised() -> None:
+    note = Note("a", [], broken=True)
+    with pytest.raises(ZeroDivisionError) as raised, note:
+        raise ZeroDivisionError
+    assert raised.value.__notes__ == ["and then: a failed with BROKEN while trying to close"]
+    with pytest.raises(DriverError, match="BROKEN"), note:
+        pass
+
+
+def test_a_sweep_closes_what_nobody_owns_and_leaves_memory_alone(failing: FailingDriver, ledger: Ledger) -> None:
+    Stream(failing, ledger)
+    Event(failing, ledger)
+    Allocation.create(failing, ledger, PAGE)
+    with Reservation(failing, ledger, PAGE, "addresses"):
+        ledger.sweep()
+        assert failing.log == ["release", "destroy_event", "destroy_stream"]
+        assert ledger.open() == ["reservations: addresses"]
+
+
 def test_a_descriptor_closes_the_kernel_s(ledger: Ledger, open_descriptors: None) -> None:
     with Descriptor(ledger, os.open("/dev/null", os.O_RDONLY)) as descriptor:
         assert ledger.counts()["descriptors"] == 1

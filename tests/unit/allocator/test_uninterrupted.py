@@ -59,6 +59,25 @@ def test_what_the_body_raises_is_not_lost() -> None:
     assert isinstance(raised.value.__context__, ZeroDivisionError)
 
 
+@pytest.mark.usefixtures("raising")
+def test_every_signal_is_handled_although_the_handler_of_one_raises() -> None:
+    handled = []
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: handled.append(number))
+
+    def body() -> None:
+        with uninterrupted():
+            for number in (signal.SIGUSR1, signal.SIGUSR2):
+                signal.raise_signal(number)
+            assert handled == []
+
+    try:
+        with pytest.raises(Interrupted):
+            body()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert handled == [signal.SIGUSR2]
+
+
 def test_other_threads_are_not_concerned() -> None:
     handlers = []
 

@@ -33,6 +33,30 @@ def test_some_of_more_faults_and_switches(seed: int) -> None:
     assert explore(WIDE, most=5_000, chance=random.Random(seed)).violation is None
 
 
+def test_a_step_of_an_attempt_that_was_overtaken_is_none_of_the_next() -> None:
+    """It takes two others that begin anew and a word that is late, which is more than the scopes above have."""
+    rank, own = Agreement(0, 3), (1, "a")
+    before: Vector = (own, (1, "b"), (1, "c"))
+    after: Vector = (own, (2, "d"), (2, "e"))
+    rank.begin("a")
+    assert rank.hear(1, Word("bind", before)).counts
+    for other in (1, 2):
+        assert rank.hear(other, Word("bind", after)).counts
+    for other in (1, 2):
+        rank.answered(other, Word("say", after), Answer(after, True, None))
+        rank.answered(other, Word("bind", after), Answer(after, True, None))
+    assert rank.committed == after
+    rank.reach(1)
+    for other in (1, 2):
+        rank.answered(other, Word("step", after, 1), Answer(after, True, None))
+    rank.hear(2, Word("step", after, 1))
+    rank.hear(1, Word("step", before, 1))
+    assert rank.missing == [1]
+    assert not rank.passed
+    rank.hear(1, Word("step", after, 1))
+    assert rank.passed
+
+
 class _CountsWordsOfAnyName(Agreement):
     """Today's words and yesterday's are the same, as long as they are of the same step."""
 

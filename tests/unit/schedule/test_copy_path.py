@@ -61,6 +61,23 @@ def test_the_launching_thread_does_not_wait_for_jobs(ledger: Ledger) -> None:
     issuer.close()
 
 
+def test_flush_waits_for_all_that_was_submitted(ledger: Ledger) -> None:
+    """However it ends."""
+    issuer = ThreadIssuer(HostDriver(PAGE), ledger)
+    gate = threading.Event()
+    ran: list[int] = []
+
+    def fail() -> None:
+        raise DriverError("copy", "INJECTED", "test")
+
+    for work in (lambda: assert_true(gate.wait(10)), fail, *(partial(ran.append, n) for n in range(1000))):
+        issuer.submit(issuer.job(work, []))
+    gate.set()
+    issuer.flush()
+    assert len(ran) == 1000
+    issuer.close()
+
+
 def assert_true(value: bool) -> None:
     assert value
 

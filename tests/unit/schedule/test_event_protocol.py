@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from unittest import mock
 
 import pytest
-from support.explorer import Launch, explore, record
+from support.explorer import COMPUTE, Launch, RecordingDriver, explore, record
 
 from vmm_dwdp.allocator.driver import Lane, Ticket
 from vmm_dwdp.schedule.layer import Fetch, Slot, StagedLayer
 from vmm_dwdp.schedule.staging import Staging
 
 Run = Callable[[int], None]
+ANOTHER = 99  # a stream beside the one that computes
 
 
 def two_passes(num_layers: int, staging: Staging, run: Run) -> None:
@@ -58,6 +60,35 @@ def test_misses_and_abandoned_passes_in_every_order(launch: Callable[..., None],
 @pytest.mark.parametrize("launch", [partial(two_passes, 3), partial(out_of_order, 3), partial(abandoned, 3)])
 def test_two_copy_streams_in_every_order(launch: Launch) -> None:
     found = explore(record(launch, 3, 2, thread=False, num_streams=2))
+    assert found.violation is None
+
+
+def interrupted(handed_over: bool, staging: Staging, run: Run) -> None:
+    """A fetch that ends before or after its job is handed over, and is made anew for another stream than the one that
+    read the slot."""
+    driver, issuer, first = staging._driver, staging.pipeline.issuer, staging.layers[0]
+    assert isinstance(driver, RecordingDriver)
+    submit = issuer.submit
+
+    def interrupt(job: object) -> None:
+        if handed_over:
+            submit(job)
+        raise KeyboardInterrupt
+
+    first.acquire(ANOTHER)
+    driver.kernel(0, ANOTHER)
+    with mock.patch.object(issuer, "submit", interrupt), pytest.raises(KeyboardInterrupt):
+        first.release(ANOTHER)
+    staging.reset(COMPUTE)
+    run(0)
+    staging.reset(COMPUTE)
+
+
+@pytest.mark.parametrize("thread", [False, True], ids=["inline", "thread"])
+@pytest.mark.parametrize("handed_over", [False, True])
+@pytest.mark.parametrize("num_streams", [1, 2])
+def test_a_fetch_that_was_interrupted_and_is_made_anew(num_streams: int, handed_over: bool, thread: bool) -> None:
+    found = explore(record(partial(interrupted, handed_over), 2, 1, thread=thread, num_streams=num_streams))
     assert found.violation is None
 
 
