@@ -59,7 +59,7 @@ BUGS: Final = (
     ),
     Bug(
         "the native thread goes on after a batch that the driver refused",
-        "allocator/_issue.c",
+        "allocator/_issue_thread.c",
         """                return "cuMemcpyBatchAsync";
 """,
         """                continue;
@@ -69,15 +69,14 @@ BUGS: Final = (
     Bug(
         "a job that the native thread is at can be freed",
         "allocator/_issue.c",
-        """    if (job->issuer && job->issuer->forks == forks)
-        await(job->issuer, job);
-""",
-        "",
+        """    await(self->owner, &self->job);
+    for""",
+        "    for",
         _NATIVE,
     ),
     Bug(
         "a native thread that sleeps is not woken",
-        "allocator/_issue.c",
+        "allocator/_issue_thread.c",
         """    if (asleep)
         pthread_cond_signal(&issuer->work);
 """,
@@ -94,13 +93,13 @@ BUGS: Final = (
     Bug(
         "what a job's addresses point into is not kept",
         "allocator/_issue.c",
-        "job->kept = Py_NewRef(kept);",
-        "job->kept = Py_NewRef(Py_None);",
+        "made->kept = Py_NewRef(kept);",
+        "made->kept = Py_NewRef(Py_None);",
         _NATIVE,
     ),
     Bug(
         "a refused job of the native thread counts as done",
-        "allocator/_issue.c",
+        "allocator/_issue_thread.c",
         "call ? FAILED : DONE",
         "DONE",
         _NATIVE,
@@ -525,8 +524,8 @@ BUGS: Final = (
     Bug(
         "flush does not wait for the native thread",
         "allocator/_issue.c",
-        "        await(issuer, NULL);\n",
-        "        (void)issuer;\n",
+        "    await((IssuerObject *)object, NULL);\n",
+        "    (void)object;\n",
         ("tests/unit/allocator/test_native_issue.py::test_flush_waits_for_all_that_was_submitted_and_raises_nothing",),
     ),
     Bug(
@@ -581,7 +580,7 @@ BUGS: Final = (
     ),
     Bug(
         "close does not look for what has no owner",
-        "vmm_dwdp/runtime.py",
+        "vmm_dwdp/rank.py",
         "                self.ledger.sweep()\n",
         "                pass\n",
         _CLOSING,
@@ -596,7 +595,7 @@ BUGS: Final = (
     ),
     Bug(
         "an update in the middle of a pass lets the pass go on unasked",
-        "vmm_dwdp/runtime.py",
+        "vmm_dwdp/rank.py",
         "            self._lifecycle.end_pass()  # so that the next",
         "            pass  # so that the next",
         ("tests/multiprocess/test_update_again.py::test_an_update_that_fails_in_the_middle_of_a_pass_ends_the_pass",),
@@ -667,8 +666,8 @@ BUGS: Final = (
     ),
     Bug(
         "a forked child keeps its parent's door open",
-        "vmm_dwdp/runtime.py",
-        "        runtime._membership.forget()\n",
+        "vmm_dwdp/rank.py",
+        "        rank._membership.forget()\n",
         "",
         _TURN,
     ),
@@ -711,7 +710,7 @@ BUGS: Final = (
     ),
     Bug(
         "a pause of the native thread is not cut short",
-        "allocator/_issue.c",
+        "allocator/_issue_thread.c",
         "    issuer->waiting++;\n    pthread_cond_signal(&issuer->hurry);\n",
         "    issuer->waiting++;\n",
         ("tests/unit/allocator/test_native_issue.py::test_a_pause_ends_when_somebody_begins_to_wait",),
@@ -719,21 +718,21 @@ BUGS: Final = (
     # -- the end
     Bug(
         "a door that cannot be shut keeps close from the rest",
-        "vmm_dwdp/runtime.py",
+        "vmm_dwdp/rank.py",
         "            with failures.noted():\n                need_no_device()\n",
         "            need_no_device()\n",
         _CLOSING,
     ),
     Bug(
         "one part that cannot be freed keeps close from the others",
-        "vmm_dwdp/runtime.py",
+        "vmm_dwdp/rank.py",
         "                with failures.noted():\n                    free()\n",
         "                free()\n",
         _CLOSING,
     ),
     Bug(
         "memory is freed although the device may still read it",
-        "vmm_dwdp/runtime.py",
+        "vmm_dwdp/rank.py",
         "            self._driver.synchronize()\n            for free",
         "            with failures.noted():\n                self._driver.synchronize()\n            for free",
         _CLOSING,
@@ -761,7 +760,7 @@ BUGS: Final = (
     ),
     Bug(
         "a runtime that cannot be closed takes the place of its block's exception",
-        "vmm_dwdp/runtime.py",
+        "vmm_dwdp/rank.py",
         'a note on it."""\n        undo_after(error, self.close)\n',
         'a note on it."""\n        self.close()\n',
         _CLOSING,
