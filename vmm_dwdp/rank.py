@@ -192,7 +192,7 @@ class Rank:
                 layer, weight, owner = key
                 self._membership.require_fits(self._layers.with_weight(layer, weight), weight, owner, value)
             self._membership.require_covers(shards)
-            self._lifecycle.end_pass()  # so that the next acquire asks whether weights are whole
+            self._lifecycle.ask_again()  # so that the next acquire asks whether weights are whole
             with self._schedule.suspended():
                 self._membership.update(shards, time.monotonic() + timeout)
 

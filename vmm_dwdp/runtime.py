@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from threading import get_ident
 
 import torch
 import torch.distributed as dist
@@ -101,17 +100,25 @@ class DWDPRuntime(Rank):
                 another device's; or another thread is in the middle of a pass.
             DriverError: a copy could not be issued; the call may be repeated.
         """
-        if self._lifecycle.runner == get_ident() and self._current_device() == self._index:
-            return self._schedule.acquire(layer, mode, tokens, top_k, chosen, stream)
-        self._lifecycle.require_running()
+        lifecycle = self._lifecycle
+        this = lifecycle.mine.number
+        if lifecycle.runner == this and self._current_device() == self._index:
+            was_in_pass, lifecycle.in_pass = lifecycle.in_pass, True  # see [Note: One thread at a time]
+            if lifecycle.runner == this:
+                try:
+                    return self._schedule.acquire(layer, mode, tokens, top_k, chosen, stream)
+                except BaseException:
+                    lifecycle.in_pass = was_in_pass
+                    raise
+        lifecycle.require_running()
         self._membership.require_updated()
-        begins = self._lifecycle.claim()
+        begins = lifecycle.claim()
         try:
             with nullcontext() if self._driver.is_current() else self._driver.current():
                 return self._schedule.acquire(layer, mode, tokens, top_k, chosen, stream)
         except BaseException:
             if begins:
-                self._lifecycle.end_pass()
+                lifecycle.end_pass()
             raise
 
     @between_regions
@@ -125,13 +132,14 @@ class DWDPRuntime(Rank):
             StateError: the layer is not acquired, or was on the other side of a capture's border.
             DriverError: a call failed; `reset` makes the slots ready again.
         """
-        if self._lifecycle.runner == get_ident() and self._current_device() == self._index:
+        lifecycle = self._lifecycle
+        if lifecycle.runner == lifecycle.mine.number and self._current_device() == self._index:
             self._schedule.release(layer, stream)
         else:
             with self._undisturbed():
                 self._schedule.release(layer, stream)
         if layer == self._last_layer:
-            self._lifecycle.end_pass()
+            lifecycle.in_pass = False
 
     def layer(
         self,
@@ -217,7 +225,7 @@ class DWDPRuntime(Rank):
         Any thread may ask at any moment. Waits are read off the device by the thread that runs passes alone, so another
         thread sees those up to the latest pass that was timed.
         """
-        own = self._lifecycle.latest_runner == get_ident() and self._lifecycle.is_running
+        own = self._lifecycle.latest_runner == self._lifecycle.mine.number and self._lifecycle.is_running
         with self._driver.current() if own else nullcontext():
             return self._schedule.stats(read=own)
 

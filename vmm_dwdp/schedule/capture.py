@@ -30,7 +30,7 @@ from vmm_dwdp.schedule.layer import Fetch, SlotEvents, StagedLayer
 from vmm_dwdp.schedule.staging import Staging, open_streams_and_slots
 
 
-@dataclass
+@dataclass(slots=True)
 class _CapturedSlot(SlotEvents):
     """One slot as the capture in progress has it; its events are edges of the graph."""
 

@@ -68,7 +68,7 @@ class Fetch:
     nbytes: int
 
 
-@dataclass
+@dataclass(slots=True)
 class Pipeline:
     """What the staged layers of a rank share.
 
@@ -90,7 +90,7 @@ class Pipeline:
     prompt: bool = False
 
 
-@dataclass
+@dataclass(slots=True)
 class SlotEvents:
     """The events of one slot; see [Note: The event protocol]."""
 
@@ -98,7 +98,7 @@ class SlotEvents:
     consumed: Event
 
 
-@dataclass
+@dataclass(slots=True)
 class Slot(SlotEvents):
     """The memory that some layers share, at this point of the launching thread's program."""
 
@@ -123,7 +123,7 @@ class Slot(SlotEvents):
         self.ticket = None
 
 
-@dataclass
+@dataclass(slots=True)
 class LayerCounts:
     """What happened to one layer so far."""
 
@@ -205,7 +205,11 @@ class StagedLayer:
         if pipeline.tracer is not None:
             pipeline.tracer.mark("released", self.number, 0, stream)
         slot.reader = None
-        self.following.fill(stream)
+        following = self.following
+        if slot.holds is not following:
+            following._fetch(stream)
+        if pipeline.prompt:
+            following.fill(stream)
 
     def fill(self, stream: StreamId) -> None:
         """Fetch the layer unless its slot holds it, after the work given to ``stream``, which read the slot last."""
@@ -248,7 +252,7 @@ class StagedLayer:
                 tracer.mark("copies end", self.number, number, lane.stream)
 
 
-@dataclass
+@dataclass(slots=True)
 class ScheduledLayer:
     """One layer, in every mode that the config provides for.
 

@@ -4,10 +4,15 @@
 A pass belongs to the thread that acquires its first layer, until it releases the last one or gives the pass up by
 `reset`. In between another thread is refused, whatever it asks for that belongs to a pass: the two would take each
 other's slots. Between passes any thread may begin one. Where the thread of a pass has ended, the pass has too.
+
+The thread that ran the latest pass begins the next without a lock: it says that it is in a pass, and then looks whether
+it is still the runner. Whoever takes its place says so first, and then looks whether a pass has begun: so one of the
+two sees the other.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,20 +23,30 @@ from vmm_dwdp.errors import StateError
 _State = Literal["set-up", "running", "closed", "forked"]
 
 
+class _Mine(threading.local):
+    number = -1
+
+
 class Lifecycle:
     """Set-up until `publish`, passes and what they need from then on, `close` at any time.
 
     Attributes:
-        runner: which thread is in the middle of a pass, as `threading.get_ident` numbers them; 0 if none is.
-        latest_runner: which one was, the last time.
+        runner: the number of the thread that may go on with passes, which is the one that ran the latest; 0: nobody
+            may without asking, by `claim`, which gives numbers.
+        mine: its ``number`` is the calling thread's. No thread inherits one, as it may a thread's identifier.
+        in_pass: whether the runner is in the middle of a pass.
+        latest_runner: the number of the thread that was `runner` the last time.
     """
 
     def __init__(self) -> None:
         self.runner = 0
+        self.mine = _Mine()
+        self.in_pass = False
         self.latest_runner = 0
+        self._numbers = itertools.count(1)
         self._state: _State = "set-up"
         self._thread: threading.Thread | None = None  # of `runner`
-        self._claims = threading.Lock()  # guards `runner` where it is claimed
+        self._claims = threading.Lock()  # guards where `runner` is claimed
 
     @property
     def is_running(self) -> bool:
@@ -75,9 +90,14 @@ class Lifecycle:
         finally:
             if claimed:
                 self.end_pass()
+                self.ask_again()  # what `acquire` sees to in a thread was not done in this one
 
     def end_pass(self) -> None:
         """The pass is over: any thread may begin the next one."""
+        self.in_pass = False
+
+    def ask_again(self) -> None:
+        """Whoever goes on with passes has to `claim` first."""
         self.runner = 0
 
     def claim(self) -> bool:
@@ -87,16 +107,25 @@ class Lifecycle:
         """
         this = threading.current_thread()
         with self._claims:
-            if self.runner == threading.get_ident():
-                return False
-            if self.runner and self._thread is not None and self._thread.is_alive():
-                raise StateError(
-                    f"thread {this.name!r} asks in the middle of a pass of thread {self._thread.name!r}: let passes "
-                    "take turns, and have the thread whose pass ended early call reset"
-                )
-            self._thread = this
-            self.runner = self.latest_runner = threading.get_ident()
-            return True
+            before = self._thread
+            self._require_free(before, this)
+            runner, self.runner = self.runner, next(self._numbers)
+            if before is not this:
+                try:
+                    self._require_free(before, this)  # see [Note: One thread at a time]
+                except StateError:
+                    self.runner = runner
+                    raise
+            self._thread, self.latest_runner, self.mine.number = this, self.runner, self.runner
+            begins, self.in_pass = not self.in_pass or before is not this, True
+            return begins
+
+    def _require_free(self, runner: threading.Thread | None, this: threading.Thread) -> None:
+        if self.in_pass and runner is not None and runner is not this and runner.is_alive():
+            raise StateError(
+                f"thread {this.name!r} asks in the middle of a pass of thread {runner.name!r}: let passes take turns, "
+                "and have the thread whose pass ended early call reset"
+            )
 
     def publish(self) -> None:
         """Set-up is complete."""
@@ -105,9 +134,9 @@ class Lifecycle:
     def close(self) -> None:
         """No call is allowed any more. A pass that another thread is in the middle of is refused its next call."""
         self._state = "closed"
-        self.end_pass()
+        self.ask_again()
 
     def fork(self) -> None:
         """This process is a child of the one that opened the runtime."""
         self._state = "forked"
-        self.end_pass()
+        self.ask_again()

@@ -51,6 +51,7 @@ class Schedule:
         self._copy_path: CopyPath | None = None
         self._traces = ResourceStack()  # the one that is being recorded, or one whose end was interrupted
         self._in_place: InPlace | None = None
+        self._only_staged = False  # no other mode can be had
         self._chooser: ModeChooser | None = None  # where either mode can be had
 
     def start(self) -> None:
@@ -63,6 +64,7 @@ class Schedule:
         if self._config.reads_in_place:
             modes.append("in_place")
             self._in_place = InPlace(self._driver, self._assembly.cache, list(self._layers.values()))
+        self._only_staged = modes == ["staged"]
         for each in self._layers.values():
             each.weights = {mode: self._assembly.weights(each.layer, mode) for mode in modes}
         if len(modes) > 1:
@@ -107,8 +109,10 @@ class Schedule:
         """See `DWDPRuntime.acquire`."""
         layer = self._layers[number]
         at = self._driver.current_stream() if stream is None else self._stream(stream)
-        if mode is None and self._in_place is None:  # see [Note: The path of the launching thread]
-            self._acquire_staged(layer, at, tokens)
+        if mode is None and self._only_staged and not self._driver.capturing():
+            layer.staged.acquire(at)  # type: ignore[union-attr]  # see [Note: The path of the launching thread]
+            if layer.place == 0:
+                self._observe(tokens)
             return layer.weights["staged"]
         mode = mode or self._config.mode
         if self._chooser is None if mode == "auto" else mode not in layer.weights:
@@ -149,12 +153,16 @@ class Schedule:
         assert staged is not None, "the mode is one that the config provides for"
         if not self._driver.capturing():
             staged.acquire(stream)
-            if staged.place == 0 and self._advises:
-                assert self._staging is not None
-                self._guard.observe(self._staging.pipeline.timer.latest, tokens)
+            if staged.place == 0:
+                self._observe(tokens)
         else:
             assert self._captured is not None
             self._captured.acquire(self._capture(stream), staged, stream)
+
+    def _observe(self, tokens: int | None) -> None:
+        """A staged pass of ``tokens`` begins."""
+        if self._advises and self._staging is not None:
+            self._guard.observe(self._staging.pipeline.timer.latest, tokens)
 
     def _capture(self, stream: StreamId) -> int:
         """The capture of the current stream. Raises `StateError` unless ``stream`` takes part in it, or it would run

@@ -150,7 +150,7 @@ def test_every_public_call_leaves_the_current_device_as_it_was(current: int | No
     Watched.made.clear()
     with ThreadPoolExecutor(1) as pool:
         pool.submit(work).result()
-    public = {name for name in vars(DWDPRuntime) if not name.startswith("_")}
+    public = {name for name in dir(DWDPRuntime) if not name.startswith("_")}
     assert public - Watched.made == {"rejoin"}, "see the next test"
 
 
