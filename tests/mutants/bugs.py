@@ -596,7 +596,7 @@ BUGS: Final = (
     Bug(
         "an update in the middle of a pass lets the pass go on unasked",
         "vmm_dwdp/rank.py",
-        "            self._lifecycle.end_pass()  # so that the next",
+        "            self._lifecycle.ask_again()  # so that the next",
         "            pass  # so that the next",
         ("tests/multiprocess/test_update_again.py::test_an_update_that_fails_in_the_middle_of_a_pass_ends_the_pass",),
     ),
@@ -625,43 +625,43 @@ BUGS: Final = (
     Bug(
         "a second thread is let through in the middle of a pass",
         "vmm_dwdp/schedule/lifecycle.py",
-        "            if self.runner and self._thread is not None",
-        "            if self.runner < 0 and self._thread is not None",
+        "        if self.in_pass and runner is not None",
+        "        if self.runner < 0 and runner is not None",
         _TURN,
     ),
     Bug(
         "the pass of a thread that has ended bars all others",
         "vmm_dwdp/schedule/lifecycle.py",
-        " and self._thread.is_alive():",
+        " and runner.is_alive():",
         ":",
         _TURN,
     ),
     Bug(
         "a pass does not end with its last layer",
         "vmm_dwdp/runtime.py",
-        "        if layer == self._last_layer:\n            self._lifecycle.end_pass()\n",
+        "        if layer == self._last_layer:\n            lifecycle.in_pass = False\n",
         "",
         _TURN,
     ),
     Bug(
         "an acquire that was refused begins a pass",
         "vmm_dwdp/runtime.py",
-        "            if begins:\n                self._lifecycle.end_pass()\n",
+        "            if begins:\n                lifecycle.end_pass()\n",
         "",
         _TURN,
     ),
     Bug(
         "statistics are read off the device by any thread",
         "vmm_dwdp/runtime.py",
-        "own = self._lifecycle.latest_runner == get_ident() and self._lifecycle.is_running",
+        "own = self._lifecycle.latest_runner == self._lifecycle.mine.number and self._lifecycle.is_running",
         "own = self._lifecycle.is_running",
         _TURN,
     ),
     Bug(
         "statistics are read off events that are closed",
         "vmm_dwdp/runtime.py",
-        "own = self._lifecycle.latest_runner == get_ident() and self._lifecycle.is_running",
-        "own = self._lifecycle.latest_runner == get_ident()",
+        "own = self._lifecycle.latest_runner == self._lifecycle.mine.number and self._lifecycle.is_running",
+        "own = self._lifecycle.latest_runner == self._lifecycle.mine.number",
         ("tests/unit/test_threads.py::test_stats_after_close_are_the_latest",),
     ),
     Bug(
@@ -695,10 +695,8 @@ BUGS: Final = (
     Bug(
         "a pass goes on whatever device has become current",
         "vmm_dwdp/runtime.py",
-        """        if self._lifecycle.runner == get_ident() and self._current_device() == self._index:
-            return""",
-        """        if self._lifecycle.runner == get_ident():
-            return""",
+        """        if lifecycle.runner == this and self._current_device() == self._index:""",
+        """        if lifecycle.runner == this:""",
         _CURRENT,
     ),
     Bug(
