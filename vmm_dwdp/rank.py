@@ -49,6 +49,8 @@ class Rank:
         self.rank = rank
         self.ledger = Ledger()
         self._driver = driver or open_driver(torch.device(device))
+        self._current_device = self._driver.current_device
+        self._index = self._driver.index
         self._lifecycle = Lifecycle()
         self._layers = Layers()
         layers = self._layers.in_order

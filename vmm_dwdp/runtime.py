@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-import torch.distributed as dist
 
-from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import undo_after
-from vmm_dwdp.config import DWDPConfig, ModeSetting
+from vmm_dwdp.config import ModeSetting
 from vmm_dwdp.memory.assembly import Weights
 from vmm_dwdp.observe.stats import Stats
 from vmm_dwdp.observe.trace import Trace
@@ -46,19 +43,6 @@ class DWDPRuntime(Rank):
         ExchangeError: the rendezvous directory is not private.
         DriverError: the device cannot be used.
     """
-
-    def __init__(
-        self,
-        config: DWDPConfig,
-        rank: int,
-        device: str | torch.device,
-        rendezvous: str | os.PathLike[str] | dist.ProcessGroup,
-        *,
-        driver: Driver | None = None,
-    ) -> None:
-        super().__init__(config, rank, device, rendezvous, driver=driver)
-        self._current_device = self._driver.current_device
-        self._index = self._driver.index
 
     # -- a pass ------------------------------------------------------------------------------------------------------
     @between_regions

@@ -27,6 +27,11 @@ TOKEN = b"a token of an owner's memory"
 CHECKSUMS = [7, 8, 9]
 
 
+def soon() -> float:
+    """A deadline that nothing comes to which goes well."""
+    return time.monotonic() + 60
+
+
 def exchange(rendezvous: Rendezvous, ledger: Ledger, rank: int) -> Exchange:
     """A rank of a published group that serves one descriptor and one token for every owner."""
 

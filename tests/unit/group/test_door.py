@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.doors import CHECKSUMS, GROUP, GROUP_SIZE, TOKEN, answer_to, exchange, knock, request, serving
+from support.doors import CHECKSUMS, GROUP, GROUP_SIZE, TOKEN, answer_to, exchange, knock, request, serving, soon
 from support.failing_calls import FailingCalls
 from support.groups import check_pass, published, random_model
 
@@ -35,16 +35,6 @@ from vmm_dwdp.group.transport import MAX_REQUEST_NBYTES, Transport
 
 HEADER = struct.Struct("!4sII")
 pytestmark = pytest.mark.usefixtures("open_descriptors")
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    """Private, and not made yet."""
-    return tmp_path / "rendezvous"
-
-
-def soon() -> float:
-    return time.monotonic() + 60
 
 
 # -- sockets in it -----------------------------------------------------------------------------------------------------

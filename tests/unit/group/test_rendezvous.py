@@ -8,23 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from support.doors import exchange, serving
+from support.doors import exchange, serving, soon
 
 from vmm_dwdp import ExchangeError
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.group.rendezvous import TOKEN_NBYTES, Rendezvous
 
 pytestmark = pytest.mark.usefixtures("open_descriptors")
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    """Private, and not made yet."""
-    return tmp_path / "rendezvous"
-
-
-def soon() -> float:
-    return time.monotonic() + 60
 
 
 @pytest.mark.parametrize("mode", [0o701, 0o710, 0o704, 0o740, 0o702, 0o720, 0o777])
