@@ -1,4 +1,4 @@
-"""The driver calls that the allocator and the prefetcher are written against.
+"""The driver calls that all else is written against.
 
 Two drivers implement this Protocol: ``CudaDriver`` (a GPU) and ``HostDriver`` (real pages and descriptors, no GPU).
 Both obey the same rules and refuse the same mistakes; ``tests/unit/allocator/test_driver_conformance.py`` states

@@ -21,3 +21,32 @@ def test_tool_finds_nothing(command: tuple[str, ...]) -> None:
     tool = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
 
     assert tool.returncode == 0, tool.stdout + tool.stderr
+
+
+TAKES_NO_OTHER = """
+from vmm_dwdp.allocator.driver import Address, Driver, EventId, HandleId, StreamId
+
+def give(driver: Driver, address: Address, handle: HandleId, stream: StreamId, event: EventId) -> None:
+    driver.{call}
+"""
+
+
+@pytest.mark.parametrize(
+    ("right", "swapped"),
+    [
+        ("record(event, stream)", "record(stream, event)"),
+        ("wait(stream, event)", "wait(event, stream)"),
+        ("map(address, 1, handle)", "map(handle, 1, address)"),
+        ("synchronize(stream)", "synchronize(event)"),
+        ("free(address, 1)", "free(7, 1)"),
+    ],
+)
+def test_a_swapped_pair_does_not_type_check(right: str, swapped: str, tmp_path: Path) -> None:
+    def is_accepted(call: str) -> bool:
+        program = tmp_path / "give.py"
+        program.write_text(TAKES_NO_OTHER.format(call=call), encoding="utf-8")
+        command = [sys.executable, "-m", "mypy", str(program)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
+
+    assert is_accepted(right)
+    assert not is_accepted(swapped)
