@@ -107,18 +107,22 @@ class Lifecycle:
         """
         this = threading.current_thread()
         with self._claims:
-            before = self._thread
-            self._require_free(before, this)
-            runner, self.runner = self.runner, next(self._numbers)
-            if before is not this:
-                try:
-                    self._require_free(before, this)  # see [Note: One thread at a time]
-                except StateError:
-                    self.runner = runner
-                    raise
-            self._thread, self.latest_runner, self.mine.number = this, self.runner, self.runner
-            begins, self.in_pass = not self.in_pass or before is not this, True
-            return begins
+            begins = self._take_over(this)
+        return begins  # noqa: RET504  # when the lock is free: a way out of its block that nothing can interrupt
+
+    def _take_over(self, this: threading.Thread) -> bool:
+        before = self._thread
+        self._require_free(before, this)
+        runner, self.runner = self.runner, next(self._numbers)
+        if before is not this:
+            try:
+                self._require_free(before, this)  # see [Note: One thread at a time]
+            except StateError:
+                self.runner = runner
+                raise
+        self._thread, self.latest_runner, self.mine.number = this, self.runner, self.runner
+        begins, self.in_pass = not self.in_pass or before is not this, True
+        return begins
 
     def _require_free(self, runner: threading.Thread | None, this: threading.Thread) -> None:
         if self.in_pass and runner is not None and runner is not this and runner.is_alive():
