@@ -24,8 +24,8 @@ from vmm_dwdp.config import Mode
 # Experts that end inside pages of 4 KiB, and more layers than slots, so that the first and the last share one.
 SHAPES: Shapes = {number: {"w": ((6, 1100 + 300 * (number == 3)), torch.float32)} for number in range(5)}
 OLD, NEW = random_model(SHAPES, seed=1), random_model(SHAPES, seed=2)
-SOON = 0.3  # seconds: how long a rank waits for one that does not come
-A_WHILE = 4.0  # seconds: for one that does, but slowly, because each of its steps is looked at
+SOON = 1.5  # seconds: how long a rank waits for one that does not come
+A_WHILE = 6.0  # seconds: for one that does, but slowly, because each of its steps is looked at
 LATE = 20.0  # seconds: for one that does
 
 MakeDriver = Callable[[], FailingDriver]

@@ -91,7 +91,7 @@ def _lives(config: DWDPConfig, driver: Driver) -> Ledger:
         if not first.done():
             try:
                 other = _life(config, 1, rendezvous, DRIVERS[driver.device.type](), 10)
-            except ExchangeError as error:  # it cannot go on without rank 0
+            except (DriverError, ExchangeError) as error:  # it cannot go on without rank 0, or its memory is gone
                 other = error.ledger  # type: ignore[attr-defined]
             assert other.open() == []
         return first.result()
