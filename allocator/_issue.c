@@ -3,9 +3,7 @@
    Whatever waits here does so without the interpreter's lock. In a child of fork what would have to lock or wait is
    refused, and what ends leaves the rest alone. */
 
-#define PY_SSIZE_T_CLEAN
-#define Py_LIMITED_API 0x030b0000
-#include <Python.h>
+#include "_issue.h"
 
 #include <errno.h>
 
@@ -126,7 +124,7 @@ static PyObject *job_result(PyObject *object, PyObject *unused) {
 }
 
 static PyObject *job_done(PyObject *object, void *unused) {
-    return PyBool_FromLong(job_state(&((JobObject *)object)->job) == DONE);
+    return PyBool_FromLong(is_given(object));
 }
 
 /* -- Issuer -------------------------------------------------------------------------------------------------------- */
@@ -191,9 +189,9 @@ static PyObject *issuer_submit(PyObject *object, PyObject *argument) {
         return PyErr_SetString(PyExc_TypeError, "not a job of this issuer"), NULL;
     if (!check_here(self))
         return NULL;
-    if (!self->running || job_state(&submitted->job) == SUBMITTED)
+    if (!can_be_handed_over(argument))
         return PyErr_SetString(PyExc_RuntimeError, self->running ? "submitted already" : "closed"), NULL;
-    submit_job(&self->issuer, &submitted->job);
+    hand_over(argument);
     return Py_NewRef(Py_None);
 }
 
@@ -221,7 +219,7 @@ static PyType_Slot job_slots[] = {
     {Py_tp_dealloc, job_dealloc},
     {0, NULL},
 };
-static PyType_Spec job_spec = {"vmm_dwdp.allocator._issue.Job", sizeof(JobObject), 0,
+static PyType_Spec job_spec = {"vmm_dwdp.allocator._native.Job", sizeof(JobObject), 0,
                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, job_slots};
 
 static PyMethodDef issuer_methods[] = {
@@ -237,24 +235,37 @@ static PyType_Slot issuer_slots[] = {
     {Py_tp_dealloc, issuer_dealloc},
     {0, NULL},
 };
-static PyType_Spec issuer_spec = {"vmm_dwdp.allocator._issue.Issuer", sizeof(IssuerObject), 0, Py_TPFLAGS_DEFAULT,
+static PyType_Spec issuer_spec = {"vmm_dwdp.allocator._native.Issuer", sizeof(IssuerObject), 0, Py_TPFLAGS_DEFAULT,
                                   issuer_slots};
 
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_issue", "A thread that gives copies to the CUDA driver.",
-                                    -1, NULL};
+int is_job(PyObject *object) {
+    return PyObject_TypeCheck(object, job_type);
+}
 
-PyMODINIT_FUNC PyInit__issue(void) {
-    PyObject *made = PyModule_Create(&module);
-    if (!made)
-        return NULL;
+int can_be_handed_over(PyObject *job) {
+    const JobObject *self = (JobObject *)job;
+    return is_here(&self->owner->issuer) && self->owner->running && job_state(&self->job) != SUBMITTED;
+}
+
+void hand_over(PyObject *job) {
+    JobObject *self = (JobObject *)job;
+    submit_job(&self->owner->issuer, &self->job);
+}
+
+int is_given(PyObject *job) {
+    return job_state(&((JobObject *)job)->job) == DONE;
+}
+
+void await_given(PyObject *job) {
+    await(((JobObject *)job)->owner, &((JobObject *)job)->job);
+}
+
+int add_issue_types(PyObject *module) {
     if ((errno = count_forks()))
-        return Py_DECREF(made), PyErr_SetFromErrno(PyExc_OSError);
+        return PyErr_SetFromErrno(PyExc_OSError), -1;
     job_type = (PyTypeObject *)PyType_FromSpec(&job_spec);
     issuer_type = (PyTypeObject *)PyType_FromSpec(&issuer_spec);
-    if (!job_type || !issuer_type || PyModule_AddObjectRef(made, "Job", (PyObject *)job_type) ||
-        PyModule_AddObjectRef(made, "Issuer", (PyObject *)issuer_type)) {
-        Py_DECREF(made);
-        return NULL;
-    }
-    return made;
+    if (!job_type || !issuer_type || PyModule_AddObjectRef(module, "Job", (PyObject *)job_type))
+        return -1;
+    return PyModule_AddObjectRef(module, "Issuer", (PyObject *)issuer_type);
 }

@@ -16,8 +16,19 @@ from vmm_dwdp.allocator.cuda_check import check
 from vmm_dwdp.allocator.cuda_context import PrimaryContext
 from vmm_dwdp.allocator.cuda_events import EventCalls
 from vmm_dwdp.allocator.cuda_issue import CudaIssuingThread
-from vmm_dwdp.allocator.driver import DEVICE, Access, Address, Copy, EventId, HandleId, HandleType, Location, StreamId
-from vmm_dwdp.allocator.native import HAS_NATIVE_THREAD
+from vmm_dwdp.allocator.driver import (
+    DEVICE,
+    Access,
+    Address,
+    Copy,
+    EventId,
+    HandleId,
+    HandleType,
+    Location,
+    NativeCalls,
+    StreamId,
+)
+from vmm_dwdp.allocator.native import HAS_NATIVE
 from vmm_dwdp.errors import DriverError
 
 _HANDLE_TYPES: Final = {
@@ -77,6 +88,7 @@ class CudaDriver:
         self.numa_node = max(0, check(attempt, cuda.cuDeviceGetAttribute, nearest, self._ordinal))  # -1: no NUMA here
         self._batch_call = BatchCall.find()
         self._events = EventCalls.find()
+        self.native_calls: NativeCalls | None = self._events.natively(self._context.address)
         # Calls that every layer of every pass makes, without one of ours around them
         self.current = self._context.current
         self.is_current = self._context.is_current
@@ -242,7 +254,7 @@ class CudaDriver:
                 check(attempt, cuda.cuMemcpyAsync, dst, src, nbytes, stream)
 
     def issuing_thread(self) -> CudaIssuingThread | None:
-        if self._batch_call is None or not HAS_NATIVE_THREAD:
+        if self._batch_call is None or not HAS_NATIVE:
             return None
         return CudaIssuingThread.start(self._context.address, self._events, self._batch_call)
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from cuda.bindings import driver as cuda
 
+from vmm_dwdp.allocator.driver import NativeCalls
 from vmm_dwdp.errors import DriverError
 
 _CALL: Final = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)  # keeps the lock
@@ -38,6 +39,11 @@ class EventCalls:
         """Of the driver that is loaded."""
         return cls(*(address(call, since) for call, since in _SINCE.items()))
 
+    def natively(self, context: int) -> NativeCalls:
+        """These, and what else C asks at every layer of a device's ``context``."""
+        asked = address("cuCtxGetCurrent", 4000), context, address("cuStreamIsCapturing", 10000)
+        return NativeCalls(*asked, self.wait_at, self.record_at, _failure)
+
 
 def address(call: str, since: int) -> int:
     """Where the loaded driver has ``call``, in the form of version ``since``. Raises `DriverError` if it does not."""
@@ -45,3 +51,7 @@ def address(call: str, since: int) -> int:
     if result != cuda.CUresult.CUDA_SUCCESS:
         raise DriverError("cuGetProcAddress", result.name, f"find {call}")
     return int(found)
+
+
+def _failure(call: str, result: int) -> DriverError:
+    return DriverError(call, cuda.CUresult(result).name, "order a layer's kernels after its copies, or before the next")

@@ -9,11 +9,11 @@ from cuda.bindings import driver as cuda
 from vmm_dwdp.allocator.cuda_batch import BatchCall
 from vmm_dwdp.allocator.cuda_events import EventCalls, address
 from vmm_dwdp.allocator.driver import Lane
-from vmm_dwdp.allocator.native import HAS_NATIVE_THREAD
+from vmm_dwdp.allocator.native import HAS_NATIVE
 from vmm_dwdp.errors import DriverError
 
-if HAS_NATIVE_THREAD:
-    from vmm_dwdp.allocator import _issue
+if HAS_NATIVE:
+    from vmm_dwdp.allocator import _native
 
 
 class CudaIssuingThread:
@@ -21,7 +21,7 @@ class CudaIssuingThread:
 
     def __init__(self, context: int, set_current: int, events: EventCalls, batch: BatchCall) -> None:
         """``set_current``: where cuCtxSetCurrent is. Raises `DriverError` if the thread cannot use ``context``."""
-        self._thread = _issue.Issuer(set_current, events.wait_at, batch.address, events.record_at, context, _failure)
+        self._thread = _native.Issuer(set_current, events.wait_at, batch.address, events.record_at, context, _failure)
         self.submit = self._thread.submit
         self.flush = self._thread.flush
         self.close = self._thread.close
@@ -31,7 +31,7 @@ class CudaIssuingThread:
         """With the driver that is loaded."""
         return cls(context, address("cuCtxSetCurrent", 4000), events, batch)
 
-    def job(self, lanes: Sequence[Lane]) -> _issue.Job:
+    def job(self, lanes: Sequence[Lane]) -> _native.Job:
         stated = tuple(
             (lane.stream, lane.after, tuple(batch.arguments for batch in lane.copies.batches), lane.then)
             for lane in lanes

@@ -115,6 +115,18 @@ class IssuingThread(Protocol):
         """Finish what was submitted, and end the thread. A second call does nothing."""
 
 
+class NativeCalls(NamedTuple):
+    """Where in this process the calls are that every layer of every pass makes, for C that needs no interpreter: 0 is
+    success."""
+
+    get_current: int  # (context *) -> result: the calling thread's context
+    context: int  # of the device: it is current where `get_current` tells this one
+    is_capturing: int  # (stream, int *status) -> result; the status is 0 where it is not
+    wait: int  # (stream, event, flags) -> result
+    record: int  # (event, stream, flags) -> result
+    failure: Callable[[str, int], Exception]  # of a call's name and its result
+
+
 class Driver(Protocol):
     """One device of one process."""
 
@@ -124,6 +136,7 @@ class Driver(Protocol):
     current_device: Callable[[], int]  # the index of the calling thread's current device
     max_mappings: int  # that a process can have at one time
     numa_node: int  # the host's, nearest to the device
+    native_calls: NativeCalls | None  # ``None``: only Python can call it
 
     # -- this thread -------------------------------------------------------------------------------------------------
     def current(self) -> AbstractContextManager[None]:

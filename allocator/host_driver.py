@@ -32,6 +32,7 @@ from vmm_dwdp.allocator.driver import (
     HandleType,
     IssuingThread,
     Location,
+    NativeCalls,
     StreamId,
 )
 from vmm_dwdp.allocator.host_context import HostContext, current_device
@@ -66,6 +67,7 @@ class HostDriver:
     name = "host"
     device = torch.device("cpu")
     numa_node = 0
+    native_calls: NativeCalls | None = None
 
     def __init__(self, granularity: int = 2 << 20, index: int = 0) -> None:
         if granularity < host_pages.PAGE_BYTES or granularity & (granularity - 1):

@@ -25,6 +25,7 @@ from vmm_dwdp.layout.layer import Layers, describe_layer
 from vmm_dwdp.layout.placement import Owner
 from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.memory.choice import make_assembly
+from vmm_dwdp.schedule.hit_path import HitPath
 from vmm_dwdp.schedule.lifecycle import Lifecycle
 from vmm_dwdp.schedule.schedule import Schedule
 
@@ -52,12 +53,14 @@ class Rank:
         self._current_device = self._driver.current_device
         self._index = self._driver.index
         self._lifecycle = Lifecycle()
+        self._hit_path = HitPath(self._lifecycle, self._driver, self._driver.native_calls)
+        self._acquire_hit, self._release_hit = self._hit_path.acquire, self._hit_path.release
         self._layers = Layers()
         layers = self._layers.in_order
         with self._driver.current():
             self._assembly = make_assembly(config, rank, self._driver, self.ledger, layers)
             self._membership = Membership(config, rank, self._driver, self.ledger, rendezvous, self._assembly, layers)
-            self._schedule = Schedule(self._driver, self.ledger, self._assembly, layers, config)
+            self._schedule = Schedule(self._driver, self.ledger, self._assembly, layers, config, self._hit_path)
         self._last_layer: int | None = None  # the number of the one that a pass ends with
         _open.add(self)
 

@@ -15,6 +15,7 @@ from vmm_dwdp.observe.stats import Stats
 from vmm_dwdp.observe.trace import Trace
 from vmm_dwdp.rank import Rank
 from vmm_dwdp.schedule.compiled_models import between_regions, warn_of_with
+from vmm_dwdp.schedule.hit_path import this_thread
 
 
 class DWDPRuntime(Rank):
@@ -84,8 +85,10 @@ class DWDPRuntime(Rank):
                 another device's; or another thread is in the middle of a pass.
             DriverError: a copy could not be issued; the call may be repeated.
         """
+        if mode is None and stream is None and (weights := self._acquire_hit(layer)) is not None:
+            return weights
         lifecycle = self._lifecycle
-        this = lifecycle.mine.number
+        this = this_thread()
         if lifecycle.runner == this and self._current_device() == self._index:
             was_in_pass, lifecycle.in_pass = lifecycle.in_pass, True  # see [Note: One thread at a time]
             if lifecycle.runner == this:
@@ -116,8 +119,10 @@ class DWDPRuntime(Rank):
             StateError: the layer is not acquired, or was on the other side of a capture's border.
             DriverError: a call failed; `reset` makes the slots ready again.
         """
+        if stream is None and self._release_hit(layer):
+            return
         lifecycle = self._lifecycle
-        if lifecycle.runner == lifecycle.mine.number and self._current_device() == self._index:
+        if lifecycle.runner == this_thread() and self._current_device() == self._index:
             self._schedule.release(layer, stream)
         else:
             with self._undisturbed():
@@ -209,7 +214,7 @@ class DWDPRuntime(Rank):
         Any thread may ask at any moment. Waits are read off the device by the thread that runs passes alone, so another
         thread sees those up to the latest pass that was timed.
         """
-        own = self._lifecycle.latest_runner == self._lifecycle.mine.number and self._lifecycle.is_running
+        own = self._lifecycle.latest_runner == this_thread() and self._lifecycle.is_running
         with self._driver.current() if own else nullcontext():
             return self._schedule.stats(read=own)
 

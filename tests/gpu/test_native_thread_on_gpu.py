@@ -10,11 +10,11 @@ from support.groups import check_pass, join, random_model
 
 from vmm_dwdp import DWDPConfig
 from vmm_dwdp.allocator import open_driver
-from vmm_dwdp.allocator.native import HAS_NATIVE_THREAD
+from vmm_dwdp.allocator.native import HAS_NATIVE
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HAS_NATIVE_THREAD, reason="there was no C compiler when this package was installed")
+@pytest.mark.skipif(not HAS_NATIVE, reason="there was no C compiler when this package was installed")
 def test_it_gives_the_copies_except_while_a_trace_is_recorded(tmp_path: Path) -> None:
     weights = {"w": ((6, 700_000), torch.float32), "v": ((6, 1000), torch.uint8)}
     model = random_model(dict.fromkeys(range(5), weights))

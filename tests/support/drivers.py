@@ -13,7 +13,7 @@ import pytest
 from support.groups import PAGE
 from vmm_dwdp.allocator.driver import Copy, Driver, Lane
 from vmm_dwdp.allocator.host_driver import HostDriver
-from vmm_dwdp.allocator.native import HAS_NATIVE_THREAD
+from vmm_dwdp.allocator.native import HAS_NATIVE
 from vmm_dwdp.errors import DriverError
 
 CALLS: Final = {name for name in vars(Driver) if not name.startswith("_") and callable(getattr(Driver, name))}
@@ -82,7 +82,7 @@ class NativeDriver(FailingDriver):
     refusal: Refusal | None = None
 
     def __init__(self) -> None:
-        if not HAS_NATIVE_THREAD:
+        if not HAS_NATIVE:
             pytest.skip("the native thread is not compiled here")
         super().__init__()
 
@@ -118,7 +118,7 @@ class NativeThread:
     """See `vmm_dwdp.allocator.driver.IssuingThread`: a batch for each copy, whose addresses are numbers of copies."""
 
     def __init__(self, driver: NativeDriver) -> None:
-        from vmm_dwdp.allocator import _issue
+        from vmm_dwdp.allocator import _native
 
         self._driver = driver
         self._numbers = itertools.count(1)
@@ -134,7 +134,7 @@ class NativeThread:
             _EVENT(lambda event, stream, flags: self._call("record", lambda: driver.record(event, stream))),
         )
         addresses = [ctypes.cast(function, _POINTER).value for function in self._functions]
-        self._thread = _issue.Issuer(*addresses, 1, self._failure)  # type: ignore[arg-type]
+        self._thread = _native.Issuer(*addresses, 1, self._failure)  # type: ignore[arg-type]
         self.submit = self._thread.submit
         self.flush = self._thread.flush
         self.close = self._thread.close

@@ -61,6 +61,8 @@ class Program:
 class RecordingDriver:
     """The part of a driver that staged layers use, which only writes down what it is asked to do."""
 
+    native_calls = None
+
     def __init__(self, program: Program) -> None:
         self.program = program
         self.writing = program.launcher  # the list of the thread that runs now

@@ -12,7 +12,7 @@ SOURCES = sorted((Path(__file__).parents[2] / "allocator").glob("*.c"))
 
 
 def compiled(folder: Path, *options: str) -> Path:
-    library = folder / "_issue.so"
+    library = folder / "_native.so"
     strict = ["-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-missing-field-initializers"]
     include = sysconfig.get_path("include")
     command = ["cc", "-O1", *strict, *options, "-shared", "-fPIC", f"-I{include}", *SOURCES, "-o", library]
@@ -21,7 +21,7 @@ def compiled(folder: Path, *options: str) -> Path:
 
 
 def loaded(library: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_issue", library)
+    spec = importlib.util.spec_from_file_location("_native", library)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

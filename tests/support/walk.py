@@ -17,7 +17,7 @@ from support.drivers import NativeDriver
 from support.groups import PAGE
 from support.ranks import Bytes, InProcess, InThread, Outcome, Shape, Side, digest
 from vmm_dwdp import HOST, DWDPConfig, ExpertPlacement
-from vmm_dwdp.allocator.native import HAS_NATIVE_THREAD
+from vmm_dwdp.allocator.native import HAS_NATIVE
 
 SOON: Final = 0.25  # seconds: how long is waited for a rank that does not come
 LATE: Final = 30.0  # seconds: for one that does
@@ -61,7 +61,7 @@ class Walk:
         self.numbers = list(self.layers)
         self.model = self._bytes(list(self._weights()))
         self.candidates: list[Bytes] = [self.model]  # one of these; several after an update that broke off
-        self.native = HAS_NATIVE_THREAD and not processes and self.chance.random() < 0.3
+        self.native = HAS_NATIVE and not processes and self.chance.random() < 0.3
 
     # -- what is drawn -------------------------------------------------------------------------------------------------
     def _group(self) -> tuple[DWDPConfig, dict[int, dict[str, Shape]]]:

@@ -16,7 +16,7 @@ import torch
 
 from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.driver import DEVICE, Location
-from vmm_dwdp.allocator.native import HAS_NATIVE_THREAD
+from vmm_dwdp.allocator.native import HAS_NATIVE
 from vmm_dwdp.allocator.probe import supported_handle_types
 from vmm_dwdp.cli.console import print_table, size
 from vmm_dwdp.errors import DWDPError
@@ -117,7 +117,7 @@ def examine(*, calibrate: bool) -> Report:
         devices=devices,
         descriptor_limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         mapping_limit=int(mapping_limit.read_text()) if mapping_limit.exists() else None,
-        native_thread=Finding(None if HAS_NATIVE_THREAD else "there was no C compiler when vmm-dwdp was installed"),
+        native_thread=Finding(None if HAS_NATIVE else "there was no C compiler when vmm-dwdp was installed"),
         kernels={
             provider.name: Kernel(None, provider.reason) if provider.usable else Kernel(provider.reason)
             for provider in providers()

@@ -38,13 +38,11 @@ class PassTimer(Owned):
         waited_s: by layer, seconds that the compute stream waited for it in all passes that were timed, and in those
             that they stand for.
         latest: the latest pass that was timed from its first layer to its last, in that order.
-        timed: whether the pass in progress is: if so, `arrive` and `resume` are called at each of its layers.
     """
 
     def __init__(self, driver: Driver, ledger: Ledger, num_layers: int) -> None:
         self.waited_s = [0.0] * num_layers
         self.latest: PassTimes | None = None
-        self.timed = False
         self._driver = driver
         self._resources = ResourceStack()
         self._order: list[int] = []  # the layers of the pass whose events are recorded and not read yet
@@ -59,13 +57,14 @@ class PassTimer(Owned):
             self.close()
             raise
 
-    def begin(self) -> None:
-        """A pass begins: see whether it is timed."""
+    def begin(self) -> bool:
+        """A pass begins. Tells whether it is timed: if so, `arrive` and `resume` are called at each of its layers."""
         self._pass += 1
-        self.timed = self._pass >= self._due and self.read()
-        if self.timed:
+        timed = self._pass >= self._due and self.read()
+        if timed:
             self._stands_for = 1 if self._pass <= FIRST else EVERY
             self._due = self._pass + self._stands_for
+        return timed
 
     def arrive(self, index: int, stream: StreamId) -> None:
         """Before ``stream`` waits for layer ``index``."""

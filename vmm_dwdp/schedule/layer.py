@@ -27,12 +27,7 @@ driver refuses. So a slot says "nothing" before the job that fills it is handed 
 What ends in between leaves "nothing", with some of the job's copies under way or none. Whoever fills such a slot first
 waits for all that was handed over, and for the copy streams.
 
-[Note: The path of the launching thread]
-The launching thread comes to `acquire` and `release` from launching kernels, which drives whatever it ran before out of
-its caches: on an H100's host a function of ours then takes it 2 to 5 microseconds to call, and the first wait, the
-first record and waking a thread 12 to 27 each, a tenth of which they take in a loop. So what it does at every layer is
-written out in few functions, nothing is made there that can be made before, and what is rarely needed is asked for
-before it is called.
+What happens at nearly every layer is done in C: see [Note: The hit path].
 """
 
 from __future__ import annotations
@@ -50,6 +45,7 @@ from vmm_dwdp.layout.layer import Layer
 from vmm_dwdp.memory.assembly import Weights
 from vmm_dwdp.observe.timing import PassTimer
 from vmm_dwdp.observe.tracer import Tracer
+from vmm_dwdp.schedule.hit_path import LayerState, PipelineState, SlotState
 from vmm_dwdp.schedule.issue import InlineIssuer, Issuer, Job
 
 
@@ -68,14 +64,15 @@ class Fetch:
     nbytes: int
 
 
-@dataclass(slots=True)
-class Pipeline:
+class Pipeline(PipelineState):
     """What the staged layers of a rank share.
 
     Attributes:
+        driver: of the device.
         issuer: gives a layer's copies to the driver.
         streams: on which they run.
         timer: times the waits of `StagedLayer.acquire`.
+        timed: whether the pass in progress is.
         tracer: is told what happens, while there is one.
         latest: the place in a pass of the layer that was acquired last.
         prompt: whether the driver is given the copies of the first layers before a pass ends; see [Note: Capture].
@@ -83,14 +80,20 @@ class Pipeline:
 
     driver: Driver
     issuer: Issuer
-    streams: list[Stream]
-    timer: PassTimer
+    timed: bool
+    tracer: Tracer | None
     latest: int
-    tracer: Tracer | None = None
-    prompt: bool = False
+    prompt: bool
+
+    def __init__(
+        self, driver: Driver, issuer: Issuer, streams: list[Stream], timer: PassTimer, num_layers: int
+    ) -> None:
+        super().__init__(driver, issuer, driver.native_calls, num_layers)
+        self.streams = streams
+        self.timer = timer
 
 
-@dataclass(slots=True)
+@dataclass
 class SlotEvents:
     """The events of one slot; see [Note: The event protocol]."""
 
@@ -98,14 +101,17 @@ class SlotEvents:
     consumed: Event
 
 
-@dataclass(slots=True)
-class Slot(SlotEvents):
+class Slot(SlotEvents, SlotState):
     """The memory that some layers share, at this point of the launching thread's program."""
 
-    holds: StagedLayer | None = None  # or is being filled with; see [Note: A slot that holds nothing]
-    reader: StagedLayer | None = None  # the layer that was acquired and not yet released
-    read: bool = True  # whether what it holds was acquired since it was fetched
-    ticket: Ticket | None = None  # the latest fetch into it
+    holds: StagedLayer | None  # or is being filled with; see [Note: A slot that holds nothing]
+    reader: StagedLayer | None  # the layer that was acquired and not yet released
+    read: bool  # whether what it holds was acquired since it was fetched; so it is where nothing was
+    ticket: Ticket | None  # the latest fetch into it
+
+    def __init__(self, ready: list[Event], consumed: Event) -> None:
+        SlotState.__init__(self)
+        SlotEvents.__init__(self, ready, consumed)
 
     def await_issue(self, pipeline: Pipeline) -> None:
         """Wait until the driver has been given the copies into this slot; if it holds nothing, until none are under
@@ -123,16 +129,7 @@ class Slot(SlotEvents):
         self.ticket = None
 
 
-@dataclass(slots=True)
-class LayerCounts:
-    """What happened to one layer so far."""
-
-    hits: int = 0
-    misses: int = 0
-    fetched_bytes: int = 0
-
-
-class StagedLayer:
+class StagedLayer(LayerState):
     """One layer and its slot. One thread calls `acquire`, `release` and `fill`.
 
     Nothing here waits for the device, except on a driver whose compute is synchronous.
@@ -143,28 +140,33 @@ class StagedLayer:
         slot: shared with the layers ``depth`` places before and after.
         following: the layer that uses the slot next, in cyclic order; whoever makes all layers sets it.
         is_first: whether the slot holds it between passes.
-        counts: since publish.
+        is_last: whether a pass ends with it; whoever makes all layers sets it.
+        weights: what `acquire` gives; whoever knows sets it.
+        hits, misses, fetched_bytes: what happened to it since publish.
     """
 
+    slot: Slot
     following: StagedLayer
+    weights: Weights | None
 
     def __init__(
         self, pipeline: Pipeline, slot: Slot, place: int, fetch: Fetch, lanes: Sequence[Lane], *, is_first: bool
     ) -> None:
         """``lanes``: what each copy stream that takes part in ``fetch`` is given."""
+        super().__init__(pipeline, slot, tuple(ready.event for ready in slot.ready), slot.consumed.event)
         self.place = place
         self.number = fetch.number
-        self.slot = slot
         self.is_first = is_first
-        self.counts = LayerCounts()
+        self.nbytes = fetch.nbytes
         self._pipeline = pipeline
         self._driver = pipeline.driver
-        self._nbytes = fetch.nbytes
         self._lanes = lanes
-        self._job = pipeline.issuer.job(partial(self._issue, None), lanes)
+        self.job = pipeline.issuer.job(partial(self._issue, None), lanes)
 
     def acquire(self, stream: StreamId) -> None:
         """Make ``stream`` wait until the layer is in its slot. Raises `StateError` if the slot is being read."""
+        if self.enter(stream):
+            return
         slot, pipeline = self.slot, self._pipeline
         timer, tracer = pipeline.timer, pipeline.tracer
         if slot.reader is not None:
@@ -175,8 +177,8 @@ class StagedLayer:
             )
         hit = slot.holds is self
         if self.place <= pipeline.latest:
-            timer.begin()
-        if timer.timed:
+            pipeline.timed = timer.begin()
+        if pipeline.timed:
             timer.arrive(self.place, stream)
         if tracer is not None:
             tracer.mark("arrived", self.number, 0, stream)
@@ -186,18 +188,20 @@ class StagedLayer:
             slot.await_issue(pipeline)
         for ready in slot.ready:  # those of copy streams that took no part are complete since an earlier fetch
             self._driver.wait(stream, ready.event)
-        if timer.timed:
+        if pipeline.timed:
             timer.resume(self.place, stream)
         if tracer is not None:
             tracer.mark("resumed", self.number, 0, stream)
         pipeline.latest = self.place
         slot.reader = self
         slot.read = True
-        self.counts.hits += hit
-        self.counts.misses += not hit
+        self.hits += hit
+        self.misses += not hit
 
     def release(self, stream: StreamId) -> None:
         """The layer has been read by the work given to ``stream``: fetch the next that uses its slot."""
+        if self.leave(stream):
+            return
         slot, pipeline = self.slot, self._pipeline
         if slot.reader is not self:
             raise StateError(f"layer {self.number} is released, but was not acquired")
@@ -234,12 +238,12 @@ class StagedLayer:
             self._driver.record(slot.consumed.event, stream)
         slot.holds = None
         if pipeline.tracer is None:
-            slot.ticket = pipeline.issuer.submit(self._job)
+            slot.ticket = pipeline.issuer.submit(self.job)
         else:
             slot.ticket = InlineIssuer().submit(Job(partial(self._issue, pipeline.tracer)))
         slot.read = False
         slot.holds = self
-        self.counts.fetched_bytes += self._nbytes
+        self.fetched_bytes += self.nbytes
 
     def _issue(self, tracer: Tracer | None) -> None:
         for number, lane in enumerate(self._lanes):

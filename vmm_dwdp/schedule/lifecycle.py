@@ -12,38 +12,30 @@ two sees the other.
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
 from vmm_dwdp.errors import StateError
+from vmm_dwdp.schedule.hit_path import Turn, this_thread
 
 _State = Literal["set-up", "running", "closed", "forked"]
 
 
-class _Mine(threading.local):
-    number = -1
-
-
-class Lifecycle:
+class Lifecycle(Turn):
     """Set-up until `publish`, passes and what they need from then on, `close` at any time.
 
     Attributes:
-        runner: the number of the thread that may go on with passes, which is the one that ran the latest; 0: nobody
-            may without asking, by `claim`, which gives numbers.
-        mine: its ``number`` is the calling thread's. No thread inherits one, as it may a thread's identifier.
+        runner: the number, by `this_thread`, of the thread that may go on with passes, which is the one that ran the
+            latest; 0: nobody may without asking, by `claim`. No thread inherits a number, as it may an identifier.
         in_pass: whether the runner is in the middle of a pass.
         latest_runner: the number of the thread that was `runner` the last time.
     """
 
     def __init__(self) -> None:
-        self.runner = 0
-        self.mine = _Mine()
-        self.in_pass = False
+        super().__init__()
         self.latest_runner = 0
-        self._numbers = itertools.count(1)
         self._state: _State = "set-up"
         self._thread: threading.Thread | None = None  # of `runner`
         self._claims = threading.Lock()  # guards where `runner` is claimed
@@ -113,14 +105,14 @@ class Lifecycle:
     def _take_over(self, this: threading.Thread) -> bool:
         before = self._thread
         self._require_free(before, this)
-        runner, self.runner = self.runner, next(self._numbers)
+        runner, self.runner = self.runner, this_thread()
         if before is not this:
             try:
                 self._require_free(before, this)  # see [Note: One thread at a time]
             except StateError:
                 self.runner = runner
                 raise
-        self._thread, self.latest_runner, self.mine.number = this, self.runner, self.runner
+        self._thread, self.latest_runner = this, self.runner
         begins, self.in_pass = not self.in_pass or before is not this, True
         return begins
 

@@ -20,9 +20,10 @@ from vmm_dwdp.observe.stats import CopyPath, LayerStats, Stats
 from vmm_dwdp.observe.trace import Span, spans_of
 from vmm_dwdp.observe.tracer import Tracer
 from vmm_dwdp.schedule.capture import CapturedPasses
+from vmm_dwdp.schedule.hit_path import HitPath
 from vmm_dwdp.schedule.in_place import InPlace
 from vmm_dwdp.schedule.issue import Issuer, open_issuer
-from vmm_dwdp.schedule.layer import Fetch, ScheduledLayer
+from vmm_dwdp.schedule.layer import Fetch, ScheduledLayer, StagedLayer
 from vmm_dwdp.schedule.mode_choice import ModeChooser
 from vmm_dwdp.schedule.staging import Staging
 
@@ -35,14 +36,22 @@ class Schedule:
     """
 
     def __init__(
-        self, driver: Driver, ledger: Ledger, assembly: Assembly, layers: Sequence[Layer], config: DWDPConfig
+        self,
+        driver: Driver,
+        ledger: Ledger,
+        assembly: Assembly,
+        layers: Sequence[Layer],
+        config: DWDPConfig,
+        hit_path: HitPath,
     ) -> None:
-        """Takes nothing. ``assembly`` stays the caller's; ``layers`` may become more until `start`."""
+        """Takes nothing. ``assembly`` stays the caller's; ``layers`` may become more until `start`. ``hit_path`` is
+        open from `start` to `stop`, where layers can be staged only."""
         self._driver = driver
         self._ledger = ledger
         self._assembly = assembly
         self._stated = layers
         self._config = config
+        self._hit_path = hit_path
         self._guard = Guard()
         self._advises = config.mode != "auto"  # which tries staged passes even where they do not pay
         self._layers: ByNumber[ScheduledLayer] = ByNumber()  # in the order of a pass
@@ -72,6 +81,16 @@ class Schedule:
             remote = sum(layer.plan.fetched_bytes for layer in self._stated)
             cached = min(1.0, self._config.resident_cache / max(remote, 1))
             self._chooser = ModeChooser(self._driver, self._ledger, most, len(self._layers), cached)
+        if self._only_staged:
+            self._open_hit_path()
+
+    def _open_hit_path(self) -> None:
+        hit: dict[int, StagedLayer] = {}
+        for number, each in self._layers.items():
+            assert each.staged is not None
+            each.staged.weights = each.weights["staged"]
+            hit[number] = each.staged
+        self._hit_path.open(hit)
 
     def _stage(self) -> None:
         plans = [layer.plan for layer in self._stated]
@@ -286,9 +305,9 @@ class Schedule:
         """What a replay of a graph does is not seen."""
         if layer.staged is None or self._staging is None:
             return LayerStats(in_place=layer.in_place)
-        counts, timer = layer.staged.counts, self._staging.pipeline.timer
+        staged, timer = layer.staged, self._staging.pipeline.timer
         waited_s = timer.waited_s[layer.place]
-        return LayerStats(counts.hits, counts.misses, counts.fetched_bytes, waited_s, layer.in_place)
+        return LayerStats(staged.hits, staged.misses, staged.fetched_bytes, waited_s, layer.in_place)
 
     def start_trace(self) -> Tracer:
         """Mark what happens from now on. Raises `StateError` if nothing is staged, or that is done already."""
@@ -319,8 +338,11 @@ class Schedule:
     # -- the end -----------------------------------------------------------------------------------------------------
     def stop(self) -> None:
         """Copy nothing more; what was issued may still run. Needs no device."""
+        self._hit_path.close()
         for layer in self._layers.values():
             layer.weights = {}
+            if layer.staged is not None:
+                layer.staged.weights = None
         if self._staging is not None:
             self._staging.stop()
 

@@ -50,13 +50,14 @@ class Staging:
             depth = min(prefetch_depth, len(fetches))
             streams, self.slots = open_streams_and_slots(Slot, depth, driver, ledger, fetches, self._resources)
             timer = self._resources.push(PassTimer(driver, ledger, len(fetches)))
-            self.pipeline = Pipeline(driver, issuer, streams, timer, latest=len(fetches))
+            self.pipeline = Pipeline(driver, issuer, streams, timer, len(fetches))
             self.layers = [
                 self._make(self.slots[place % depth], place, fetch, is_first=place < depth)
                 for place, fetch in enumerate(fetches)
             ]
             for place, each in enumerate(self.layers):
                 each.following = self.layers[place + depth if place + depth < len(fetches) else place % depth]
+            self.layers[-1].is_last = True
             self.reset(driver.current_stream())
         except BaseException as error:
             undo_after(error, self.abandon)

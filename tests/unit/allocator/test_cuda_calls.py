@@ -21,7 +21,7 @@ from vmm_dwdp.allocator.cuda_driver import CudaDriver
 from vmm_dwdp.allocator.cuda_events import _CALL as EVENT_CALL
 from vmm_dwdp.allocator.cuda_events import EventCalls
 from vmm_dwdp.allocator.cuda_issue import CudaIssuingThread
-from vmm_dwdp.allocator.native import HAS_NATIVE_THREAD
+from vmm_dwdp.allocator.native import HAS_NATIVE
 
 COPIES = [Copy(dst=1000 + n, src=5000 + n, nbytes=16 * n) for n in range(1, 150)]
 CAPTURED, REFUSING = 77, 88  # streams
@@ -97,7 +97,7 @@ def test_a_batch_that_is_refused_is_an_error(driver: CudaDriver, calls: Recorder
     assert len(calls.batches) == 1
 
 
-@pytest.mark.skipif(not HAS_NATIVE_THREAD, reason="there was no C compiler when this package was installed")
+@pytest.mark.skipif(not HAS_NATIVE, reason="there was no C compiler when this package was installed")
 def test_the_native_thread_gives_the_same_batches(driver: CudaDriver, calls: Recorder) -> None:
     events: list[tuple[int, ...]] = []
 

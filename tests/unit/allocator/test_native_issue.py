@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from support.forks import in_child
 from support.native import compiled, loaded
 
-from vmm_dwdp.allocator.native import HAS_NATIVE_THREAD
+from vmm_dwdp.allocator.native import HAS_NATIVE
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 
@@ -41,7 +41,7 @@ def test_installation_compiles_it() -> None:
         importlib.metadata.distribution("vmm-dwdp")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("the package is not installed: these are its files")
-    assert HAS_NATIVE_THREAD
+    assert HAS_NATIVE
 
 
 @pytest.fixture(scope="session", params=["looks for work", "has to be woken"])

@@ -17,7 +17,7 @@ STRESS = """
 import ctypes, random, sys
 from importlib.util import module_from_spec, spec_from_file_location
 
-spec = spec_from_file_location("_issue", sys.argv[1])
+spec = spec_from_file_location("_native", sys.argv[1])
 native = module_from_spec(spec)
 spec.loader.exec_module(native)
 libc = ctypes.CDLL(None)

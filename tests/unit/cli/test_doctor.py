@@ -36,7 +36,7 @@ def test_missing_gpu_is_a_finding(report: dict) -> None:
 
 
 def test_the_native_thread_is_there_if_it_was_compiled(report: dict) -> None:
-    compiled = list(Path(allocator.__file__).parent.glob("_issue*.so"))
+    compiled = list(Path(allocator.__file__).parent.glob("_native*.so"))
 
     assert (report["native_thread"]["why_not"] is None) == bool(compiled)
 

@@ -281,12 +281,12 @@ class Clock(HostDriver):
 
 
 def run_pass(timer: PassTimer, clock: Clock, wait_s: float, compute_s: float, num_layers: int = 3) -> None:
-    timer.begin()
+    timed = timer.begin()
     for layer in range(num_layers):
-        if timer.timed:
+        if timed:
             timer.arrive(layer, 0)
         clock.now += wait_s
-        if timer.timed:
+        if timed:
             timer.resume(layer, 0)
         clock.now += compute_s
 

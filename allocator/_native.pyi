@@ -1,5 +1,7 @@
 from collections.abc import Callable
 
+# Besides, what `vmm_dwdp.schedule.hit_path` takes from here: it has the types of its twin in Python.
+
 class Job:
     @property
     def done(self) -> bool: ...

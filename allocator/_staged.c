@@ -1,0 +1,398 @@
+/* See _staged.h. */
+
+#include "_staged.h"
+
+#include <structmember.h>
+
+static PyTypeObject *slot_type, *pipeline_type, *layer_type;
+
+static int is_set(const PyObject *object) {
+    return object && object != Py_None;
+}
+
+static void assign(PyObject **place, PyObject *object) {
+    PyObject *before = *place;
+    *place = object ? Py_NewRef(object) : NULL;
+    Py_XDECREF(before);
+}
+
+/* -- the driver ---------------------------------------------------------------------------------------------------- */
+
+static int fail(const PipelineObject *pipeline, const char *call, int result) {
+    PyObject *error = PyObject_CallFunction(pipeline->failure, "si", call, result);
+    if (error)
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+    Py_XDECREF(error);
+    return -1;
+}
+
+static int call_driver(const PipelineObject *pipeline, const char *method, const void *first, const void *second) {
+    PyObject *result = PyObject_CallMethod(pipeline->driver, method, "KK", (unsigned long long)(uintptr_t)first,
+                                           (unsigned long long)(uintptr_t)second);
+    Py_XDECREF(result);
+    return result ? 0 : -1;
+}
+
+static int wait_for(const PipelineObject *pipeline, void *stream, void *event) {
+    if (!pipeline->wait)
+        return call_driver(pipeline, "wait", stream, event);
+    const int result = pipeline->wait(stream, event, 0);
+    return result ? fail(pipeline, "cuStreamWaitEvent", result) : 0;
+}
+
+static int record(const PipelineObject *pipeline, void *event, void *stream) {
+    if (!pipeline->record)
+        return call_driver(pipeline, "record", event, stream);
+    const int result = pipeline->record(event, stream, 0);
+    return result ? fail(pipeline, "cuEventRecordWithFlags", result) : 0;
+}
+
+/* -- what was handed over ------------------------------------------------------------------------------------------ */
+
+/* 1 if the driver was given all of `ticket`, which is a Job or a Ticket of Python's; 0 if not; -1 with an exception. */
+static int has_been_given(PyObject *ticket) {
+    if (is_job(ticket))
+        return is_given(ticket);
+    PyObject *done = PyObject_GetAttrString(ticket, "done");
+    const int is_done = done ? PyObject_IsTrue(done) : -1;
+    Py_XDECREF(done);
+    return is_done;
+}
+
+/* Wait for the slot's ticket; 0 if it was refused, of which the state machine tells; -1 with another exception. */
+static int await_ticket(SlotObject *slot) {
+    PyObject *ticket = Py_NewRef(slot->ticket);
+    int given = 1;
+    if (is_job(ticket)) {
+        await_given(ticket);
+        given = is_given(ticket);
+    } else {
+        PyObject *result = PyObject_CallMethod(ticket, "result", NULL);
+        if (!result) {
+            given = PyErr_ExceptionMatches(PyExc_Exception) ? 0 : -1;
+            if (!given)
+                PyErr_Clear();
+        }
+        Py_XDECREF(result);
+    }
+    if (given > 0 && slot->ticket == ticket)
+        assign(&slot->ticket, NULL);
+    Py_DECREF(ticket);
+    return given;
+}
+
+static int hand_over_anyhow(LayerObject *layer) {
+    if (is_job(layer->job)) {
+        hand_over(layer->job);
+        assign(&layer->slot->ticket, layer->job);
+        return 0;
+    }
+    PyObject *ticket = PyObject_CallMethod(layer->pipeline->issuer, "submit", "O", layer->job);
+    if (!ticket)
+        return -1;
+    assign(&layer->slot->ticket, ticket);
+    Py_DECREF(ticket);
+    return 0;
+}
+
+/* -- the path ------------------------------------------------------------------------------------------------------ */
+
+int is_layer(PyObject *object) {
+    return PyObject_TypeCheck(object, layer_type) && ((LayerObject *)object)->slot;
+}
+
+static int is_ready_to_enter(const LayerObject *layer) {
+    const SlotObject *slot = layer->slot;
+    const PipelineObject *pipeline = layer->pipeline;
+    return !is_set(slot->reader) && slot->holds == (PyObject *)layer && layer->place > pipeline->latest &&
+           !pipeline->timed && !is_set(pipeline->tracer);
+}
+
+int enter(LayerObject *layer, void *stream) {
+    SlotObject *slot = layer->slot;
+    if (!is_ready_to_enter(layer))
+        return 0;
+    if (is_set(slot->ticket)) {
+        int given = has_been_given(slot->ticket);
+        if (given == 0)
+            given = await_ticket(slot);
+        if (given <= 0)
+            return given;
+        if (!is_ready_to_enter(layer)) /* any more: others ran meanwhile */
+            return 0;
+    }
+    for (size_t i = 0; i < layer->num_ready; i++)
+        if (wait_for(layer->pipeline, stream, layer->ready[i]))
+            return -1;
+    layer->pipeline->latest = layer->place;
+    assign(&slot->reader, (PyObject *)layer);
+    slot->read = 1;
+    layer->hits++;
+    return 1;
+}
+
+int leave(LayerObject *layer, void *stream) {
+    SlotObject *slot = layer->slot;
+    const PipelineObject *pipeline = layer->pipeline;
+    if (slot->reader != (PyObject *)layer || is_set(pipeline->tracer) || !layer->following || !is_layer(layer->following))
+        return 0;
+    LayerObject *following = (LayerObject *)layer->following;
+    const int fetches = slot->holds != (PyObject *)following;
+    if (fetches && (!is_set(slot->holds) || !slot->read || !is_set(following->job)))
+        return 0;
+    if (fetches && is_job(following->job) && !can_be_handed_over(following->job))
+        return 0;
+    if (pipeline->prompt && following->is_first)
+        return 0;
+    if (record(pipeline, layer->consumed, stream))
+        return -1;
+    assign(&slot->reader, NULL);
+    if (!fetches)
+        return 1;
+    assign(&slot->holds, NULL); /* until it was handed over: see [Note: A slot that holds nothing] */
+    if (hand_over_anyhow(following))
+        return -1;
+    slot->read = 0;
+    assign(&slot->holds, (PyObject *)following);
+    following->fetched_bytes += following->nbytes;
+    return 1;
+}
+
+/* -- the types ----------------------------------------------------------------------------------------------------- */
+
+static void free_object(PyObject *object) {
+    PyTypeObject *type = Py_TYPE(object);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
+    Py_DECREF(type);
+}
+
+static int slot_traverse(PyObject *object, visitproc visit, void *arg) {
+    SlotObject *self = (SlotObject *)object;
+    Py_VISIT(Py_TYPE(object));
+    Py_VISIT(self->holds);
+    Py_VISIT(self->reader);
+    Py_VISIT(self->ticket);
+    return 0;
+}
+
+static int slot_clear(PyObject *object) {
+    SlotObject *self = (SlotObject *)object;
+    Py_CLEAR(self->holds);
+    Py_CLEAR(self->reader);
+    Py_CLEAR(self->ticket);
+    return 0;
+}
+
+static void slot_dealloc(PyObject *object) {
+    PyObject_GC_UnTrack(object);
+    slot_clear(object);
+    free_object(object);
+}
+
+static int slot_init(PyObject *object, PyObject *arguments, PyObject *keywords) {
+    if (!PyArg_ParseTuple(arguments, ""))
+        return -1;
+    slot_clear(object);
+    ((SlotObject *)object)->read = 1;
+    return 0;
+}
+
+static PyMemberDef slot_members[] = {
+    {"holds", T_OBJECT, offsetof(SlotObject, holds), 0, NULL},
+    {"reader", T_OBJECT, offsetof(SlotObject, reader), 0, NULL},
+    {"ticket", T_OBJECT, offsetof(SlotObject, ticket), 0, NULL},
+    {"read", T_BOOL, offsetof(SlotObject, read), 0, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static int pipeline_traverse(PyObject *object, visitproc visit, void *arg) {
+    PipelineObject *self = (PipelineObject *)object;
+    Py_VISIT(Py_TYPE(object));
+    Py_VISIT(self->driver);
+    Py_VISIT(self->issuer);
+    Py_VISIT(self->tracer);
+    Py_VISIT(self->failure);
+    return 0;
+}
+
+static int pipeline_clear(PyObject *object) {
+    PipelineObject *self = (PipelineObject *)object;
+    Py_CLEAR(self->driver);
+    Py_CLEAR(self->issuer);
+    Py_CLEAR(self->tracer);
+    Py_CLEAR(self->failure);
+    return 0;
+}
+
+static void pipeline_dealloc(PyObject *object) {
+    PyObject_GC_UnTrack(object);
+    pipeline_clear(object);
+    free_object(object);
+}
+
+static int pipeline_init(PyObject *object, PyObject *arguments, PyObject *keywords) {
+    PipelineObject *self = (PipelineObject *)object;
+    PyObject *driver, *issuer, *calls, *failure = Py_None;
+    unsigned long long get_current, context, is_capturing, wait = 0, record_at = 0;
+    int latest;
+    if (!PyArg_ParseTuple(arguments, "OOOi", &driver, &issuer, &calls, &latest))
+        return -1;
+    if (calls != Py_None && !PyArg_ParseTuple(calls, "KKKKKO", &get_current, &context, &is_capturing, &wait,
+                                               &record_at, &failure))
+        return -1;
+    pipeline_clear(object);
+    self->driver = Py_NewRef(driver);
+    self->issuer = Py_NewRef(issuer);
+    self->failure = Py_NewRef(failure);
+    self->wait = (WaitEvent)wait;
+    self->record = (RecordEvent)record_at;
+    self->latest = latest;
+    self->prompt = self->timed = 0;
+    return 0;
+}
+
+static PyMemberDef pipeline_members[] = {
+    {"driver", T_OBJECT, offsetof(PipelineObject, driver), READONLY, NULL},
+    {"issuer", T_OBJECT, offsetof(PipelineObject, issuer), READONLY, NULL},
+    {"tracer", T_OBJECT, offsetof(PipelineObject, tracer), 0, NULL},
+    {"latest", T_INT, offsetof(PipelineObject, latest), 0, NULL},
+    {"prompt", T_BOOL, offsetof(PipelineObject, prompt), 0, NULL},
+    {"timed", T_BOOL, offsetof(PipelineObject, timed), 0, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static int layer_traverse(PyObject *object, visitproc visit, void *arg) {
+    LayerObject *self = (LayerObject *)object;
+    Py_VISIT(Py_TYPE(object));
+    Py_VISIT(self->pipeline);
+    Py_VISIT(self->slot);
+    Py_VISIT(self->following);
+    Py_VISIT(self->weights);
+    Py_VISIT(self->job);
+    return 0;
+}
+
+static int layer_clear(PyObject *object) {
+    LayerObject *self = (LayerObject *)object;
+    Py_CLEAR(self->pipeline);
+    Py_CLEAR(self->slot);
+    Py_CLEAR(self->following);
+    Py_CLEAR(self->weights);
+    Py_CLEAR(self->job);
+    return 0;
+}
+
+static void layer_dealloc(PyObject *object) {
+    PyObject_GC_UnTrack(object);
+    layer_clear(object);
+    PyMem_Free(((LayerObject *)object)->ready);
+    free_object(object);
+}
+
+static int layer_init(PyObject *object, PyObject *arguments, PyObject *keywords) {
+    LayerObject *self = (LayerObject *)object;
+    PyObject *pipeline, *slot, *ready;
+    unsigned long long consumed;
+    if (!PyArg_ParseTuple(arguments, "O!O!O!K", pipeline_type, &pipeline, slot_type, &slot, &PyTuple_Type, &ready, &consumed))
+        return -1;
+    const Py_ssize_t count = PyTuple_Size(ready);
+    void **events = PyMem_Calloc(count ? count : 1, sizeof(void *));
+    if (!events)
+        return PyErr_NoMemory(), -1;
+    for (Py_ssize_t i = 0; i < count; i++)
+        events[i] = (void *)(uintptr_t)PyLong_AsUnsignedLongLong(PyTuple_GetItem(ready, i));
+    if (PyErr_Occurred())
+        return PyMem_Free(events), -1;
+    layer_clear(object);
+    PyMem_Free(self->ready);
+    self->ready = events;
+    self->num_ready = count;
+    self->consumed = (void *)(uintptr_t)consumed;
+    self->pipeline = (PipelineObject *)Py_NewRef(pipeline);
+    self->slot = (SlotObject *)Py_NewRef(slot);
+    return 0;
+}
+
+static PyObject *as_bool(int result) {
+    return result < 0 ? NULL : PyBool_FromLong(result);
+}
+
+static PyObject *layer_enter(PyObject *object, PyObject *stream) {
+    void *at = PyLong_AsVoidPtr(stream);
+    if (PyErr_Occurred())
+        return NULL;
+    return as_bool(is_layer(object) ? enter((LayerObject *)object, at) : 0);
+}
+
+static PyObject *layer_leave(PyObject *object, PyObject *stream) {
+    void *at = PyLong_AsVoidPtr(stream);
+    if (PyErr_Occurred())
+        return NULL;
+    return as_bool(is_layer(object) ? leave((LayerObject *)object, at) : 0);
+}
+
+static PyMethodDef layer_methods[] = {
+    {"enter", layer_enter, METH_O, "Acquire, if nothing is unusual: whether it was."},
+    {"leave", layer_leave, METH_O, "Release, if nothing is unusual: whether it was."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef layer_members[] = {
+    {"slot", T_OBJECT, offsetof(LayerObject, slot), READONLY, NULL},
+    {"following", T_OBJECT, offsetof(LayerObject, following), 0, NULL},
+    {"weights", T_OBJECT, offsetof(LayerObject, weights), 0, NULL},
+    {"job", T_OBJECT, offsetof(LayerObject, job), 0, NULL},
+    {"nbytes", T_LONGLONG, offsetof(LayerObject, nbytes), 0, NULL},
+    {"hits", T_LONGLONG, offsetof(LayerObject, hits), 0, NULL},
+    {"misses", T_LONGLONG, offsetof(LayerObject, misses), 0, NULL},
+    {"fetched_bytes", T_LONGLONG, offsetof(LayerObject, fetched_bytes), 0, NULL},
+    {"place", T_INT, offsetof(LayerObject, place), 0, NULL},
+    {"is_first", T_BOOL, offsetof(LayerObject, is_first), 0, NULL},
+    {"is_last", T_BOOL, offsetof(LayerObject, is_last), 0, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+#define FLAGS (Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC)
+
+static PyType_Slot slot_slots[] = {
+    {Py_tp_init, slot_init},
+    {Py_tp_members, slot_members},
+    {Py_tp_traverse, slot_traverse},
+    {Py_tp_clear, slot_clear},
+    {Py_tp_dealloc, slot_dealloc},
+    {0, NULL},
+};
+static PyType_Spec slot_spec = {"vmm_dwdp.allocator._native.SlotState", sizeof(SlotObject), 0, FLAGS, slot_slots};
+
+static PyType_Slot pipeline_slots[] = {
+    {Py_tp_init, pipeline_init},
+    {Py_tp_members, pipeline_members},
+    {Py_tp_traverse, pipeline_traverse},
+    {Py_tp_clear, pipeline_clear},
+    {Py_tp_dealloc, pipeline_dealloc},
+    {0, NULL},
+};
+static PyType_Spec pipeline_spec = {"vmm_dwdp.allocator._native.PipelineState", sizeof(PipelineObject), 0, FLAGS,
+                                    pipeline_slots};
+
+static PyType_Slot layer_slots[] = {
+    {Py_tp_init, layer_init},
+    {Py_tp_methods, layer_methods},
+    {Py_tp_members, layer_members},
+    {Py_tp_traverse, layer_traverse},
+    {Py_tp_clear, layer_clear},
+    {Py_tp_dealloc, layer_dealloc},
+    {0, NULL},
+};
+static PyType_Spec layer_spec = {"vmm_dwdp.allocator._native.LayerState", sizeof(LayerObject), 0, FLAGS, layer_slots};
+
+static int add_type(PyObject *module, const char *name, PyType_Spec *spec, PyTypeObject **type) {
+    *type = (PyTypeObject *)PyType_FromSpec(spec);
+    return *type ? PyModule_AddObjectRef(module, name, (PyObject *)*type) : -1;
+}
+
+int add_staged_types(PyObject *module) {
+    if (add_type(module, "SlotState", &slot_spec, &slot_type) || add_type(module, "LayerState", &layer_spec, &layer_type))
+        return -1;
+    return add_type(module, "PipelineState", &pipeline_spec, &pipeline_type);
+}
