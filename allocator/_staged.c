@@ -95,6 +95,17 @@ static int hand_over_anyhow(LayerObject *layer) {
     return 0;
 }
 
+/* -- timing -------------------------------------------------------------------------------------------------------- */
+
+static int resume(const LayerObject *layer, void *stream) {
+    if (record(layer->pipeline, layer->resumed, stream))
+        return -1;
+    PyObject *place = PyLong_FromLong(layer->place);
+    const int failed = place ? PyList_Append(layer->pipeline->order, place) : -1;
+    Py_XDECREF(place);
+    return failed;
+}
+
 /* -- the path ------------------------------------------------------------------------------------------------------ */
 
 int is_layer(PyObject *object) {
@@ -105,13 +116,16 @@ static int is_ready_to_enter(const LayerObject *layer) {
     const SlotObject *slot = layer->slot;
     const PipelineObject *pipeline = layer->pipeline;
     return !is_set(slot->reader) && slot->holds == (PyObject *)layer && layer->place > pipeline->latest &&
-           !pipeline->timed && !is_set(pipeline->tracer);
+           !is_set(pipeline->tracer);
 }
 
 int enter(LayerObject *layer, void *stream) {
     SlotObject *slot = layer->slot;
+    PipelineObject *pipeline = layer->pipeline;
     if (!is_ready_to_enter(layer))
         return 0;
+    if (pipeline->timed && record(pipeline, layer->arrived, stream))
+        return -1;
     if (is_set(slot->ticket)) {
         int given = has_been_given(slot->ticket);
         if (given == 0)
@@ -122,9 +136,11 @@ int enter(LayerObject *layer, void *stream) {
             return 0;
     }
     for (size_t i = 0; i < layer->num_ready; i++)
-        if (wait_for(layer->pipeline, stream, layer->ready[i]))
+        if (wait_for(pipeline, stream, layer->ready[i]))
             return -1;
-    layer->pipeline->latest = layer->place;
+    if (pipeline->timed && resume(layer, stream))
+        return -1;
+    pipeline->latest = layer->place;
     assign(&slot->reader, (PyObject *)layer);
     slot->read = 1;
     layer->hits++;
@@ -211,6 +227,7 @@ static int pipeline_traverse(PyObject *object, visitproc visit, void *arg) {
     Py_VISIT(self->driver);
     Py_VISIT(self->issuer);
     Py_VISIT(self->tracer);
+    Py_VISIT(self->order);
     Py_VISIT(self->failure);
     return 0;
 }
@@ -220,6 +237,7 @@ static int pipeline_clear(PyObject *object) {
     Py_CLEAR(self->driver);
     Py_CLEAR(self->issuer);
     Py_CLEAR(self->tracer);
+    Py_CLEAR(self->order);
     Py_CLEAR(self->failure);
     return 0;
 }
@@ -232,10 +250,10 @@ static void pipeline_dealloc(PyObject *object) {
 
 static int pipeline_init(PyObject *object, PyObject *arguments, PyObject *keywords) {
     PipelineObject *self = (PipelineObject *)object;
-    PyObject *driver, *issuer, *calls, *failure = Py_None;
+    PyObject *driver, *issuer, *order, *calls, *failure = Py_None;
     unsigned long long get_current, context, is_capturing, wait = 0, record_at = 0;
     int latest;
-    if (!PyArg_ParseTuple(arguments, "OOOi", &driver, &issuer, &calls, &latest))
+    if (!PyArg_ParseTuple(arguments, "OOOO!i", &driver, &issuer, &calls, &PyList_Type, &order, &latest))
         return -1;
     if (calls != Py_None && !PyArg_ParseTuple(calls, "KKKKKO", &get_current, &context, &is_capturing, &wait,
                                                &record_at, &failure))
@@ -243,6 +261,7 @@ static int pipeline_init(PyObject *object, PyObject *arguments, PyObject *keywor
     pipeline_clear(object);
     self->driver = Py_NewRef(driver);
     self->issuer = Py_NewRef(issuer);
+    self->order = Py_NewRef(order);
     self->failure = Py_NewRef(failure);
     self->wait = (WaitEvent)wait;
     self->record = (RecordEvent)record_at;
@@ -292,8 +311,9 @@ static void layer_dealloc(PyObject *object) {
 static int layer_init(PyObject *object, PyObject *arguments, PyObject *keywords) {
     LayerObject *self = (LayerObject *)object;
     PyObject *pipeline, *slot, *ready;
-    unsigned long long consumed;
-    if (!PyArg_ParseTuple(arguments, "O!O!O!K", pipeline_type, &pipeline, slot_type, &slot, &PyTuple_Type, &ready, &consumed))
+    unsigned long long consumed, arrived, resumed;
+    if (!PyArg_ParseTuple(arguments, "O!O!O!KKK", pipeline_type, &pipeline, slot_type, &slot, &PyTuple_Type, &ready,
+                          &consumed, &arrived, &resumed))
         return -1;
     const Py_ssize_t count = PyTuple_Size(ready);
     void **events = PyMem_Calloc(count ? count : 1, sizeof(void *));
@@ -308,6 +328,8 @@ static int layer_init(PyObject *object, PyObject *arguments, PyObject *keywords)
     self->ready = events;
     self->num_ready = count;
     self->consumed = (void *)(uintptr_t)consumed;
+    self->arrived = (void *)(uintptr_t)arrived;
+    self->resumed = (void *)(uintptr_t)resumed;
     self->pipeline = (PipelineObject *)Py_NewRef(pipeline);
     self->slot = (SlotObject *)Py_NewRef(slot);
     return 0;

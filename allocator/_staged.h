@@ -1,8 +1,8 @@
 /* A staged layer at the moment when nothing is unusual: the C half of vmm_dwdp/schedule/layer.py.
 
    There is one state machine, in Python. What it keeps lies in the structures here, which Python reads and writes as
-   attributes. `enter` and `leave` do what it would do where a layer lies ready in its slot, or is on its way there, and
-   nobody times, traces or captures the pass. In every other case they change nothing, and say so.
+   attributes. `enter` and `leave` do what it would do where a layer lies ready in its slot, or is on its way there, in
+   the middle of a pass that nobody traces or captures. In every other case they change nothing, and say so.
 
    All of it runs under the interpreter's lock, but for the wait for copies that the driver has not been given yet. So no
    signal's handler runs, and no other thread, between two steps here: only inside a driver that is Python's, whose calls
@@ -24,6 +24,7 @@ typedef struct { /* a slot: see `Slot` */
 typedef struct { /* what the layers of a rank share: see `Pipeline` */
     PyObject_HEAD
     PyObject *driver, *issuer, *tracer;
+    PyObject *order; /* a list: the places of layers whose acquires were timed and not read yet */
     WaitEvent wait; /* NULL: ask the driver in Python */
     RecordEvent record;
     PyObject *failure; /* makes an exception of the name of a call and its result */
@@ -36,7 +37,7 @@ typedef struct { /* see `StagedLayer` */
     PipelineObject *pipeline;
     SlotObject *slot;
     PyObject *following, *weights, *job;
-    void **ready, *consumed;
+    void **ready, *consumed, *arrived, *resumed; /* events; the last two time the wait for the copies */
     size_t num_ready;
     long long nbytes, hits, misses, fetched_bytes;
     int place;

@@ -24,8 +24,9 @@ LEFT_OUT: Final = shutil.ignore_patterns(".git", ".venv*", ".*_cache", ".hypothe
 TESTS_FAILED: Final = 1  # pytest's exit status; a larger one means that the tests could not run
 
 
-def found(copy: Path, tests: tuple[str, ...], seconds: float = SECONDS) -> bool:
-    """Whether the tests fail in ``copy``, or take longer. Raises `RuntimeError` if they cannot run."""
+def failure(copy: Path, tests: tuple[str, ...], seconds: float = SECONDS) -> str | None:
+    """How the tests fail in ``copy``, or that they take longer; None if they pass. Raises `RuntimeError` if they cannot
+    run."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     try:
@@ -33,21 +34,22 @@ def found(copy: Path, tests: tuple[str, ...], seconds: float = SECONDS) -> bool:
             command, cwd=copy, env=environment, timeout=seconds, capture_output=True, text=True, check=False
         )
     except subprocess.TimeoutExpired:
-        return True
+        return f"not over after {seconds} s"
+    told = f"{run.stdout}{run.stderr}"
     if run.returncode > TESTS_FAILED:
-        raise RuntimeError(f"the tests could not run:\n{run.stdout}{run.stderr}")
-    return run.returncode != 0  # below zero if the bug made the process crash
+        raise RuntimeError(f"the tests could not run:\n{told}")
+    return told if run.returncode else None  # below zero if the bug made the process crash
 
 
 def found_with(bug: Bug, copy: Path) -> bool:
-    """`found`, with the bug in the copy meanwhile."""
+    """Whether its tests fail with the bug in the copy."""
     file = copy / bug.file
     sound = file.read_text(encoding="utf-8")
     if sound.count(bug.old) != 1:
         raise RuntimeError(f"{bug.name}: {bug.file} has {sound.count(bug.old)} places to put it, not one")
     file.write_text(sound.replace(bug.old, bug.new), encoding="utf-8")
     try:
-        return found(copy, bug.tests)
+        return failure(copy, bug.tests) is not None
     finally:
         file.write_text(sound, encoding="utf-8")
 
@@ -59,8 +61,9 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory) / "tree"
         shutil.copytree(ROOT, copy, symlinks=True, ignore=LEFT_OUT)
-        if found(copy, tuple(dict.fromkeys(test for bug in bugs for test in bug.tests)), SECONDS_SOUND):
-            raise RuntimeError("the tests fail without any bug")
+        all_tests = tuple(dict.fromkeys(test for bug in bugs for test in bug.tests))
+        if (told := failure(copy, all_tests, SECONDS_SOUND)) is not None:
+            raise RuntimeError(f"the tests fail without any bug:\n{told}")
         for bug in bugs:
             start = time.monotonic()
             caught = found_with(bug, copy)

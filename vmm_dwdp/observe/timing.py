@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from vmm_dwdp.allocator.driver import Driver, StreamId
+from vmm_dwdp.allocator.driver import Driver, EventId, StreamId
 from vmm_dwdp.allocator.handles import Event, Ledger, Owned, ResourceStack
 
 FIRST: Final = 4  # passes that are all timed
@@ -38,6 +38,7 @@ class PassTimer(Owned):
         waited_s: by layer, seconds that the compute stream waited for it in all passes that were timed, and in those
             that they stand for.
         latest: the latest pass that was timed from its first layer to its last, in that order.
+        order: the layers of the pass whose events are recorded and not read yet; always the same list.
     """
 
     def __init__(self, driver: Driver, ledger: Ledger, num_layers: int) -> None:
@@ -45,7 +46,7 @@ class PassTimer(Owned):
         self.latest: PassTimes | None = None
         self._driver = driver
         self._resources = ResourceStack()
-        self._order: list[int] = []  # the layers of the pass whose events are recorded and not read yet
+        self.order: list[int] = []
         self._stands_for = 1  # passes: that one
         self._pass = 0  # the number of the one in progress
         self._due = 1  # of the next that is to be timed
@@ -66,6 +67,10 @@ class PassTimer(Owned):
             self._due = self._pass + self._stands_for
         return timed
 
+    def events(self, index: int) -> tuple[EventId, EventId]:
+        """What `arrive` and `resume` record for layer ``index``."""
+        return self._arrived[index].event, self._resumed[index].event
+
     def arrive(self, index: int, stream: StreamId) -> None:
         """Before ``stream`` waits for layer ``index``."""
         self._driver.record(self._arrived[index].event, stream)
@@ -73,19 +78,19 @@ class PassTimer(Owned):
     def resume(self, index: int, stream: StreamId) -> None:
         """After it."""
         self._driver.record(self._resumed[index].event, stream)
-        self._order.append(index)
+        self.order.append(index)
 
     def read(self) -> bool:
         """Add up what was recorded; false if the device is not past it yet."""
-        if not all(self._driver.complete(self._resumed[index].event) for index in reversed(self._order)):
+        if not all(self._driver.complete(self._resumed[index].event) for index in reversed(self.order)):
             return False
-        waits = [self._driver.elapsed(self._arrived[i].event, self._resumed[i].event) for i in self._order]
-        for index, seconds in zip(self._order, waits, strict=True):
+        waits = [self._driver.elapsed(self._arrived[i].event, self._resumed[i].event) for i in self.order]
+        for index, seconds in zip(self.order, waits, strict=True):
             self.waited_s[index] += seconds * self._stands_for
-        if len(self._order) > 1 and self._order == list(range(len(self.waited_s))):
+        if len(self.order) > 1 and self.order == list(range(len(self.waited_s))):
             total = self._driver.elapsed(self._arrived[0].event, self._arrived[-1].event)
             self.latest = PassTimes(total, sum(waits[:-1]))
-        self._order.clear()
+        self.order.clear()
         return True
 
     def close(self) -> None:

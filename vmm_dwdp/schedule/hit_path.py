@@ -4,7 +4,7 @@
 The launching thread comes to `acquire` and `release` from launching kernels, which drives whatever it ran before out of
 its caches. A function of Python's takes it microseconds then, and the way of one `acquire` goes through many. So what
 happens at nearly every layer of nearly every pass is one call of C: the layer lies ready in its slot or is on its way
-there, the thread is in the middle of its pass, and nothing is traced, timed or captured. It looks at all of this, waits
+there, the thread is in the middle of its pass, and nothing is traced or captured. It looks at all of this, waits
 for the copies to be given to the driver if they are not yet, makes the two driver calls, and changes the same few words
 that the state machine of `vmm_dwdp.schedule.layer` keeps, which are C's for that: slots, layers and what they share.
 

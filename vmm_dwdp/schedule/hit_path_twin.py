@@ -27,7 +27,9 @@ class SlotState:
 class PipelineState:
     """See `vmm_dwdp.schedule.layer.Pipeline`."""
 
-    def __init__(self, driver: Driver, issuer: Any, calls: NativeCalls | None, latest: int, /) -> None:
+    def __init__(
+        self, driver: Driver, issuer: Any, calls: NativeCalls | None, order: list[int], latest: int, /
+    ) -> None:
         self.driver = driver
         self.issuer = issuer
         self.tracer: Any = None
@@ -39,7 +41,16 @@ class PipelineState:
 class LayerState:
     """See `vmm_dwdp.schedule.layer.StagedLayer`."""
 
-    def __init__(self, pipeline: Any, slot: Any, ready: tuple[EventId, ...], consumed: EventId, /) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        slot: Any,
+        ready: tuple[EventId, ...],
+        consumed: EventId,
+        arrived: EventId,
+        resumed: EventId,
+        /,
+    ) -> None:
         self.slot = slot
         self.following: Any = None
         self.weights: Any = None

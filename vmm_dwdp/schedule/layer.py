@@ -88,7 +88,7 @@ class Pipeline(PipelineState):
     def __init__(
         self, driver: Driver, issuer: Issuer, streams: list[Stream], timer: PassTimer, num_layers: int
     ) -> None:
-        super().__init__(driver, issuer, driver.native_calls, num_layers)
+        super().__init__(driver, issuer, driver.native_calls, timer.order, num_layers)
         self.streams = streams
         self.timer = timer
 
@@ -153,7 +153,8 @@ class StagedLayer(LayerState):
         self, pipeline: Pipeline, slot: Slot, place: int, fetch: Fetch, lanes: Sequence[Lane], *, is_first: bool
     ) -> None:
         """``lanes``: what each copy stream that takes part in ``fetch`` is given."""
-        super().__init__(pipeline, slot, tuple(ready.event for ready in slot.ready), slot.consumed.event)
+        ready = tuple(event.event for event in slot.ready)
+        super().__init__(pipeline, slot, ready, slot.consumed.event, *pipeline.timer.events(place))
         self.place = place
         self.number = fetch.number
         self.is_first = is_first
