@@ -48,7 +48,7 @@ fuzz: $(INSTALLED)
 	$(VENV)/bin/python tests/fuzz $(ARGS)
 
 mutants: $(INSTALLED)
-	$(VENV)/bin/python tests/mutants $(ARGS)
+	PYTHONPATH=tests $(VENV)/bin/python tests/mutants $(ARGS)
 
 docs:
 	@$(PYTHON) -m venv $(VENV)-docs

@@ -147,12 +147,11 @@ int enter(LayerObject *layer, void *stream) {
     return 1;
 }
 
-int leave(LayerObject *layer, void *stream) {
+static int leave_for(LayerObject *layer, LayerObject *following, void *stream) {
     SlotObject *slot = layer->slot;
     const PipelineObject *pipeline = layer->pipeline;
-    if (slot->reader != (PyObject *)layer || is_set(pipeline->tracer) || !layer->following || !is_layer(layer->following))
+    if (slot->reader != (PyObject *)layer || is_set(pipeline->tracer))
         return 0;
-    LayerObject *following = (LayerObject *)layer->following;
     const int fetches = slot->holds != (PyObject *)following;
     if (fetches && (!is_set(slot->holds) || !slot->read || !is_set(following->job)))
         return 0;
@@ -172,6 +171,15 @@ int leave(LayerObject *layer, void *stream) {
     assign(&slot->holds, (PyObject *)following);
     following->fetched_bytes += following->nbytes;
     return 1;
+}
+
+int leave(LayerObject *layer, void *stream) {
+    if (!layer->following || !is_layer(layer->following))
+        return 0;
+    PyObject *following = Py_NewRef(layer->following);
+    const int left = leave_for(layer, (LayerObject *)following, stream);
+    Py_DECREF(following);
+    return left;
 }
 
 /* -- the types ----------------------------------------------------------------------------------------------------- */

@@ -1,9 +1,13 @@
-"""Fixtures for all tests: drivers, and the proof that a test left nothing behind."""
+"""Fixtures for all tests: drivers, and the proof that a test left nothing behind.
+
+With ``WITHOUT_NATIVE=1`` in the environment the tests run as where there was no C compiler at installation.
+"""
 
 from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+if os.environ.get("WITHOUT_NATIVE"):
+    sys.modules["vmm_dwdp.allocator._native"] = None  # type: ignore[assignment]
 
 from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.driver import Driver

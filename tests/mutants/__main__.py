@@ -1,7 +1,7 @@
 """Put each bug of `bugs.py` into a copy of the tree, run the tests that must find it, and print the score.
 
-python tests/mutants                 all of them
-python tests/mutants slot edges      those whose names have one of the words
+PYTHONPATH=tests python tests/mutants                 all of them
+PYTHONPATH=tests python tests/mutants slot edges      those whose names have one of the words
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from bugs import BUGS, Bug
+from support.native import compiled
 
 ROOT: Final = Path(__file__).parents[2]
 SECONDS: Final = 300  # a bug that makes the tests hang is found
@@ -49,9 +50,18 @@ def found_with(bug: Bug, copy: Path) -> bool:
         raise RuntimeError(f"{bug.name}: {bug.file} has {sound.count(bug.old)} places to put it, not one")
     file.write_text(sound.replace(bug.old, bug.new), encoding="utf-8")
     try:
+        compile_again(copy, file)
         return failure(copy, bug.tests) is not None
     finally:
         file.write_text(sound, encoding="utf-8")
+        compile_again(copy, file)
+
+
+def compile_again(copy: Path, file: Path) -> None:
+    """What installation compiles, if ``file`` is part of it."""
+    if file.suffix in (".c", ".h"):
+        allocator = copy / "allocator"
+        compiled(allocator, sources=sorted(allocator.glob("*.c"))).replace(allocator / "_native.abi3.so")
 
 
 def main(words: list[str]) -> int:

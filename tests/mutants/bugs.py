@@ -36,6 +36,7 @@ _TURN = ("tests/unit/test_threads_and_forks.py",)
 _UNINTERRUPTED = ("tests/unit/allocator/test_uninterrupted.py",)
 _CURRENT = ("tests/unit/allocator/test_current_device.py",)
 _CONTEXT = ("tests/unit/allocator/test_cuda_context.py",)
+_HIT_PATH = ("tests/unit/schedule/test_hit_path.py",)
 _SPREAD = ("tests/unit/integrations/test_spread_tensor.py",)
 
 BUGS: Final = (
@@ -653,15 +654,15 @@ BUGS: Final = (
     Bug(
         "statistics are read off the device by any thread",
         "vmm_dwdp/runtime.py",
-        "own = self._lifecycle.latest_runner == self._lifecycle.mine.number and self._lifecycle.is_running",
+        "own = self._lifecycle.latest_runner == this_thread() and self._lifecycle.is_running",
         "own = self._lifecycle.is_running",
         _TURN,
     ),
     Bug(
         "statistics are read off events that are closed",
         "vmm_dwdp/runtime.py",
-        "own = self._lifecycle.latest_runner == self._lifecycle.mine.number and self._lifecycle.is_running",
-        "own = self._lifecycle.latest_runner == self._lifecycle.mine.number",
+        "own = self._lifecycle.latest_runner == this_thread() and self._lifecycle.is_running",
+        "own = self._lifecycle.latest_runner == this_thread()",
         ("tests/unit/test_threads.py::test_stats_after_close_are_the_latest",),
     ),
     Bug(
@@ -821,5 +822,117 @@ BUGS: Final = (
         "* received + len(self._others) * held",
         "* received",
         ("tests/unit/test_runtime_states.py::test_more_shares_than_a_process_can_have_files",),
+    ),
+    Bug(
+        "a layer whose slot is being read is hit",
+        "allocator/_staged.c",
+        "return !is_set(slot->reader) && slot->holds",
+        "return slot->holds",
+        _HIT_PATH,
+    ),
+    Bug(
+        "a layer that its slot does not hold is hit",
+        "allocator/_staged.c",
+        "slot->holds == (PyObject *)layer && layer->place > pipeline->latest &&",
+        "layer->place > pipeline->latest &&",
+        _HIT_PATH,
+    ),
+    Bug(
+        "a layer that is hit does not count as read",
+        "allocator/_staged.c",
+        "    slot->read = 1;\n    layer->hits++;",
+        "    layer->hits++;",
+        _HIT_PATH,
+    ),
+    Bug(
+        "a hit does not wait for the copies to be given",
+        "allocator/_staged.c",
+        "    if (is_set(slot->ticket)) {",
+        "    if (0) {",
+        _HIT_PATH,
+    ),
+    Bug(
+        "a hit waits for the copies of one stream alone",
+        "allocator/_staged.c",
+        "for (size_t i = 0; i < layer->num_ready; i++)\n        if (wait_for(",
+        "for (size_t i = 0; i < 1; i++)\n        if (wait_for(",
+        _HIT_PATH,
+    ),
+    Bug(
+        "C names the layer before it hands the job over",
+        "allocator/_staged.c",
+        "    assign(&slot->holds, NULL); /* until it was handed over: see [Note: A slot that holds nothing] */\n",
+        "    assign(&slot->holds, (PyObject *)following);\n",
+        _HIT_PATH,
+    ),
+    Bug(
+        "C releases without a record",
+        "allocator/_staged.c",
+        "    if (record(pipeline, layer->consumed, stream))\n        return -1;\n",
+        "",
+        _HIT_PATH,
+    ),
+    Bug(
+        "C goes on with the pass of another thread",
+        "allocator/_hit_path.c",
+        "if (!path->turn->in_pass || path->turn->runner != this_thread())",
+        "if (!path->turn->in_pass)",
+        _HIT_PATH,
+    ),
+    Bug(
+        "C hits a layer between passes",
+        "allocator/_hit_path.c",
+        "if (!path->turn->in_pass || path->turn->runner != this_thread())",
+        "if (path->turn->runner != this_thread())",
+        _HIT_PATH,
+    ),
+    Bug(
+        "C does not ask whether the stream is captured",
+        "allocator/_hit_path.c",
+        "path->is_capturing(stream, &status) == 0 && status == 0",
+        "path->is_capturing(stream, &status) == 0",
+        _HIT_PATH,
+    ),
+    Bug(
+        "C does not ask which context is current",
+        "allocator/_hit_path.c",
+        "path->get_current(&context) == 0 && context == path->context",
+        "path->get_current(&context) == 0",
+        _HIT_PATH,
+    ),
+    Bug(
+        "a pass that ends in C does not end",
+        "allocator/_hit_path.c",
+        "    if (released > 0 && layer->is_last)\n        path->turn->in_pass = 0;\n",
+        "",
+        _HIT_PATH,
+    ),
+    Bug(
+        "C leaves the first layers of the next pass to be given later",
+        "allocator/_staged.c",
+        "    if (pipeline->prompt && following->is_first)\n        return 0;\n",
+        "",
+        _HIT_PATH,
+    ),
+    Bug(
+        "C hits a layer that is traced",
+        "allocator/_staged.c",
+        "layer->place > pipeline->latest &&\n           !is_set(pipeline->tracer);",
+        "layer->place > pipeline->latest;",
+        _HIT_PATH,
+    ),
+    Bug(
+        "C keeps the interpreter while it waits for copies",
+        "allocator/_issue.c",
+        "    Py_BEGIN_ALLOW_THREADS\n    await_job(&owner->issuer, job);\n    Py_END_ALLOW_THREADS",
+        "    await_job(&owner->issuer, job);",
+        _HIT_PATH,
+    ),
+    Bug(
+        "C hides the copies that it had fetched from the counts",
+        "allocator/_staged.c",
+        "    following->fetched_bytes += following->nbytes;\n",
+        "",
+        _HIT_PATH,
     ),
 )

@@ -5,17 +5,18 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 SOURCES = sorted((Path(__file__).parents[2] / "allocator").glob("*.c"))
 
 
-def compiled(folder: Path, *options: str) -> Path:
+def compiled(folder: Path, *options: str, sources: Sequence[Path] = SOURCES) -> Path:
     library = folder / "_native.so"
     strict = ["-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-missing-field-initializers"]
     include = sysconfig.get_path("include")
-    command = ["cc", "-O1", *strict, *options, "-shared", "-fPIC", f"-I{include}", *SOURCES, "-o", library]
+    command = ["cc", "-O1", *strict, *options, "-shared", "-fPIC", f"-I{include}", *sources, "-o", library]
     subprocess.run(command, check=True)
     return library
 

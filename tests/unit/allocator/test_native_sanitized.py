@@ -1,4 +1,4 @@
-"""The native thread under the sanitizers of the compiler, while jobs and issuers come and go."""
+"""The C under the sanitizers of the compiler, while jobs, issuers and layers come and go."""
 
 from __future__ import annotations
 
@@ -58,9 +58,88 @@ for turn in range(20):
 print(failures > 100)
 """
 
+# Layers of a few slots in any order, legal or not, with a thread that calls C and one that is refused now and then
+LAYERS = """
+import ctypes, random, sys
+from importlib.util import module_from_spec, spec_from_file_location
 
+spec = spec_from_file_location("_native", sys.argv[1])
+native = module_from_spec(spec)
+spec.loader.exec_module(native)
+libc = ctypes.CDLL(None)
+succeed, compare, differ = (
+    ctypes.cast(function, ctypes.c_void_p).value for function in (libc.sched_yield, libc.memcmp, libc.pthread_equal)
+)
+random.seed(0)
+same, other = (ctypes.create_string_buffer(text) for text in (b"same", b"else"))
+one, two = ctypes.addressof(same), ctypes.addressof(other)
+given, refused = (one, one, 4, 1, 0, 0, 1), (one, two, 4, 1, 0, 0, 1)  # the driver's call is memcmp(dsts, srcs, sizes)
+
+class Refused(Exception):
+    pass
+
+class Slot(native.SlotState):
+    pass
+
+class Layer(native.LayerState):
+    pass
+
+class Driver:
+    index = 0
+
+    @staticmethod
+    def current_stream():
+        return 1
+
+hits = releases = 0
+for turn in range(30):
+    issuer = native.Issuer(succeed, succeed, compare, succeed, 1, Refused)
+    calls = (differ, 0, differ, differ, differ, Refused)  # whose arguments differ, but for one event
+    pipeline = native.PipelineState(Driver, issuer, calls, [], 9)
+    slots = [Slot() for _ in range(2)]
+    layers = [Layer(pipeline, slots[i % 2], (10, 11), 1 if i == 3 else 12, 13, 14) for i in range(5)]
+    for place, layer in enumerate(layers):
+        layer.place, layer.nbytes, layer.weights = place, 8, {place: layer}
+        layer.following = layers[place + 2 if place + 2 < 5 else place % 2]
+        layer.job = issuer.job(((1, 2, (random.choices([given, refused], [9, 1])[0],), 3),), None)
+    for slot, layer in zip(slots, layers):
+        issuer.submit(layer.job)
+        slot.holds, slot.ticket = layer, layer.job
+    turns = native.Turn()
+    path = native.HitPath(turns, Driver, calls)
+    path.open(dict(enumerate(layers)))
+    for step in range(300):
+        turns.runner, turns.in_pass = native.this_thread(), random.random() < 0.95
+        pipeline.timed = random.random() < 0.1
+        pipeline.tracer = random.choices([None, object()], [19, 1])[0]
+        layer = random.choice(layers) if random.random() < 0.1 else layers[step // 2 % 5]
+        if layer is layers[0]:
+            pipeline.latest = -1
+        number = layers.index(layer) if random.random() < 0.98 else random.choice([[], "a", 99])
+        try:
+            if step % 2 == 0:
+                hits += path.acquire(number) is not None
+            else:
+                releases += path.release(number)
+        except Refused:
+            pass
+        slot = layer.slot
+        if random.random() < 0.1:  # what Python does where something is unusual
+            slot.reader = slot.ticket = None
+            issuer.flush()
+            slot.holds, slot.read = random.choice([None, *layers]), random.random() < 0.9
+    if turn % 3 == 0:
+        path.close()
+    if turn % 2:
+        issuer.close()
+    del issuer, pipeline, slots, slot, layers, layer, path, turns
+print(hits > 300 and releases > 300)
+"""
+
+
+@pytest.mark.parametrize("program", [STRESS, LAYERS], ids=["jobs", "layers"])
 @pytest.mark.parametrize("sanitizer", ["address", "thread", "undefined"])
-def test_sanitizers_find_nothing_while_jobs_and_issuers_come_and_go(sanitizer: str, tmp_path: Path) -> None:
+def test_sanitizers_find_nothing(sanitizer: str, program: str, tmp_path: Path) -> None:
     runtime = {"address": "libasan.so", "thread": "libtsan.so", "undefined": "libubsan.so"}[sanitizer]
     found = subprocess.run(
         ["cc", f"-print-file-name={runtime}"], capture_output=True, text=True, check=True
@@ -70,7 +149,7 @@ def test_sanitizers_find_nothing_while_jobs_and_issuers_come_and_go(sanitizer: s
     library = compiled(tmp_path, "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
     environment = {**os.environ, "LD_PRELOAD": found, "ASAN_OPTIONS": "detect_leaks=0"}
     run = subprocess.run(
-        [sys.executable, "-c", STRESS, str(library)], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", program, str(library)], env=environment, capture_output=True, text=True, check=False
     )
     if "unexpected memory mapping" in run.stderr:
         pytest.skip("this kernel places memory where this compiler's sanitizer cannot watch it")
