@@ -71,10 +71,11 @@ class FaultyDriver(_Faulty, HostDriver):
 
 
 class FaultyCudaDriver(_Faulty, CudaDriver):
-    """Copies are given by a thread of Python's, whose calls can be made to fail."""
+    """Copies are given by a thread of Python's, and C makes its calls through Python: so all can be made to fail."""
 
     def __init__(self, call: str = "", at: int = 0) -> None:
         super().__init__(call, at, torch.device("cuda"))
+        self.native_calls = None
 
     def issuing_thread(self) -> None:
         return None
