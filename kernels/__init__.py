@@ -13,8 +13,8 @@ class ProviderStatus(NamedTuple):
 
     Attributes:
         name: the function, a dot, and what its ``provider=`` takes.
-        usable: here and now.
-        reason: what it supports, or why it cannot be used here.
+        usable: here and now, by its name at least.
+        reason: what it supports, or why it cannot be used here, or only by its name.
     """
 
     name: str
@@ -32,10 +32,11 @@ def providers() -> list[ProviderStatus]:
         for provider in offered:
             try:
                 missing = provider.missing()
+                untried = provider.untried() if missing is None and provider.untried else None
             except Exception as error:  # whatever a half-installed package does, the listing goes on
-                missing = f"cannot tell: {error}"
+                missing, untried = f"cannot tell: {error}", None
             name = f"{function.__name__}.{provider.name}"
-            found.append(ProviderStatus(name, missing is None, missing or provider.supports))
+            found.append(ProviderStatus(name, missing is None, missing or untried or provider.supports))
     return found
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmm_dwdp.kernels.formats import FP8, Format, Scales
-from vmm_dwdp.kernels.problem import Problem, check
-from vmm_dwdp.kernels.provider import Provider, choose
+from vmm_dwdp.kernels.problem import Problem
+from vmm_dwdp.kernels.provider import Provider, Providers, import_failure, not_installed
 
 
 def grouped_gemm(
@@ -40,8 +37,7 @@ def grouped_gemm(
     Raises:
         ConfigError: an argument that cannot be, or one the provider does not take; nothing was launched.
     """
-    problem = check(x, [weight], offsets, scales)
-    return choose(problem, PROVIDERS, provider).run(problem)
+    return PROVIDERS.multiply(x, (weight,), offsets, scales, provider)
 
 
 def _needs_hopper() -> str | None:
@@ -51,20 +47,14 @@ def _needs_hopper() -> str | None:
     return None if capability == (9, 0) else f"needs a Hopper GPU (sm_90), not sm_{capability[0]}{capability[1]}"
 
 
-def _needs_package(module: str, package: str) -> str | None:
-    if importlib.util.find_spec(module) is None:
-        return f"needs the package {package}, which is not installed"
-    return _needs_hopper()
+def _flashinfer_missing() -> str | None:
+    return not_installed("flashinfer", "flashinfer-python") or _needs_hopper()
 
 
-@functools.cache
 def _deep_gemm_missing() -> str | None:
-    missing = _needs_package("deep_gemm", "sgl-deep-gemm")
-    if missing is None:
-        try:
-            importlib.import_module("deep_gemm")
-        except Exception as error:  # built for another torch, for example: a loader's error of any kind
-            missing = f"has the package sgl-deep-gemm, which cannot be imported: {error}"
+    missing = not_installed("deep_gemm", "sgl-deep-gemm") or _needs_hopper()
+    if missing is None and (failure := import_failure("deep_gemm")):  # often: each is built for one version of torch
+        missing = f"has the package sgl-deep-gemm, which {failure}"
     return missing
 
 
@@ -179,34 +169,37 @@ def _run_deep_gemm(problem: Problem) -> Tensor:
     return out[rows.places]
 
 
-PROVIDERS: tuple[Provider, ...] = (
-    Provider(
-        "torch",
-        "CPU and CUDA: bf16, fp16, fp32; rows of a multiple of 16 bytes",
-        lambda: None,
-        _torch_refuses,
-        _run_torch,
-    ),
-    Provider(
-        "deep-gemm",
-        "sm_90: fp8 with 1x128/128x128 scales, N and K multiples of 128",
-        _deep_gemm_missing,
-        _deep_gemm_refuses,
-        _run_deep_gemm,
-    ),
-    Provider(
-        "torch-rowwise",
-        "sm_90: fp8 with a scale for each row, N and K multiples of 16",
-        _needs_hopper,
-        _rowwise_refuses,
-        _run_rowwise,
-    ),
-    Provider(
-        "flashinfer",
-        "sm_90: bf16 and fp16, N and K multiples of 8",
-        lambda: _needs_package("flashinfer", "flashinfer-python"),
-        _flashinfer_refuses,
-        _run_flashinfer,
-    ),
+PROVIDERS = Providers(
+    (
+        Provider(
+            "torch",
+            "CPU and CUDA: bf16, fp16, fp32; rows of a multiple of 16 bytes",
+            lambda: None,
+            _torch_refuses,
+            _run_torch,
+        ),
+        Provider(
+            "deep-gemm",
+            "sm_90: fp8 with 1x128/128x128 scales, N and K multiples of 128",
+            _deep_gemm_missing,
+            _deep_gemm_refuses,
+            _run_deep_gemm,
+        ),
+        Provider(
+            "torch-rowwise",
+            "sm_90: fp8 with a scale for each row, N and K multiples of 16",
+            _needs_hopper,
+            _rowwise_refuses,
+            _run_rowwise,
+        ),
+        Provider(
+            "flashinfer",
+            "sm_90: bf16 and fp16, N and K multiples of 8",
+            _flashinfer_missing,
+            _flashinfer_refuses,
+            _run_flashinfer,
+            imports="flashinfer",
+        ),
+    )
 )
 """In the order ``"auto"`` tries them."""

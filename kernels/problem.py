@@ -11,8 +11,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,7 @@ ALIGNMENT = 16  # bytes: what TMA, cp.async and torch's grouped GEMM want of row
 CHECK_OFFSETS = "VMM_DWDP_CHECK_OFFSETS"  # set to 1: offsets on a GPU are read back and checked, which synchronises
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """Checked arguments (see [Note: Grouped GEMM]); the tensors are the caller's."""
 
     x: Tensor  # [T, K]
@@ -79,10 +78,7 @@ def check(x: Tensor, weights: Sequence[Tensor], offsets: Tensor, scales: Scales 
     first = weights[0]
     for i, weight in enumerate(weights):
         _check_weight(weight, f"weights[{i}]", first, x)
-    weight_scales = _as_tuple(scales.weight) if scales else ()
-    global_scales = _as_tuple(scales.weight_global) if scales and scales.weight_global is not None else ()
-    x_scale = scales.x if scales else None
-    form = _recognise(x, first, weight_scales)
+    form = _recognise(x, first, _unpack(scales)[0])
     k = x.shape[1]
     stored_k = k // 2 if form.packed else k
     if first.shape[2] != stored_k or (form.packed and k % 2):
@@ -106,12 +102,56 @@ def check(x: Tensor, weights: Sequence[Tensor], offsets: Tensor, scales: Scales 
             f"offsets must be a contiguous int32 tensor [{num_experts}] on {x.device}, the end of each expert's rows, "
             f"not {offsets.dtype} {list(offsets.shape)} on {offsets.device}"
         )
-    if offsets.device.type == "cpu" or os.environ.get(CHECK_OFFSETS) == "1":
-        _check_offsets(offsets, x.shape[0])
-    problem = Problem(x, tuple(weights), offsets, form, weight_scales, global_scales, x_scale)
+    problem = accepted(x, weights, offsets, scales, form)
     if scales:
         _check_scales(problem)
     return problem
+
+
+def accepted(x: Tensor, weights: Sequence[Tensor], offsets: Tensor, scales: Scales | None, form: Format) -> Problem:
+    """The arguments as a :class:`Problem` of ``form``, if arguments of the same `signature` have passed `check`.
+
+    Only what the offsets hold is looked at, where `check` looks at it too.
+
+    Raises:
+        ConfigError: the offsets decrease, or end past the rows.
+    """
+    if offsets.is_cpu or os.environ.get(CHECK_OFFSETS) == "1":
+        _check_offsets(offsets, x.shape[0])
+    return Problem(x, tuple(weights), offsets, form, *_unpack(scales))
+
+
+def signature(x: Tensor, weights: Sequence[Tensor], offsets: Tensor, scales: Scales | None) -> Hashable:
+    """All that decides whether `check` accepts the arguments and which format they have, but for what offsets hold.
+
+    It has no tensors in it, and not ``T``: of that it says only whether the scales of ``x`` have as many rows.
+    """
+    weight_scales, global_scales, x_scale = _unpack(scales)
+    return (
+        (x.dtype, x.shape[1:], x.device, x.is_contiguous(), x.data_ptr() % ALIGNMENT),
+        (offsets.dtype, offsets.shape, offsets.device, offsets.is_contiguous()),
+        tuple([(w.dtype, w.shape, w.stride(), w.device, w.data_ptr() % ALIGNMENT) for w in weights]),
+        scales is None,
+        tuple([(s.dtype, s.shape, s.device, s.is_contiguous()) for s in weight_scales]),
+        tuple([(s.dtype, s.shape, s.device, s.is_contiguous()) for s in global_scales]),
+        None
+        if x_scale is None
+        else (
+            x_scale.shape[:1] == x.shape[:1],
+            x_scale.shape[1:],
+            x_scale.dtype,
+            x_scale.device,
+            x_scale.is_contiguous(),
+        ),
+    )
+
+
+def _unpack(scales: Scales | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
+    """Scales of the weights, global scales and scales of ``x``, as a :class:`Problem` has them."""
+    if scales is None:
+        return (), (), None
+    global_scales = () if scales.weight_global is None else _as_tuple(scales.weight_global)
+    return _as_tuple(scales.weight), global_scales, scales.x
 
 
 def _as_tuple(tensors: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vmm_dwdp.kernels.cute.launch import CUTE
 from vmm_dwdp.kernels.formats import Format, Scales, dequantize_weight, dequantize_x
-from vmm_dwdp.kernels.problem import Problem, check
-from vmm_dwdp.kernels.provider import Provider, choose
+from vmm_dwdp.kernels.problem import Problem
+from vmm_dwdp.kernels.provider import Provider, Providers
 from vmm_dwdp.kernels.triton.launch import TRITON
 
 
@@ -33,8 +33,9 @@ def tensor_list_grouped_gemm(
         offsets: int32 ``[E]``, ``E`` the sum of all ``E_i``: where each expert's rows end. Checked on the CPU; on a GPU
             only with ``VMM_DWDP_CHECK_OFFSETS=1`` in the environment, which synchronises.
         scales: of quantised operands, one tensor for each weight; see `Scales`.
-        provider: ``"cute"`` (Hopper), ``"triton"`` (sm_80 and up, FP4 weights), ``"torch"`` (anywhere; on a GPU it
-            synchronises), or ``"auto"``: the first that takes the problem, which is logged.
+        provider: ``"cute"`` (Hopper; on Blackwell, where it has never been run, only by this name), ``"triton"``
+            (sm_80 and up, FP4 weights), ``"torch"`` (anywhere; on a GPU it synchronises), or ``"auto"``: the first that
+            takes the problem, which is logged.
 
     Returns:
         ``[T, N]``, newly allocated: bf16 for fp8 operands, otherwise in ``x``'s dtype. Rows from ``offsets[-1]`` on are
@@ -43,11 +44,10 @@ def tensor_list_grouped_gemm(
     Raises:
         ConfigError: an argument that cannot be, or one the provider does not take; nothing was launched.
     """
-    problem = check(x, weights, offsets, scales)
-    return choose(problem, PROVIDERS, provider).run(problem)
+    return PROVIDERS.multiply(x, weights, offsets, scales, provider)
 
 
-def _torch_refuses(problem: Problem) -> str | None:
+def _torch_refuses_now(problem: Problem) -> str | None:
     if problem.x.is_cuda:
         with torch.cuda.device(problem.x.device):
             if torch.cuda.is_current_stream_capturing():
@@ -78,15 +78,18 @@ def _run_torch(problem: Problem) -> Tensor:
     return out
 
 
-PROVIDERS: tuple[Provider, ...] = (
-    CUTE,
-    TRITON,
-    Provider(
-        "torch",
-        "CPU and CUDA: every format, slowly where there are scales; it reads the offsets on the host",
-        lambda: None,
-        _torch_refuses,
-        _run_torch,
-    ),
+PROVIDERS = Providers(
+    (
+        CUTE,
+        TRITON,
+        Provider(
+            "torch",
+            "CPU and CUDA: every format, slowly where there are scales; it reads the offsets on the host",
+            lambda: None,
+            lambda problem: None,
+            _run_torch,
+            refuses_now=_torch_refuses_now,
+        ),
+    )
 )
 """In the order ``"auto"`` tries them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,19 +13,30 @@ from torch import Tensor
 from vmm_dwdp.kernels.cute import MAX_EXPERTS
 from vmm_dwdp.kernels.formats import FP8, Format
 from vmm_dwdp.kernels.problem import Problem
-from vmm_dwdp.kernels.provider import Provider
+from vmm_dwdp.kernels.provider import Provider, not_installed
 
 DTYPES = (torch.bfloat16, torch.float16, FP8)
+ARCHITECTURES = {(9, 0): "sm_90a", (10, 0): "sm_100a"}  # by compute capability: what the kernels are compiled for
+UNTRIED = "sm_100a"
 
 
 def _missing() -> str | None:
-    for module, package in (("cutlass", "nvidia-cutlass-dsl[cu13]"), ("tvm_ffi", "apache-tvm-ffi")):
-        if importlib.util.find_spec(module) is None:
-            return f"needs the package {package}, which is not installed"
+    absent = not_installed("cutlass", "nvidia-cutlass-dsl[cu13]") or not_installed("tvm_ffi", "apache-tvm-ffi")
+    if absent is not None:
+        return absent
     if not torch.cuda.is_available():
         return "needs an NVIDIA GPU, and torch sees none"
-    if torch.cuda.get_device_capability() != (9, 0):
-        return f"needs a Hopper GPU (sm_90), and this one is sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
+    capability = torch.cuda.get_device_capability()
+    if capability not in ARCHITECTURES:
+        return f"needs a Hopper GPU (sm_90), and this one is sm_{''.join(map(str, capability))}"
+    return None
+
+
+def _untried() -> str | None:
+    if torch.cuda.is_available() and ARCHITECTURES.get(torch.cuda.get_device_capability()) == UNTRIED:
+        return (
+            "has never been run on a Blackwell GPU (sm_100): it is chosen only by name, and its results are unchecked"
+        )
     return None
 
 
@@ -46,7 +57,7 @@ def _run(problem: Problem) -> Tensor:
     out = x.new_empty((x.shape[0], problem.n), dtype=problem.out_dtype)
     if out.numel() == 0:
         return out
-    kernel = compile_kernel(x.dtype, len(problem.weights), "sm_90a")
+    kernel = compile_kernel(x.dtype, len(problem.weights), _arch(x.device))
     weight_scales = list(problem.weight_scales) or None
     with torch.cuda.device(x.device):
         kernel(x, list(problem.weights), problem.offsets, out, problem.x_scale, weight_scales, _num_ctas(x.device))
@@ -54,13 +65,22 @@ def _run(problem: Problem) -> Tensor:
 
 
 @functools.cache
+def _arch(device: torch.device) -> str:
+    return ARCHITECTURES[torch.cuda.get_device_capability(device)]
+
+
+@functools.cache
 def _num_ctas(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@functools.cache
+_compiling = threading.Lock()
+
+
 def compile_kernel(dtype: torch.dtype, num_entries: int, arch: str) -> Callable[..., None]:
     """The kernel for activations and weights of ``dtype`` and a list of ``num_entries`` weights; needs no GPU.
+
+    It is compiled once, whichever threads ask for it.
 
     Args:
         arch: ``"sm_90a"``, or ``"sm_100a"``, whose kernel has never been run.
@@ -68,6 +88,12 @@ def compile_kernel(dtype: torch.dtype, num_entries: int, arch: str) -> Callable[
     Returns:
         ``kernel(x, weights, offsets, out, x_scale, weight_scales, num_ctas)``; it launches on torch's current stream.
     """
+    with _compiling:
+        return _compile(dtype, num_entries, arch)
+
+
+@functools.cache
+def _compile(dtype: torch.dtype, num_entries: int, arch: str) -> Callable[..., None]:
     import cutlass
     from cutlass import cute
     from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
@@ -118,4 +144,6 @@ CUTE = Provider(
     _missing,
     _refuses,
     _run,
+    imports="vmm_dwdp.kernels.cute.sm90",
+    untried=_untried,
 )

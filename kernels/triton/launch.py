@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
 from vmm_dwdp.kernels.formats import FP8, Format
 from vmm_dwdp.kernels.problem import Problem
-from vmm_dwdp.kernels.provider import Provider
+from vmm_dwdp.kernels.provider import Provider, not_installed
 
 
 def _missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "needs the package triton, which is not installed"
+    if (absent := not_installed("triton", "triton")) is not None:
+        return absent
     if not torch.cuda.is_available() or torch.version.cuda is None:
         return "needs an NVIDIA GPU, and torch sees none"
     if torch.cuda.get_device_capability() < (8, 0):
@@ -46,4 +44,5 @@ TRITON = Provider(
     _missing,
     _refuses,
     _run,
+    imports="vmm_dwdp.kernels.triton.grouped_gemm",
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.kernels import Format, Scales, contiguous, grouped_gemm, providers, tensor_list_grouped_gemm
+from vmm_dwdp.kernels import Format, Scales, contiguous, grouped_gemm, provider, providers, tensor_list_grouped_gemm
 from vmm_dwdp.kernels.problem import MAX_ENTRIES, check
 from vmm_dwdp.kernels.testing import ROUTINGS, Operands, random_operands, relative_error
 
@@ -22,9 +22,9 @@ FP4 = [(form, dtype) for form in (Format.NVFP4, Format.MXFP4) for dtype in (torc
 FP8 = [(form, torch.bfloat16) for form in (Format.FP8_ROWWISE, Format.FP8_BLOCK)]
 
 
-def multiply(operands: Operands, provider: str = "torch") -> torch.Tensor:
+def multiply(operands: Operands, name: str = "torch") -> torch.Tensor:
     x, weights, offsets, scales = operands
-    return tensor_list_grouped_gemm(x, weights, offsets, scales=scales, provider=provider)
+    return tensor_list_grouped_gemm(x, weights, offsets, scales=scales, provider=name)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -170,6 +170,8 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_arguments_are_refused_by_name(name: str) -> None:
     operands, sentence = BAD[name]
+    for good in (plain(), *(with_scales(form) for form in Format if form is not Format.PLAIN)):
+        multiply(good, "auto")  # whose providers are remembered, and must not be taken for these
     with pytest.raises(ConfigError, match=sentence):
         multiply(operands, "auto")
 
@@ -231,5 +233,9 @@ def test_a_package_that_cannot_be_imported_is_no_provider(tmp_path: Path, monkey
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "deep_gemm", raising=False)
     monkeypatch.setattr(contiguous, "_needs_hopper", lambda: None)
-    missing = contiguous._deep_gemm_missing.__wrapped__()
+    monkeypatch.setattr(contiguous, "not_installed", provider.not_installed.__wrapped__)
+    monkeypatch.setattr(contiguous, "import_failure", provider._import_failure.__wrapped__)
+
+    missing = contiguous._deep_gemm_missing()
+
     assert missing == "has the package sgl-deep-gemm, which cannot be imported: built for another torch"
