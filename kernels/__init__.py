@@ -6,6 +6,7 @@ from vmm_dwdp.kernels import contiguous, tensor_list
 from vmm_dwdp.kernels.contiguous import grouped_gemm
 from vmm_dwdp.kernels.formats import Format, Scales
 from vmm_dwdp.kernels.tensor_list import tensor_list_grouped_gemm
+from vmm_dwdp.kernels.warming import warm_up
 
 
 class ProviderStatus(NamedTuple):
@@ -40,4 +41,4 @@ def providers() -> list[ProviderStatus]:
     return found
 
 
-__all__ = ["Format", "ProviderStatus", "Scales", "grouped_gemm", "providers", "tensor_list_grouped_gemm"]
+__all__ = ["Format", "ProviderStatus", "Scales", "grouped_gemm", "providers", "tensor_list_grouped_gemm", "warm_up"]

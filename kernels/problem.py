@@ -211,6 +211,11 @@ def _check_offsets(offsets: Tensor, num_tokens: int) -> None:
 
 
 def _check_scales(problem: Problem) -> None:
+    if len(problem.weight_scales) != len(problem.weights):
+        raise ConfigError(
+            f"scales.weight has {len(problem.weight_scales)} tensors for {len(problem.weights)} weights: "
+            "one each is needed"
+        )
     form, n, k = problem.form, problem.n, problem.k
     blocks = (-(-n // 128), -(-k // 128))
     tail = {
@@ -219,11 +224,6 @@ def _check_scales(problem: Problem) -> None:
         Format.NVFP4: (n, k // 16),
         Format.MXFP4: (n, k // 32),
     }[form]
-    if len(problem.weight_scales) != len(problem.weights):
-        raise ConfigError(
-            f"scales.weight has {len(problem.weight_scales)} tensors for {len(problem.weights)} weights: "
-            "one each is needed"
-        )
     dtype = problem.weight_scales[0].dtype
     for i, (weight, scale) in enumerate(zip(problem.weights, problem.weight_scales, strict=True)):
         _check_scale(scale, f"scales.weight[{i}]", dtype, (weight.shape[0], *tail), weight.device)

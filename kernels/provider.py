@@ -150,3 +150,11 @@ def _import_failure(module: str) -> str | None:
     except Exception as error:  # built for another torch, for example: a loader's error of any kind
         return f"cannot be imported: {error}"
     return None
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of ``device`` is being captured into a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vmm_dwdp.kernels.cute.launch import CUTE
 from vmm_dwdp.kernels.formats import Format, Scales, dequantize_weight, dequantize_x
 from vmm_dwdp.kernels.problem import Problem
-from vmm_dwdp.kernels.provider import Provider, Providers
+from vmm_dwdp.kernels.provider import Provider, Providers, is_capturing
 from vmm_dwdp.kernels.triton.launch import TRITON
 
 
@@ -48,10 +47,8 @@ def tensor_list_grouped_gemm(
 
 
 def _torch_refuses_now(problem: Problem) -> str | None:
-    if problem.x.is_cuda:
-        with torch.cuda.device(problem.x.device):
-            if torch.cuda.is_current_stream_capturing():
-                return "reads the offsets on the host, which a CUDA graph capture forbids"
+    if is_capturing(problem.x.device):
+        return "reads the offsets on the host, which a CUDA graph capture forbids"
     return None
 
 

@@ -140,7 +140,9 @@ def _multiply(
     tl.store(to, acc.T.to(out.dtype.element_ty), row_mask[:, None] & column_mask[None, :])
 
 
-@triton.jit
+# What differs from call to call selects no other form of the kernel, which would have to be compiled: neither the
+# number of rows, but for the widths of tiles, nor where offsets and the scales of x start.
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["offsets", "x_scale"])
 def _kernel(
     x,
     weights,

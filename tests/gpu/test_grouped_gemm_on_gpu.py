@@ -12,7 +12,8 @@ from vmm_dwdp.allocator.driver import Access
 from vmm_dwdp.allocator.handles import Allocation, Ledger, Reservation, ResourceStack
 from vmm_dwdp.allocator.tensors import tensor_at
 from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.kernels import Format, contiguous, grouped_gemm, tensor_list, tensor_list_grouped_gemm
+from vmm_dwdp.kernels import Format, contiguous, grouped_gemm, tensor_list, tensor_list_grouped_gemm, warm_up
+from vmm_dwdp.kernels.cute import launch
 from vmm_dwdp.kernels.problem import CHECK_OFFSETS, MAX_ENTRIES, check
 from vmm_dwdp.kernels.provider import Provider
 from vmm_dwdp.kernels.testing import ROUTINGS, Operands, random_operands, relative_error
@@ -31,6 +32,33 @@ def multiply(operands: Operands, provider: Provider) -> torch.Tensor:
     if provider in contiguous.PROVIDERS:
         return grouped_gemm(x, weights[0], offsets, scales=scales, provider=provider.name)
     return tensor_list_grouped_gemm(x, weights, offsets, scales=scales, provider=provider.name)
+
+
+TRITON_FORMS = 6  # of 1 to 1100 rows and 8 experts: widths of 16, 16 and 32, 16 and 64, 32 and 64, 64, and 128
+
+
+def count_compiles(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Forget what was compiled; what Triton and the CuTe DSL compile from now on."""
+    compiled: list[object] = []
+    if tensor_list.PROVIDERS[1].missing() is None:
+        from triton import knobs
+
+        from vmm_dwdp.kernels.triton.grouped_gemm import _kernel
+
+        _kernel.device_caches.clear()
+        monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda *, key, **others: compiled.append(key))
+    if tensor_list.PROVIDERS[0].missing() is None:
+        from cutlass import cute
+
+        launch._compile.cache_clear()
+        compile_one = cute.compile
+
+        def count(*arguments: object, **options: object) -> object:
+            compiled.append(arguments[0])
+            return compile_one(*arguments, **options)
+
+        monkeypatch.setattr(cute, "compile", count)
+    return compiled
 
 
 def skip_unless_taken(provider: Provider, operands: Operands) -> None:
@@ -137,6 +165,41 @@ def test_in_a_cuda_graph_with_other_offsets(provider: Provider, form: Format) ->
         graph.replay()
         torch.cuda.synchronize()
         assert relative_error(out, operands) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("form", Format, ids=lambda form: form.name)
+@pytest.mark.parametrize("provider", tensor_list.PROVIDERS[:2], ids=lambda provider: provider.name)
+def test_nothing_is_compiled_after_a_warm_up(provider: Provider, form: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = {"experts": [5, 3], "n": 384, "k": 512, "device": "cuda"}
+    operands = random_operands(form, num_rows=500, **shape)
+    skip_unless_taken(provider, operands)
+    compiled = count_compiles(monkeypatch)
+
+    name = warm_up(operands.weights, range(1, 1101), scales=operands.scales, provider=provider.name)
+
+    assert name == f"tensor_list_grouped_gemm.{provider.name}"
+    assert len(compiled) == {"cute": 1, "triton": TRITON_FORMS}[provider.name]
+    compiled.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # the first call with rows that experts have
+        captured = multiply(operands, provider)
+    graph.replay()
+    assert relative_error(captured, operands) < TOLERANCE[torch.bfloat16]
+    for num_rows in (*range(1, 140), 511, 512, 513, 1000, 1100):
+        other = random_operands(form, num_rows=num_rows, routing="skewed", **shape)
+        multiply(other, provider)
+    assert not compiled
+
+
+@pytest.mark.parametrize("form", Format, ids=lambda form: form.name)
+@pytest.mark.parametrize("provider", contiguous.PROVIDERS, ids=lambda provider: provider.name)
+def test_other_providers_take_rows_of_nobody(provider: Provider, form: Format) -> None:
+    """A warm-up gives them such rows only; what they compute after it is right."""
+    operands = random_operands(form, num_rows=777, experts=[8], n=384, k=512, device="cuda")
+    skip_unless_taken(provider, operands)
+    name = warm_up(operands.weights[0], [777, 1], scales=operands.scales, provider=provider.name)
+    assert name == f"grouped_gemm.{provider.name}"
+    assert relative_error(multiply(operands, provider), operands) < TOLERANCE[torch.bfloat16]
 
 
 def test_offsets_are_checked_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,6 +163,7 @@ BAD = {
     ),
     "scales of x for FP4": (with_scales(Format.MXFP4, x=torch.ones(8)), "scales.x is for fp8"),
     "fp32 x for FP4": (with_scales(Format.MXFP4)._replace(x=torch.ones(8, 160)), "x is torch.float32: with FP4"),
+    "no scales of plain weights": (plain(scales=Scales([])), "scales.weight has 0 tensors for 2 weights"),
     "scales of plain weights": (plain(scales=Scales([torch.ones(2, 16)] * 2)), "not a known format"),
 }
 

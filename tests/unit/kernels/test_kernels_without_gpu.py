@@ -79,14 +79,17 @@ for form in Format:
         print(json.dumps([form.value, name, [sorted(set(times[i * one : (i + 1) * one])) for i in range(3)]]))
 """
 
-COMPILE = """
+A_GPU = """
 import json, sys, torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from vmm_dwdp.kernels import Format
+from vmm_dwdp.kernels import Format, Scales, tensor_list, tensor_list_grouped_gemm, warm_up
 from vmm_dwdp.kernels.problem import check
+from vmm_dwdp.kernels.provider import Providers
 from vmm_dwdp.kernels.testing import random_operands
 from vmm_dwdp.kernels.triton import grouped_gemm
+from vmm_dwdp.kernels.triton.launch import TRITON
 
 capability = int(sys.argv[1])
 
@@ -100,15 +103,48 @@ class Driver:
 
 class Compile:
     def __getitem__(self, grid):
-        return lambda *arguments, **options: kernel.warmup(*arguments, grid=grid, **options).asm["ptx"]
+        return lambda *arguments, **options: made.append(kernel.warmup(*arguments, grid=grid, **options))
 
+made = []
 kernel, grouped_gemm._kernel = grouped_gemm._kernel, Compile()
 driver.set_active(Driver())
+"""
+
+COMPILE = f"""{A_GPU}
 fp8 = (Format.FP8_BLOCK, Format.FP8_ROWWISE) if capability >= 89 else ()
 for form in (Format.PLAIN, Format.NVFP4, Format.MXFP4, *fp8):
     for num_rows, n in ((60, 136), (1000, 128)):
         grouped_gemm.run(check(*random_operands(form, num_rows=num_rows, experts=[3, 1, 2], n=n, k=160)))
-        print(json.dumps([form.value, num_rows]))
+        print(json.dumps([form.value, num_rows, len(made[-1].asm["ptx"])]))
+"""
+
+FORMS = f"""{A_GPU}
+forms = set()  # which Triton has not and wants to compile; it is told not to, as this takes long
+
+def count(*, key, **others):
+    forms.add(key)
+    return True
+
+knobs.runtime.jit_cache_hook = count
+provider = TRITON._replace(missing=lambda: None, refuses=lambda problem: None, run=grouped_gemm.run)
+tensor_list.PROVIDERS = Providers((provider,))
+
+def somewhere(tensor):  # at an address that a new tensor would not have
+    room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+    return room.copy_(tensor)
+
+for form in Format:
+    given = random_operands(form, num_rows=1, experts=[3, 1, 2], n=136, k=160)
+    forms.clear()
+    warm_up(given.weights, range(1, 701), scales=given.scales)
+    warm = len(forms)
+    for num_rows in (*range(1, 130), 384, 385, 399, 400, 700):
+        x, _, offsets, scales = random_operands(form, num_rows=num_rows, experts=[3, 1, 2], n=136, k=160)
+        if scales:
+            x_scale = None if scales.x is None else somewhere(scales.x)
+            scales = Scales(given.scales.weight, x_scale, given.scales.weight_global)
+        tensor_list_grouped_gemm(x, given.weights, somewhere(offsets), scales=scales)
+    print(json.dumps([form.value, warm, len(forms)]))
 """
 
 
@@ -162,6 +198,14 @@ def test_triton_kernel_loads_each_number_of_an_expert_once() -> None:
 def test_triton_kernel_compiles(capability: int) -> None:
     compiled = python(COMPILE, str(capability))
     assert len(compiled) == 2 * (5 if capability >= 89 else 3)
+
+
+def test_triton_kernel_needs_no_other_form_after_a_warm_up() -> None:
+    forms = python(FORMS, "90")
+    assert [form for form, _, _ in forms] == [form.value for form in Format]
+    for form, warm, in_all in forms:
+        # Widths of 16 alone, of 16 beside 32 and 64, of 32 beside 64, 64 alone, and 128.
+        assert (warm, in_all) == (6, 6), form
 
 
 @pytest.mark.parametrize("num_entries", [1, MAX_ENTRIES])
