@@ -15,7 +15,7 @@
 
 #define NAP_NS 50000
 #ifndef LINGER_NS
-#define LINGER_NS 20000000
+#define LINGER_NS 300000000 /* longer than a layer takes over a slow link: 8 GB over PCIe */
 #endif
 #ifndef PAUSE
 #define PAUSE 3

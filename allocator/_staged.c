@@ -259,12 +259,13 @@ static void pipeline_dealloc(PyObject *object) {
 static int pipeline_init(PyObject *object, PyObject *arguments, PyObject *keywords) {
     PipelineObject *self = (PipelineObject *)object;
     PyObject *driver, *issuer, *order, *calls, *failure = Py_None;
+    PyObject *current_stream;
     unsigned long long get_current, context, is_capturing, wait = 0, record_at = 0;
     int latest;
     if (!PyArg_ParseTuple(arguments, "OOOO!i", &driver, &issuer, &calls, &PyList_Type, &order, &latest))
         return -1;
-    if (calls != Py_None && !PyArg_ParseTuple(calls, "KKKKKO", &get_current, &context, &is_capturing, &wait,
-                                               &record_at, &failure))
+    if (calls != Py_None && !PyArg_ParseTuple(calls, "KKKKKOO", &get_current, &context, &is_capturing, &wait,
+                                               &record_at, &current_stream, &failure))
         return -1;
     pipeline_clear(object);
     self->driver = Py_NewRef(driver);

@@ -88,13 +88,13 @@ class CudaDriver:
         self.numa_node = max(0, check(attempt, cuda.cuDeviceGetAttribute, nearest, self._ordinal))  # -1: no NUMA here
         self._batch_call = BatchCall.find()
         self._events = EventCalls.find()
-        self.native_calls: NativeCalls | None = self._events.natively(self._context.address)
         # Calls that every layer of every pass makes, without one of ours around them
         self.current = self._context.current
         self.is_current = self._context.is_current
         self.current_device = self._context.current_device
         raw: Callable[[int], StreamId] = torch._C._cuda_getCurrentRawStream  # type: ignore[assignment]
         self.current_stream: Callable[[], StreamId] = partial(raw, self.device.index)
+        self.native_calls: NativeCalls | None = self._events.natively(self._context.address, raw)
         self.capturing = torch._C._cuda_isCurrentStreamCapturing  # of the current device: this one, as calls are made
         self.is_current()
 

@@ -8,11 +8,12 @@ longer than the calls, which only write to a queue.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any, Final
 
 from cuda.bindings import driver as cuda
 
-from vmm_dwdp.allocator.driver import NativeCalls
+from vmm_dwdp.allocator.driver import NativeCalls, StreamId
 from vmm_dwdp.errors import DriverError
 
 _CALL: Final = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)  # keeps the lock
@@ -39,10 +40,10 @@ class EventCalls:
         """Of the driver that is loaded."""
         return cls(*(address(call, since) for call, since in _SINCE.items()))
 
-    def natively(self, context: int) -> NativeCalls:
+    def natively(self, context: int, current_stream: Callable[[int], StreamId]) -> NativeCalls:
         """These, and what else C asks at every layer of a device's ``context``."""
         asked = address("cuCtxGetCurrent", 4000), context, address("cuStreamIsCapturing", 10000)
-        return NativeCalls(*asked, self.wait_at, self.record_at, _failure)
+        return NativeCalls(*asked, self.wait_at, self.record_at, current_stream, _failure)
 
 
 def address(call: str, since: int) -> int:

@@ -124,6 +124,7 @@ class NativeCalls(NamedTuple):
     is_capturing: int  # (stream, int *status) -> result; the status is 0 where it is not
     wait: int  # (stream, event, flags) -> result
     record: int  # (event, stream, flags) -> result
+    current_stream: Callable[[int], StreamId]  # of a device by its index
     failure: Callable[[str, int], Exception]  # of a call's name and its result
 
 

@@ -90,7 +90,7 @@ class IdleDriver(HostDriver):
         self.current_stream: Any = partial(int, 0)
         self.capturing: Any = bool
         if HAS_NATIVE:
-            self.native_calls = NativeCalls(_ADDRESS, 0, _ADDRESS, _ADDRESS, _ADDRESS, _failure)
+            self.native_calls = NativeCalls(_ADDRESS, 0, _ADDRESS, _ADDRESS, _ADDRESS, int, _failure)
 
     def elapsed(self, start: int, end: int) -> float:
         return 0.0

@@ -25,7 +25,6 @@ from vmm_dwdp.layout.layer import Layers, describe_layer
 from vmm_dwdp.layout.placement import Owner
 from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.memory.choice import make_assembly
-from vmm_dwdp.schedule.hit_path import HitPath
 from vmm_dwdp.schedule.lifecycle import Lifecycle
 from vmm_dwdp.schedule.schedule import Schedule
 
@@ -53,14 +52,12 @@ class Rank:
         self._current_device = self._driver.current_device
         self._index = self._driver.index
         self._lifecycle = Lifecycle()
-        self._hit_path = HitPath(self._lifecycle, self._driver, self._driver.native_calls)
-        self._acquire_hit, self._release_hit = self._hit_path.acquire, self._hit_path.release
         self._layers = Layers()
         layers = self._layers.in_order
         with self._driver.current():
             self._assembly = make_assembly(config, rank, self._driver, self.ledger, layers)
             self._membership = Membership(config, rank, self._driver, self.ledger, rendezvous, self._assembly, layers)
-            self._schedule = Schedule(self._driver, self.ledger, self._assembly, layers, config, self._hit_path)
+            self._schedule = Schedule(self._driver, self.ledger, self._assembly, layers, config)
         self._last_layer: int | None = None  # the number of the one that a pass ends with
         _open.add(self)
 
@@ -165,11 +162,18 @@ class Rank:
             yield
             with uninterrupted():
                 self._schedule.start()
+                self._begin()
         self._last_layer = self._layers.in_order[-1].number
         self._lifecycle.publish()
         ready = len(self._layers.in_order)
         memory = tuple(nbytes >> 20 for nbytes in (self._assembly.resident_nbytes, self._assembly.staged_nbytes))
         _log.info("rank %d: %d layers ready, %d MiB resident, %d MiB staged", self.rank, ready, *memory)
+
+    def _begin(self) -> None:
+        """Passes can begin."""
+
+    def _end(self) -> None:
+        """No pass can begin any more. Needs no device."""
 
     # -- what only owners write --------------------------------------------------------------------------------------
     def update(self, shards: Mapping[ShardKey, torch.Tensor], timeout: float = 60.0) -> None:
@@ -237,6 +241,7 @@ class Rank:
         if self._lifecycle.is_forked:
             return self.ledger
         self._lifecycle.close()
+        self._end()
         failures = Failures()
         for need_no_device in self._membership.leave, self._schedule.stop:
             with failures.noted():

@@ -15,7 +15,7 @@ from vmm_dwdp.observe.stats import Stats
 from vmm_dwdp.observe.trace import Trace
 from vmm_dwdp.rank import Rank
 from vmm_dwdp.schedule.compiled_models import between_regions, warn_of_with
-from vmm_dwdp.schedule.hit_path import this_thread
+from vmm_dwdp.schedule.hit_path import HitPath, this_thread
 
 
 class DWDPRuntime(Rank):
@@ -44,6 +44,20 @@ class DWDPRuntime(Rank):
         ExchangeError: the rendezvous directory is not private.
         DriverError: the device cannot be used.
     """
+
+    _hit_path: HitPath | None = None
+
+    def _begin(self) -> None:
+        calls = type(self).acquire, type(self).release
+        if calls == (DWDPRuntime.acquire, DWDPRuntime.release):  # no subclass has to be asked
+            self._hit_path = HitPath(self._lifecycle, self._driver, self._driver.native_calls, self, *calls)
+            vars(self).update(self._hit_path.open(self._schedule.hittable))  # see [Note: The hit path]
+
+    def _end(self) -> None:
+        if self._hit_path is not None:
+            for name in "acquire", "release":
+                vars(self).pop(name, None)
+            self._hit_path.close()
 
     # -- a pass ------------------------------------------------------------------------------------------------------
     @between_regions
@@ -85,8 +99,6 @@ class DWDPRuntime(Rank):
                 another device's; or another thread is in the middle of a pass.
             DriverError: a copy could not be issued; the call may be repeated.
         """
-        if mode is None and stream is None and (weights := self._acquire_hit(layer)) is not None:
-            return weights
         lifecycle = self._lifecycle
         this = this_thread()
         if lifecycle.runner == this and self._current_device() == self._index:
@@ -119,8 +131,6 @@ class DWDPRuntime(Rank):
             StateError: the layer is not acquired, or was on the other side of a capture's border.
             DriverError: a call failed; `reset` makes the slots ready again.
         """
-        if stream is None and self._release_hit(layer):
-            return
         lifecycle = self._lifecycle
         if lifecycle.runner == this_thread() and self._current_device() == self._index:
             self._schedule.release(layer, stream)

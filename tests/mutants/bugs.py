@@ -903,7 +903,7 @@ BUGS: Final = (
     Bug(
         "a pass that ends in C does not end",
         "allocator/_hit_path.c",
-        "    if (released > 0 && layer->is_last)\n        path->turn->in_pass = 0;\n",
+        "        if (released > 0 && layer->is_last)\n            path->turn->in_pass = 0;\n",
         "",
         _HIT_PATH,
     ),

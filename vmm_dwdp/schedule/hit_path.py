@@ -7,6 +7,8 @@ happens at nearly every layer of nearly every pass is one call of C: the layer l
 there, the thread is in the middle of its pass, and nothing is traced or captured. It looks at all of this, waits
 for the copies to be given to the driver if they are not yet, makes the two driver calls, and changes the same few words
 that the state machine of `vmm_dwdp.schedule.layer` keeps, which are C's for that: slots, layers and what they share.
+The call is made without a function of Python's around it: from publish to close a runtime has C's `acquire` and
+`release` in the place of its class's, which are called where C does not do it.
 
 Where anything is unusual, the first layer of a pass included, C has changed nothing, and the state machine goes on. So
 there is one account of what can happen, and it is in Python. Without a compiler every call goes through it.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, Final
 
 from vmm_dwdp.allocator.driver import Driver, EventId, NativeCalls, StreamId
@@ -77,23 +77,25 @@ class Turn:
 
 
 class HitPath:
-    """The way from `DWDPRuntime.acquire` and `release` to `LayerState.enter` and `leave`."""
+    """Acquires and releases the layers of a runtime, which goes on by its class's functions where it does not."""
 
-    def __init__(self, turn: Turn, driver: Driver, calls: NativeCalls | None, /) -> None: ...
+    def __init__(
+        self,
+        turn: Turn,
+        driver: Driver,
+        calls: NativeCalls | None,
+        runtime: object,
+        acquire: Callable[..., Weights],
+        release: Callable[..., None],
+        /,
+    ) -> None: ...
 
-    def open(self, layers: Mapping[int, LayerState], /) -> None:
-        """From now on these layers, by number, may be hit."""
+    def open(self, layers: dict[int, Any], /) -> dict[str, Any]:
+        """From now on these layers, by number, may be hit. Returns what is to stand in the place of the functions."""
+        return {}
 
     def close(self) -> None:
         """No layer is, any more."""
-
-    def acquire(self, layer: int, /) -> Weights | None:
-        """The weights of a layer that is hit, which is acquired then; otherwise None."""
-        return None
-
-    def release(self, layer: int, /) -> bool:
-        """Release a layer, if nothing is unusual: whether it was."""
-        return False
 
 
 class _Mine(threading.local):

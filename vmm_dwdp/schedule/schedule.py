@@ -20,7 +20,6 @@ from vmm_dwdp.observe.stats import CopyPath, LayerStats, Stats
 from vmm_dwdp.observe.trace import Span, spans_of
 from vmm_dwdp.observe.tracer import Tracer
 from vmm_dwdp.schedule.capture import CapturedPasses
-from vmm_dwdp.schedule.hit_path import HitPath
 from vmm_dwdp.schedule.in_place import InPlace
 from vmm_dwdp.schedule.issue import Issuer, open_issuer
 from vmm_dwdp.schedule.layer import Fetch, ScheduledLayer, StagedLayer
@@ -42,16 +41,13 @@ class Schedule:
         assembly: Assembly,
         layers: Sequence[Layer],
         config: DWDPConfig,
-        hit_path: HitPath,
     ) -> None:
-        """Takes nothing. ``assembly`` stays the caller's; ``layers`` may become more until `start`. ``hit_path`` is
-        open from `start` to `stop`, where layers can be staged only."""
+        """Takes nothing. ``assembly`` stays the caller's; ``layers`` may become more until `start`."""
         self._driver = driver
         self._ledger = ledger
         self._assembly = assembly
         self._stated = layers
         self._config = config
-        self._hit_path = hit_path
         self._guard = Guard()
         self._advises = config.mode != "auto"  # which tries staged passes even where they do not pay
         self._layers: ByNumber[ScheduledLayer] = ByNumber()  # in the order of a pass
@@ -81,16 +77,15 @@ class Schedule:
             remote = sum(layer.plan.fetched_bytes for layer in self._stated)
             cached = min(1.0, self._config.resident_cache / max(remote, 1))
             self._chooser = ModeChooser(self._driver, self._ledger, most, len(self._layers), cached)
-        if self._only_staged:
-            self._open_hit_path()
+        for each in self._layers.values():
+            if each.staged is not None:
+                each.staged.weights = each.weights["staged"]
 
-    def _open_hit_path(self) -> None:
-        hit: dict[int, StagedLayer] = {}
-        for number, each in self._layers.items():
-            assert each.staged is not None
-            each.staged.weights = each.weights["staged"]
-            hit[number] = each.staged
-        self._hit_path.open(hit)
+    @property
+    def hittable(self) -> dict[int, StagedLayer]:
+        """By number, the layers of which `acquire` needs to know nothing more: all, where none is read in place."""
+        staged = {number: layer.staged for number, layer in self._layers.items() if self._only_staged}
+        return {number: layer for number, layer in staged.items() if layer is not None}
 
     def _stage(self) -> None:
         plans = [layer.plan for layer in self._stated]
@@ -338,7 +333,6 @@ class Schedule:
     # -- the end -----------------------------------------------------------------------------------------------------
     def stop(self) -> None:
         """Copy nothing more; what was issued may still run. Needs no device."""
-        self._hit_path.close()
         for layer in self._layers.values():
             layer.weights = {}
             if layer.staged is not None:

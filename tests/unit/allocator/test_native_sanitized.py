@@ -85,16 +85,22 @@ class Layer(native.LayerState):
     pass
 
 class Driver:
-    index = 0
+    index = 1  # which int() takes for the stream
 
-    @staticmethod
-    def current_stream():
-        return 1
+class Runtime:
+    asked = 0
+
+    def acquire(self, number):
+        self.asked += 1
+
+    def release(self, number):
+        self.asked += 1
+        return True
 
 hits = releases = 0
 for turn in range(30):
     issuer = native.Issuer(succeed, succeed, compare, succeed, 1, Refused)
-    calls = (differ, 0, differ, differ, differ, Refused)  # whose arguments differ, but for one event
+    calls = (differ, 0, differ, differ, differ, int, Refused)  # whose arguments differ, but for one event
     pipeline = native.PipelineState(Driver, issuer, calls, [], 9)
     slots = [Slot() for _ in range(2)]
     layers = [Layer(pipeline, slots[i % 2], (10, 11), 1 if i == 3 else 12, 13, 14) for i in range(5)]
@@ -106,7 +112,8 @@ for turn in range(30):
         issuer.submit(layer.job)
         slot.holds, slot.ticket = layer, layer.job
     turns = native.Turn()
-    path = native.HitPath(turns, Driver, calls)
+    runtime = Runtime()
+    path = native.HitPath(turns, Driver, calls, runtime, Runtime.acquire, Runtime.release)
     path.open(dict(enumerate(layers)))
     for step in range(300):
         turns.runner, turns.in_pass = native.this_thread(), random.random() < 0.95
@@ -120,7 +127,7 @@ for turn in range(30):
             if step % 2 == 0:
                 hits += path.acquire(number) is not None
             else:
-                releases += path.release(number)
+                releases += path.release(number) is None
         except Refused:
             pass
         slot = layer.slot
@@ -132,7 +139,7 @@ for turn in range(30):
         path.close()
     if turn % 2:
         issuer.close()
-    del issuer, pipeline, slots, slot, layers, layer, path, turns
+    del issuer, pipeline, slots, slot, layers, layer, path, turns, runtime
 print(hits > 300 and releases > 300)
 """
 

@@ -240,7 +240,7 @@ class Native(HostDriver):
             event(lambda event, stream, flags: self._call("record", lambda: self.record(event, stream or 0))),
         )
         current, capturing, wait, record = (ctypes.cast(function, pointer).value or 0 for function in self._functions)
-        self.native_calls = NativeCalls(current, 77, capturing, wait, record, self._failure)
+        self.native_calls = NativeCalls(current, 77, capturing, wait, record, lambda index: StreamId(0), self._failure)
 
     def _get_current(self, found: Any) -> int:
         found[0] = self.context
