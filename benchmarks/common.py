@@ -11,7 +11,7 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -79,6 +79,21 @@ def report(arguments: argparse.Namespace, tables: Mapping[str, Sequence[Row]]) -
         print(f"\n{title}")
         for line in lines:
             print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown."""
+
+    def text(value: object) -> str:
+        return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    lines = [columns, ["---"] * len(columns), *([text(value) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def percent(ours: float, theirs: float) -> str:
+    """By how much ``ours`` is more."""
+    return f"{100 * (ours / theirs - 1):+.1f} %"
 
 
 def _text(value: object) -> str:

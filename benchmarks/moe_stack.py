@@ -49,6 +49,15 @@ class Stack:
         return self.num_experts * 3 * self.hidden * self.intermediate * DTYPE.itemsize
 
 
+# Attention as a dense product: about 4 H^2 multiplications a token for the projections, and scores over 4,096 tokens.
+STACKS = {
+    # Real: 256 experts of 7168 x 2048 in FP8 (11.3 GB a layer); in bfloat16 half the experts have the same bytes.
+    "deepseek-r1": Stack("deepseek-r1, FP8's bytes", 4, 128, 8, 7168, 2048, 8 * 7168**2 + 4 * 4096 * 7168),
+    "gpt-oss-120b": Stack("gpt-oss-120b", 6, 128, 4, 2880, 2880, 8 * 2880**2 + 4 * 4096 * 2880),
+    "tiny": Stack("tiny", 3, 16, 2, 64, 32, 1 << 16),
+}
+
+
 def weights(stack: Stack, layer: int, expert: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """``w13 [2 I, H]`` and ``w2 [H, I]`` of one expert."""
     generator = torch.Generator(device).manual_seed(layer * stack.num_experts + expert)

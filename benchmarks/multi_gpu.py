@@ -20,8 +20,6 @@ script and the bytes, and its times say nothing about links.
 from __future__ import annotations
 
 import argparse
-import itertools
-import math
 import os
 import random
 import statistics
@@ -38,8 +36,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from common import parser, report
+from crossovers import Row, crossovers, spread_tokens
 from moe_stack import (
     DTYPE,
+    STACKS,
     Bind,
     Pass,
     Stack,
@@ -59,15 +59,6 @@ from vmm_dwdp.planning.calibrate import preset_of
 from vmm_dwdp.planning.gpus import load_gpu
 from vmm_dwdp.testing import run_group
 
-Row = dict[str, Any]
-
-# Attention as a dense product: about 4 H^2 multiplications a token for the projections, and scores over 4,096 tokens.
-STACKS = {
-    # Real: 256 experts of 7168 x 2048 in FP8 (11.3 GB a layer); in bfloat16 half the experts have the same bytes.
-    "deepseek-r1": Stack("deepseek-r1, FP8's bytes", 4, 128, 8, 7168, 2048, 8 * 7168**2 + 4 * 4096 * 7168),
-    "gpt-oss-120b": Stack("gpt-oss-120b", 6, 128, 4, 2880, 2880, 8 * 2880**2 + 4 * 4096 * 2880),
-    "tiny": Stack("tiny", 3, 16, 2, 64, 32, 1 << 16),
-}
 PARTS = ("links", "tests", "prefetch", "stack", "slowdown", "predicted")
 
 # By name, `slice_bytes`: whole segments, the owners one after another; slices in turn; the runtime's default.
@@ -233,16 +224,6 @@ def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def spread_tokens(count: int, per_rank: list[int]) -> dict[tuple[int, str], list[int]]:
-    """By the mean of a rank and how they are spread, the tokens of each rank."""
-    spreads = {}
-    for tokens in per_rank:
-        spreads[tokens, "equal"] = [tokens] * count
-        # Half as many on the first rank and half as many more on the last: the same work in all.
-        spreads[tokens, "unequal"] = [int(tokens * (0.5 + rank / max(1, count - 1))) for rank in range(count)]
-    return spreads
-
-
 def predictions(stack: Stack, count: int, per_rank: list[int], preset: str) -> list[Row]:
     return [
         {"stack": stack.name, "mean tokens": tokens, "spread": spread, **row}
@@ -263,43 +244,6 @@ def stacks(place: Place, stack: Stack, count: int, per_rank: list[int], preset: 
         about = {"stack": stack.name, "mean tokens": tokens, "spread": spread}
         rows += [about | of_rank[case] | ours for of_rank, ours in zip(found, predicted, strict=True)]
     return rows
-
-
-def crossovers(rows: list[Row]) -> list[Row]:
-    """From how many tokens on DWDP is no slower, and its time over that of the others, by mean tokens of a rank.
-
-    The time is the mean over ranks: those that prefetch do not wait for each other, and the others all take as long.
-    """
-    found = []
-    for name, spread in dict.fromkeys((row["stack"], row["spread"]) for row in rows):
-        cases = [row for row in rows if (row["stack"], row["spread"]) == (name, spread)]
-        result: Row = {"stack": name, "spread": spread}
-        for other in ("expert parallel", "tensor parallel"):
-            for source in ("", "predicted "):
-                columns = [f"{source}{column} ms" for column in ("dwdp staged", other)]
-                if not all(column in cases[0] for column in columns):
-                    continue
-                ratios = {}
-                for tokens in dict.fromkeys(row["mean tokens"] for row in cases):
-                    of = [row for row in cases if row["mean tokens"] == tokens]
-                    ours, theirs = (statistics.mean(row[column] for row in of) for column in columns)
-                    ratios[tokens] = ours / theirs
-                result[f"{source}over {other}"] = {tokens: round(ratio, 3) for tokens, ratio in ratios.items()}
-                result[f"{source}no slower than {other} from"] = _crossing(ratios)
-        found.append(result)
-    return found
-
-
-def _crossing(ratios: dict[int, float]) -> str:
-    """Where a ratio that falls with the tokens comes to 1, over logarithms."""
-    tokens = sorted(ratios)
-    if ratios[tokens[0]] <= 1:
-        return f"at most {tokens[0]}"
-    for low, high in itertools.pairwise(tokens):
-        if ratios[low] > 1 >= ratios[high]:
-            part = math.log(ratios[low]) / math.log(ratios[low] / ratios[high])
-            return f"{low * (high / low) ** part:.0f}"
-    return f"more than {tokens[-1]}"
 
 
 def _slowdown_rank(place: Place, stack: Stack, group_size: int, folder: str, rank: int) -> Row:

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
 from moe_stack import DTYPE, Stack
 
 from vmm_dwdp import DWDPConfig
-from vmm_dwdp.planning.estimate import Estimate, copy_seconds, steady_period
+from vmm_dwdp.planning.estimate import Estimate, copy_seconds
 from vmm_dwdp.planning.gpus import GpuSpec
 from vmm_dwdp.planning.models import ModelSpec, model_from_config
+from vmm_dwdp.planning.pulling import Turns
 from vmm_dwdp.planning.roofline import Batch, Operation, all_to_all, layer_operations, total
-from vmm_dwdp.planning.work import layer_work
+from vmm_dwdp.planning.simulator import Group, simulate
+from vmm_dwdp.planning.work import layer_work, link_rates
+
+PASSES = 5  # of each rank, simulated
 
 
-def predict(stack: Stack, gpu: GpuSpec, shares: list[int]) -> list[dict[str, float]]:
+def predict(
+    stack: Stack, gpu: GpuSpec, shares: list[int], turns: Turns | None = None, *, stops: bool = False
+) -> list[dict[str, float]]:
     """For each rank, with so many tokens on each, milliseconds of a pass by each parallelism.
 
-    DWDP: the rank's own tokens, and copies with nobody else on the links. Expert parallelism: every rank waits for the
-    one with most tokens, while the experts see an even mix. Tensor parallelism: all tokens everywhere, and a ring.
+    DWDP: simulated, copy by copy, the ranks beginning at moments within a layer's copies; with ``turns``, owners are
+    chosen as copies go; with ``stops``, the host waits for the device between passes. Expert parallelism: every rank
+    waits for the one with most tokens, while the experts see an even mix. Tensor parallelism: all tokens everywhere,
+    and a ring.
     """
     size, model = len(shares), _model(stack)
-    config = DWDPConfig(group_size=size)
-    copying = copy_seconds(Estimate(model, gpu, config, Batch.of(max(shares))).plan, gpu)
-
-    def dwdp(tokens: int) -> float:
-        work = layer_work([*_around_experts(stack, gpu, tokens), _experts(model, gpu, tokens)], gpu)
-        return steady_period(work, copying, config.prefetch_depth)
-
+    dwdp = _dwdp(stack, model, gpu, shares, turns, stops)
     mean, most = sum(shares) // size, max(shares)
     sorted_again = 4 * stack.top_k * mean * stack.hidden * DTYPE.itemsize / _elementwise_rate(gpu)
     expert_parallel = (
@@ -44,12 +47,35 @@ def predict(stack: Stack, gpu: GpuSpec, shares: list[int]) -> list[dict[str, flo
     milliseconds = 1e3 * stack.num_layers
     return [
         {
-            "predicted dwdp staged ms": milliseconds * dwdp(tokens),
+            "predicted dwdp staged ms": 1e3 * seconds,
             "predicted expert parallel ms": milliseconds * expert_parallel,
             "predicted tensor parallel ms": milliseconds * tensor_parallel,
         }
-        for tokens in shares
+        for seconds in dwdp
     ]
+
+
+def _dwdp(
+    stack: Stack, model: ModelSpec, gpu: GpuSpec, shares: list[int], turns: Turns | None, stops: bool
+) -> list[float]:
+    """By rank, seconds of a pass, the mean of all but the first."""
+    size = len(shares)
+    config = DWDPConfig(group_size=size)
+    alone = copy_seconds(Estimate(model, gpu, config, Batch.of(max(shares))).plan, gpu)
+    chance = random.Random(size)
+    group = Group(
+        config=config,
+        weights=model.expert_weights,
+        num_layers=stack.num_layers,
+        granularity=gpu.granularity,
+        rates=link_rates(gpu),
+        turns=turns,
+        start=[alone * chance.random() for _ in shares],
+        stops=stops,
+    )
+    works = [layer_work([*_around_experts(stack, gpu, n), _experts(model, gpu, n)], gpu) for n in shares]
+    ends = simulate(group, [[work] * PASSES for work in works]).pass_end
+    return [float(row[-1] - row[0]) / (PASSES - 1) for row in ends]
 
 
 def _model(stack: Stack) -> ModelSpec:

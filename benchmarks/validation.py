@@ -19,7 +19,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import four_gpus
 import torch
+from common import percent, table
+from pull_policies import CHOSEN, FIXED, reached
 
 from vmm_dwdp import DWDPConfig, WeightSpec
 from vmm_dwdp.layout.layer import describe_layer
@@ -53,14 +56,6 @@ ROOFLINE = {1024: (0.19, 0.10), 8192: (0.62, 0.73), 16384: (1.52, 1.27), 32768: 
 ITERATION = {"attention": 269.67, "grouped_gemm": 342.40, "memory": 241.69, "dense_gemm": 177.50}
 EXPERT_PARALLEL, PREFETCHING, COPYING = 1319.85, 1131.58, 429.00
 SLICING = {1.05: "0.995 -> 1.081", 1.5: "", 2.0: "", 2.64: "1.140 -> 1.139"}  # by compute over prefetch
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    def text(value: object) -> str:
-        return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-    lines = [columns, ["---"] * len(columns), *([text(value) for value in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def contention(trials: int) -> str:
@@ -123,10 +118,6 @@ another rank, in NVFP4, and comes back in bf16. T_DWDP is the longer of compute 
 
 def products(operations: Iterable[Operation]) -> float:
     return total([operation for operation in operations if operation.kind != "memory"])
-
-
-def percent(ours: float, theirs: float) -> str:
-    return f"{100 * (ours / theirs - 1):+.1f} %"
 
 
 def scaled(operations: Sequence[Operation], factor: float) -> list[Operation]:
@@ -268,10 +259,11 @@ published; model and group of the published figures are not known here.
 
 
 def cannot_be_run_here() -> str:
-    plans = []
-    for size in (3, 4, 6, 8):
-        efficiencies = [full_links(size, *how) for how in ((IN_TURN, 1), (1 << 18, 1), (1 << 18, 4), ("auto", 1))]
-        plans.append((size, serial_efficiency(size), *efficiencies))
+    plans = [
+        (size, serial_efficiency(size), *(reached(size, slice_bytes).mean for slice_bytes in FIXED.values()),
+         reached(size, turns=CHOSEN).mean)
+        for size in (3, 4, 8)
+    ]  # fmt: skip
     work = Estimate(MODEL, GPU, DWDPConfig(group_size=4), Batch.of(16384, 8192)).work
     slow = slower(work, 1.5)
     jitter = []
@@ -290,20 +282,14 @@ def cannot_be_run_here() -> str:
         waited = outcome.exposed.sum() / outcome.pass_end[:, -1].sum()
         spent = time.process_time() - began
         racks.append((tokens, 1e3 * outcome.seconds_per_pass, f"{100 * waited:.2f} %", f"{spent:.0f}"))
-    columns = (
-        "ranks",
-        "formula",
-        "segments in turn",
-        "slices in turn",
-        "slices, 4 under way",
-        "a stream for each owner",
-    )
+    columns = ("ranks", "formula", *FIXED, "chosen run by run")
     return f"""## What cannot be run here
 
-The share of the links' rate that copies reach when every rank copies all the time, from random starts: whole segments
-in turn, slices in turn, slices of which four are under way, and a stream for each owner, the runtime's default. The
-formula is that of independent meetings, `serial_efficiency`. Slices help only if several are under way at once:
-strictly in turn, they meet as often as segments do.
+The share of the links' rate that copies reach when every rank copies all the time, from random starts, by
+`benchmarks/pull_policies.py`: in fixed orders, of which a stream for each owner is the runtime's default, and with the
+owner of each run of 128 MiB chosen 25 microseconds after the one before ended, which the runtime does not do yet. The
+formula is that of independent meetings, `serial_efficiency`. What four H200 reached:
+[below](#four-h200-all-pulling).
 
 {table(columns, plans)}
 One rank that computes 1.5 times slower than the others (16,384 tokens, requests of 8K): by how much its own passes
@@ -332,25 +318,6 @@ def nvl72(size: int, layers: int = 8) -> Group:
         rates=link_rates(GPU),
         resolution="fetches",
     )
-
-
-def full_links(size: int, slice_bytes: int | str, in_flight: int) -> float:
-    nbytes, experts = 1 << 20, 4 * size
-    rate = float(experts * nbytes * (size - 1) // size)  # a fetch takes a second alone
-    chance, busy = random.Random(size), LayerWork((Phase(1e-9),), (Phase(1e-9),))
-    reached = []
-    for _ in range(5):
-        group = Group(
-            config=DWDPConfig(group_size=size, slice_bytes=slice_bytes),  # type: ignore[arg-type]
-            weights={"w": WeightSpec((experts, nbytes), torch.uint8)},
-            num_layers=4,
-            granularity=1,
-            rates=Rates(reader=rate, owner=rate, host_reader=1.0, host=1.0),
-            in_flight=in_flight,
-            start=[chance.random() for _ in range(size)],
-        )
-        reached.append(4 / simulate(group, [[busy] * 3] * size).seconds_per_pass)
-    return statistics.mean(reached)
 
 
 def hidden_on_an_h100() -> str:
@@ -475,7 +442,7 @@ Made by `python benchmarks/validation.py --write docs/validation.md`. "Published
 """
     sections = (
         contention(arguments.trials), roofline(), iteration(), slicing(), small_batches(), cannot_be_run_here(),
-        hidden_on_an_h100(), memory_on_an_h100(), measured(),
+        four_gpus.section(), hidden_on_an_h100(), memory_on_an_h100(), measured(),
     )  # fmt: skip
     page = "\n".join((title, *filter(None, sections)))
     if arguments.write:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.layout.weight_spec import WeightSpec
+from vmm_dwdp.planning.contention import contended_share
 from vmm_dwdp.planning.links import CopyLinks, FetchLinks, Flow, Rates
 from vmm_dwdp.planning.simulator import Group, LayerWork, Outcome, Phase, simulate
 
@@ -76,16 +77,37 @@ def run(size: int, slice_bytes: int | str = "auto", *, compute: float, passes: i
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(2, 6), st.floats(0.01, 20), st.sampled_from(["copies", "fetches"]))
-def test_ranks_in_step_take_the_longer_of_compute_and_copies(size: int, compute: float, resolution: str) -> None:
+@given(st.integers(2, 6), st.floats(0.01, 20))
+def test_ranks_in_step_take_the_longer_of_compute_and_copies(size: int, compute: float) -> None:
     """A shard takes one second from each other rank; in step and in turn, nobody meets."""
-    outcome = run(size, compute=compute, resolution=resolution)
+    outcome = run(size, compute=compute)
 
     # Two slots: copies of a layer begin when the layer before its own slot's reader ends, see `steady_period`.
     period = max(2 * compute, size - 1, (size - 1 + compute) / 2)
     assert outcome.seconds_per_pass == pytest.approx(4 * period, rel=1e-6)
     total = outcome.pass_end[:, -1]
     assert np.allclose(total, 4 * 4 * 2 * compute + outcome.exposed.sum(axis=1))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+def test_fetches_are_slower_by_how_often_ranks_meet(size: int) -> None:
+    """If nearly all time is copying, all meet; if hardly any is, a fetch has the links to itself."""
+    outcome = run(size, compute=0.001, resolution="fetches")
+    assert outcome.seconds_per_pass == pytest.approx(4 * (size - 1) / contended_share(size), rel=0.01)
+
+    begins = [100.0 * rank for rank in range(size)]
+    apart = run(size, compute=0.001, resolution="fetches", passes=1, start=begins)
+    assert apart.copying == pytest.approx(np.full(size, 4.0 * (size - 1)), rel=1e-6)
+
+
+def test_a_host_that_waits_between_passes_waits_for_the_copies_of_the_next() -> None:
+    """Four layers in two slots of two ranks: three seconds of compute and one of copies for each layer."""
+    more = {"compute": 1.5, "passes": 3, "slice_bytes": "auto"}
+    flowing, stopping = run(2, **more), run(2, **more, stops=True)  # type: ignore[arg-type]
+
+    # After its last release, the second pass waits for one more copy; nothing follows the third.
+    assert np.diff(flowing.pass_end) == pytest.approx(np.full((2, 2), 4 * 3.0))
+    assert np.diff(stopping.pass_end) == pytest.approx(np.array([[4 * 3.0 + 1.0, 4 * 3.0]] * 2))
 
 
 def test_time_is_compute_and_waiting_and_nothing_else() -> None:

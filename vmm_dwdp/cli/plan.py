@@ -15,6 +15,7 @@ from vmm_dwdp.planning.gpus import load_gpu
 from vmm_dwdp.planning.memory import CONTEXT
 from vmm_dwdp.planning.models import load_model
 from vmm_dwdp.planning.presets import preset_names
+from vmm_dwdp.planning.pulling import Turns
 from vmm_dwdp.planning.roofline import Batch
 
 
@@ -30,6 +31,15 @@ def add_group_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host-experts", type=int, default=0, metavar="N", help="experts in host memory (default: 0)")
     parser.add_argument("--depth", type=int, default=2, metavar="N", help="layers of room for prefetching (default: 2)")
     parser.add_argument("--slice-bytes", type=int, metavar="N", help="copy in slices (default: whole segments)")
+    parser.add_argument(
+        "--run-bytes",
+        type=int,
+        metavar="N",
+        help="what if ranks chose the owner of each run of at most N bytes as they go",
+    )
+    parser.add_argument(
+        "--run-gap", type=float, default=25.0, metavar="US", help="microseconds between two such runs (default: 25)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
@@ -45,7 +55,10 @@ def estimate_from(arguments: argparse.Namespace, imbalance: float = 0.0) -> Esti
         host_experts=arguments.host_experts,
     )
     batch = Batch.of(arguments.tokens, arguments.request_tokens)
-    return Estimate(load_model(arguments.model), load_gpu(arguments.gpu), config, batch, imbalance)
+    turns = None
+    if arguments.run_bytes is not None:
+        turns = Turns(run_bytes=arguments.run_bytes, gap=arguments.run_gap * 1e-6)
+    return Estimate(load_model(arguments.model), load_gpu(arguments.gpu), config, batch, imbalance, turns)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,6 +110,7 @@ def _as_json(estimate: Estimate, best: Estimate | None) -> dict[str, Any]:
         "layer": {
             "fetched_bytes": estimate.plan.fetched_bytes,
             "prefetch_s": estimate.prefetch_seconds,
+            "prefetch_beside_others_s": estimate.copying_seconds,
             "compute_s": estimate.work.seconds,
             "exposed_wait_s": estimate.exposed_seconds,
         },
@@ -139,6 +153,7 @@ def _print(estimate: Estimate, best: Estimate | None) -> None:
         ("what", "ms"),
         [
             (f"prefetch of a layer, {size(estimate.plan.fetched_bytes)}", _ms(estimate.prefetch_seconds)),
+            ("the same while the other ranks pull, too", _ms(estimate.copying_seconds)),
             ("compute of a layer, alone", _ms(estimate.work.seconds)),
             ("from one layer to the next", _ms(estimate.layer_seconds)),
             ("  of which compute waits for copies", _ms(estimate.exposed_seconds)),

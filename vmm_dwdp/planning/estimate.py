@@ -12,12 +12,14 @@ from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.layout.copies import LayerPlan
 from vmm_dwdp.layout.layer import describe_layer
 from vmm_dwdp.layout.placement import HOST
+from vmm_dwdp.planning.contention import chosen_share, contended_share, reached_share
 from vmm_dwdp.planning.gpus import GpuSpec
 from vmm_dwdp.planning.memory import RankMemory, rank_memory
 from vmm_dwdp.planning.models import ModelSpec
+from vmm_dwdp.planning.pulling import Turns
 from vmm_dwdp.planning.roofline import Batch, all_to_all, dense_layer_operations, total
 from vmm_dwdp.planning.simulator import LayerWork
-from vmm_dwdp.planning.work import average_operations, layer_work
+from vmm_dwdp.planning.work import average_operations, layer_work, link_rates
 
 SEARCHED_TOKENS = 1 << 20  # the longest forward pass for which `pays_from` looks
 
@@ -29,6 +31,7 @@ class Estimate:
     Attributes:
         config: of the group; ``group_size`` is the size of the expert-parallel group it is compared with, too.
         imbalance: by how much the slowest rank's compute exceeds the mean, for which expert parallelism waits.
+        turns: how owners are chosen as copies go; ``None``: copies in an order that is fixed ahead.
     """
 
     model: ModelSpec
@@ -36,6 +39,7 @@ class Estimate:
     config: DWDPConfig
     batch: Batch
     imbalance: float = 0.0
+    turns: Turns | None = None
 
     def __post_init__(self) -> None:
         if self.config.group_size > self.gpu.max_group:
@@ -61,6 +65,33 @@ class Estimate:
         return copy_seconds(self.plan, self.gpu)
 
     @cached_property
+    def copying_seconds(self) -> float:
+        """One layer's copies while all other ranks copy theirs."""
+        return copy_seconds(self.plan, self.gpu, self.reached_share)
+
+    @cached_property
+    def contended_share(self) -> float:
+        """Of the links, what copies reach if all ranks copy all the time."""
+        if not link_rates(self.gpu).switched:
+            return 1.0
+        if self.turns is None:
+            return contended_share(self.config.group_size)
+        linked = sum(len(p.bytes) for stream in self.plan.streams for p in stream if p.owner != HOST)
+        of_owner = max(1.0, linked / max(1, self.config.group_size - 1))
+        runs = -(-of_owner // self.turns.run_bytes)
+        return chosen_share(self.config.group_size, runs, self.turns.gap, of_owner / runs / self.gpu.pull_rate)
+
+    @cached_property
+    def reached_share(self) -> float:
+        """Of the links, what copies reach while they run, as other ranks copy for as much of the time."""
+
+        def period(share: float) -> float:
+            copying = copy_seconds(self.plan, self.gpu, share)
+            return steady_period(self.work, copying, self.config.prefetch_depth, share)
+
+        return reached_share(self.prefetch_seconds, self.contended_share, period) if self.plan.streams else 1.0
+
+    @cached_property
     def work(self) -> LayerWork:
         """A mean MoE layer's compute, with what the copies cost it."""
         operations = average_operations(self.model, self.gpu, self.batch)
@@ -69,12 +100,12 @@ class Estimate:
     @cached_property
     def layer_seconds(self) -> float:
         """From one MoE layer to the next, once the pass is under way."""
-        return steady_period(self.work, self.prefetch_seconds, self.config.prefetch_depth)
+        return steady_period(self.work, self.copying_seconds, self.config.prefetch_depth, self.reached_share)
 
     @property
     def exposed_seconds(self) -> float:
         """Of `layer_seconds`, the part in which compute waits for copies."""
-        return self.layer_seconds - disturbed_seconds(self.work, self.prefetch_seconds)
+        return self.layer_seconds - disturbed_seconds(self.work, self.copying_seconds, self.reached_share)
 
     @cached_property
     def dense_seconds(self) -> float:
@@ -89,7 +120,7 @@ class Estimate:
         wrap = 0.0
         if layers % min(depth, layers):  # the first layer's slot is read until the end of the pass before
             before = sum(phase.seconds for phase in self.work.before)
-            wrap = max(0.0, self.prefetch_seconds - before - self.dense_seconds - self.exposed_seconds)
+            wrap = max(0.0, self.copying_seconds - before - self.dense_seconds - self.exposed_seconds)
         return layers * self.layer_seconds + self.dense_seconds + wrap
 
     @cached_property
@@ -150,9 +181,12 @@ class Estimate:
         return high
 
 
-def copy_seconds(plan: LayerPlan, gpu: GpuSpec) -> float:
-    """Seconds of a layer's copies alone: streams run side by side, the copies of a stream one after another."""
-    pair = gpu.efficiency.link * min(gpu.link_bandwidth, gpu.peer_bandwidth or gpu.link_bandwidth)
+def copy_seconds(plan: LayerPlan, gpu: GpuSpec, share: float = 1.0) -> float:
+    """Seconds of a layer's copies that reach ``share`` of the links to other ranks.
+
+    Streams run side by side, the copies of a stream one after another.
+    """
+    pair = share * gpu.efficiency.link * min(gpu.link_bandwidth, gpu.peer_bandwidth or gpu.link_bandwidth)
     linked = hosted = longest = 0.0
     for stream in plan.streams:
         from_host = sum(len(piece.bytes) for piece in stream if piece.owner == HOST)
@@ -160,26 +194,28 @@ def copy_seconds(plan: LayerPlan, gpu: GpuSpec) -> float:
         linked += from_ranks
         hosted += from_host
         longest = max(longest, from_ranks / pair + from_host / gpu.host_rate)
-    return max(linked / gpu.pull_rate, hosted / gpu.host_rate, longest)
+    return max(linked / (share * gpu.pull_rate), hosted / gpu.host_rate, longest)
 
 
-def disturbed_seconds(work: LayerWork, copying: float) -> float:
-    """A layer's compute when copies run for its first ``copying`` seconds."""
+def disturbed_seconds(work: LayerWork, copying: float, share: float = 1.0) -> float:
+    """A layer's compute when copies run for its first ``copying`` seconds and use ``share`` of the link."""
     elapsed = 0.0
     for phase in (*work.before, *work.experts):
-        under_copies = min(phase.seconds, max(0.0, copying - elapsed) / phase.slowdown)
-        elapsed += under_copies * phase.slowdown + phase.seconds - under_copies
+        slowdown = 1 + (phase.slowdown - 1) * share
+        under_copies = min(phase.seconds, max(0.0, copying - elapsed) / slowdown)
+        elapsed += under_copies * slowdown + phase.seconds - under_copies
     return elapsed
 
 
-def steady_period(work: LayerWork, copying: float, prefetch_depth: int) -> float:
+def steady_period(work: LayerWork, copying: float, prefetch_depth: int, share: float = 1.0) -> float:
     """Seconds from one layer to the next when every layer is alike.
 
     Three things bound it: the compute; the copies, which follow one another; and the slots: a layer's copies begin when
-    its slot is released, ``prefetch_depth`` layers before its own experts are done.
+    its slot is released, ``prefetch_depth`` layers before its own experts are done. ``share`` is what copies use of the
+    link while they run.
     """
     experts = sum(phase.seconds for phase in work.experts)
-    return max(disturbed_seconds(work, copying), copying, (copying + experts) / prefetch_depth)
+    return max(disturbed_seconds(work, copying, share), copying, (copying + experts) / prefetch_depth)
 
 
 def recommend(estimate: Estimate) -> Estimate | None:

@@ -7,7 +7,8 @@ is max-min fairness (Bertsekas and Gallager, "Data Networks", 6.5.2). Two resolu
   * `CopyLinks`: every copy is a flow from one owner.
   * `FetchLinks`: everything a rank copies for a layer is one flow from all owners, in proportion to their bytes: the
     limit of streams or short slices that keep all owners busy. The busiest owner sets the pace of all who read there.
-    A reader is taken to use all of its link meanwhile.
+    When all readers of a group copy all the time, each reaches a stated share of its rate, and when fewer do, more in
+    proportion: they meet less often. While a fetch lasts, its reader is taken to use the share with which it began.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ class Rates:
     host_reader: float
     host: float
     pair: float = inf
+
+    @property
+    def switched(self) -> bool:
+        """Whether one owner can fill a reader's link, so that readers meet at owners."""
+        return self.pair >= self.reader
 
 
 @dataclass(frozen=True)
@@ -156,10 +162,15 @@ class CopyLinks(_Flows):
 
 
 class FetchLinks(_Flows):
-    """All owners of a fetch in one flow, one lane a reader; every flow of a reader has the same shares."""
+    """All owners of a fetch in one flow, one lane a reader; every flow of a reader has the same shares.
 
-    def __init__(self, readers: int, rates: Rates) -> None:
+    ``contended`` is the share of its rate that a reader reaches when all others copy, too.
+    """
+
+    def __init__(self, readers: int, rates: Rates, contended: float = 1.0) -> None:
         super().__init__(readers)
+        self._lost = (1 - contended) / max(1, readers - 1)  # of the rate, by each other reader that copies
+        self._linked = np.zeros(readers, dtype=bool)  # whether the reader copies from other ranks now
         self._rates = rates
         self._owners: Sequence[Owner] = [*range(readers), HOST]
         self._limit = np.array([rates.owner] * readers + [rates.host])
@@ -178,8 +189,12 @@ class FetchLinks(_Flows):
         self._advance(now)
         self._left[lane] = flow.nbytes
         self._demand += self._wants[lane]
-        self._changes[lane] = 1.0
+        self._linked[lane] = flow.shares.keys() != {HOST}
+        self._changes[lane] = self._reached() if self._linked[lane] else 1.0
         return 0
+
+    def _reached(self) -> float:
+        return 1 - self._lost * max(0, int(self._linked.sum()) - 1)
 
     def _rate_alone(self, shares: NDArray[np.float64]) -> float:
         """The rate at which no link of the reader carries more than it can."""
@@ -195,13 +210,15 @@ class FetchLinks(_Flows):
         self._advance(now)
         self._left[lane] = inf
         self._demand -= self._wants[lane]
+        self._linked[lane] = False
         self._changes[lane] = 0.0
 
     def _share(self) -> None:
-        self._rate = self._alone
+        pace = np.where(self._linked, self._reached(), 1.0)
         short = np.flatnonzero(self._demand > self._tolerated)
         if short.size:
-            self._rate = self._alone * self._pace(short)
+            pace = np.minimum(pace, self._pace(short))
+        self._rate = self._alone * pace
 
     def _pace(self, short: NDArray[np.intp]) -> NDArray[np.float64]:
         """What is left of each reader's rate when the owners ``short`` give less than is wanted of them."""

@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.layout.layer import describe_layer
-from vmm_dwdp.layout.placement import Owner
 from vmm_dwdp.layout.weight_spec import WeightSpec
-from vmm_dwdp.planning.links import CopyLinks, FetchLinks, Flow, Links, Rates
+from vmm_dwdp.planning.contention import contended_share
+from vmm_dwdp.planning.links import CopyLinks, FetchLinks, Links, Rates
+from vmm_dwdp.planning.pulling import Chosen, Page, Planned, Pulls, Turns, fetch_flows, planned_flows
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,12 @@ class Group:
 
     Attributes:
         weights: of one MoE layer; all ``num_layers`` are alike.
-        copy_gap: seconds that a copy keeps its lane busy beyond its bytes.
+        turns: how owners are chosen as copies go, which needs the resolution of copies; ``None``: by the config's plan.
         in_flight: how many copies of one stream are under way at once: a batch's copies are not ordered.
         resolution: follow every copy, or every fetch as one; see `links`.
         start: when each rank begins, in seconds; all at 0 by default.
+        stops: a rank begins a pass only when all its copies have ended, those for the next pass too, as where the host
+            waits for the device between passes; a pass ends then.
     """
 
     config: DWDPConfig
@@ -72,10 +75,11 @@ class Group:
     num_layers: int
     granularity: int
     rates: Rates
-    copy_gap: float = 0.0
+    turns: Turns | None = None
     in_flight: int = 1
     resolution: Literal["copies", "fetches"] = "copies"
     start: Sequence[float] | None = None
+    stops: bool = False
 
 
 @dataclass
@@ -110,20 +114,21 @@ def simulate(group: Group, work: Sequence[Sequence[LayerWork]]) -> Outcome:
     """Run ``work[rank][pass]``, every layer of a pass alike, and say what happened.
 
     Raises:
-        ConfigError: ``work`` is not for every rank of the group, or a config that cannot be.
+        ConfigError: ``work`` is not for every rank of the group, a config that cannot be, or a choice of owners by
+            fetches.
     """
     size = group.config.group_size
     if len(work) != size:
         raise ConfigError(f"there is work for {len(work)} ranks, but the group has {size}")
+    if group.turns and group.resolution == "fetches":
+        raise ConfigError("owners are chosen copy by copy; that needs the resolution of copies")
     return _Simulation(group, work).run()
 
 
 class _Rank:
     """The state of one rank."""
 
-    def __init__(
-        self, index: int, streams: list[list[Flow]], work: Sequence[LayerWork], depth: int, start: float
-    ) -> None:
+    def __init__(self, index: int, pulls: Pulls, work: Sequence[LayerWork], depth: int, start: float) -> None:
         self.index = index
         self.work = work
         self.pass_index = 0
@@ -135,11 +140,9 @@ class _Rank:
         self.waiting_since: float | None = None
         self.compute_version = 0  # an event on the heap with an older one is void
 
-        self.streams = streams  # the copies of any one layer
+        self.pulls = pulls
         self.holds = [-1] * depth  # what is in each slot: pass * layers + layer
         self.queue: deque[int] = deque()  # what is to be fetched, and first what is being fetched
-        self.begun = [0] * len(streams)  # copies of the fetch under way, by stream
-        self.under_way = 0
         self.copying_since: float | None = None
         self.link_share = 0.0  # of its link, used by its copies now
 
@@ -149,29 +152,39 @@ class _Simulation:
         config = group.config
         size = config.group_size
         self._layers = group.num_layers
+        self._stops = group.stops
         self._depth = min(config.prefetch_depth, group.num_layers)
         starts = group.start or [0.0] * size
-        self._ranks = [_Rank(rank, _flows(group, rank), work[rank], self._depth, starts[rank]) for rank in range(size)]
+        page = Page(size, group.turns.sees if group.turns else None)
+        self._ranks = [
+            _Rank(rank, _pulls(group, rank, page), work[rank], self._depth, starts[rank]) for rank in range(size)
+        ]
         self._exact = group.resolution == "copies"
-        self._in_flight = group.in_flight if self._exact else 1
-        self._lanes = max(1, *(len(rank.streams) for rank in self._ranks)) * self._in_flight
-        self._links: Links = CopyLinks(size, self._lanes, group.rates) if self._exact else FetchLinks(size, group.rates)
+        self._lanes = max(1, *(rank.pulls.lanes for rank in self._ranks))
+        contended = contended_share(size) if group.rates.switched else 1.0
+        self._links: Links = (
+            CopyLinks(size, self._lanes, group.rates) if self._exact else FetchLinks(size, group.rates, contended)
+        )
         passes = max(len(passes) for passes in work)
         self._outcome = Outcome(np.full((size, passes), np.nan), np.zeros((size, self._layers)), np.zeros(size))
         self._phase_ends: list[tuple[float, int, int]] = []  # time, rank, version
+        self._pauses: list[tuple[float, int]] = []  # when the next copy of a lane begins
 
     def run(self) -> Outcome:
         for rank in self._ranks:
             rank.queue.extend(range(self._depth))
             # Ranks begin at different times, and the links must see them in order.
             heapq.heappush(self._phase_ends, (rank.computed_until, rank.index, 0))
-        phase_ends, links = self._phase_ends, self._links
+        phase_ends, pauses, links = self._phase_ends, self._pauses, self._links
         now = 0.0
         while True:
             copy_end, lane = links.next_end()
             for index, share in links.changes().items():
                 self._disturb(self._ranks[index], share, now)
-            if phase_ends and phase_ends[0][0] <= copy_end:
+            if pauses and pauses[0][0] <= min(copy_end, phase_ends[0][0] if phase_ends else inf):
+                now, lane = heapq.heappop(pauses)
+                self._begin_copy(lane, now)
+            elif phase_ends and phase_ends[0][0] <= copy_end:
                 now, index, version = heapq.heappop(phase_ends)
                 rank = self._ranks[index]
                 if version == rank.compute_version:
@@ -214,6 +227,11 @@ class _Simulation:
             return
         self._release(rank, now)
         rank.layer += 1
+        if rank.layer == self._layers and self._stops and rank.queue:
+            return  # until the last copy ends
+        self._go_to_layer(rank, now)
+
+    def _go_to_layer(self, rank: _Rank, now: float) -> None:
         if rank.layer == self._layers:
             self._outcome.pass_end[rank.index, rank.pass_index] = now
             rank.layer = 0
@@ -237,35 +255,39 @@ class _Simulation:
 
     # -- copies ------------------------------------------------------------------------------------------------------
     def _begin_fetch(self, rank: _Rank, now: float) -> None:
-        if not rank.streams:
+        if not rank.pulls.lanes:
             self._end_fetch(rank, now)
             return
         if rank.copying_since is None:
             rank.copying_since = now
-        rank.begun = [0] * len(rank.streams)
-        first = rank.index * self._lanes
-        for lane in range(first, first + len(rank.streams) * self._in_flight):
-            self._begin_copy(rank, lane, now)
+        rank.pulls.begin()
+        for lane in range(rank.pulls.lanes):
+            self._go_on(rank, lane, now)
 
-    def _begin_copy(self, rank: _Rank, lane: int, now: float) -> None:
-        """The next copy of the lane's stream, if there is one."""
-        stream = lane % self._lanes // self._in_flight
-        copies = rank.streams[stream]
-        if rank.begun[stream] < len(copies):
-            flow = copies[rank.begun[stream]]
-            rank.begun[stream] += 1
-            rank.under_way += 1
+    def _go_on(self, rank: _Rank, lane: int, now: float) -> None:
+        lane_of_all = rank.index * self._lanes + lane
+        if pause := rank.pulls.pause(lane):
+            heapq.heappush(self._pauses, (now + pause, lane_of_all))
+        else:
+            self._begin_copy(lane_of_all, now)
+
+    def _begin_copy(self, lane: int, now: float) -> None:
+        """The next copy of the lane, if there is one."""
+        index, own = divmod(lane, self._lanes)
+        flow = self._ranks[index].pulls.take(own)
+        if flow:
             others = self._links.start(lane, flow, now)
             if self._exact:
                 self._outcome.pulls.append((now, others))
 
     def _end_copy(self, lane: int, now: float) -> None:
-        rank = self._ranks[lane // self._lanes]
+        index, own = divmod(lane, self._lanes)
+        rank = self._ranks[index]
         self._links.stop(lane, now)
-        rank.under_way -= 1
-        self._begin_copy(rank, lane, now)
-        if not rank.under_way:
+        if rank.pulls.end(own):
             self._end_fetch(rank, now)
+        else:
+            self._go_on(rank, own, now)
 
     def _end_fetch(self, rank: _Rank, now: float) -> None:
         fetch = rank.queue.popleft()
@@ -275,6 +297,9 @@ class _Simulation:
         elif rank.copying_since is not None:
             self._outcome.copying[rank.index] += now - rank.copying_since
             rank.copying_since = None
+            rank.pulls.rest()
+        if rank.layer == self._layers and not rank.queue:
+            self._go_to_layer(rank, now)
         if rank.waiting_since is not None and fetch == rank.pass_index * self._layers + rank.layer:
             self._outcome.exposed[rank.index, rank.layer] += now - rank.waiting_since
             rank.waiting_since = None
@@ -282,7 +307,8 @@ class _Simulation:
 
     def _disturb(self, rank: _Rank, share: float, now: float) -> None:
         """Copies use another share of the link from now on: the phase under way goes on at another speed."""
-        computes = rank.waiting_since is None and rank.pass_index < len(rank.work) and bool(rank.phases)
+        idle = rank.layer == self._layers or rank.pass_index == len(rank.work) or not rank.phases
+        computes = rank.waiting_since is None and not idle
         if not computes or rank.phases[rank.phase].slowdown == 1.0:
             rank.link_share = share
             return
@@ -296,15 +322,11 @@ def _slowdown(rank: _Rank) -> float:
     return 1 + (rank.phases[rank.phase].slowdown - 1) * rank.link_share
 
 
-def _flows(group: Group, rank: int) -> list[list[Flow]]:
-    """What ``rank`` copies for a layer, by stream. A gap counts as the bytes that would move meanwhile."""
+def _pulls(group: Group, rank: int, page: Page) -> Pulls:
+    """What ``rank`` copies for a layer."""
     plan = describe_layer(0, group.weights, group.config, rank, group.granularity).plan
-    gap_bytes = group.copy_gap * group.rates.reader
-    streams = [[(piece.owner, len(piece.bytes) + gap_bytes) for piece in stream] for stream in plan.streams]
-    if group.resolution == "copies" or not streams:
-        return [[Flow({owner: 1.0}, nbytes) for owner, nbytes in stream] for stream in streams]
-    by_owner: dict[Owner, float] = {}
-    for owner, nbytes in (copy for stream in streams for copy in stream):
-        by_owner[owner] = by_owner.get(owner, 0.0) + nbytes
-    total = sum(by_owner.values())
-    return [[Flow({owner: nbytes / total for owner, nbytes in by_owner.items()}, total)]]
+    if group.resolution == "fetches":
+        return Planned(fetch_flows(plan), 1)
+    if group.turns:
+        return Chosen(plan, rank, group.config.group_size, group.turns, page)
+    return Planned(planned_flows(plan, group.rates.switched), group.in_flight)

@@ -56,6 +56,10 @@ def test_plan_refuses_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> N
         (["plan", *GROUP, "--slice-bytes", "0"], "slice_bytes must be at least 16, not 0"),
         (["plan", *GROUP, "--imbalance", "-1"], "--imbalance must be at least 0, not -1.0"),
         (["simulate", *GROUP, "--slow-rank", "0"], "--slow-rank must be more than 0, not 0.0"),
+        (["simulate", *GROUP, "--sees", "4"], "--sees needs --run-bytes"),
+        (["simulate", *GROUP, "--run-bytes", "134217728", "--resolution", "fetches"], "needs the resolution of copies"),
+        (["plan", *GROUP, "--run-bytes", "0"], "a run has at least 4096 bytes, not 0"),
+        (["plan", *GROUP, "--run-bytes", "4096", "--run-gap", "-1"], "at least 0, not -1e-06 s"),
         (["trace", "--tokens", "0"], "a forward pass needs at least one token"),
         (["simulate", *GROUP, "--spread", "1"], "--spread at least 0 and less than 1"),
         (["trace", "--layers", "0"], "--layers and --passes must be at least 1"),
@@ -91,6 +95,26 @@ def test_simulate_agrees_with_plan_where_ranks_are_alike(more: list[str], capsys
     simulated = json.loads(capsys.readouterr().out)
     assert simulated["pass_ms"] == pytest.approx(planned["pass"]["dwdp_s"] * 1e3, rel=0.02)
     assert simulated["throughput_over_expert_parallel"] == pytest.approx(planned["pass"]["speedup"], rel=0.03)
+
+
+def test_owners_that_are_chosen_make_copies_faster_by_plan_and_by_simulation(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Few tokens: the copies decide. Simulated ranks are out of step because their passes differ."""
+    few = [*GROUP[:-1], "512", "--json"]
+    chosen = ["--run-bytes", "33554432", "--run-gap", "10"]
+    found = {}
+    for name, options in {"fixed": [], "chosen": chosen}.items():
+        cli.main(["plan", *few, *options])
+        planned = json.loads(capsys.readouterr().out)
+        cli.main(["simulate", *few, *options, "--passes", "3"])
+        found[name] = planned, json.loads(capsys.readouterr().out)
+
+    (fixed, in_fixed_order), (by_choice, in_chosen_order) = found["fixed"], found["chosen"]
+    assert fixed["layer"]["prefetch_s"] == by_choice["layer"]["prefetch_s"]
+    assert fixed["layer"]["prefetch_beside_others_s"] > 1.2 * by_choice["layer"]["prefetch_beside_others_s"]
+    assert by_choice["pays_from_tokens"] < fixed["pays_from_tokens"]
+    assert in_fixed_order["pass_ms"] > 1.2 * in_chosen_order["pass_ms"]
 
 
 def test_a_slow_rank_slows_only_itself(capsys: pytest.CaptureFixture[str]) -> None:
