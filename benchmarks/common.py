@@ -18,6 +18,8 @@ import torch
 
 Row = Mapping[str, object]
 
+LINK_TOLERANCE = 1.05  # one large copy differs by so much from run to run, and from copies from several owners
+
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """With the arguments of every benchmark: ``--device`` and ``--json``."""
@@ -64,6 +66,26 @@ def seen(row: Row) -> Row:
     """``row``, which is also printed to stderr, for whoever waits for the rest or cannot."""
     print(json.dumps(row), file=sys.stderr, flush=True)
     return row
+
+
+def require_within_link(rows: Iterable[Row], link: float, figures: Sequence[str]) -> None:
+    """End the command, before it prints anything, if a copy seems to be faster than its link: then a clock left it out.
+
+    Args:
+        link: GB/s of one large copy, measured in the same run.
+        figures: columns of GB/s, of which rows may lack some.
+
+    Raises:
+        SystemExit: with a sentence, so that the exit status is 1.
+    """
+    for row in rows:
+        for figure in figures:
+            rate = row.get(figure, 0.0)
+            if not isinstance(rate, int | float) or not 0 <= rate <= link * LINK_TOLERANCE:
+                raise SystemExit(
+                    f"{figure} of {dict(row)} cannot be: one large copy made {link:.1f} GB/s in this run. "
+                    "What was counted is not what was timed; no figure is printed"
+                )
 
 
 def report(arguments: argparse.Namespace, tables: Mapping[str, Sequence[Row]]) -> None:

@@ -75,12 +75,16 @@ class Routed:
     counts: torch.Tensor
 
 
-def route(stack: Stack, tokens: int, rank: int, device: torch.device) -> Routed:
-    """Random tokens, each to ``top_k`` different experts."""
+def route(stack: Stack, tokens: int, rank: int, device: torch.device, *, balanced: bool = False) -> Routed:
+    """Random tokens, each to ``top_k`` different experts: at random, or all experts get as many, but for one."""
     generator = torch.Generator(device).manual_seed(1_000_003 + rank)
     x = torch.randn(tokens, stack.hidden, dtype=DTYPE, device=device, generator=generator)
-    scores = torch.rand(tokens, stack.num_experts, device=device, generator=generator)
-    experts = scores.topk(stack.top_k).indices.flatten()
+    if balanced:
+        turns = torch.arange(tokens * stack.top_k, device=device) % stack.num_experts
+        experts = torch.randperm(stack.num_experts, device=device, generator=generator)[turns]
+    else:
+        scores = torch.rand(tokens, stack.num_experts, device=device, generator=generator)
+        experts = scores.topk(stack.top_k).indices.flatten()
     return Routed(x, experts.argsort(stable=True), experts.bincount(minlength=stack.num_experts))
 
 

@@ -5,13 +5,17 @@
     links      peer access, and the rate of one large copy between every pair
     tests      the GPU tests, each rank on its own GPU
     prefetch   copies alone, with 1, 2 and N-1 owners, over a pair's link: with and without slices, one rank or all
-               pulling, in step or at random moments
+               pulling, in step or at random moments; each rank, and the mean and the worst of them
     stack      a stack of MoE layers by DWDP, staged and in place, by expert parallelism (all-to-all) and by tensor
                parallelism (all-reduce), for equal and unequal numbers of tokens, beside what the planner predicts;
-               every rank's DWDP results are compared, bit by bit, with a pass whose experts all lie in its own memory
+               every rank's DWDP results are compared, bit by bit, with a pass whose experts all lie in its own memory.
+               "imbalance" is by how much the rank whose experts get most tokens has more than the mean
     crossover  from how many tokens on DWDP is no slower, measured and predicted
-    slowdown   a grouped GEMM alone and under copies, with the GPU's clock beside it
+    slowdown   a dense and a grouped product on each rank, alone and beside the copies of all ranks, and the SMs' clock
     predicted  the planner's crossovers alone, for any GPU with a preset; needs none: --only predicted --preset h200
+
+Passes follow one another without a stop, and ranks go on until all have measured: [Note: Clocks] in ranks.py. Where
+copies seem to be faster than one large copy of the same run, the command ends with an error and prints no figure.
 
 On one GPU, or on the CPU (``--device cpu --tiny``), all of it runs with ranks that share the device: then it proves the
 script and the bytes, and its times say nothing about links.
@@ -21,80 +25,41 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import parser, report
+from common import parser, report, require_within_link
 from crossovers import Row, crossovers, spread_tokens
 from moe_stack import (
-    DTYPE,
     STACKS,
     Bind,
-    Pass,
     Stack,
     dwdp,
     expert_parallel,
     reference,
     route,
-    run_experts,
     tensor_parallel,
-    weights,
 )
+from rank_copies import prefetch, slowdown
+from ranks import Place, Together, collectives, steady
 from stack_prediction import predict
 
 from vmm_dwdp import DWDPConfig
-from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.planning.calibrate import preset_of
 from vmm_dwdp.planning.gpus import load_gpu
 from vmm_dwdp.testing import run_group
 
 PARTS = ("links", "tests", "prefetch", "stack", "slowdown", "predicted")
 
-# By name, `slice_bytes`: whole segments, the owners one after another; slices in turn; the runtime's default.
-PLANS = {"segments in turn": 1 << 40, "slices of 2 MiB": 2 << 20, "auto": "auto"}
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a rank runs."""
-
-    device_type: str
-    tiny: bool
-
-    def device(self, rank: int) -> torch.device:
-        if self.device_type == "cpu":
-            return torch.device("cpu")
-        return torch.device("cuda", rank % torch.cuda.device_count())
-
-    def driver(self, rank: int) -> Any:
-        return open_driver(self.device(rank), 4096 if self.device_type == "cpu" else None)
-
-    def wait(self) -> None:
-        if self.device_type == "cuda":
-            torch.cuda.synchronize()
-
-    def timed(self, run: Pass, passes: int) -> float:
-        """Median milliseconds of a pass, by the wall clock, the device idle before and after."""
-        run()
-        times = []
-        for _ in range(passes):
-            self.wait()
-            start = time.perf_counter()
-            run()
-            self.wait()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times) * 1e3
+PASSES = 6  # that are timed together
+IN_A_ROW = 4  # large copies that are timed together, so that to wait for the device hardly counts
 
 
 def links(count: int) -> list[Row]:
@@ -110,9 +75,10 @@ def links(count: int) -> list[Row]:
             for _ in range(4):
                 torch.cuda.synchronize(target)
                 start = time.perf_counter()
-                b.copy_(a)
+                for _ in range(IN_A_ROW):
+                    b.copy_(a)
                 torch.cuda.synchronize(target)
-                elapsed.append(time.perf_counter() - start)
+                elapsed.append((time.perf_counter() - start) / IN_A_ROW)
             access = torch.cuda.can_device_access_peer(target, source)
             rows.append({"from": source, "to": target, "access": access, "GB/s": a.numel() / min(elapsed) / 1e9})
     return rows
@@ -128,96 +94,55 @@ def _last_line(text: str) -> str:
     return next(reversed(text.strip().splitlines()), "")
 
 
-def _join_collectives(rank: int, group_size: int, place: Place, folder: str) -> None:
-    dist.init_process_group(
-        "nccl" if place.device_type == "cuda" and torch.cuda.device_count() >= group_size else "gloo",
-        init_method=f"file://{folder}/collectives",
-        rank=rank,
-        world_size=group_size,
-    )
-
-
-def _prefetch_rank(
-    place: Place, stack: Stack, group_size: int, pair: float | None, folder: str, rank: int
-) -> list[Row]:
-    """Passes without compute: nothing but copies."""
-    _join_collectives(rank, group_size, place, folder)
-    device = place.device(rank)
-    rows: list[Row] = []
-    for plan, slice_bytes in PLANS.items():
-        config = DWDPConfig(group_size=group_size, slice_bytes=slice_bytes)  # type: ignore[arg-type]
-        rendezvous = Path(folder, f"prefetch-{slice_bytes}")
-        with dwdp(stack, config, rank, device, rendezvous, driver=place.driver(rank)) as (runtime, _):
-
-            def copies(runtime: Any = runtime) -> torch.Tensor:
-                for layer in range(stack.num_layers):
-                    runtime.acquire(layer)
-                    runtime.release(layer)
-                return torch.empty(0)
-
-            nbytes = stack.layer_nbytes * stack.num_layers * (group_size - 1) / group_size
-            for pulling in ("one rank", "all in step", "all at random moments"):
-                dist.barrier()
-                if pulling == "one rank" and rank:
-                    dist.barrier()
-                    continue
-                if pulling == "all at random moments":
-                    time.sleep(random.Random(rank).random() * 0.05)
-                rate = nbytes / place.timed(copies, passes=8) / 1e6
-                dist.barrier()
-                share = {} if pair is None else {"of a pair's link": rate / pair}
-                about = {"owners": group_size - 1, "plan": plan, "pulling": pulling, "rank": rank}
-                rows.append(about | {"GB/s": rate} | share)
-    dist.destroy_process_group()
-    return rows
-
-
-def prefetch(place: Place, stack: Stack, count: int, pair: float | None) -> list[Row]:
-    """``pair``: GB/s of one large copy between two GPUs, where that was measured."""
-    rows: list[Row] = []
-    for group_size in sorted({2, 3, count}):
-        if group_size <= count:
-            with tempfile.TemporaryDirectory() as folder:
-                found = run_group(
-                    partial(_prefetch_rank, place, stack, group_size, pair, folder), group_size, place.device_type
-                )
-            rows += [row for rank_rows in found for row in rank_rows]
-    return rows
-
-
 def _stack_rank(
-    place: Place, stack: Stack, group_size: int, cases: list[list[int]], folder: str, rank: int
+    place: Place, stack: Stack, group_size: int, cases: list[list[int]], balanced: bool, folder: str, rank: int
 ) -> list[Row]:
     """The three parallelisms, one after another, each with every case: so many tokens on each rank."""
-    _join_collectives(rank, group_size, place, folder)
     device = place.device(rank)
-    routings = [[route(stack, count, other, device) for other, count in enumerate(case)] for case in cases]
+    routings = [
+        [route(stack, count, other, device, balanced=balanced) for other, count in enumerate(case)] for case in cases
+    ]
     rows: list[Row] = [{"rank": rank, "tokens": case[rank]} for case in cases]
+    passes = 3 if place.tiny else PASSES
 
-    def measure(column: str, bind: Bind) -> Iterator[torch.Tensor]:
-        """Results, by case, of passes that begin together."""
-        for row, every in zip(rows, routings, strict=True):
+    def measure(column: str, bind: Bind, *, apart: bool) -> Iterator[torch.Tensor]:
+        """Results, by case; ``apart``: of passes that have nothing to wait for in other ranks."""
+        for case, (row, every) in enumerate(zip(rows, routings, strict=True)):
             run = bind(every)
             dist.barrier()
-            row[column] = place.timed(run, passes=5)
+            together = Together(Path(folder, column, str(case)), rank, group_size) if apart else None
+            row[column] = steady(place, run, passes, together) * 1e3
             dist.barrier()
             yield run()
 
-    config = DWDPConfig(group_size=group_size, mode="in_place")
-    with dwdp(stack, config, rank, device, Path(folder, "dwdp"), driver=place.driver(rank)) as (_, run):
-        staged = list(measure("dwdp staged ms", run("staged")))
-        in_place = list(measure("dwdp in_place ms", run("in_place")))
-    whole = reference(stack, device, [every[rank] for every in routings])
-    for row, *results in zip(rows, whole, staged, in_place, strict=True):
-        row["identical"] = all(torch.equal(found, results[0]) for found in results[1:])
-    del staged, in_place
-    for name, parallel in (("expert", expert_parallel), ("tensor", tensor_parallel)):
-        bind = parallel(stack, rank, group_size, device)
-        for row, found, expected in zip(rows, measure(f"{name} parallel ms", bind), whole, strict=True):
-            row[f"{name} parallel error"] = _error(found, expected)
-        del bind
-    dist.destroy_process_group()
+    with collectives(rank, group_size, place, folder):
+        config = DWDPConfig(group_size=group_size, mode="in_place")
+        with dwdp(stack, config, rank, device, Path(folder, "dwdp"), driver=place.driver(rank)) as (_, run):
+            staged = list(measure("dwdp staged ms", run("staged"), apart=True))
+            in_place = list(measure("dwdp in_place ms", run("in_place"), apart=True))
+        whole = reference(stack, device, [every[rank] for every in routings])
+        for row, *results in zip(rows, whole, staged, in_place, strict=True):
+            row["identical"] = all(torch.equal(found, results[0]) for found in results[1:])
+        del staged, in_place
+        for name, parallel in (("expert", expert_parallel), ("tensor", tensor_parallel)):
+            bind = parallel(stack, rank, group_size, device)
+            found_by_case = measure(f"{name} parallel ms", bind, apart=False)
+            for row, found, expected in zip(rows, found_by_case, whole, strict=True):
+                row[f"{name} parallel error"] = _error(found, expected)
+            del bind
+    for row, every in zip(rows, routings, strict=True):
+        row["expert parallel imbalance"] = imbalance([routed.counts for routed in every], group_size)
     return rows
+
+
+def imbalance(counts: list[torch.Tensor], group_size: int) -> float:
+    """By how much the rank with most rows has more than the mean, where experts are spread evenly over the ranks.
+
+    Args:
+        counts: of each rank's tokens, the rows for each expert ``[E]``.
+    """
+    rows = torch.stack(counts).sum(0).view(group_size, -1).sum(1).double()
+    return (rows.max() / rows.mean()).item() - 1
 
 
 def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -232,11 +157,13 @@ def predictions(stack: Stack, count: int, per_rank: list[int], preset: str) -> l
     ]
 
 
-def stacks(place: Place, stack: Stack, count: int, per_rank: list[int], preset: str | None) -> list[Row]:
-    """``preset``: the GPU for which the planner's predictions stand beside what was measured."""
+def stacks(
+    place: Place, stack: Stack, count: int, per_rank: list[int], preset: str | None, *, balanced: bool
+) -> list[Row]:
+    """Measured passes, and those predicted for the GPU ``preset`` beside them. ``balanced``: see `route`."""
     spreads = spread_tokens(count, per_rank)
     with tempfile.TemporaryDirectory() as folder:
-        run = partial(_stack_rank, place, stack, count, list(spreads.values()), folder)
+        run = partial(_stack_rank, place, stack, count, list(spreads.values()), balanced, folder)
         found = run_group(run, count, place.device_type)
     rows: list[Row] = []
     for case, ((tokens, spread), shares) in enumerate(spreads.items()):
@@ -246,57 +173,17 @@ def stacks(place: Place, stack: Stack, count: int, per_rank: list[int], preset: 
     return rows
 
 
-def _slowdown_rank(place: Place, stack: Stack, group_size: int, folder: str, rank: int) -> Row:
-    """A grouped GEMM on this rank's own memory, alone and while its runtime copies without end."""
-    _join_collectives(rank, group_size, place, folder)
-    device = place.device(rank)
-    routed = route(stack, 4096 if not place.tiny else 64, rank, device)
-    own = [weights(stack, 0, expert, device) for expert in range(min(stack.num_experts, 16))]
-    w13, w2 = (torch.stack(parts) for parts in zip(*own, strict=True))
-    counts = torch.full((len(own),), len(routed.order) // len(own), device=device)
-    rows = torch.randn(int(counts.sum()), stack.hidden, dtype=DTYPE, device=device)
-    config = DWDPConfig(group_size=group_size)
-    with dwdp(stack, config, rank, device, Path(folder, "slowdown"), driver=place.driver(rank)) as (runtime, _):
-        compute: Callable[[], torch.Tensor] = lambda: run_experts(rows, counts, w13, w2)  # noqa: E731
-
-        def beside_copies() -> torch.Tensor:
-            for layer in range(stack.num_layers):
-                runtime.acquire(layer)
-                runtime.release(layer)
-            return compute()
-
-        place.wait()
-        alone, clock_alone = place.timed(compute, passes=20), _clock(place, device, compute)
-        dist.barrier()
-        both, clock_both = place.timed(beside_copies, passes=20), _clock(place, device, beside_copies)
-        dist.barrier()
-    dist.destroy_process_group()
-    return {"rank": rank, "alone ms": alone, "with copies ms": both, "MHz alone": clock_alone, "MHz copies": clock_both}
-
-
-def _clock(place: Place, device: torch.device, run: Pass) -> int:
-    """MHz of the GPU while ``run`` is repeated; 0 without one."""
-    if device.type != "cuda":
-        return 0
-    gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    query = ["nvidia-smi", "-i", gpu, "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
-    with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as asked:
-        while asked.poll() is None:
-            run()
-            place.wait()
-        return int(asked.stdout.read())  # type: ignore[union-attr]
-
-
-def slowdown(place: Place, stack: Stack, count: int) -> list[Row]:
-    with tempfile.TemporaryDirectory() as folder:
-        return run_group(partial(_slowdown_rank, place, stack, count, folder), count, place.device_type)
-
-
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--gpus", type=int, default=0, help="ranks (default: the GPUs of this machine)")
     options.add_argument("--tiny", action="store_true", help="sizes that show only that everything runs")
     options.add_argument("--preset", help="GPU that the planner's predictions are for (default: by the GPU's name)")
+    options.add_argument(
+        "--routing",
+        choices=("balanced", "random"),
+        default="balanced",
+        help="balanced: every expert gets as many tokens, which favours expert parallelism (default)",
+    )
     options.add_argument("--only", nargs="*", choices=PARTS, default=None)
     given: argparse.Namespace = options.parse_args()
     os.environ["NCCL_NVLS_ENABLE"] = "0"  # no NVLink multicast
@@ -308,18 +195,25 @@ def main() -> None:
     per_rank = [32] if given.tiny else [4096, 8192, 16384, 32768]
     preset = given.preset or (preset_of(torch.cuda.get_device_name()) if present else None)
     tables: dict[str, list[Row]] = {}
-    pair = None
-    if "links" in wanted:
-        if present < 2:
-            raise SystemExit("there are no links: this machine does not have two GPUs")
-        tables["links"] = links(present)
-        pair = min(row["GB/s"] for row in tables["links"])
+    link = None
+    if present > 1 and {"links", "prefetch"} & set(wanted):
+        tables["links"] = links(min(present, count))
+        link = max(row["GB/s"] for row in tables["links"])
+    elif "links" in wanted:
+        raise SystemExit("there are no links: this machine does not have two GPUs")
     if "tests" in wanted:
         tables["tests"] = gpu_tests()
     if "prefetch" in wanted:
-        tables["prefetch"] = prefetch(place, chosen[0], count, pair)
+        # Ranks that share a GPU copy inside of it, and no link limits them.
+        link_of_all = link if count <= present else None
+        tables["prefetch"], tables["prefetch, all ranks"] = prefetch(place, chosen[0], count, link_of_all)
+        if link_of_all is not None:
+            require_within_link(tables["prefetch"], link_of_all, ["GB/s"])
     if "stack" in wanted:
-        tables["stack"] = [row for stack in chosen for row in stacks(place, stack, count, per_rank, preset)]
+        balanced = given.routing == "balanced"
+        tables["stack"] = [
+            row for stack in chosen for row in stacks(place, stack, count, per_rank, preset, balanced=balanced)
+        ]
         tables["crossover"] = crossovers(tables["stack"])
     if "slowdown" in wanted:
         tables["slowdown"] = slowdown(place, chosen[0], count)

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
-from common import Row, parser, report, seen
+from common import Row, parser, report, require_within_link, seen
 from far_owners import SHAPES, FarOwners
 
 from vmm_dwdp import DWDPConfig
@@ -74,6 +74,7 @@ def link(rig: FarOwners) -> dict[str, float]:
     for stream in streams:
         stream.close()
     middle = {name: statistics.median(values[1:]) for name, values in rates.items()}
+    require_within_link([middle], max(rates["one large copy"]), ["planned"])
     return {**middle, "efficiency": middle["planned"] / middle["one large copy"]}
 
 

@@ -6,21 +6,46 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_dwdp_is_identical_and_the_baselines_agree() -> None:
-    options = ["--device", "cpu", "--tiny", "--gpus", "2", "--only", "stack", "--preset", "h100", "--json"]
-    command = [sys.executable, "benchmarks/multi_gpu.py", *options]
+def printed(*options: str) -> dict[str, Any]:
+    always = ["--device", "cpu", "--tiny", "--gpus", "2", "--json"]
+    command = [sys.executable, "benchmarks/multi_gpu.py", *always, *options]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    printed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
-    report = json.loads(printed)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_dwdp_is_identical_and_the_baselines_agree() -> None:
+    report = printed("--only", "stack", "--preset", "h100")
     rows = report["stack"]
     assert [row["spread"] for row in rows] == ["equal"] * 2 + ["unequal"] * 2
     for row in rows:
         assert row["identical"] is True
         assert row["expert parallel error"] < 1e-6, "the same rows through the same kernel, elsewhere"
         assert row["tensor parallel error"] < 3e-2, "bfloat16 sums in another order"
+        assert row["expert parallel imbalance"] == 0, "balanced routing, which is the default"
         assert min(value for column, value in row.items() if column.startswith("predicted")) > 0
     assert [row["spread"] for row in report["crossover"]] == ["equal", "unequal"]
+
+
+def test_copies_and_products_are_of_every_rank_in_every_case() -> None:
+    report = printed("--only", "prefetch", "slowdown")
+    cases = [(row["plan"], row["pulling"], row["rank"]) for row in report["prefetch"]]
+    every = {(plan, pulling) for plan, pulling, _ in cases}
+    assert len(every) == 9
+    assert sorted(cases) == sorted(
+        (plan, pulling, rank) for plan, pulling in every for rank in range(1 if pulling == "one rank" else 2)
+    )
+    assert all(row["GB/s"] > 0 and "of the link" not in row for row in report["prefetch"]), "there is no link here"
+    for row in report["prefetch, all ranks"]:
+        of_ranks = [
+            of["GB/s"] for of in report["prefetch"] if all(of[name] == row[name] for name in ("plan", "pulling"))
+        ]
+        assert row["GB/s, worst"] == min(of_ranks)
+    assert [row["rank"] for row in report["slowdown"]] == [0, 0, 1, 1]
+    assert {row["product"].partition(",")[0] for row in report["slowdown"]} == {"dense", "grouped"}
