@@ -193,11 +193,17 @@ class Passes:
             names = [name for name in runs if not turns or turns[0][name] < LONG]
             turn = {}
             for name in reversed(names) if number % 2 else names:
-                synchronize(self.x.device)
+                self.finish_copies()
                 runs[name]()
                 turn[name] = elapsed(runs[name], self.x.device) * 1e3
             turns.append(turn)
         return turns
+
+    def finish_copies(self) -> None:
+        """Wait for the device, and before for the copies that it was not given yet."""
+        if (staging := self.runtime._schedule._staging) is not None:
+            staging.drain()
+        synchronize(self.x.device)
 
     def route(self, routing: Routing, number: int) -> None:
         """The routing of one pass for the passes from now on, those of graphs too."""
