@@ -81,3 +81,16 @@ def test_a_failing_operation_is_named_and_everything_is_undone(call: str, tmp_pa
         assert list(rendezvous.iterdir()) == [], (at, told)
     assert at > 1, "the call is not used at all"
     assert _lives(rendezvous) == []
+
+
+def test_a_socket_that_could_not_be_listened_at_is_gone_while_others_are_there(tmp_path: Path) -> None:
+    rendezvous = tmp_path / "rendezvous"
+    other = DWDPRuntime(CONFIG, 0, "cpu", rendezvous, driver=HostDriver(PAGE))  # the last to leave would remove it
+    before = sorted(rendezvous.iterdir())
+    runtime = DWDPRuntime(CONFIG, 1, "cpu", rendezvous, driver=HostDriver(PAGE))
+    add_layers(runtime, MODEL)
+    fill_shards(runtime, MODEL)
+    with FailingCalls("listen", 1).installed(), pytest.raises(DWDPError, match=REASON):
+        runtime.publish(0.3)
+    assert sorted(rendezvous.iterdir()) == before
+    assert [each.close().open() for each in (runtime, other)] == [[], []]
