@@ -79,23 +79,39 @@ static const char *run(Issuer *issuer, const Job *job, int *result) {
     return NULL;
 }
 
+/* See what was submitted, and tell whether there is anything to do. */
+static int has_work(Issuer *issuer) {
+    if (!issuer->first) {
+        Job *latest = __atomic_exchange_n(&issuer->pushed, NULL, __ATOMIC_SEQ_CST);
+        while (latest) { /* to the front, one before the other */
+            Job *earlier = latest->next;
+            latest->next = issuer->first;
+            issuer->first = latest;
+            latest = earlier;
+        }
+    }
+    return issuer->first != NULL;
+}
+
 /* The next job, or NULL after close, with the lock held. */
 static Job *next_job(Issuer *issuer) {
     int64_t until = now_ns() + LINGER_NS;
-    while (!issuer->first && !issuer->closing) {
+    while (!has_work(issuer) && !issuer->closing) {
         if (now_ns() < until) {
             pthread_mutex_unlock(&issuer->lock);
             nap(NAP_NS);
             pthread_mutex_lock(&issuer->lock);
         } else {
-            issuer->asleep = 1;
-            pthread_cond_wait(&issuer->work, &issuer->lock);
-            issuer->asleep = 0;
+            /* Either this sees what was pushed, or who pushed it sees that this is asleep, and signals. */
+            __atomic_store_n(&issuer->asleep, 1, __ATOMIC_SEQ_CST);
+            if (!has_work(issuer))
+                pthread_cond_wait(&issuer->work, &issuer->lock);
+            __atomic_store_n(&issuer->asleep, 0, __ATOMIC_SEQ_CST);
         }
     }
     Job *job = issuer->first;
-    if (job && !(issuer->first = job->next))
-        issuer->last = NULL;
+    if (job)
+        issuer->first = job->next;
     return job;
 }
 
@@ -143,27 +159,24 @@ int start_issuer(Issuer *issuer) {
 }
 
 void submit_job(Issuer *issuer, Job *job) {
-    pthread_mutex_lock(&issuer->lock);
     __atomic_store_n(&job->state, SUBMITTED, __ATOMIC_RELAXED);
-    job->next = NULL;
-    if (issuer->last)
-        issuer->last->next = job;
-    else
-        issuer->first = job;
-    issuer->last = job;
-    issuer->submitted++;
-    int asleep = issuer->asleep;
+    __atomic_fetch_add(&issuer->submitted, 1, __ATOMIC_SEQ_CST);
+    job->next = __atomic_load_n(&issuer->pushed, __ATOMIC_RELAXED);
+    while (!__atomic_compare_exchange_n(&issuer->pushed, &job->next, job, 0, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
+        ;
+    if (!__atomic_load_n(&issuer->asleep, __ATOMIC_SEQ_CST))
+        return;
+    pthread_mutex_lock(&issuer->lock); /* which the thread has until it waits */
+    pthread_cond_signal(&issuer->work);
     pthread_mutex_unlock(&issuer->lock);
-    if (asleep)
-        pthread_cond_signal(&issuer->work);
 }
 
 void await_job(Issuer *issuer, const Job *job) {
     pthread_mutex_lock(&issuer->lock);
-    const uint64_t submitted = issuer->submitted;
+    const uint64_t submitted = __atomic_load_n(&issuer->submitted, __ATOMIC_SEQ_CST);
     issuer->waiting++;
     pthread_cond_signal(&issuer->hurry);
-    while (job ? job->state == SUBMITTED : issuer->ended < submitted)
+    while (job ? job_state(job) == SUBMITTED : issuer->ended < submitted)
         pthread_cond_wait(&issuer->progress, &issuer->lock);
     issuer->waiting--;
     pthread_mutex_unlock(&issuer->lock);

@@ -2,7 +2,8 @@
 
    Giving the driver a layer of slices takes milliseconds. A thread of Python's that does so takes the interpreter's lock
    after every call, and each time a thread that launches kernels has to wait until it gets it back. This one never has
-   it: what it does is laid out in C structures before, and whoever submits it only appends to a list.
+   it: what it does is laid out in C structures before, and whoever submits it only puts it on a list, without a lock
+   while the thread is awake.
 
    A child that fork made has none of this process's threads, and locks as they were at that moment, held for good
    perhaps. So there nothing here locks or waits: of an issuer that its parent started a child may only ask `is_here`. */
@@ -38,8 +39,8 @@ enum { READY, SUBMITTED, DONE, FAILED }; /* a job's states */
 typedef struct Job { /* its memory, and the lanes', is the caller's, and stays while the job is SUBMITTED */
     Lane *lanes;
     size_t num_lanes;
-    struct Job *next; /* in the list of what was submitted */
-    int state;        /* written under the issuer's lock, read without it too */
+    struct Job *next; /* in a list of what was submitted */
+    int state;        /* atomic */
     const char *call; /* the one that failed */
     int result;
 } Job;
@@ -52,11 +53,14 @@ typedef struct { /* its memory is the caller's, who states the first five, and z
     void *context;
     unsigned forks; /* as they were when this was started */
     pthread_t thread;
-    pthread_mutex_t lock; /* of all below, and of the jobs' states */
+    Job *pushed;        /* what was submitted and not seen by the thread yet, the latest first; atomic */
+    uint64_t submitted; /* jobs, so far; atomic */
+    int asleep;         /* until `work` is signalled; atomic */
+    pthread_mutex_t lock; /* of all below */
     pthread_cond_t work, hurry, progress;
-    Job *first, *last;
-    uint64_t submitted, ended; /* jobs; they end in the order of submission */
-    int started, asleep, waiting, closing;
+    Job *first;     /* what the thread has seen, the earliest first */
+    uint64_t ended; /* jobs; they end in the order of submission */
+    int started, waiting, closing;
     int start_result;
 } Issuer;
 

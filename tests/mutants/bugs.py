@@ -78,10 +78,8 @@ BUGS: Final = (
     Bug(
         "a native thread that sleeps is not woken",
         "allocator/_issue_thread.c",
-        """    if (asleep)
-        pthread_cond_signal(&issuer->work);
-""",
-        "    (void)asleep;\n",
+        "if (!__atomic_load_n(&issuer->asleep, __ATOMIC_SEQ_CST))",
+        "if (1)",
         ("tests/unit/allocator/test_native_issue.py::test_submit_does_not_wait",),
     ),
     Bug(
@@ -103,6 +101,26 @@ BUGS: Final = (
         "allocator/_issue_thread.c",
         "call ? FAILED : DONE",
         "DONE",
+        _NATIVE,
+    ),
+    Bug(
+        "of two jobs that are submitted at once the later is done first",
+        "allocator/_issue_thread.c",
+        """            Job *earlier = latest->next;
+            latest->next = issuer->first;
+            issuer->first = latest;
+            latest = earlier;
+""",
+        """            issuer->first = latest;
+            latest = NULL;
+""",
+        _NATIVE,
+    ),
+    Bug(
+        "a job that comes while the native thread falls asleep waits for the next",
+        "allocator/_issue_thread.c",
+        "            if (!has_work(issuer))\n                pthread_cond_wait",
+        "                pthread_cond_wait",
         _NATIVE,
     ),
     Bug(
