@@ -23,8 +23,9 @@ from common import Row, parser, report
 
 from vmm_dwdp import DWDPConfig
 from vmm_dwdp.allocator import open_driver
-from vmm_dwdp.cli.demo import HOST_GRANULARITY
-from vmm_dwdp.cli.demo_models import MODEL, Text, quiet_transformers
+from vmm_dwdp.cli.demo import MODEL
+from vmm_dwdp.cli.demo_group import HOST_GRANULARITY
+from vmm_dwdp.cli.demo_models import Text, quiet_transformers
 from vmm_dwdp.integrations.transformers import from_pretrained
 from vmm_dwdp.integrations.transformers.experts import align_experts
 from vmm_dwdp.testing import run_group

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import reprlib
 import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Self, SupportsIndex
 from weakref import WeakSet
 
 import torch
@@ -27,6 +28,7 @@ from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.memory.choice import make_assembly
 from vmm_dwdp.schedule.lifecycle import Lifecycle
 from vmm_dwdp.schedule.schedule import Schedule
+from vmm_dwdp.temporary import sweep
 
 _log = logging.getLogger("vmm_dwdp")
 
@@ -43,6 +45,8 @@ class Rank:
         *,
         driver: Driver | None = None,
     ) -> None:
+        if not isinstance(rank, SupportsIndex):
+            raise ConfigError(f"rank must be a whole number, not {reprlib.repr(rank)}")
         if not 0 <= rank < config.group_size:
             raise ConfigError(f"rank {rank} is not in a group of {config.group_size}")
         self.config = config
@@ -54,6 +58,8 @@ class Rank:
         self._lifecycle = Lifecycle()
         self._layers = Layers()
         layers = self._layers.in_order
+        if rank == 0:
+            sweep(None if isinstance(rendezvous, dist.ProcessGroup) else rendezvous)
         with self._driver.current():
             self._assembly = make_assembly(config, rank, self._driver, self.ledger, layers)
             self._membership = Membership(config, rank, self._driver, self.ledger, rendezvous, self._assembly, layers)

@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
-from vmm_dwdp.errors import DWDPError
+from vmm_dwdp.errors import ConfigError, DWDPError
 
 T = TypeVar("T")
 
 
 class RankFailed(DWDPError):
-    """A rank raised an exception or died; the message has its traceback or its exit code."""
+    """A rank raised an exception or died.
+
+    The message ends with the exception's own sentence, or is the exit code. What was raised by this library is that
+    sentence alone, and where the rank raised it is the cause, which Python prints before; of all else the message has
+    the traceback.
+    """
+
+
+class _RaisedAt(Exception):
+    """Where a rank raised: its traceback without the sentence, which `RankFailed` has."""
+
+
+class _Failure(NamedTuple):
+    sentence: str
+    raised_at: str | None  # None: the sentence has it
 
 
 def run_group(function: Callable[[int], T], group_size: int, device: str | torch.device = "cpu") -> list[T]:
@@ -28,22 +45,29 @@ def run_group(function: Callable[[int], T], group_size: int, device: str | torch
         function: picklable; so is what it returns.
         device: ``"cpu"``, or ``"cuda"``: then ranks take the GPUs of this machine in turn as their current device.
 
+    Ctrl-C interrupts this call, which ends the ranks; they themselves do not see it.
+
     Raises:
         RankFailed: a rank raised or died. The others are ended; no process is left behind.
+        ConfigError: ``device`` is a GPU, and there is none.
     """
+    if torch.device(device).type == "cuda" and not torch.cuda.device_count():
+        raise ConfigError("a group cannot run on cuda: torch finds no CUDA device")
     context = multiprocessing.get_context("spawn")
     threads = torch.get_num_threads()
     processes = []
     results: dict[Connection, int] = {}
     returned: dict[int, T] = {}
+    resource_tracker.ensure_running()  # which unblocks signals if it is started by a process
     try:
         for rank in range(group_size):
             receiver, sender = context.Pipe(duplex=False)
             arguments = (sender, function, rank, torch.device(device).type, threads)
             process = context.Process(target=_run_rank, args=arguments, name=f"rank {rank}")
-            process.start()
+            with _ctrl_c_later():
+                process.start()
+                processes.append(process)
             sender.close()  # so that the receiver sees the end of a rank that dies
-            processes.append(process)
             results[receiver] = rank
         while results:
             for ready in wait(list(results)):
@@ -55,7 +79,8 @@ def run_group(function: Callable[[int], T], group_size: int, device: str | torch
                     processes[rank].join()
                     raise RankFailed(f"rank {rank} died with exit code {processes[rank].exitcode}") from None
                 if failure is not None:
-                    raise RankFailed(f"rank {rank} failed:\n{failure}")
+                    cause = None if failure.raised_at is None else _RaisedAt(f"in rank {rank}\n{failure.raised_at}")
+                    raise RankFailed(f"rank {rank} failed: {failure.sentence}") from cause
                 returned[rank] = value
     except BaseException:
         for process in processes:
@@ -67,6 +92,17 @@ def run_group(function: Callable[[int], T], group_size: int, device: str | torch
     return [returned[rank] for rank in range(group_size)]
 
 
+@contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """What the body starts has Ctrl-C blocked, as it would print a traceback while it imports; and it is known to the
+    caller by the time that Ctrl-C comes through."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _end_with_parent() -> None:
     """A parent that is killed cannot end its ranks, so each of them watches it."""
     parent = multiprocessing.parent_process()
@@ -76,13 +112,24 @@ def _end_with_parent() -> None:
 
 
 def _run_rank(sender: Connection, function: Callable[[int], T], rank: int, device_type: str, threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes; the parent ends this one
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    if device_type == "cuda":
-        torch.cuda.set_device(rank % torch.cuda.device_count())
     try:
+        if device_type == "cuda":
+            torch.cuda.set_device(rank % torch.cuda.device_count())
         result = (None, function(rank))
-    except BaseException:
-        sender.send((traceback.format_exc(), None))
+    except BaseException as error:
+        sender.send((_told(error), None))
     else:
         sender.send(result)
+
+
+def _told(error: BaseException) -> _Failure:
+    """What the parent is to say of it."""
+    if not isinstance(error, DWDPError):
+        return _Failure("\n" + "".join(traceback.format_exception(error)).rstrip("\n"), None)
+    whole, own = traceback.format_exception(error), traceback.format_exception_only(error)
+    sentence = "\n".join([str(error), *getattr(error, "__notes__", ())])
+    return _Failure(sentence, "".join(whole[: len(whole) - len(own)]).rstrip("\n"))

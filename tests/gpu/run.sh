@@ -23,8 +23,8 @@ step() {  # step NAME SECONDS COMMAND
   lines+=("$(printf '%-14s exit %-4s %4ss  %s' "$1" "$status" $((SECONDS - start)) "$(tail -n 1 "$out/$1.log" | cut -c1-100)")")
 }
 
-step doctor 40 "python3 -m vmm_dwdp.cli doctor --json >$out/doctor.json && echo ok"
-step demo 240 "python3 -m vmm_dwdp.cli demo --device cuda --json >$out/demo.json; s=\$?; python3 -c \"import json; d = json.load(open('$out/demo.json')); print('identical', d['identical'], 'leaked', d['leaked'], d['seconds'], 's')\"; exit \$s"
+step doctor 40 "python3 -m vmm_dwdp doctor --json >$out/doctor.json && echo ok"
+step demo 240 "python3 -m vmm_dwdp demo --device cuda --json >$out/demo.json; s=\$?; python3 -c \"import json; d = json.load(open('$out/demo.json')); print('identical', d['identical'], 'leaked', d['leaked'], d['seconds'], 's')\"; exit \$s"
 step tests 240 "python3 -m pytest -q -p no:cacheprovider -m 'gpu and not faults' tests"
 step faults 90 "python3 -m pytest -q -p no:cacheprovider -m 'gpu and faults' tests"
 # Sanitizers that run at the same time need ports of their own to attach by, so these steps name theirs.
@@ -32,7 +32,7 @@ grouped="--ignore tests/gpu/test_group_on_gpu.py --ignore tests/gpu/test_transfo
 step memcheck 240 "$memcheck --port 50100 --target-processes application-only python3 -m pytest -q -p no:cacheprovider -m 'gpu and not faults' tests/unit tests/multiprocess/test_memory_between_processes.py tests/gpu $grouped --ignore $kernels"
 step memgroup 240 "$memcheck --port 50300 --target-processes all python3 -m pytest -q -p no:cacheprovider -m gpu tests/gpu/test_group_on_gpu.py"
 step memmodels 300 "$memcheck --port 50500 --target-processes all python3 -m pytest -q -p no:cacheprovider -m gpu tests/gpu/test_transformers_on_gpu.py"
-step memdemo 300 "$memcheck --port 50700 --target-processes all python3 -m vmm_dwdp.cli demo --device cuda --group-size 2 --generate 8 --json"
+step memdemo 300 "$memcheck --port 50700 --target-processes all python3 -m vmm_dwdp demo --device cuda --group-size 2 --generate 8 --json"
 step memkernels 240 "$memcheck --port 50900 --target-processes application-only python3 -m pytest -q -p no:cacheprovider -m gpu $kernels -k 'cute or triton'"
 # Hazards of our CuTe kernels beside those of stock TMA/WGMMA kernels on the same operands: torch's for bf16, DeepGEMM's for fp8.
 race() {  # race NAME PORT TESTS

@@ -7,7 +7,7 @@ import pytest
 
 from vmm_dwdp import cli
 from vmm_dwdp.allocator.handles import KINDS
-from vmm_dwdp.cli.demo_models import MODEL
+from vmm_dwdp.cli.demo import MODEL
 
 pytest.importorskip("transformers")
 
@@ -63,7 +63,7 @@ def test_group_of_one_fetches_nothing_and_fails(capsys: pytest.CaptureFixture[st
     [
         (("--group-size", "0"), "group_size must be at least 1"),
         (("--num-local-experts", "2"), "num_local_experts must be at least 4"),
-        (("--model", "nowhere"), "nowhere is not the folder of a Hugging Face model"),
+        (("--model", "nowhere"), "there is no directory nowhere"),
         (("--prompt", ""), "the prompt is empty"),
         (("--generate", "0"), "--generate must be at least 1"),
     ],

@@ -7,6 +7,8 @@ import os
 import resource
 import select
 import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import torch
 import torch.distributed as dist
 from support.groups import PAGE, Model, add_layers, check_pass, fill_shards, join, random_model
 
+import vmm_dwdp
 from vmm_dwdp import DWDPConfig, DWDPRuntime
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.testing import RankFailed, run_group
@@ -161,6 +164,39 @@ def test_run_group_returns_in_rank_order() -> None:
 def test_run_group_raises_the_traceback_of_a_rank() -> None:
     with pytest.raises(RankFailed, match=r"(?s)rank 1 failed.*ValueError: this rank has a reason"):
         run_group(_fail, 2)
+
+
+REFUSED = """
+from vmm_dwdp import ConfigError
+from vmm_dwdp.testing import run_group
+
+def refuse(rank):
+    try:
+        int("x")
+    except ValueError as error:
+        raise ConfigError("the weather is bad") from error
+
+if __name__ == "__main__":
+    run_group(refuse, 2)
+"""
+
+
+def test_what_a_rank_says_is_the_last_line_of_the_program_and_is_there_once(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(REFUSED)
+    ended = subprocess.run(
+        [sys.executable, "program.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(vmm_dwdp.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("vmm_dwdp.testing.RankFailed: rank ")
+    assert last.endswith(" failed: the weather is bad")
+    assert ended.stderr.count("the weather is bad\n") == 1
+    assert ", in refuse" in ended.stderr, "where the rank raised it"
+    assert "invalid literal" in ended.stderr, "and why"
 
 
 def test_run_group_tells_of_a_rank_that_died() -> None:

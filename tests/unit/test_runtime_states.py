@@ -287,6 +287,13 @@ def test_a_rank_outside_the_group(tmp_path: Path, rank: int) -> None:
         DWDPRuntime(DWDPConfig(group_size=2), rank, "cpu", tmp_path)
 
 
+@pytest.mark.parametrize("rank", ["0", 0.0, None])
+def test_a_rank_that_is_no_number(tmp_path: Path, rank: object) -> None:
+    with pytest.raises(ConfigError, match=f"rank must be a whole number, not {rank!r}"):
+        DWDPRuntime(ALONE, rank, "cpu", tmp_path / "group", driver=HostDriver(PAGE))  # type: ignore[arg-type]
+    assert not (tmp_path / "group").exists()
+
+
 def test_more_layers_than_a_process_can_map(unpublished: DWDPRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unpublished._driver, "max_mappings", 10)
     add_layers(unpublished, MODEL)

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Final, NamedTuple, Protocol, cast
 
 from vmm_dwdp.errors import DWDPError
+from vmm_dwdp.version import __version__
 
 
 class _Command(NamedTuple):
@@ -42,7 +43,8 @@ _SHELL_SIGNAL: Final = 128  # what a shell adds to the number of the signal that
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, 1 where what it looked for is not so, 2 where it could not be run.
 
-    Where nobody reads what it prints any more, as behind ``| head``, it ends without a word, as by SIGPIPE.
+    Where nobody reads what it prints any more, as behind ``| head``, it ends without a word, as by SIGPIPE; after
+    Ctrl-C with one line.
     """
     try:
         try:
@@ -52,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return _SHELL_SIGNAL + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print("vmm-dwdp: interrupted", file=sys.stderr)
+        return _SHELL_SIGNAL + signal.SIGINT
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -61,6 +66,7 @@ def _run(argv: Sequence[str]) -> int:
         epilog="commands:\n" + "\n".join(f"  {name:8} {command.summary}" for name, command in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"vmm-dwdp {__version__}")
     parser.add_argument("command", choices=COMMANDS, help="one of the commands below; each has a --help of its own")
     name = parser.parse_args(argv[:1]).command
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import torch
 
+from vmm_dwdp.cli.checks import require_writable
 from vmm_dwdp.cli.console import print_table
 from vmm_dwdp.errors import ConfigError
 
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.calibrate:
+        require_writable("--output", arguments.output)
         _calibrate(arguments)
         return 0
     if not BENCHMARKS.is_dir():

@@ -8,19 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.layout.placement import ExpertPlacement
 from vmm_dwdp.layout.weight_spec import WeightSpec
+from vmm_dwdp.temporary import temporary_folder
 
-MODEL: Final = Path(__file__).parents[1] / "models" / "bytes-moe"
 LARGE_WEIGHT: Final = 64 << 20  # bytes per weight and layer from which a group's shares fill pages on any GPU
 
 
@@ -43,7 +43,8 @@ def continue_by_the_whole(path: Path, device: str, prompts: tuple[str, ...], new
 
     from vmm_dwdp.integrations.transformers.experts import align_experts
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device).eval()
+    with _named(path):
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device).eval()
     align_experts(model)
     text = Text.of(path, model)
     return [generate(model, text, prompt, new_tokens) for prompt in prompts]
@@ -61,7 +62,8 @@ class Text:
         import transformers
 
         has_tokenizer = any(path.glob("tokenizer*")) or (path / "vocab.json").exists()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path) if has_tokenizer else None
+        with _named(path):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path) if has_tokenizer else None
         return cls(model.config.get_text_config().vocab_size, tokenizer)
 
     def encode(self, text: str) -> list[int]:
@@ -102,8 +104,8 @@ def models_to_run(model: Path, config: DWDPConfig, device: str) -> Iterator[tupl
     if _largest_weight(model, config) >= LARGE_WEIGHT or device == "cpu":
         yield (model,)
         return
-    with TemporaryDirectory(prefix="vmm-dwdp-") as folder:
-        random = Path(folder) / "random weights"
+    with temporary_folder() as folder:
+        random = folder / "random weights"
         _save_random_model(random, device)
         yield (model, random)
 
@@ -111,21 +113,28 @@ def models_to_run(model: Path, config: DWDPConfig, device: str) -> Iterator[tupl
 def _largest_weight(path: Path, config: DWDPConfig) -> int:
     """Bytes of the largest expert weight of a layer. Reads no weights.
 
-    Raises `ConfigError` if the folder holds no model with experts, or if ``config`` cannot spread them.
+    Raises `ConfigError` if the model has no experts, or if ``config`` cannot spread them.
     """
     import transformers
 
     from vmm_dwdp.integrations.transformers.experts import find_experts
 
-    if not (path / "config.json").is_file():
-        raise ConfigError(f"{path} is not the folder of a Hugging Face model: it has no config.json")
-    model_config = transformers.AutoConfig.from_pretrained(path)
-    with torch.device("meta"):
+    with _named(path), torch.device("meta"):
+        model_config = transformers.AutoConfig.from_pretrained(path)
         model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=model_config.dtype)
     weights: list[WeightSpec] = [spec for experts in find_experts(model) for spec in experts.weights.values()]
     for spec in weights:
         ExpertPlacement(spec.num_experts, config)
     return max(spec.num_experts * spec.expert_nbytes for spec in weights)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What transformers raises over a folder becomes one sentence that names it."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ConfigError(f"transformers cannot load {path}: {str(error).strip().partition(chr(10))[0]}") from error
 
 
 def _save_random_model(folder: Path, device: str) -> None:

@@ -18,6 +18,7 @@ from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.driver import DEVICE, Location
 from vmm_dwdp.allocator.native import HAS_NATIVE
 from vmm_dwdp.allocator.probe import supported_handle_types
+from vmm_dwdp.cli.checks import why_no_gpu
 from vmm_dwdp.cli.console import print_table, size
 from vmm_dwdp.errors import DWDPError
 from vmm_dwdp.kernels import providers
@@ -110,7 +111,7 @@ def examine(*, calibrate: bool) -> Report:
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     devices = {str(device): _examine_device(device) for device in (torch.device("cpu"), *gpus)}
     if not gpus:
-        devices["cuda"] = Device(_why_no_gpu())
+        devices["cuda"] = Device(why_no_gpu())
     mapping_limit = Path("/proc/sys/vm/max_map_count")
     return Report(
         versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
@@ -165,14 +166,6 @@ def _examine_device(device: torch.device) -> Device:
         for other in others
     }
     return Device(None, driver.name, product, free, total, memory, peers)
-
-
-def _why_no_gpu() -> str:
-    try:
-        open_driver(torch.device("cuda"))
-    except (DWDPError, ImportError) as error:
-        return str(error)
-    return "torch finds no CUDA device"
 
 
 def _version(package: str) -> str | None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vmm_dwdp.cli.checks import require_writable
 from vmm_dwdp.cli.console import print_table, size
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
@@ -74,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    require_writable("--plot", arguments.plot)
     estimate = estimate_from(arguments, arguments.imbalance)
     estimate.require_fit()
     best = recommend(estimate)

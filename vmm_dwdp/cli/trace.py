@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import tempfile
 from pathlib import Path
 from typing import cast
 
 import torch
 
 from vmm_dwdp.allocator import open_driver
+from vmm_dwdp.cli.checks import require_device, require_writable
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.observe.trace import COMPUTE, WAITING, Trace, plot_traces, write_traces
@@ -18,6 +18,7 @@ from vmm_dwdp.planning.models import ModelSpec, model_from_config
 from vmm_dwdp.planning.roofline import Batch
 from vmm_dwdp.planning.torch_layer import TorchLayer, fill
 from vmm_dwdp.runtime import DWDPRuntime
+from vmm_dwdp.temporary import temporary_folder
 from vmm_dwdp.testing import run_group
 
 # What a CPU computes in milliseconds, and a layer of Qwen3-30B-A3B.
@@ -44,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.layers < 1 or arguments.passes < 1:
         raise ConfigError("--layers and --passes must be at least 1")
+    require_device(arguments.device)
+    require_writable("--output", arguments.output)
+    require_writable("--plot", arguments.plot)
     sizes = SIZES[arguments.device] | {"num_hidden_layers": arguments.layers}
     model = model_from_config(
         "traced",
@@ -53,8 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
         group_size=arguments.group_size, prefetch_depth=arguments.depth, host_experts=arguments.host_experts
     )
     batch = Batch.of(TOKENS[arguments.device] if arguments.tokens is None else arguments.tokens)
-    with tempfile.TemporaryDirectory() as rendezvous:
-        rank = functools.partial(record, model, config, batch, arguments.passes, arguments.device, rendezvous)
+    with temporary_folder() as folder:
+        rank = functools.partial(record, model, config, batch, arguments.passes, arguments.device, folder / "group")
         traces = run_group(rank, config.group_size, arguments.device)
     write_traces(traces, arguments.output)
     print(f"{arguments.output} opens in https://ui.perfetto.dev and in chrome://tracing")
@@ -72,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def record(
-    model: ModelSpec, config: DWDPConfig, batch: Batch, passes: int, device: str, rendezvous: str, rank: int
+    model: ModelSpec, config: DWDPConfig, batch: Batch, passes: int, device: str, rendezvous: Path, rank: int
 ) -> Trace:
     """One rank's process: all layers with random weights, one pass to warm up, then the traced ones."""
     torch.set_num_threads(1)

@@ -54,7 +54,7 @@ def test_nobody_reads_the_output() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "wb") as nobody:
-        command = [sys.executable, "-m", "vmm_dwdp.cli", *PLAN]
+        command = [sys.executable, "-m", "vmm_dwdp", *PLAN]
         ended = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, check=False)
 
     assert ended.returncode == 128 + signal.SIGPIPE

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from vmm_dwdp.cli import demo
-from vmm_dwdp.cli.demo import RankReport as Rank
-from vmm_dwdp.cli.demo import Report
+from vmm_dwdp.cli.demo_group import RankReport as Rank
+from vmm_dwdp.cli.demo_group import Report
 from vmm_dwdp.cli.demo_models import Generated
 from vmm_dwdp.config import DWDPConfig
 

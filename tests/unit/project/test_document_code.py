@@ -210,7 +210,7 @@ def test_mentioned_command_runs(command: str, needed: str | None, tmp_path: Path
         pytest.importorskip(needed)
     (tmp_path / "docs").mkdir()
     program, *options = shlex.split(command)
-    words = ["-m", "vmm_dwdp.cli", *options] if program == "vmm-dwdp" else [str(ROOT / options[0]), *options[1:]]
+    words = ["-m", "vmm_dwdp", *options] if program == "vmm-dwdp" else [str(ROOT / options[0]), *options[1:]]
 
     subprocess.run(
         [sys.executable, *words], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=240

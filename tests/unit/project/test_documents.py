@@ -1,10 +1,11 @@
 """The documents say what is true: what they name exists. What they show is run by test_document_code.py."""
 
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
+
+from vmm_dwdp import __version__
 
 ROOT = Path(__file__).parents[3]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -31,11 +32,10 @@ def test_named_tests_exist(file: str, test: str) -> None:
 
 
 def test_the_changelog_begins_with_the_version() -> None:
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     latest = re.search(r"^## (\S+?),", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
     assert latest is not None
-    assert latest[1] == version
+    assert latest[1] == __version__
 
 
 def test_every_invariant_names_a_test() -> None:

@@ -16,9 +16,12 @@ MOST_LINES: Final = 400  # of a file
 MOST_CODE: Final = 60  # lines of a function that have code: no docstring, no comment, no empty line
 
 ROOMS: Final = {  # from the bottom up: what it is about, in a word, and all that it may import
+    "version": ("number", ""),
     "errors": ("refusals", ""),
     "config": ("choices", "errors"),
     "testing": ("processes", "errors"),
+    "model_folder": ("names", "errors"),
+    "temporary": ("remains", "errors"),
     "allocator": ("device", "errors"),
     "kernels": ("products", "errors"),
     "layout": ("integers", "errors config"),
@@ -26,21 +29,22 @@ ROOMS: Final = {  # from the bottom up: what it is about, in a word, and all tha
     "memory": ("pages", "errors config layout allocator observe"),
     "schedule": ("time", "errors config layout allocator observe memory"),
     "group": ("others", "errors config layout allocator observe memory"),
-    "rank": ("lifetime", "errors config layout allocator observe memory schedule group"),
+    "rank": ("lifetime", "errors config temporary layout allocator observe memory schedule group"),
     "runtime": ("passes", "errors config layout allocator observe memory schedule group rank"),
     "checkpoint": ("files", "errors config layout allocator runtime"),
     "planning": ("paper", "errors config layout allocator observe memory schedule runtime"),
     "integrations": (
         "engines",
-        "errors config layout allocator kernels observe memory schedule group runtime checkpoint",
+        "errors config model_folder layout allocator kernels observe memory schedule group runtime checkpoint",
     ),
     "cli": (
         "commands",
-        "errors config testing layout allocator kernels observe memory schedule group runtime checkpoint planning"
-        " integrations",
+        "version errors config testing model_folder temporary layout allocator kernels observe memory schedule group"
+        " runtime checkpoint planning integrations",
     ),
 }
-DOORS: Final = {"stats", "metrics", "trace", "mode_choice"}  # public modules that only say where the names are now
+# Public modules that only say where the names are now, and what `python -m` runs.
+DOORS: Final = {"stats", "metrics", "trace", "mode_choice", "__main__"}
 
 
 @functools.cache

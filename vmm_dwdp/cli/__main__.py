@@ -1,7 +1,0 @@
-"""``python -m vmm_dwdp.cli``, where the command ``vmm-dwdp`` is not installed."""
-
-import sys
-
-from vmm_dwdp.cli import main
-
-sys.exit(main())
