@@ -100,6 +100,12 @@ class Checkpoint(Owned):
         dtype: str = self._slices[name].get_dtype()
         return dtype
 
+    def empty(self, name: str, row: int | None = None) -> torch.Tensor:
+        """What `read` gives, on the meta device: its shape and dtype, without reading it."""
+        shape = self.shape(name)
+        dtype = self._slices[name][:0].dtype if shape else self.read(name).dtype
+        return torch.empty(shape if row is None else (1, *shape[1:]), dtype=dtype, device="meta")
+
     def read(self, name: str, row: int | None = None) -> torch.Tensor:
         """A tensor's bytes in a new tensor on the CPU; with ``row``, only that row: ``[1, ...]`` of ``[E, ...]``.
 

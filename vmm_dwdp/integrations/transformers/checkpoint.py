@@ -3,7 +3,14 @@
 transformers 5 has renamings and converters from the names in a checkpoint to the parameters of a model: stack the
 experts' matrices, concatenate gate and up, transpose, and so on. None of its converters for experts mixes one expert
 with another, so a converter that is given the tensors of a single expert gives that expert's part of the parameter.
-That this is so is checked for every parameter, on the shapes in the files' headers, before any byte is read.
+That this is so is checked for every parameter, on the shapes in the files' headers, before any expert is read.
+
+[Note: Quantised experts]
+    A quantiser of transformers changes a model in one of two ways. Where the machine can compute with what the
+    checkpoint has, its experts modules have parameters for the quantised weights and for their scales, both stacked by
+    expert, and each has a converter. Elsewhere the modules stay as they are, and the converter of a parameter begins by
+    dequantising: it collects the scales beside the weights. Either way an expert's bytes and its scales come through
+    its converter alone, so both are spread like other experts, and nothing here knows a format.
 """
 
 from __future__ import annotations
@@ -48,13 +55,17 @@ class _Part(NamedTuple):
     row: int | None
 
 
-def expert_sources(model: Any, specs: Mapping[str, WeightSpec], checkpoint: Checkpoint) -> dict[str, ExpertSource]:
-    """Where each stacked parameter of ``model`` comes from; nothing but headers is read.
+def expert_sources(
+    model: Any, specs: Mapping[str, WeightSpec], checkpoint: Checkpoint, quantizer: Any = None
+) -> dict[str, ExpertSource]:
+    """Where each stacked parameter of ``model`` comes from; nothing is read but headers, and shapes that are tensors.
 
     Args:
         model: a ``PreTrainedModel``; it may be on the meta device.
         specs: the stacked parameters, by full name, in the dtypes in which they are wanted.
         checkpoint: stays open for as long as the sources are read.
+        quantizer: transformers' ``HfQuantizer`` of the checkpoint, which has prepared ``model``; see
+            [Note: Quantised experts].
 
     Returns:
         By parameter. Parameters that are tied, of which the checkpoint has one, have the same source.
@@ -63,8 +74,10 @@ def expert_sources(model: Any, specs: Mapping[str, WeightSpec], checkpoint: Chec
         ConfigError: an expert is missing, or what is there does not give an expert of the parameter's shape; or it is
             quantised, and the model is not.
     """
-    _require_unquantised(checkpoint)
-    group_of = {parameter: group for group in _groups(model, checkpoint) for parameter in group.parameters}
+    if quantizer is None:
+        _require_unquantised(checkpoint)
+    groups = _groups(model, checkpoint, quantizer)
+    group_of = {parameter: group for group in groups for parameter in group.parameters}
     tied_to = getattr(model, "all_tied_weights_keys", {})
     stored: dict[str, str] = {}  # by parameter, the one that the checkpoint has
     for parameter in specs:
@@ -75,7 +88,7 @@ def expert_sources(model: Any, specs: Mapping[str, WeightSpec], checkpoint: Chec
             raise ConfigError(f"{checkpoint.directory} has no tensor for {parameter}")
         stored[parameter] = found
     sources = {
-        name: ExpertSource(name, specs, group_of[name], checkpoint, model.config)
+        name: ExpertSource(name, specs, group_of[name], checkpoint, model.config, quantizer)
         for name in dict.fromkeys(stored.values())
     }
     return {parameter: sources[name] for parameter, name in stored.items()}
@@ -101,9 +114,9 @@ def _require_unquantised(checkpoint: Checkpoint) -> None:
             )
 
 
-def _groups(model: Any, checkpoint: Checkpoint) -> list[_Group]:
+def _groups(model: Any, checkpoint: Checkpoint, quantizer: Any) -> list[_Group]:
     """Every tensor of the checkpoint in its group, found as transformers finds it."""
-    transforms = get_model_conversion_mapping(model)
+    transforms = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -118,30 +131,59 @@ def _groups(model: Any, checkpoint: Checkpoint) -> list[_Group]:
     return list(groups.values())
 
 
+class _OneExpert:
+    """As much of a model as conversions ask for: its parameters' shapes, of one expert, and their dtypes."""
+
+    def __init__(self, config: Any, specs: Mapping[str, WeightSpec]) -> None:
+        self.config = config
+        self._specs = specs
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        return torch.empty(self._specs[name].of(1), dtype=self._specs[name].dtype, device="meta")
+
+    def get_submodule(self, path: str) -> SimpleNamespace:
+        names = [name for name in self._specs if name.rpartition(".")[0] == path]
+        return SimpleNamespace(**{name.rpartition(".")[2]: self.get_parameter(name) for name in names})
+
+
 class ExpertSource:
     """Where one stacked parameter ``[E, ...]`` comes from, expert by expert."""
 
     def __init__(
-        self, parameter: str, specs: Mapping[str, WeightSpec], group: _Group, checkpoint: Checkpoint, config: Any
+        self,
+        parameter: str,
+        specs: Mapping[str, WeightSpec],
+        group: _Group,
+        checkpoint: Checkpoint,
+        config: Any,
+        quantizer: Any,
     ) -> None:
         self._parameter = parameter
         self._spec = specs[parameter]
         self._group = group
         self._checkpoint = checkpoint
         self._config = config
-        # A conversion that asks the model for the shape of a parameter is told that of one expert's part.
-        self._one_expert = SimpleNamespace(
-            config=config, get_parameter=lambda name: torch.empty(specs[name].of(1), device="meta")
-        )
+        self._quantizer = quantizer
+        self._one_expert = _OneExpert(config, specs)
         self._check_every_expert()
 
     def read(self, expert: int) -> torch.Tensor:
         """The part of ``expert`` in the parameter's dtype, on the CPU."""
         tensors = {
-            pattern: [self._checkpoint.read(part.name, part.row).to(self._spec.dtype) for part in parts]
+            pattern: [self._cast(self._checkpoint.read(part.name, part.row)) for part in parts]
             for pattern, parts in self._parts(expert).items()
         }
-        return self._convert(tensors)[0]
+        converted = self._convert(tensors)[0].detach()
+        if converted.dtype == torch.uint8:  # scales that are exponents, and are stored as bytes
+            return converted.view(self._spec.dtype)
+        return converted.to(self._spec.dtype)
+
+    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """In the dtype in which transformers converts it: the parameter's, except for what has to be dequantised."""
+        if self._quantizer is None:
+            return tensor.to(self._spec.dtype)
+        dtype = self._quantizer.get_new_dtype(self._group.converter, tensor, self._spec.dtype)
+        return tensor if dtype is None else tensor.to(dtype)
 
     def _parts(self, expert: int) -> dict[str, list[_Part]]:
         """By source pattern, where the bytes of ``expert`` are."""
@@ -181,7 +223,7 @@ class ExpertSource:
             shapes = {pattern: [self._shape(part) for part in found] for pattern, found in parts.items()}
             if str(shapes) in fitting:
                 continue
-            if problem := self._misfit(shapes):
+            if problem := self._misfit(parts):
                 tensors = [f"{part.name} {list(self._shape(part))}" for found in parts.values() for part in found]
                 raise ConfigError(
                     f"expert {expert} of {self._parameter} must have the shape {list(self._spec.shape[1:])}, but "
@@ -193,14 +235,21 @@ class ExpertSource:
         shape = self._checkpoint.shape(part.name)
         return shape if part.row is None else (1, *shape[1:])
 
-    def _misfit(self, shapes: dict[str, list[tuple[int, ...]]]) -> str | None:
-        """Why tensors of these shapes do not give one expert's part, found out by converting tensors without bytes."""
-        tensors = {pattern: [torch.empty(shape, device="meta") for shape in found] for pattern, found in shapes.items()}
+    def _misfit(self, parts: dict[str, list[_Part]]) -> str | None:
+        """Why tensors like these do not give one expert's part, found out by converting tensors without bytes."""
+        tensors = {pattern: [self._without_bytes(part) for part in found] for pattern, found in parts.items()}
         try:
             shape = tuple(self._convert(tensors).shape)
         except Exception as error:  # each conversion has its own way to say that it cannot
             return f"conversion fails ({error})"
         return None if shape == self._spec.of(1) else f"conversion gives {list(shape[1:])}"
+
+    def _without_bytes(self, part: _Part) -> torch.Tensor:
+        """A tensor like the one that `read` converts; one that is a shape, as int4 weights have, has its numbers."""
+        like = self._checkpoint.empty(part.name, part.row)
+        if like.dim() <= 1 and not like.is_floating_point():
+            return self._checkpoint.read(part.name, part.row)
+        return self._cast(like)
 
 
 def _missing(names: list[str], num_experts: int) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -20,9 +20,17 @@ from vmm_dwdp.checkpoint import Checkpoint, revision_of
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.integrations.transformers.checkpoint import ExpertSource, expert_sources
 from vmm_dwdp.integrations.transformers.experts import ExpertsModule, by_layer, find_experts
+from vmm_dwdp.integrations.transformers.quantization import (
+    dequantised,
+    loading_config,
+    require_known_methods,
+    require_spreadable,
+)
 from vmm_dwdp.layout.weight_spec import WeightSpec
+from vmm_dwdp.model_folder import read_config
 
-_CONFIG_FILE: Final = "config.json"
+_log = logging.getLogger("vmm_dwdp")
+
 _ADAPTER_FILE: Final = "adapter_config.json"
 
 
@@ -43,31 +51,19 @@ class Loaded:
     revision: str
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def read_spreadable_config(directory: Path) -> dict[str, Any]:
     """The ``config.json`` of ``directory``; raises `ConfigError` if what it describes cannot be spread."""
-    if not directory.is_dir():
-        raise ConfigError(f"there is no directory {directory}")
-    file = directory / _CONFIG_FILE
-    try:
-        config: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"cannot read {file}: {error}") from error
+    config = read_config(directory)
     if (directory / _ADAPTER_FILE).is_file():
         raise ConfigError(f"{directory} has an adapter ({_ADAPTER_FILE}): load the model without it, and then adapt it")
-    if _is_quantised(config):
-        raise ConfigError(f"{directory} is quantised, which is not supported here")
+    require_known_methods(directory, config)
     return config
-
-
-def _is_quantised(config: Mapping[str, Any]) -> bool:
-    """Whether it, or the config of a part of the model in it, says how weights are quantised."""
-    parts = (value for value in config.values() if isinstance(value, Mapping))
-    return bool(config.get("quantization_config")) or any(map(_is_quantised, parts))
 
 
 def load_without_experts(
     model_class: type[transformers.PreTrainedModel],
     directory: Path,
+    described: Mapping[str, Any],
     device: torch.device,
     kwargs: dict[str, Any],
     opened: ExitStack,
@@ -79,28 +75,31 @@ def load_without_experts(
     the state dict.
 
     Args:
+        described: its ``config.json``.
         kwargs: for transformers' ``from_pretrained``.
         opened: keeps the files open for as long as the sources are read.
 
     Raises:
         ConfigError: the files are no safetensors files, lack an expert or have one of another shape; or they are
-            quantised.
+            quantised in a way in which experts cannot be spread.
     """
     loaded: list[Loaded] = []
     hiding: list[RemovableHandle] = []
 
     def load(model: Any, state_dict: Any, files: list[str] | None, load_config: Any, *others: Any) -> Any:
-        if load_config.hf_quantizer is not None:
-            raise ConfigError(f"{directory} is quantised, which is not supported here")
+        quantizer = load_config.hf_quantizer
+        require_spreadable(directory, described, quantizer)
         checkpoint = opened.enter_context(Checkpoint(directory, _safetensors(files)))
         experts = [_as_loaded(load_config.dtype_plan, found) for found in find_experts(model)]
         specs = {f"{found.path}.{name}": spec for found in experts for name, spec in found.weights.items()}
-        sources = expert_sources(model, specs, checkpoint)
+        sources = expert_sources(model, specs, checkpoint, quantizer)
         layers = by_layer(experts, lambda found, name: sources[f"{found.path}.{name}"])
         hiding.extend(found.module.register_state_dict_post_hook(_without(found.weights)) for found in experts)
         # The checkpoint has tensors for what is hidden; transformers is not to warn of them.
         expected = {re.escape(name.removeprefix(f"{model.base_model_prefix}.")) for name in specs}
         model._keys_to_ignore_on_load_unexpected |= expected
+        if sentence := dequantised(directory, quantizer, [spec.dtype for spec in specs.values()]):
+            _log.warning(sentence)
         loaded.append(Loaded(model, layers, sources, revision_of(directory, _safetensors(files))))
         return own_load(model, state_dict, files, load_config, *others)
 
@@ -108,8 +107,10 @@ def load_without_experts(
     names = {"_load_pretrained_model": staticmethod(load), "__module__": model_class.__module__}
     loader: Any = type(model_class.__name__, (model_class,), names)
     try:
+        if kwargs.get("quantization_config") is None:
+            kwargs = kwargs | {"quantization_config": loading_config(described)}
         model = loader.from_pretrained(directory, device_map={"": device}, **kwargs)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ImportError) as error:
         raise ConfigError(f"transformers cannot load {directory}: {error}") from error
     if not loaded:
         raise ConfigError(f"transformers loads {directory} in a way in which experts cannot be spread")

@@ -28,9 +28,10 @@ from vmm_dwdp.integrations.transformers.experts import (
     by_layer,
     find_experts,
 )
-from vmm_dwdp.integrations.transformers.loading import load_without_experts, read_config
+from vmm_dwdp.integrations.transformers.loading import load_without_experts, read_spreadable_config
 from vmm_dwdp.integrations.transformers.tensor_list import IMPLEMENTATION, takes_lists
 from vmm_dwdp.integrations.transformers.turns import Turns
+from vmm_dwdp.model_folder import find_folder
 from vmm_dwdp.runtime import DWDPRuntime
 
 ReadExpert = Callable[[str, int], Tensor]  # a parameter's full name and an expert -> the expert's part
@@ -38,7 +39,7 @@ ReadExpert = Callable[[str, int], Tensor]  # a parameter's full name and an expe
 REFUSED_ARGUMENTS = (
     *("device_map", "device_mesh", "distributed_config", "max_memory", "offload_folder", "tp_plan", "tp_size"),
     *("adapter_kwargs", "gguf_file", "key_mapping", "state_dict", "subfolder"),
-    *("config", "output_loading_info", "quantization_config"),
+    *("config", "output_loading_info"),
 )
 """Of transformers' from_pretrained: what would put weights elsewhere, take them from elsewhere, or change them. Which
 files are read (``use_safetensors``, ``variant``) is transformers' choice: the experts are read from the same."""
@@ -59,10 +60,13 @@ def from_pretrained(
     """Load a model of which this rank holds its share of the experts, and everything else.
 
     Of the experts only this rank's are read (and those of the host pool, on the rank that creates it), one after
-    another, straight into the runtime's memory; what is replicated is loaded by transformers.
+    another, straight into the runtime's memory; what is replicated is loaded by transformers. Of a quantised checkpoint
+    (FP8 in blocks, MXFP4, compressed-tensors) experts and their scales are spread as transformers would keep them on
+    this machine; where it would dequantise them, each is as it is read.
 
     Args:
-        path: a directory with ``config.json`` and safetensors files, as ``save_pretrained`` writes them.
+        path: a directory with ``config.json`` and safetensors files, as ``save_pretrained`` writes them; or the name of
+            a model in huggingface_hub's cache, as `vmm_dwdp.model_folder.find_folder` finds it: nothing is downloaded.
         config: of the group; this and the next three, and ``driver``, as `DWDPRuntime` takes them.
         rank: this process's place in the group.
         device: where the model is run.
@@ -77,20 +81,20 @@ def from_pretrained(
         nothing stays allocated.
 
     Raises:
-        ConfigError: the checkpoint lacks a file or an expert, or has one of another shape; it is quantised; the model
-            has no stacked experts; an argument cannot be.
+        ConfigError: the checkpoint lacks a file or an expert, or has one of another shape; it is quantised in a way
+            that is not known here; the model has no stacked experts; an argument cannot be.
         ExchangeError: see `DWDPRuntime.publish`.
         DriverError: see `DWDPRuntime.publish`.
     """
     for argument in REFUSED_ARGUMENTS:
         if kwargs.pop(argument, None) not in (None, False):
             raise ConfigError(f"{argument} cannot be used with experts that are spread over a group")
-    directory = Path(path)
-    described = read_config(directory)
+    directory = find_folder(path, kwargs.get("revision"))
+    described = read_spreadable_config(directory)
     model_class = model_class or _class_named_by(described, directory)
     runtime = DWDPRuntime(config, rank, device, rendezvous, driver=driver)
     with _closed_on_failure(runtime), ExitStack() as opened:
-        loaded = load_without_experts(model_class, directory, runtime.device, kwargs, opened)
+        loaded = load_without_experts(model_class, directory, described, runtime.device, kwargs, opened)
         sources = loaded.sources
         read = lambda parameter, expert: sources[parameter].read(expert)  # noqa: E731
         _spread(loaded.model, loaded.layers, runtime, read, timeout, loaded.revision)

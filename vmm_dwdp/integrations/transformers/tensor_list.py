@@ -19,8 +19,10 @@ IMPLEMENTATION = "vmm_dwdp_tensor_list"
 
 
 def takes_lists(module: Module) -> bool:
-    """Whether the experts of ``module`` may be lists: it follows the interface, with weights ``[E, N, K]``."""
-    return getattr(module, "is_transposed", None) is False
+    """Whether the experts of ``module`` may be lists: it follows the interface, with weights ``[E, N, K]`` that are not
+    quantised."""
+    whole = all(parameter.element_size() > 1 for parameter in module.parameters(recurse=False))
+    return whole and getattr(module, "is_transposed", None) is False
 
 
 def tensor_list_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -1,0 +1,320 @@
+"""Quantised checkpoints: what a rank reads and keeps of them, what is said of it, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from support.groups import PAGE, in_threads, same_bytes
+from support.moe_models import NUM_EXPERTS, logits, tiny_model
+from support.quantised_models import BLOCK, CHECKPOINTS, E2M1, GROUP, save, whole_model
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.integrations import finegrained_fp8
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+from vmm_dwdp import ConfigError, DWDPConfig, DWDPRuntime, ExchangeError
+from vmm_dwdp import checkpoint as checkpoint_module
+from vmm_dwdp.allocator.host_driver import HostDriver
+from vmm_dwdp.checkpoint import INDEX_FILE
+from vmm_dwdp.integrations.transformers import attach, from_pretrained
+
+ALONE = DWDPConfig(group_size=1, host_experts=3)
+FP8, MXFP4 = "qwen3_moe fp8", "gpt_oss mxfp4"
+
+
+def load(folder: Path, config: DWDPConfig = ALONE, rank: int = 0, **kwargs: Any) -> PreTrainedModel:
+    place: dict[str, Any] = {"rendezvous": folder / "rendezvous", "driver": HostDriver(PAGE), "dtype": "auto", **kwargs}
+    return from_pretrained(folder, config, rank=rank, device="cpu", **place)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("published")
+    for name in (FP8, MXFP4):
+        save(name, root / name)
+    return root
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def copied(runtime: DWDPRuntime, layer: int) -> dict[str, Tensor]:
+    """A layer's assembled weights, of which nothing is held."""
+    with runtime.layer(layer) as weights:
+        return {name: weight.clone() for name, weight in weights.items() if isinstance(weight, Tensor)}
+
+
+# -- where transformers dequantises ----------------------------------------------------------------------------------
+
+
+def expert_of_fp8(stored: dict[str, Tensor], layer: int, expert: int) -> dict[str, Tensor]:
+    def dequantised(matrix: str) -> Tensor:
+        name = f"model.layers.{layer}.mlp.experts.{expert}.{matrix}.weight"
+        scales = stored[f"{name}_scale_inv"].repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+        return (stored[name].float() * scales).to(torch.bfloat16)
+
+    gate_up = torch.cat([dequantised("gate_proj"), dequantised("up_proj")])
+    return {"gate_up_proj": gate_up, "down_proj": dequantised("down_proj")}
+
+
+def expert_of_mxfp4(stored: dict[str, Tensor], layer: int, expert: int) -> dict[str, Tensor]:
+    def dequantised(matrix: str) -> Tensor:
+        name = f"model.layers.{layer}.mlp.experts.{matrix}"
+        blocks, scales = stored[f"{name}_blocks"][expert], stored[f"{name}_scales"][expert]
+        nibbles = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2).long()
+        values = E2M1[nibbles & 7] * torch.where(nibbles > 7, -1.0, 1.0)
+        assert values.shape[-1] == GROUP
+        return (values * 2.0 ** (scales.float() - 127).unsqueeze(-1)).flatten(-2).T.to(torch.bfloat16)
+
+    return {matrix: dequantised(matrix) for matrix in ("gate_up_proj", "down_proj")}
+
+
+@pytest.mark.parametrize(("name", "expert_of"), [(FP8, expert_of_fp8), (MXFP4, expert_of_mxfp4)])
+def test_an_expert_is_what_its_format_says(
+    published: Path,
+    name: str,
+    expert_of: Callable[[dict[str, Tensor], int, int], dict[str, Tensor]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    stored = tensors_of(published / name)
+    with caplog.at_level(logging.WARNING, "vmm_dwdp"):
+        model = load(published / name)
+    method = name.rpartition(" ")[2]
+    assert [record.getMessage() for record in caplog.records if record.name == "vmm_dwdp"] == [
+        f"{published / name}: experts in {method} become bfloat16, as transformers dequantises here"
+    ]
+    with model.dwdp as runtime:
+        for layer in range(model.config.num_hidden_layers):
+            weights = copied(runtime, layer)
+            for expert in range(NUM_EXPERTS):
+                for weight, wanted in expert_of(stored, layer, expert).items():
+                    assert same_bytes(weights[weight][expert], wanted), (layer, expert, weight)
+
+
+class Counted:
+    """What `safe_open` gives, and every byte of a tensor that is taken from it."""
+
+    def __init__(self, opened: Any, taken: dict[str, int]) -> None:
+        self._opened = opened
+        self._taken = taken
+
+    def __enter__(self) -> Counted:
+        self._opened.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._opened.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._opened, name)
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._count(name, self._opened.get_tensor(name))
+
+    def get_slice(self, name: str) -> CountedSlice:
+        return CountedSlice(self._opened.get_slice(name), lambda tensor: self._count(name, tensor))
+
+    def _count(self, name: str, tensor: Tensor) -> Tensor:
+        self._taken[name] = self._taken.get(name, 0) + tensor.nbytes
+        return tensor
+
+
+class CountedSlice:
+    def __init__(self, whole: Any, count: Callable[[Tensor], Tensor]) -> None:
+        self._whole = whole
+        self._count = count
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._count(self._whole[index])
+
+
+@pytest.mark.parametrize(("rank", "own"), [(0, {0, 1, 2, 3, 5, 6}), (1, {1, 2, 3, 4})])
+@pytest.mark.parametrize("name", [FP8, MXFP4])
+def test_of_the_experts_a_rank_reads_its_own_and_each_once(
+    published: Path, name: str, rank: int, own: set[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Counted where safetensors hands bytes out, to transformers and to this library. Rank 0 reads the host pool's."""
+    taken: dict[str, int] = {}
+
+    def counting(*arguments: Any, **keywords: Any) -> Counted:
+        return Counted(safe_open(*arguments, **keywords), taken)
+
+    monkeypatch.setattr(checkpoint_module, "safe_open", counting)
+    monkeypatch.setattr(transformers.modeling_utils, "safe_open", counting)
+    config = DWDPConfig(group_size=2, num_local_experts=4, host_experts=2)
+    with pytest.raises(ExchangeError, match=f"rank {1 - rank}"):
+        load(published / name, config, rank, timeout=0.1, rendezvous=tmp_path / "group")
+    stored = tensors_of(published / name)
+    assert taken.keys() <= stored.keys()
+    for tensor, whole in stored.items():
+        number = re.search(r"\.experts\.(\d+)\.", tensor)
+        if number:
+            share = float(int(number[1]) in own)
+        elif ".experts." in tensor:
+            share = len(own) / NUM_EXPERTS
+        else:
+            share = 1.0
+        assert taken.get(tensor, 0) == pytest.approx(share * whole.nbytes), tensor
+
+
+# -- where it keeps FP8: weights and scales are both spread ----------------------------------------------------------
+
+
+@contextlib.contextmanager
+def keeping_fp8() -> Iterator[None]:
+    """transformers as it is on a GPU, with kernels in torch's operations in the place of those that it downloads."""
+
+    def linear(rows: Tensor, weight: Tensor, scales: Tensor, block: Any, *_: Any, **__: Any) -> Tensor:
+        spread = scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+        return F.linear(rows.float(), weight.float() * spread).to(rows.dtype)
+
+    def grouped(rows: Tensor, weight: Tensor, scales: Tensor, offsets: Tensor, _: Tensor, block: Any) -> Tensor:
+        parts = rows.tensor_split(offsets[:-1].tolist())
+        return torch.cat([linear(part, w, s, block) for part, w, s in zip(parts, weight, scales, strict=True)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
+        patch.setattr(finegrained_fp8, "fp8_linear", linear)
+        patch.setattr(finegrained_fp8, "fp8_grouped_matmul", grouped)
+        yield
+
+
+KEPT = [
+    ALONE,
+    DWDPConfig(group_size=2, num_local_experts=5, prefetch_depth=1),
+    DWDPConfig(group_size=3, mode="in_place", prefetch_depth=0),
+    DWDPConfig(group_size=2, assembly="tensor_list"),
+]
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("config", KEPT, ids=lambda config: f"{config.group_size}-{config.mode}-{config.assembly}")
+def test_weights_and_scales_that_transformers_keeps_are_spread(
+    published: Path, config: DWDPConfig, experts: str, tmp_path: Path
+) -> None:
+    folder = published / FP8
+    stored = tensors_of(folder)
+
+    with keeping_fp8():
+        whole = whole_model(folder, experts_implementation=experts)
+        wanted = logits(whole)
+
+        def rank_of(rank: int) -> int:
+            model = load(folder, config, rank, rendezvous=tmp_path / "group", experts_implementation=experts)
+            with model.dwdp as runtime:
+                if config.assembly == "vmm":
+                    weights = copied(runtime, 1)
+                    for expert in range(NUM_EXPERTS):
+                        name = f"model.layers.1.mlp.experts.{expert}.down_proj.weight"
+                        assert same_bytes(weights["down_proj"][expert], stored[name])
+                        assert same_bytes(weights["down_proj_scale_inv"][expert], stored[f"{name}_scale_inv"])
+                assert torch.equal(logits(model), wanted)
+            return runtime.stats().resident_bytes
+
+        resident = in_threads(rank_of, config.group_size)
+    dequantised = sum(2 * tensor.numel() for name, tensor in stored.items() if ".experts." in name)
+    if config.group_size == 1:
+        assert resident[0] < 0.6 * dequantised
+
+
+def test_a_whole_model_in_fp8_is_spread(published: Path, tmp_path: Path) -> None:
+    with keeping_fp8():
+        model = whole_model(published / FP8)
+        wanted = logits(model)
+        attach(model, DWDPRuntime(ALONE, 0, "cpu", tmp_path / "group", driver=HostDriver(PAGE)))
+        with model.dwdp:
+            assert torch.equal(logits(model), wanted)
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+def describe(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+
+
+def by(method: str) -> Callable[[Path], None]:
+    return lambda folder: describe(folder, lambda config: config["quantization_config"].update(quant_method=method))
+
+
+def hidden_in_a_part(folder: Path) -> None:
+    def move(config: dict[str, Any]) -> None:
+        config["audio_config"] = {"quantization_config": config.pop("quantization_config")}
+
+    describe(folder, move)
+
+
+def without_a_scale(folder: Path) -> None:
+    lost = "model.layers.1.mlp.experts.4.up_proj.weight_scale_inv"
+    index = json.loads((folder / INDEX_FILE).read_text())
+    file = folder / index["weight_map"].pop(lost)
+    tensors = load_file(file)
+    del tensors[lost]
+    save_file(tensors, file, {"format": "pt"})
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (by("gptq"), "quantised by gptq; supported here are fp8, mxfp4, compressed-tensors"),
+        (by("bitsandbytes"), "quantised by bitsandbytes"),
+        (hidden_in_a_part, "part of config.json in which transformers does not look"),
+        (without_a_scale, r"has no model\.layers\.1\.mlp\.experts\.4\.up_proj\.weight_scale_inv"),
+    ],
+)
+@pytest.mark.usefixtures("open_descriptors")
+def test_a_checkpoint_that_cannot_be_spread(tmp_path: Path, spoil: Callable[[Path], None], named: str) -> None:
+    spoil(save(FP8, tmp_path / "model"))
+    with pytest.raises(ConfigError, match=named):
+        load(tmp_path / "model")
+
+
+def test_mxfp4_that_stays_in_the_layout_of_kernels(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
+
+    for name in ("validate_environment", "_process_model_before_weight_loading"):
+        monkeypatch.setattr(Mxfp4HfQuantizer, name, lambda *_, **__: None)
+    with pytest.raises(ConfigError, match=r"kernels' own layout here.*Mxfp4Config\(dequantize=True\)"):
+        load(published / MXFP4)
+    config = transformers.Mxfp4Config(dequantize=True)
+    model = load(published / MXFP4, quantization_config=config)
+    with model.dwdp:
+        assert torch.equal(logits(model), logits(whole_model(published / MXFP4, quantization_config=config)))
+
+
+def test_a_model_is_not_quantised_while_it_is_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("qwen3_moe").save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
+    with pytest.raises(ConfigError, match="is not quantised"):
+        load(tmp_path / "model", quantization_config=transformers.FineGrainedFP8Config())
+
+
+def test_there_are_four_families() -> None:
+    assert len({family for family, *_ in CHECKPOINTS.values()}) == 4
+
+
+def test_compressed_tensors_that_would_be_decompressed_in_a_pass(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    folder = save("qwen3_moe int4", tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"CompressedTensorsConfig\(dequantize=True\)"):
+        load(folder, quantization_config=transformers.CompressedTensorsConfig(dequantize=False))
