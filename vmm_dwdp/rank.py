@@ -23,6 +23,7 @@ from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.group.membership import Membership, ShardKey
 from vmm_dwdp.layout.layer import Layers, describe_layer
+from vmm_dwdp.layout.needs import MemoryNeeded, memory_needed
 from vmm_dwdp.layout.placement import Owner
 from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.memory.choice import make_assembly
@@ -86,6 +87,22 @@ class Rank:
         with self._driver.current():
             described = describe_layer(layer, weights, self.config, self.rank, self._assembly.granularity)
         self._layers.add(described)
+
+    def memory_needed(self, config: DWDPConfig | None = None) -> MemoryNeeded:
+        """What this rank takes for the layers added so far, in bytes; nothing is taken by asking.
+
+        Args:
+            config: of a group in which it would be the same rank, with the same ``assembly``; by default its own.
+
+        Raises `ConfigError` if ``config`` cannot spread these layers.
+        """
+        layers = self._layers.in_order
+        if config is None:
+            return memory_needed(layers, self.config, self.rank)
+        with self._driver.current():
+            page = self._assembly.granularity
+        described = [describe_layer(layer.number, layer.weights, config, self.rank, page) for layer in layers]
+        return memory_needed(described, config, self.rank)
 
     def local_experts(self, layer: int, owner: Owner | None = None) -> range:
         """The experts that this rank, or ``owner``, holds of ``layer``; raises `ConfigError` if there is no such."""

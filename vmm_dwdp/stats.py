@@ -1,5 +1,6 @@
 """The parts of `vmm_dwdp.Stats` that have no name at the top: public names, by the module that users have them from."""
 
+from vmm_dwdp.layout.needs import MemoryNeeded
 from vmm_dwdp.observe.stats import CacheStats, CopyPath
 
-__all__ = ["CacheStats", "CopyPath"]
+__all__ = ["CacheStats", "CopyPath", "MemoryNeeded"]

@@ -39,7 +39,7 @@ NEEDED = {
 PUBLIC = {
     "vmm_dwdp": None,
     "vmm_dwdp.kernels": None,
-    "vmm_dwdp.stats": ("CacheStats", "CopyPath"),
+    "vmm_dwdp.stats": ("CacheStats", "CopyPath", "MemoryNeeded"),
     "vmm_dwdp.mode_choice": ("ModeChoice",),
     "vmm_dwdp.allocator.handles": ("Ledger",),
     "vmm_dwdp.metrics": ("StatsCollector",),

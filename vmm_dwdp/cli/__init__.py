@@ -79,5 +79,5 @@ def _run(argv: Sequence[str]) -> int:
     try:
         return module.run(arguments)
     except DWDPError as error:
-        print(f"vmm-dwdp {name}: {error}", file=sys.stderr)
+        print(f"vmm-dwdp {name}: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 2

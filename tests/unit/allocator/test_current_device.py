@@ -122,6 +122,7 @@ def whole_life(folder: Path) -> None:
         add_layers(runtime, model)
         assert set(runtime.held_owners) == {0, HOST}
         assert runtime.device == torch.device("cpu")
+        assert runtime.memory_needed(SOME) == runtime.memory_needed()
         fill_shards(runtime, model)
         runtime.publish()
     live(runtimes)
