@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.groups import PAGE
-from support.moe_models import logits
-from support.quantised_models import CHECKPOINTS, COMPRESSED, save, whole_model
+from support.groups import PAGE, same_bytes
+from support.moe_models import NUM_EXPERTS, logits
+from support.quantised_models import CHECKPOINTS, COMPRESSED, keeping_fp8, save, tensors_of, whole_model
 
 from vmm_dwdp import DWDPConfig
 from vmm_dwdp.allocator.host_driver import HostDriver
@@ -45,7 +45,7 @@ def run_checkpoints(rank: int, root: Path, config: DWDPConfig, case: str) -> lis
     """What went wrong, by checkpoint."""
     wrong = []
     for name in NAMES:
-        meeting = root / f"{name}, {case}"
+        meeting = root / f"{NAMES.index(name)}-{[*GROUPS].index(case)}"
         model = from_pretrained(
             root / name, config, rank=rank, device="cpu", rendezvous=meeting, driver=HostDriver(PAGE), dtype="auto"
         )
@@ -65,3 +65,45 @@ def test_every_checkpoint_gives_the_logits_of_transformers_own_model(saved: Path
     config = GROUPS[case]
     wrong = run_group(functools.partial(run_checkpoints, root=saved, config=config, case=case), config.group_size)
     assert wrong == [[]] * config.group_size
+
+
+# -- where transformers keeps FP8: weights and scales are both spread ------------------------------------------------
+
+FP8 = "qwen3_moe fp8"
+KEPT = [
+    DWDPConfig(group_size=1, host_experts=3),
+    DWDPConfig(group_size=2, num_local_experts=5, prefetch_depth=1),
+    DWDPConfig(group_size=3, mode="in_place", prefetch_depth=0),
+    DWDPConfig(group_size=2, assembly="tensor_list"),
+]
+
+
+def run_kept(rank: int, folder: Path, meeting: Path, config: DWDPConfig) -> int:
+    """Bytes of this rank's experts, once all bytes and bits are as they should be."""
+    torch.set_num_threads(1)
+    stored = tensors_of(folder)
+    for experts in ("eager", "grouped_mm"):
+        with keeping_fp8():
+            wanted = logits(whole_model(folder, experts_implementation=experts))
+            place = {"rendezvous": meeting / experts, "device": "cpu", "driver": HostDriver(PAGE), "dtype": "auto"}
+            model = from_pretrained(folder, config, rank=rank, experts_implementation=experts, **place)
+            assert torch.equal(logits(model), wanted), experts
+            with model.dwdp as runtime:
+                for expert in range(NUM_EXPERTS) if config.assembly == "vmm" else ():
+                    name = f"model.layers.1.mlp.experts.{expert}.down_proj.weight"
+                    with runtime.layer(1) as weights:
+                        assert same_bytes(weights["down_proj"][expert], stored[name])
+                        assert same_bytes(weights["down_proj_scale_inv"][expert], stored[f"{name}_scale_inv"])
+                    del weights
+    return runtime.stats().resident_bytes
+
+
+@pytest.mark.parametrize("config", KEPT, ids=lambda config: f"{config.group_size}-{config.mode}-{config.assembly}")
+def test_weights_and_scales_that_transformers_keeps_are_spread(saved: Path, config: DWDPConfig, tmp_path: Path) -> None:
+    run = functools.partial(run_kept, folder=saved / FP8, meeting=tmp_path, config=config)
+    resident = run_group(run, config.group_size)
+    stored = {name: tensor for name, tensor in tensors_of(saved / FP8).items() if ".experts." in name}
+    if config.group_size == 1:
+        assert resident[0] < 0.6 * sum(2 * t.numel() for name, t in stored.items() if name.endswith(".weight")), (
+            "half of dequantised"
+        )

@@ -6,16 +6,21 @@ large models have them, and ``config.json`` says what that of a published model 
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import finegrained_fp8
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from support.moe_models import tiny_model
 from vmm_dwdp.checkpoint import INDEX_FILE, SINGLE_FILE
@@ -170,3 +175,27 @@ def whole_model(folder: Path, **kwargs: Any) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **kwargs)
     align_experts(model)
     return model
+
+
+def tensors_of(folder: Path) -> Tensors:
+    """All that a checkpoint has."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+@contextlib.contextmanager
+def keeping_fp8() -> Iterator[None]:
+    """transformers as it is on a GPU, with kernels in torch's operations in the place of those that it downloads."""
+
+    def linear(rows: Tensor, weight: Tensor, scales: Tensor, block: Any, *_: Any, **__: Any) -> Tensor:
+        spread = scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+        return F.linear(rows.float(), weight.float() * spread).to(rows.dtype)
+
+    def grouped(rows: Tensor, weight: Tensor, scales: Tensor, offsets: Tensor, _: Tensor, block: Any) -> Tensor:
+        parts = rows.tensor_split(offsets[:-1].tolist())
+        return torch.cat([linear(part, w, s, block) for part, w, s in zip(parts, weight, scales, strict=True)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
+        patch.setattr(finegrained_fp8, "fp8_linear", linear)
+        patch.setattr(finegrained_fp8, "fp8_grouped_matmul", grouped)
+        yield

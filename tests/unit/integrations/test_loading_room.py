@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from vmm_dwdp import ConfigError, DriverError, DWDPConfig, DWDPRuntime, WeightSpec
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.integrations.transformers import from_pretrained, room
+from vmm_dwdp.integrations.transformers.experts import find_experts
 
 CONFIG = DWDPConfig(group_size=2, num_local_experts=5, prefetch_depth=3)
 
@@ -36,18 +37,22 @@ def load(folder: Path, meeting: Path, config: DWDPConfig, rank: int, driver: Hos
     return from_pretrained(folder, config, rank=rank, **place)
 
 
-def taken(folder: Path, meeting: Path, config: DWDPConfig) -> list[int]:
+def taken(meeting: Path, config: DWDPConfig) -> list[int]:
     """The bytes that each rank of a group has on its device, as it counts them when it has taken them.
 
     Rank 0 counts the pool of host memory, too.
     """
-    experts = [p for name, p in tiny_model("qwen3_moe").named_parameters() if ".experts." in name]
-    begins = [(NUM_EXPERTS - config.host_experts) * p[0].nbytes // PAGE for p in experts]
-    pool = sum(-(-p.nbytes // PAGE) - begin for p, begin in zip(experts, begins, strict=True)) * PAGE
-    pool *= config.host_experts > 0
+    layers = find_experts(tiny_model("qwen3_moe"))
+    experts = [spec for found in layers for spec in found.weights.values()]
+    begins = [(NUM_EXPERTS - config.host_experts) * spec.expert_nbytes // PAGE for spec in experts]
+    ends = [-(-NUM_EXPERTS * spec.expert_nbytes // PAGE) for spec in experts]
+    pool = (sum(ends) - sum(begins)) * PAGE if config.host_experts else 0
 
     def rank_of(rank: int) -> int:
-        with load(folder, meeting, config, rank, HostDriver(PAGE)).dwdp as runtime:
+        with DWDPRuntime(config, rank, "cpu", meeting, driver=HostDriver(PAGE)) as runtime:
+            for layer, found in enumerate(layers):
+                runtime.add_layer(layer, found.weights)
+            runtime.publish()
             stats = runtime.stats()
             return stats.resident_bytes + stats.staged_bytes - (pool if rank == 0 else 0)
 
@@ -126,7 +131,7 @@ class FullDriver(HostDriver):
 def test_what_would_fit_is_said_where_memory_runs_out_and_it_is_true(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
-    free = int(taken(saved, tmp_path / "first", CONFIG)[0] * share)
+    free = int(taken(tmp_path / "first", CONFIG)[0] * share)
     monkeypatch.setattr(room, "free_bytes", lambda device: free)
     with pytest.raises(DriverError, match="ENOMEM") as refused:
         load(saved, tmp_path / "second", CONFIG, 0, FullDriver(2))
@@ -141,7 +146,7 @@ def test_what_would_fit_is_said_where_memory_runs_out_and_it_is_true(
         for part in words.split(" with "):
             changes |= yaml.safe_load(part) if ":" in part else {}
         instead = dataclasses.replace(CONFIG, **changes)
-        assert taken(saved, tmp_path / f"instead-{number}", instead)[0] <= free, words
+        assert taken(tmp_path / f"instead-{number}", instead)[0] <= free, words
 
 
 def test_where_nothing_fits(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,11 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.groups import PAGE, in_threads, same_bytes
+from support.groups import PAGE, same_bytes
 from support.moe_models import NUM_EXPERTS, logits, tiny_model
-from support.quantised_models import BLOCK, CHECKPOINTS, E2M1, GROUP, save, whole_model
+from support.quantised_models import BLOCK, CHECKPOINTS, E2M1, GROUP, keeping_fp8, save, tensors_of, whole_model
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.integrations import finegrained_fp8
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from vmm_dwdp import ConfigError, DWDPConfig, DWDPRuntime, ExchangeError
@@ -45,10 +42,6 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in (FP8, MXFP4):
         save(name, root / name)
     return root
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def copied(runtime: DWDPRuntime, layer: int) -> dict[str, Tensor]:
@@ -173,64 +166,7 @@ def test_of_the_experts_a_rank_reads_its_own_and_each_once(
         assert taken.get(tensor, 0) == pytest.approx(share * whole.nbytes), tensor
 
 
-# -- where it keeps FP8: weights and scales are both spread ----------------------------------------------------------
-
-
-@contextlib.contextmanager
-def keeping_fp8() -> Iterator[None]:
-    """transformers as it is on a GPU, with kernels in torch's operations in the place of those that it downloads."""
-
-    def linear(rows: Tensor, weight: Tensor, scales: Tensor, block: Any, *_: Any, **__: Any) -> Tensor:
-        spread = scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-        return F.linear(rows.float(), weight.float() * spread).to(rows.dtype)
-
-    def grouped(rows: Tensor, weight: Tensor, scales: Tensor, offsets: Tensor, _: Tensor, block: Any) -> Tensor:
-        parts = rows.tensor_split(offsets[:-1].tolist())
-        return torch.cat([linear(part, w, s, block) for part, w, s in zip(parts, weight, scales, strict=True)])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
-        patch.setattr(finegrained_fp8, "fp8_linear", linear)
-        patch.setattr(finegrained_fp8, "fp8_grouped_matmul", grouped)
-        yield
-
-
-KEPT = [
-    ALONE,
-    DWDPConfig(group_size=2, num_local_experts=5, prefetch_depth=1),
-    DWDPConfig(group_size=3, mode="in_place", prefetch_depth=0),
-    DWDPConfig(group_size=2, assembly="tensor_list"),
-]
-
-
-@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
-@pytest.mark.parametrize("config", KEPT, ids=lambda config: f"{config.group_size}-{config.mode}-{config.assembly}")
-def test_weights_and_scales_that_transformers_keeps_are_spread(
-    published: Path, config: DWDPConfig, experts: str, tmp_path: Path
-) -> None:
-    folder = published / FP8
-    stored = tensors_of(folder)
-
-    with keeping_fp8():
-        whole = whole_model(folder, experts_implementation=experts)
-        wanted = logits(whole)
-
-        def rank_of(rank: int) -> int:
-            model = load(folder, config, rank, rendezvous=tmp_path / "group", experts_implementation=experts)
-            with model.dwdp as runtime:
-                if config.assembly == "vmm":
-                    weights = copied(runtime, 1)
-                    for expert in range(NUM_EXPERTS):
-                        name = f"model.layers.1.mlp.experts.{expert}.down_proj.weight"
-                        assert same_bytes(weights["down_proj"][expert], stored[name])
-                        assert same_bytes(weights["down_proj_scale_inv"][expert], stored[f"{name}_scale_inv"])
-                assert torch.equal(logits(model), wanted)
-            return runtime.stats().resident_bytes
-
-        resident = in_threads(rank_of, config.group_size)
-    dequantised = sum(2 * tensor.numel() for name, tensor in stored.items() if ".experts." in name)
-    if config.group_size == 1:
-        assert resident[0] < 0.6 * dequantised
+# -- where it keeps FP8 ------------------------------------------------------------------------------------------------
 
 
 def test_a_whole_model_in_fp8_is_spread(published: Path, tmp_path: Path) -> None:

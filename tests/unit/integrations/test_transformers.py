@@ -279,7 +279,7 @@ def with_config(old: str, new: str) -> Callable[[Path], object]:
         (lambda directory: (directory / SINGLE_FILE).unlink(), SINGLE_FILE),
         (lambda directory: (directory / "config.json").unlink(), "config.json"),
         (with_config("Qwen3MoeForCausalLM", "NoSuchModel"), "NoSuchModel"),
-        (with_config("{", '{"quantization_config": {"quant_method": "fp8"},'), "quantised"),
+        (with_config("{", '{"quantization_config": {"quant_method": "awq"},'), "quantised"),
     ],
 )
 @pytest.mark.usefixtures("open_descriptors")

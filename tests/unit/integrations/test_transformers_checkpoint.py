@@ -186,7 +186,9 @@ class Model:
 def sources_with(
     monkeypatch: pytest.MonkeyPatch, checkpoint: Checkpoint, converter: WeightConverter, model: Model
 ) -> dict[str, ExpertSource]:
-    monkeypatch.setattr(transformers_checkpoint, "get_model_conversion_mapping", lambda _: [copy.deepcopy(converter)])
+    monkeypatch.setattr(
+        transformers_checkpoint, "get_model_conversion_mapping", lambda _, **__: [copy.deepcopy(converter)]
+    )
     specs = {name: WeightSpec(tuple(tensor.shape), torch.float32) for name, tensor in model.parameters.items()}
     return expert_sources(model, specs, checkpoint)
 

@@ -100,7 +100,7 @@ def cut(directory: Path) -> None:
 
 
 def quantised_inside(directory: Path) -> None:
-    describe(directory, lambda config: config.update(text_config={"quantization_config": {"quant_method": "fp8"}}))
+    describe(directory, lambda config: config.update(part={"quantization_config": {"quant_method": "fp8"}}))
 
 
 def with_scales(dtype: torch.dtype, scale: str) -> Change:
