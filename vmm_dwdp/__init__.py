@@ -45,10 +45,12 @@ _MODULES = {
 logging.getLogger("vmm_dwdp").addHandler(logging.NullHandler())  # silent unless the program that imports us asks
 
 
-def __getattr__(name: str) -> object:
-    """What users import, once they ask for it: it needs torch, which takes seconds, and the command line may not."""
-    module = next((module for module, names in _MODULES.items() if name in names), None)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
-    return globals()[name]
+if not TYPE_CHECKING:  # to which any name would be one
+
+    def __getattr__(name: str) -> object:
+        """What users import, once they ask for it: it needs torch, which takes seconds; the command line may not."""
+        module = next((module for module, names in _MODULES.items() if name in names), None)
+        if module is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
+        return globals()[name]

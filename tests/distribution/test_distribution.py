@@ -94,7 +94,8 @@ def test_public_names(module: str, names: tuple[str, ...] | None) -> None:
 
 def test_the_runtime_imports_without_any_extra() -> None:
     absent = ("transformers", "accelerate", "sglang", "triton", "cutlass", "matplotlib", "prometheus_client")
-    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import vmm_dwdp, vmm_dwdp.cli, vmm_dwdp.testing"
+    imports = "from vmm_dwdp import *; import vmm_dwdp.cli, vmm_dwdp.testing"
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); {imports}"
 
     subprocess.run([sys.executable, "-c", code], check=True)
 

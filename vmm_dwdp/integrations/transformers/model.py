@@ -67,7 +67,7 @@ def from_pretrained(
 
     Args:
         path: a directory with ``config.json`` and safetensors files, as ``save_pretrained`` writes them; or the name of
-            a model in huggingface_hub's cache, as `vmm_dwdp.model_folder.find_folder` finds it: nothing is downloaded.
+            a model in huggingface_hub's cache, of which ``revision`` may be given: nothing is downloaded.
         config: of the group; this and the next three, and ``driver``, as `DWDPRuntime` takes them.
         rank: this process's place in the group.
         device: where the model is run.
