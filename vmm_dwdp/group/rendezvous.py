@@ -54,15 +54,18 @@ class Rendezvous:
         self._presence: _Presence | None = None
         self._socket: tuple[Path, os.stat_result] | None = None
         try:
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not os.path.lexists(self.directory):
+                self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = self.directory.lstat()
             if not stat.S_ISDIR(found.st_mode):
-                raise ExchangeError(f"the rendezvous {directory} is not a directory")
+                raise ExchangeError(f"the rendezvous {directory} is not a directory: name one, or one to be made")
             if found.st_uid != os.getuid():
                 raise ExchangeError(f"the rendezvous {directory} belongs to user {found.st_uid}, not to this one")
             if found.st_mode & 0o077:
                 mode = stat.filemode(found.st_mode)
-                raise ExchangeError(f"the rendezvous {directory} is open to other users ({mode}); it must be private")
+                raise ExchangeError(f"the rendezvous {directory} is open to other users ({mode}): chmod 700")
+            if not os.access(self.directory, os.W_OK | os.X_OK):
+                raise ExchangeError(f"the rendezvous {directory} is read-only: ranks make files in it")
             self._presence = self._enter(time.monotonic() + _TAKES_SECONDS)
             self.token = self._read_token(self._presence)
         except BaseException as error:
