@@ -1,6 +1,6 @@
 """An exception at any point of any call, followed by what the documentation says to do: every byte is right then.
 
-A sample of the points; with EVERY_POINT=1 every one.
+A sample of the points; with EVERY_POINT=1 every place in the code, the first time that it is passed and the last.
 """
 
 from __future__ import annotations

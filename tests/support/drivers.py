@@ -49,6 +49,7 @@ class CallFault:
     ) -> None:
         self.seen = 0
         self.where: str | None = None
+        self.passed: dict[Any, tuple[int, int]] = {}
         self._driver = driver
         self._at = at
         self._error = error
@@ -96,6 +97,7 @@ class Refusal:
     def __init__(self, driver: NativeDriver, at: int) -> None:
         self.seen = 0
         self.where: str | None = None
+        self.passed: dict[Any, tuple[int, int]] = {}
         self._driver = driver
         self._at = at
 

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import CodeType, FrameType
@@ -24,7 +24,7 @@ from vmm_dwdp.allocator import uninterrupted
 
 How = Literal["line", "signal"]
 
-EVERY: Final = os.environ.get("EVERY_POINT") == "1"  # every point, instead of a sample
+EVERY: Final = os.environ.get("EVERY_POINT") == "1"  # every place, the first time and the last, instead of a sample
 PATIENCE: Final = float(os.environ.get("PATIENCE", "10"))  # seconds, after which one attempt is stuck
 FAILURES: Final = 4  # after which a sweep ends
 _LIBRARY: Final = str(Path(vmm_dwdp.__file__).parent) + os.sep
@@ -56,10 +56,13 @@ class Interruption(Protocol):
     Attributes:
         seen: points at which it could have happened so far.
         where: the point at which it did; ``None`` if it did not.
+        passed: for each place in the code, the first and the last point at which it was passed; empty if each point is
+            a place of its own.
     """
 
     seen: int
     where: str | None
+    passed: dict[Any, tuple[int, int]]
 
     def __enter__(self) -> Self: ...
 
@@ -78,6 +81,7 @@ class Interrupter:
     def __init__(self, at: int, how: How = "line", error: type[BaseException] = Interrupted) -> None:
         self.seen = 0
         self.where: str | None = None
+        self.passed: dict[Any, tuple[int, int]] = {}
         self._at = at
         self._how = how
         self._error = error
@@ -122,6 +126,8 @@ class Interrupter:
         return self._opcode
 
     def _point(self, frame: FrameType) -> None:
+        place = frame.f_code, frame.f_lasti
+        self.passed[place] = self.passed.get(place, (self.seen, 0))[0], self.seen
         self.seen += 1
         if self.seen != self._at + 1:
             return
@@ -204,8 +210,8 @@ class Subject(Protocol):
 
 
 def sweep(make: Callable[[], Subject], interruption: Callable[[int], Interruption], most: int) -> None:
-    """Interrupt what ``make`` gives at each point, or at ``most`` of them, drawn once and for all; all that goes wrong
-    is told at the end. After something went wrong, ``make`` gives another."""
+    """Interrupt what ``make`` gives at ``most`` points, drawn once and for all, or as `EVERY` says; all that goes wrong is
+    told at the end. After something went wrong, ``make`` gives another."""
     subject = make()
     subject.prepare()
     with interruption(sys.maxsize) as clean:
@@ -213,9 +219,11 @@ def sweep(make: Callable[[], Subject], interruption: Callable[[int], Interruptio
     assert clean.where is None
     assert clean.seen, "there is nothing to interrupt"
     subject.recover()
-    points = range(clean.seen)
-    if not EVERY and most < clean.seen:
-        points = sorted(random.Random(0).sample(points, most))  # type: ignore[assignment]
+    points: Sequence[int] = range(clean.seen)
+    if EVERY and clean.passed:
+        points = sorted({point for first_and_last in clean.passed.values() for point in first_and_last})
+    elif not EVERY and most < clean.seen:
+        points = sorted(random.Random(0).sample(points, most))
     failures: list[str] = []
     for at in points:
         failure = _attempt(subject, interruption(at))
