@@ -210,8 +210,8 @@ class Subject(Protocol):
 
 
 def sweep(make: Callable[[], Subject], interruption: Callable[[int], Interruption], most: int) -> None:
-    """Interrupt what ``make`` gives at ``most`` points, drawn once and for all, or as `EVERY` says; all that goes wrong is
-    told at the end. After something went wrong, ``make`` gives another."""
+    """Interrupt what ``make`` gives at ``most`` points, drawn once and for all, or as `EVERY` says; all that goes wrong
+    is told at the end. After something went wrong, ``make`` gives another."""
     subject = make()
     subject.prepare()
     with interruption(sys.maxsize) as clean:
