@@ -15,7 +15,7 @@ help:
 	@echo "make test         run all tests, ruff and mypy among them"
 	@echo "make test-sglang  run the tests with every SGLang that is supported, in environments of their own"
 	@echo "make soak         100,000 passes of a small group, whose ranks are killed and come back: nothing may grow;"
-	@echo "                  an hour of random walks; an exception at every point of every call"
+	@echo "                  an hour of random walks; an exception at every place in every call"
 	@echo "make explore      millions of orders in which ranks agree, give up, die and come back: none may go wrong"
 	@echo "make fuzz         a million inputs for each thing that is read of what others wrote"
 	@echo "make mutants      seed bugs one by one, and see that the tests find each"
