@@ -24,6 +24,7 @@ from typing import Final
 
 import torch.distributed as dist
 
+from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.errors import ExchangeError
 
 TOKEN_NBYTES: Final = 32
@@ -66,8 +67,7 @@ class Rendezvous:
                 raise ExchangeError(f"the rendezvous {directory} is open to other users ({mode}): chmod 700")
             if not os.access(self.directory, os.W_OK | os.X_OK):
                 raise ExchangeError(f"the rendezvous {directory} is read-only: ranks make files in it")
-            self._presence = self._enter(time.monotonic() + _TAKES_SECONDS)
-            self.token = self._read_token(self._presence)
+            self.token = self._read_token(self._enter(time.monotonic() + _TAKES_SECONDS))
         except BaseException as error:
             with contextlib.suppress(ExchangeError):
                 self.leave()
@@ -93,20 +93,22 @@ class Rendezvous:
 
         Raises `OSError` if the directory cannot be locked by the deadline.
         """
-        descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with uninterrupted():
+            opened = _Opened(os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         try:
-            while not _lock(descriptor, fcntl.LOCK_EX):
+            while not opened.alone():
                 if time.monotonic() > deadline:
                     raise TimeoutError(errno.ETIMEDOUT, "another process keeps it locked")
                 time.sleep(_RETRY_SECONDS)
             yield
         finally:
-            os.close(descriptor)
+            opened.close()
 
     def _enter(self, deadline: float) -> _Presence:
         """Be present at the token that is in the directory; or at one of this rank's own, if there is none yet."""
         while True:
-            presence = self._offer() or self._open()
+            with uninterrupted():  # what is taken is `leave`'s to give back
+                presence = self._presence = self._offer() or self._open()
             if presence is not None:
                 if presence.share() and presence.is_at(self._token_path):
                     return presence
@@ -178,13 +180,21 @@ class Rendezvous:
             self.directory.rmdir()
 
 
-class _Presence:
-    """An open token. The descriptor is closed with the object, and in a forked child."""
+class _Opened:
+    """A file that can be locked. The descriptor is closed with the object, and in a forked child."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self.close = weakref.finalize(self, os.close, descriptor)
-        _present.add(self)
+        _opened.add(self)
+
+    def alone(self) -> bool:
+        """Hold it alone, if nobody else holds it. Otherwise it is not held any more, and one of the others is last."""
+        return _lock(self.descriptor, fcntl.LOCK_EX)
+
+
+class _Presence(_Opened):
+    """An open token."""
 
     @property
     def is_held(self) -> bool:
@@ -194,22 +204,18 @@ class _Presence:
         """Hold it together with others; fails while one that leaves holds it alone."""
         return _lock(self.descriptor, fcntl.LOCK_SH)
 
-    def alone(self) -> bool:
-        """Hold it alone, if nobody else holds it. Otherwise it is not held any more, and one of the others is last."""
-        return _lock(self.descriptor, fcntl.LOCK_EX)
-
     def is_at(self, path: Path) -> bool:
         """Whether ``path`` still names this very file."""
         return _is_same(path, os.fstat(self.descriptor))
 
 
-_present: Final[weakref.WeakSet[_Presence]] = weakref.WeakSet()
+_opened: Final[weakref.WeakSet[_Opened]] = weakref.WeakSet()
 
 
 def _leave_to_the_parent() -> None:
     """In a forked child: the lock goes with the parent's descriptor, and no copy of it keeps it."""
-    for presence in list(_present):
-        presence.close()
+    for opened in list(_opened):
+        opened.close()
 
 
 os.register_at_fork(after_in_child=_leave_to_the_parent)

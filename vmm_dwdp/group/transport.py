@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from vmm_dwdp.allocator.handles import Descriptor, Ledger
 from vmm_dwdp.allocator.sharing import peer_uid, receive, send
+from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.errors import DWDPError, ExchangeError
 from vmm_dwdp.group.rendezvous import Rendezvous
 from vmm_dwdp.memory.assembly import Share, close_shares
@@ -199,14 +200,18 @@ class Transport:
             for made in claimed:
                 with contextlib.suppress(OSError):
                     made.unlink(missing_ok=True)
-            listener.close()
+            with contextlib.suppress(OSError):  # it never listened
+                listener.shutdown(socket.SHUT_RDWR)
+            if listener not in self._clients.values():  # or the thread that has it ends now, and closes it
+                listener.close()
             if not isinstance(error, OSError | RuntimeError):  # RuntimeError: no more threads
                 raise
             raise ExchangeError(f"rank {self._rank} cannot listen at {path}: {_reason(error)}") from error
 
     def _start(self, run: Callable[[socket.socket], None], sock: socket.socket) -> None:
         thread = _CountedThread(self._ledger, lambda: self._run(thread, run, sock))
-        with self._changed:  # so that `close`, which joins what it finds, finds no thread that does not run yet
+        # `close`, which joins what it finds, is to find no thread that does not run yet, and every one that does.
+        with uninterrupted(), self._changed:
             thread.start()
             self._clients[thread] = sock
 
