@@ -693,7 +693,7 @@ BUGS: Final = (
     Bug(
         "a forked child keeps its parent's token locked",
         "vmm_dwdp/group/rendezvous.py",
-        "    for presence in list(_present):\n        presence.close()\n",
+        "    for opened in list(_opened):\n        opened.close()\n",
         "    pass\n",
         _RENDEZVOUS,
     ),

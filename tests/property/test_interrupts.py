@@ -5,6 +5,7 @@ A sample of the points; with EVERY_POINT=1 every place in the code, the first ti
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from support.drivers import CallFault, FailingDriver, NativeDriver, Refusal
 from support.groups import PAGE
 from support.interrupter import Alarm, How, Interrupted, Interrupter, sweep
 from support.subjects import (
+    Answering,
     Close,
     Group,
     MakeDriver,
@@ -110,6 +112,10 @@ def test_publish_and_close(subject: type[Any], mode: str, driver: MakeDriver) ->
 
 def test_publish_of_a_group() -> None:
     sweep(lambda: Publish(PAIR, FailingDriver), lambda at: Interrupter(at, "signal"), most=5)
+
+
+def test_beginning_to_answer_others_at_every_point() -> None:
+    sweep(Answering, lambda at: Interrupter(at, "signal"), most=sys.maxsize)
 
 
 def test_close_of_a_group() -> None:
