@@ -314,8 +314,11 @@ static PyObject *path_close(PyObject *object, PyObject *unused) {
 }
 
 static PyMethodDef path_methods[] = {
-    {"acquire", (PyCFunction)(void (*)(void))path_acquire, METH_FASTCALL | METH_KEYWORDS, "See DWDPRuntime.acquire."},
-    {"release", (PyCFunction)(void (*)(void))path_release, METH_FASTCALL | METH_KEYWORDS, "See DWDPRuntime.release."},
+    {"acquire", (PyCFunction)(void (*)(void))path_acquire, METH_FASTCALL | METH_KEYWORDS,
+     "acquire($self, layer, *, mode=None, tokens=None, top_k=None, chosen=None, stream=None)\n--\n\n"
+     "See DWDPRuntime.acquire."},
+    {"release", (PyCFunction)(void (*)(void))path_release, METH_FASTCALL | METH_KEYWORDS,
+     "release($self, layer, *, stream=None)\n--\n\nSee DWDPRuntime.release."},
     {"open", path_open, METH_O, "From now on these layers may be hit, by the methods that it returns."},
     {"close", path_close, METH_NOARGS, "No layer is, any more."},
     {NULL, NULL, 0, NULL},

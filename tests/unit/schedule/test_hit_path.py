@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.drivers import NativeDriver
 from support.explorer import Program, RecordingDriver, RecordingIssuer, rotating
-from support.groups import join, random_model, same_bytes
+from support.groups import add_layers, fill_shards, join, random_model, same_bytes
 
 from vmm_dwdp import ConfigError, DriverError, DWDPConfig, DWDPRuntime, StateError
 from vmm_dwdp.allocator.driver import NativeCalls, StreamId
@@ -160,6 +161,32 @@ def test_what_is_asked_for_by_name_goes_through_python(runtime: DWDPRuntime, in_
     assert same_bytes(runtime.acquire(1, mode="staged")["w"], MODEL[1]["w"])  # type: ignore[arg-type]
     runtime.release(1)
     assert in_python == [("acquire", 0), ("acquire", 1)]
+
+
+@pytest.mark.parametrize("name", ["acquire", "release"])
+def test_the_methods_say_how_they_are_called(runtime: DWDPRuntime, name: str) -> None:
+    def names(method: Any) -> list[tuple[str, Any, Any]]:
+        parameters = inspect.signature(method).parameters.values()
+        return [(each.name, each.kind, each.default) for each in parameters if each.name != "self"]
+
+    assert names(getattr(runtime, name)) == names(getattr(DWDPRuntime, name))
+    assert len(names(getattr(runtime, name))) > 1
+
+
+def test_a_subclass_is_asked_for_every_layer(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    class Own(DWDPRuntime):
+        def acquire(self, layer: int, **known: Any) -> Any:
+            asked.append(layer)
+            return super().acquire(layer, **known)
+
+    with Own(CONFIG, 0, "cpu", tmp_path / "rendezvous", driver=HostDriver(4096)) as runtime:
+        add_layers(runtime, MODEL)
+        fill_shards(runtime, MODEL)
+        runtime.publish()
+        run_pass(runtime)
+    assert asked == list(MODEL)
 
 
 def test_a_trace_misses_nothing(runtime: DWDPRuntime) -> None:
