@@ -48,7 +48,7 @@ fuzz: $(INSTALLED)
 	$(VENV)/bin/python tests/fuzz $(ARGS)
 
 mutants: $(INSTALLED)
-	PYTHONPATH=tests $(VENV)/bin/python tests/mutants $(ARGS)
+	PYTHONPATH=tests $(VENV)/bin/python -m mutants $(ARGS)
 
 docs:
 	@$(PYTHON) -m venv $(VENV)-docs

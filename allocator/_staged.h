@@ -44,6 +44,8 @@ typedef struct { /* see `StagedLayer` */
     char is_first, is_last;
 } LayerObject;
 
+extern PyTypeObject *slot_type, *pipeline_type, *layer_type;
+
 /* Whether it is a layer, which was initialised. */
 int is_layer(PyObject *object);
 

@@ -1,7 +1,7 @@
-"""Put each bug of `bugs.py` into a copy of the tree, run the tests that must find it, and print the score.
+"""Put each bug of `bugs` into a copy of the tree, run the tests that must find it, and print the score.
 
-PYTHONPATH=tests python tests/mutants                 all of them
-PYTHONPATH=tests python tests/mutants slot edges      those whose names have one of the words
+PYTHONPATH=tests python -m mutants                 all of them
+PYTHONPATH=tests python -m mutants slot edges      those whose names have one of the words
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 from typing import Final
 
-from bugs import BUGS, Bug
+from mutants.bugs import BUGS
+from mutants.seeded import Bug
 from support.native import compiled
 
 ROOT: Final = Path(__file__).parents[2]

@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from support.answering import Answering
 from support.drivers import CallFault, FailingDriver, NativeDriver, Refusal
 from support.groups import PAGE
 from support.interrupter import Alarm, How, Interrupted, Interrupter, sweep
 from support.subjects import (
-    Answering,
     Close,
     Group,
     MakeDriver,

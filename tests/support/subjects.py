@@ -7,7 +7,6 @@ import itertools
 import os
 import tempfile
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,10 +19,7 @@ import torch
 from support.drivers import FailingDriver
 from support.groups import Model, Shapes, add_layers, fill_shards, in_threads, join, random_model, same_bytes
 from vmm_dwdp import DriverError, DWDPConfig, DWDPError, DWDPRuntime, ExchangeError, StateError
-from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.config import Mode
-from vmm_dwdp.group.rendezvous import Rendezvous
-from vmm_dwdp.group.transport import Transport
 
 # Experts that end inside pages of 4 KiB, and more layers than slots, so that the first and the last share one.
 SHAPES: Shapes = {number: {"w": ((6, 1100 + 300 * (number == 3)), torch.float32)} for number in range(5)}
@@ -393,29 +389,3 @@ class Close(Publish):
         with suppress(DWDPError):  # of a call that failed before
             self.runtime.close()
         super().recover()
-
-
-class Answering:
-    """A rank that begins to answer others, and stops: after an exception, too, it can stop, and leaves nothing."""
-
-    def __init__(self) -> None:
-        self.directory = tempfile.TemporaryDirectory()
-        self.before = in_use()
-
-    def prepare(self) -> None:
-        self.ledger = Ledger()
-        self.transport = Transport(Rendezvous(self.directory.name), self.ledger, 0, 1, LATE, lambda message: ({}, []))
-
-    def operate(self) -> None:
-        self.transport.serve(time.monotonic() + LATE)
-
-    def recover(self) -> None:
-        self.transport.close()
-        assert self.ledger.open() == [], f"left: {self.ledger.open()}"
-        files = os.listdir(self.directory.name)
-        assert not files, f"left in the rendezvous: {files}"
-        del self.transport
-        nothing_left(self.before)
-
-    def close(self) -> None:
-        self.directory.cleanup()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mutants.bugs import BUGS, Bug
+from mutants.bugs import BUGS
+from mutants.seeded import Bug
 
 ROOT = Path(__file__).parents[3]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import inspect
 import threading
@@ -12,27 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.drivers import NativeDriver
 from support.explorer import Program, RecordingDriver, RecordingIssuer, rotating
-from support.groups import add_layers, fill_shards, join, random_model, same_bytes
+from support.groups import add_layers, fill_shards, join, same_bytes
+from support.hits import CONFIG, MODEL, run_pass
 
-from vmm_dwdp import ConfigError, DriverError, DWDPConfig, DWDPRuntime, StateError
-from vmm_dwdp.allocator.driver import NativeCalls, StreamId
+from vmm_dwdp import ConfigError, DWDPRuntime, StateError
+from vmm_dwdp.allocator.driver import StreamId
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.allocator.native import HAS_NATIVE
 from vmm_dwdp.schedule.issue import InlineIssuer
 from vmm_dwdp.schedule.layer import StagedLayer
-from vmm_dwdp.schedule.schedule import Schedule
 from vmm_dwdp.schedule.staging import Staging
 
 pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="there is no C here")
-
-MODEL = random_model({number: {"w": ((6, 300), torch.float32)} for number in range(5)}, seed=5)
-CONFIG = DWDPConfig(group_size=1, host_experts=4)
 
 
 # -- the state machine is the reference ------------------------------------------------------------------------------
@@ -116,34 +111,10 @@ def test_c_leads_to_what_the_state_machine_leads_to(
 
 # -- what goes through C ---------------------------------------------------------------------------------------------
 @pytest.fixture
-def in_python(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """The acquires and releases that Python's schedule is asked for."""
-    asked: list[tuple[str, int]] = []
-
-    def listed(name: str, original: Any) -> Any:
-        def asking(schedule: Schedule, number: int, *rest: Any) -> Any:
-            asked.append((name, number))
-            return original(schedule, number, *rest)
-
-        return asking
-
-    for name in "acquire", "release":
-        monkeypatch.setattr(Schedule, name, listed(name, getattr(Schedule, name)))
-    return asked
-
-
-@pytest.fixture
 def runtime(tmp_path: Path) -> Iterator[DWDPRuntime]:
     runtime = join(CONFIG, 0, tmp_path / "rendezvous", MODEL, HostDriver(4096))
     yield runtime
     assert runtime.close().open() == []
-
-
-def run_pass(runtime: DWDPRuntime) -> None:
-    for number, weights in MODEL.items():
-        whole: Any = runtime.acquire(number, tokens=3)["w"]
-        assert same_bytes(whole, weights["w"])
-        runtime.release(number)
 
 
 def test_all_but_the_first_acquire_of_a_pass_need_no_python(
@@ -284,97 +255,6 @@ def test_what_c_keeps_is_let_go(tmp_path: Path) -> None:
     del staging, runtime
     gc.collect()
     assert [each() for each in watched] == [None] * len(watched)
-
-
-# -- the driver's calls, made from C -----------------------------------------------------------------------------------
-class Native(HostDriver):
-    """Whose calls C makes by their addresses, and each of which may be told what to return."""
-
-    def __init__(self) -> None:
-        super().__init__(4096)
-        self.result = dict.fromkeys(("get_current", "is_capturing", "wait", "record"), 0)
-        self.context, self.status = 77, 0
-        pointer, whole = ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
-        event = ctypes.PYFUNCTYPE(ctypes.c_int, pointer, pointer, ctypes.c_uint)
-        self._functions = (
-            ctypes.PYFUNCTYPE(ctypes.c_int, whole)(self._get_current),
-            ctypes.PYFUNCTYPE(ctypes.c_int, pointer, ctypes.POINTER(ctypes.c_int))(self._is_capturing),
-            event(lambda stream, event, flags: self._call("wait", lambda: self.wait(stream or 0, event))),
-            event(lambda event, stream, flags: self._call("record", lambda: self.record(event, stream or 0))),
-        )
-        current, capturing, wait, record = (ctypes.cast(function, pointer).value or 0 for function in self._functions)
-        self.native_calls = NativeCalls(current, 77, capturing, wait, record, lambda index: StreamId(0), self._failure)
-
-    def _get_current(self, found: Any) -> int:
-        found[0] = self.context
-        return self.result["get_current"]
-
-    def _is_capturing(self, stream: int | None, status: Any) -> int:
-        status[0] = self.status
-        return self.result["is_capturing"]
-
-    def _call(self, name: str, call: Callable[[], object]) -> int:
-        if not self.result[name]:
-            call()
-        return self.result[name]
-
-    def _failure(self, call: str, result: int) -> DriverError:
-        return DriverError(call, f"CODE_{result}", "do what a test forbids")
-
-
-@pytest.fixture
-def native(tmp_path: Path) -> Iterator[tuple[DWDPRuntime, Native]]:
-    driver = Native()
-    runtime = join(CONFIG, 0, tmp_path / "rendezvous", MODEL, driver)
-    run_pass(runtime)
-    runtime.acquire(0)
-    runtime.release(0)
-    yield runtime, driver
-    for name in driver.result:
-        driver.result[name] = 0
-    assert runtime.close().open() == []
-
-
-def test_calls_by_address_give_the_same_bytes(
-    native: tuple[DWDPRuntime, Native], in_python: list[tuple[str, int]]
-) -> None:
-    runtime, _ = native
-    for _ in range(3):
-        run_pass(runtime)
-    assert in_python == [("acquire", 0)] * 3
-
-
-@pytest.mark.parametrize(
-    "unusual", [{"context": 78}, {"status": 1}, {"get_current": 201}, {"is_capturing": 906}], ids=str
-)
-def test_another_context_or_a_capture_is_pythons(
-    native: tuple[DWDPRuntime, Native], in_python: list[tuple[str, int]], unusual: dict[str, int]
-) -> None:
-    runtime, driver = native
-    for name, value in unusual.items():
-        if name in driver.result:
-            driver.result[name] = value
-        else:
-            setattr(driver, name, value)
-    assert same_bytes(runtime.acquire(1)["w"], MODEL[1]["w"])  # type: ignore[arg-type]
-    runtime.release(1)
-    assert in_python == [("acquire", 1), ("release", 1)]
-
-
-@pytest.mark.parametrize("call", ["wait", "record"])
-def test_a_call_that_fails_is_told_and_may_be_repeated(native: tuple[DWDPRuntime, Native], call: str) -> None:
-    runtime, driver = native
-    if call == "record":
-        runtime.acquire(1)
-    driver.result[call] = 700
-    with pytest.raises(DriverError, match=r"(cuStreamWaitEvent|cuEventRecordWithFlags) failed with CODE_700"):
-        runtime.acquire(1) if call == "wait" else runtime.release(1)
-    runtime.check_integrity()
-    driver.result[call] = 0
-    if call == "wait":
-        assert same_bytes(runtime.acquire(1)["w"], MODEL[1]["w"])  # type: ignore[arg-type]
-    runtime.release(1)
-    run_pass(runtime)
 
 
 # -- copies that the driver was not given yet --------------------------------------------------------------------------

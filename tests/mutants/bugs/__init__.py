@@ -1,0 +1,17 @@
+"""Bugs of the kinds that this project can have, by room, each with the narrowest tests that must find it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mutants.bugs import allocator, group, integrations, memory, native, runtime, schedule
+
+BUGS: Final = (
+    *allocator.BUGS,
+    *group.BUGS,
+    *integrations.BUGS,
+    *memory.BUGS,
+    *native.BUGS,
+    *runtime.BUGS,
+    *schedule.BUGS,
+)
