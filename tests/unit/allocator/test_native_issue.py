@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.metadata
+import random
 import shutil
 import threading
 import time
@@ -161,6 +162,22 @@ def test_it_needs_no_interpreter(native: ModuleType) -> None:
         issuer.submit(job)
         assert keeps_the_lock.sem_timedwait(semaphore, deadline) == 0  # which holds the interpreter's lock
         job.result()
+    issuer.close()
+
+
+@pytest.mark.parametrize("native", ["has to be woken"], indirect=True)
+def test_no_job_is_lost_while_the_thread_falls_asleep(native: ModuleType) -> None:
+    nothing = ctypes.cast(ctypes.CDLL(None).sched_yield, _POINTER).value  # returns 0
+    issuer = native.Issuer(nothing, nothing, nothing, nothing, 0, Refused)
+    job = issuer.job(((1, 2, (), 3),), None)
+    chance = random.Random(0)
+    for _ in range(20_000):
+        issuer.submit(job)
+        deadline = time.monotonic() + 60
+        while not job.done:  # looked for and not waited for, to be there when the thread is about to sleep
+            assert time.monotonic() < deadline, "the job is never done"
+        for _ in range(chance.randrange(30)):
+            pass
     issuer.close()
 
 
