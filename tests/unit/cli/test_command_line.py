@@ -46,6 +46,7 @@ def start(*words: str, at: Path | None = None, first: Path | None = None) -> sub
         stderr=pipe,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # whoever runs the tests may have it ignored
     )
 
 
