@@ -133,7 +133,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     for name in ("cuEventCreate", "cuMemAlloc", "cuCtxSynchronize"):
         answer(name, lambda *arguments, name=name: machine.call(name))
     monkeypatch.setattr(cuda_driver.BatchCall, "find", lambda: None)
-    monkeypatch.setattr(cuda_driver.EventCalls, "find", lambda: None)
+    monkeypatch.setattr(cuda_driver.EventCalls, "find", lambda: SimpleNamespace(natively=lambda *known: None))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: machine.visible)
     monkeypatch.setattr(torch.cuda, "current_device", machine.torch_device)

@@ -193,7 +193,7 @@ def test_ctrl_c_reaches_all_processes_of_a_group_and_leaves_nothing(running: int
             process.kill()
     assert (process.returncode, out, err) == INTERRUPTED
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.iterdir() if not path.name.startswith("torchinductor_")] == []  # torch's own
 
 
 def of_ranks(parent: int) -> list[str]:
