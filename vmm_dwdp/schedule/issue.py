@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 
 from vmm_dwdp.allocator.driver import Driver, IssuingThread, Lane, Ticket
 from vmm_dwdp.allocator.handles import Ledger
+from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.errors import DriverError
 from vmm_dwdp.observe.stats import IssuedBy
 
@@ -158,8 +159,9 @@ class ThreadIssuer:
         if self._token is not None:
             self._jobs.put(None)
             self._thread.join()
-            self._ledger.remove(self._token)
-            self._token = None
+            with uninterrupted():
+                self._ledger.remove(self._token)
+                self._token = None
 
 
 class NativeIssuer:
@@ -186,8 +188,9 @@ class NativeIssuer:
     def close(self) -> None:
         if self._token is not None:
             self._thread.close()
-            self._ledger.remove(self._token)
-            self._token = None
+            with uninterrupted():
+                self._ledger.remove(self._token)
+                self._token = None
 
 
 _LABEL: Final = "the thread that issues copies"
