@@ -174,12 +174,6 @@ static PyObject *path_release(PyObject *object, PyObject *const *given, Py_ssize
 
 /* -- Turn ---------------------------------------------------------------------------------------------------------- */
 
-static void free_object(PyObject *object) {
-    PyTypeObject *type = Py_TYPE(object);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
-    Py_DECREF(type);
-}
-
 static PyMemberDef turn_members[] = {
     {"runner", T_ULONGLONG, offsetof(TurnObject, runner), 0, NULL},
     {"in_pass", T_BOOL, offsetof(TurnObject, in_pass), 0, NULL},

@@ -43,14 +43,6 @@ static void await(IssuerObject *owner, const Job *job) {
     Py_END_ALLOW_THREADS
 }
 
-static PyObject *fail(const IssuerObject *owner, const char *call, int result) {
-    PyObject *error = PyObject_CallFunction(owner->failure, "si", call, result);
-    if (error)
-        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-    Py_XDECREF(error);
-    return NULL;
-}
-
 /* -- Job ----------------------------------------------------------------------------------------------------------- */
 
 static void job_dealloc(PyObject *object) {
@@ -61,9 +53,7 @@ static void job_dealloc(PyObject *object) {
     PyMem_Free(self->job.lanes);
     Py_DECREF(self->kept);
     Py_DECREF((PyObject *)self->owner);
-    PyTypeObject *type = Py_TYPE(object);
-    PyObject_Free(object);
-    Py_DECREF(type);
+    free_object(object);
 }
 
 static int read_batch(PyObject *tuple, Batch *batch) {
@@ -120,7 +110,9 @@ static PyObject *job_result(PyObject *object, PyObject *unused) {
     if (!check_here(self->owner))
         return NULL;
     await(self->owner, &self->job);
-    return job_state(&self->job) == FAILED ? fail(self->owner, self->job.call, self->job.result) : Py_NewRef(Py_None);
+    if (job_state(&self->job) == FAILED)
+        return raise_failure(self->owner->failure, self->job.call, self->job.result), NULL;
+    return Py_NewRef(Py_None);
 }
 
 static PyObject *job_done(PyObject *object, void *unused) {
@@ -154,7 +146,7 @@ static PyObject *issuer_new(PyTypeObject *type, PyObject *arguments, PyObject *k
         errno = failed;
         PyErr_SetFromErrno(PyExc_OSError);
     } else if (self->issuer.start_result) {
-        fail(self, "cuCtxSetCurrent", self->issuer.start_result);
+        raise_failure(self->failure, "cuCtxSetCurrent", self->issuer.start_result);
     } else {
         return (PyObject *)self;
     }
@@ -177,9 +169,7 @@ static void issuer_dealloc(PyObject *object) {
     if (is_here(&self->issuer))
         destroy_locks(&self->issuer);
     Py_DECREF(self->failure);
-    PyTypeObject *type = Py_TYPE(object);
-    PyObject_Free(object);
-    Py_DECREF(type);
+    free_object(object);
 }
 
 static PyObject *issuer_submit(PyObject *object, PyObject *argument) {

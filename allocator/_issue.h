@@ -2,11 +2,7 @@
 
 #pragma once
 
-#define PY_SSIZE_T_CLEAN
-#ifndef Py_LIMITED_API
-#define Py_LIMITED_API 0x030b0000
-#endif
-#include <Python.h>
+#include "_python.h"
 
 #pragma GCC visibility push(hidden)
 

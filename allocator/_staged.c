@@ -15,10 +15,7 @@ static void assign(PyObject **place, PyObject *object) {
 /* -- the driver ---------------------------------------------------------------------------------------------------- */
 
 static int fail(const PipelineObject *pipeline, const char *call, int result) {
-    PyObject *error = PyObject_CallFunction(pipeline->failure, "si", call, result);
-    if (error)
-        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-    Py_XDECREF(error);
+    raise_failure(pipeline->failure, call, result);
     return -1;
 }
 

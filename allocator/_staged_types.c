@@ -10,12 +10,6 @@ int is_layer(PyObject *object) {
     return PyObject_TypeCheck(object, layer_type) && ((LayerObject *)object)->slot;
 }
 
-static void free_object(PyObject *object) {
-    PyTypeObject *type = Py_TYPE(object);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
-    Py_DECREF(type);
-}
-
 static int slot_traverse(PyObject *object, visitproc visit, void *arg) {
     SlotObject *self = (SlotObject *)object;
     Py_VISIT(Py_TYPE(object));

@@ -49,9 +49,10 @@ class DWDPRuntime(Rank):
 
     def _begin(self) -> None:
         calls = type(self).acquire, type(self).release
-        if calls == (DWDPRuntime.acquire, DWDPRuntime.release):  # no subclass has to be asked
+        layers = self._schedule.hittable
+        if layers and calls == (DWDPRuntime.acquire, DWDPRuntime.release):  # no subclass has to be asked
             self._hit_path = HitPath(self._lifecycle, self._driver, self._driver.native_calls, self, *calls)
-            vars(self).update(self._hit_path.open(self._schedule.hittable))  # see [Note: The hit path]
+            vars(self).update(self._hit_path.open(layers))  # see [Note: The hit path]
 
     def _end(self) -> None:
         if self._hit_path is not None:

@@ -74,7 +74,8 @@ def _num_ctas(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-_compiling = threading.Lock()
+_compiled: dict[tuple[torch.dtype, int, str], Callable[..., None]] = {}
+_compiling = threading.Lock()  # not of a call whose kernel is there
 
 
 def compile_kernel(dtype: torch.dtype, num_entries: int, arch: str) -> Callable[..., None]:
@@ -88,11 +89,14 @@ def compile_kernel(dtype: torch.dtype, num_entries: int, arch: str) -> Callable[
     Returns:
         ``kernel(x, weights, offsets, out, x_scale, weight_scales, num_ctas)``; it launches on torch's current stream.
     """
-    with _compiling:
-        return _compile(dtype, num_entries, arch)
+    key = dtype, num_entries, arch
+    if (kernel := _compiled.get(key)) is None:
+        with _compiling:
+            if (kernel := _compiled.get(key)) is None:  # nor by another thread, while this one waited
+                kernel = _compiled[key] = _compile(*key)
+    return kernel
 
 
-@functools.cache
 def _compile(dtype: torch.dtype, num_entries: int, arch: str) -> Callable[..., None]:
     import cutlass
     from cutlass import cute

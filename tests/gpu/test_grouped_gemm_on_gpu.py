@@ -50,7 +50,7 @@ def count_compiles(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     if tensor_list.PROVIDERS[0].missing() is None:
         from cutlass import cute
 
-        launch._compile.cache_clear()
+        launch._compiled.clear()
         compile_one = cute.compile
 
         def count(*arguments: object, **options: object) -> object:

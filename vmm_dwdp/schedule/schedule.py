@@ -35,12 +35,7 @@ class Schedule:
     """
 
     def __init__(
-        self,
-        driver: Driver,
-        ledger: Ledger,
-        assembly: Assembly,
-        layers: Sequence[Layer],
-        config: DWDPConfig,
+        self, driver: Driver, ledger: Ledger, assembly: Assembly, layers: Sequence[Layer], config: DWDPConfig
     ) -> None:
         """Takes nothing. ``assembly`` stays the caller's; ``layers`` may become more until `start`."""
         self._driver = driver
@@ -84,8 +79,9 @@ class Schedule:
     @property
     def hittable(self) -> dict[int, StagedLayer]:
         """By number, the layers of which `acquire` needs to know nothing more: all, where none is read in place."""
-        staged = {number: layer.staged for number, layer in self._layers.items() if self._only_staged}
-        return {number: layer for number, layer in staged.items() if layer is not None}
+        if not self._only_staged:
+            return {}
+        return {number: layer.staged for number, layer in self._layers.items() if layer.staged is not None}
 
     def _stage(self) -> None:
         plans = [layer.plan for layer in self._stated]
@@ -124,7 +120,7 @@ class Schedule:
         layer = self._layers[number]
         at = self._driver.current_stream() if stream is None else self._stream(stream)
         if mode is None and self._only_staged and not self._driver.capturing():
-            layer.staged.acquire(at)  # type: ignore[union-attr]  # see [Note: The path of the launching thread]
+            layer.staged.acquire(at)  # type: ignore[union-attr]  # see [Note: The hit path]
             if layer.place == 0:
                 self._observe(tokens)
             return layer.weights["staged"]
@@ -338,6 +334,7 @@ class Schedule:
             if layer.staged is not None:
                 layer.staged.weights = None
         if self._staging is not None:
+            self._staging.pipeline.latest = len(self._layers)  # nor is a layer hit by who waits for its copies now
             self._staging.stop()
 
     def close(self) -> None:

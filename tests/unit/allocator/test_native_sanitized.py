@@ -13,7 +13,7 @@ from support.native import compiled
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 
-STRESS = """
+BEGIN = """
 import ctypes, random, sys
 from importlib.util import module_from_spec, spec_from_file_location
 
@@ -21,7 +21,9 @@ spec = spec_from_file_location("_native", sys.argv[1])
 native = module_from_spec(spec)
 spec.loader.exec_module(native)
 libc = ctypes.CDLL(None)
-succeed, compare = (ctypes.cast(function, ctypes.c_void_p).value for function in (libc.sched_yield, libc.memcmp))
+succeed, compare, differ = (
+    ctypes.cast(function, ctypes.c_void_p).value for function in (libc.sched_yield, libc.memcmp, libc.pthread_equal)
+)
 random.seed(0)
 same, other = (ctypes.create_string_buffer(text) for text in (b"same", b"else"))
 one, two = ctypes.addressof(same), ctypes.addressof(other)
@@ -29,7 +31,9 @@ given, refused = (one, one, 4, 1, 0, 0, 1), (one, two, 4, 1, 0, 0, 1)  # the dri
 
 class Refused(Exception):
     pass
+"""
 
+JOBS = """
 def made(issuer):
     lanes = range(random.randrange(4))
     batches = [tuple(random.choices([given, refused], [9, 1], k=random.randrange(4))) for _ in lanes]
@@ -60,24 +64,6 @@ print(failures > 100)
 
 # Layers of a few slots in any order, legal or not, with a thread that calls C and one that is refused now and then
 LAYERS = """
-import ctypes, random, sys
-from importlib.util import module_from_spec, spec_from_file_location
-
-spec = spec_from_file_location("_native", sys.argv[1])
-native = module_from_spec(spec)
-spec.loader.exec_module(native)
-libc = ctypes.CDLL(None)
-succeed, compare, differ = (
-    ctypes.cast(function, ctypes.c_void_p).value for function in (libc.sched_yield, libc.memcmp, libc.pthread_equal)
-)
-random.seed(0)
-same, other = (ctypes.create_string_buffer(text) for text in (b"same", b"else"))
-one, two = ctypes.addressof(same), ctypes.addressof(other)
-given, refused = (one, one, 4, 1, 0, 0, 1), (one, two, 4, 1, 0, 0, 1)  # the driver's call is memcmp(dsts, srcs, sizes)
-
-class Refused(Exception):
-    pass
-
 class Slot(native.SlotState):
     pass
 
@@ -144,7 +130,7 @@ print(hits > 300 and releases > 300)
 """
 
 
-@pytest.mark.parametrize("program", [STRESS, LAYERS], ids=["jobs", "layers"])
+@pytest.mark.parametrize("program", [JOBS, LAYERS], ids=["jobs", "layers"])
 @pytest.mark.parametrize("sanitizer", ["address", "thread", "undefined"])
 def test_sanitizers_find_nothing(sanitizer: str, program: str, tmp_path: Path) -> None:
     runtime = {"address": "libasan.so", "thread": "libtsan.so", "undefined": "libubsan.so"}[sanitizer]
@@ -156,7 +142,11 @@ def test_sanitizers_find_nothing(sanitizer: str, program: str, tmp_path: Path) -
     library = compiled(tmp_path, "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
     environment = {**os.environ, "LD_PRELOAD": found, "ASAN_OPTIONS": "detect_leaks=0"}
     run = subprocess.run(
-        [sys.executable, "-c", program, str(library)], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", BEGIN + program, str(library)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if "unexpected memory mapping" in run.stderr:
         pytest.skip("this kernel places memory where this compiler's sanitizer cannot watch it")

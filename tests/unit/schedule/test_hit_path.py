@@ -286,3 +286,48 @@ def test_the_interpreter_is_free_while_copies_are_waited_for(tmp_path: Path, in_
     thread.join()
     assert [asked for asked in in_python if asked[1]] == []
     assert runtime.close().open() == []
+
+
+def test_who_waits_for_copies_while_another_thread_closes_is_told(tmp_path: Path) -> None:
+    driver = NativeDriver()
+    runtime = join(CONFIG, 0, tmp_path / "rendezvous", MODEL, driver)
+    copying, closing = threading.Event(), threading.Event()
+    copy = driver.copy
+
+    def held_up(*arguments: Any) -> None:
+        copying.set()
+        assert closing.wait(60)
+        copy(*arguments)
+
+    told: list[BaseException] = []
+
+    def passes() -> None:
+        runtime.acquire(0)
+        driver.copy = held_up  # type: ignore[method-assign]
+        runtime.release(0)
+        assert copying.wait(60)
+        driver.copy = copy  # type: ignore[method-assign]
+        runtime.acquire(1)
+        runtime.release(1)
+        ready.set()
+        try:
+            runtime.acquire(2)
+        except StateError as error:
+            told.append(error)
+
+    ready = threading.Event()
+    thread = threading.Thread(target=passes)
+    thread.start()
+    assert ready.wait(60)
+    assert runtime._schedule._staging is not None
+    issuer = runtime._schedule._staging.pipeline.issuer
+    close = issuer.close
+
+    def closes() -> None:
+        closing.set()
+        thread.join()  # before any event is gone
+        close()
+
+    issuer.close = closes  # type: ignore[method-assign]
+    assert runtime.close().open() == []
+    assert ["closed" in str(error) for error in told] == [True]

@@ -14,7 +14,9 @@ from vmm_dwdp.allocator.native import HAS_NATIVE
 ROOT = Path(__file__).parents[3]
 TESTS = (
     "tests/unit/schedule/test_event_protocol.py",
+    "tests/unit/schedule/test_captured_passes.py",
     "tests/unit/test_runtime_states.py",
+    "tests/unit/test_threads_and_forks.py",
 )
 
 
