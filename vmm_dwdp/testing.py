@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.errors import ConfigError, DWDPError
 
 T = TypeVar("T")
@@ -64,7 +65,7 @@ def run_group(function: Callable[[int], T], group_size: int, device: str | torch
             receiver, sender = context.Pipe(duplex=False)
             arguments = (sender, function, rank, torch.device(device).type, threads)
             process = context.Process(target=_run_rank, args=arguments, name=f"rank {rank}")
-            with _ctrl_c_later():
+            with uninterrupted(), _ctrl_c_blocked():
                 process.start()
                 processes.append(process)
             sender.close()  # so that the receiver sees the end of a rank that dies
@@ -93,9 +94,9 @@ def run_group(function: Callable[[int], T], group_size: int, device: str | torch
 
 
 @contextmanager
-def _ctrl_c_later() -> Iterator[None]:
-    """What the body starts has Ctrl-C blocked, as it would print a traceback while it imports; and it is known to the
-    caller by the time that Ctrl-C comes through."""
+def _ctrl_c_blocked() -> Iterator[None]:
+    """For what the body starts, as it would print a traceback while it imports. Not for the caller: another of its
+    threads, torch's among them, may be the one that the signal comes to."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
