@@ -200,6 +200,10 @@ class CudaDriver:
         flags = cuda.CUstream_flags.CU_STREAM_NON_BLOCKING
         return StreamId(int(check(attempt, cuda.cuStreamCreateWithPriority, flags, highest)))
 
+    def owns(self, stream: StreamId) -> bool:
+        context = check(f"see of which device stream {stream:#x} is", cuda.cuStreamGetCtx, stream)
+        return int(context) == self._context.address
+
     def destroy_stream(self, stream: StreamId) -> None:
         check(f"destroy stream {stream:#x}", cuda.cuStreamDestroy, stream)
 

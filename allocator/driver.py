@@ -211,6 +211,9 @@ class Driver(Protocol):
     def create_stream(self) -> StreamId:
         """A stream for copies: not ordered with the default stream, of the highest priority. Undo: `destroy_stream`."""
 
+    def owns(self, stream: StreamId) -> bool:
+        """Whether a stream that somebody names, whoever created it, is of this device."""
+
     def destroy_stream(self, stream: StreamId) -> None:
         """Undo `create_stream`; the caller has synchronised it."""
 

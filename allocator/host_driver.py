@@ -260,6 +260,9 @@ class HostDriver:
         self._streams[stream] = HostStream(f"vmm-dwdp stream {stream}")
         return stream
 
+    def owns(self, stream: StreamId) -> bool:
+        return stream == _COMPUTE_STREAM or stream in self._streams
+
     def destroy_stream(self, stream: StreamId) -> None:
         self._stream("destroy_stream", stream).close()
         del self._streams[stream]

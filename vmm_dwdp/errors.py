@@ -1,23 +1,26 @@
-"""The one family of exceptions of this project; every module may import this one, and it imports nothing."""
+"""The one family of exceptions of this project; every module may import this one, and it imports nothing.
+
+Each is also the exception of Python's own that callers would expect in its place.
+"""
 
 
 class DWDPError(Exception):
     """Base of everything this library raises on purpose. The message is one sentence that names what was wrong."""
 
 
-class ConfigError(DWDPError):
+class ConfigError(DWDPError, ValueError):
     """A value that cannot be: in a config, a weight specification, a checkpoint or a call's arguments."""
 
 
-class ExchangeError(DWDPError):
+class ExchangeError(DWDPError, RuntimeError):
     """Another rank did not come, did not answer in time, or sent something that is not acceptable."""
 
 
-class StateError(DWDPError):
+class StateError(DWDPError, RuntimeError):
     """A call at the wrong moment: a shard asked for after publish, a layer acquired twice, a runtime already closed."""
 
 
-class DriverError(DWDPError):
+class DriverError(DWDPError, RuntimeError):
     """A driver call failed.
 
     Attributes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import reprlib
-import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,8 @@ from vmm_dwdp.allocator.handles import Failures, Ledger, undo_after
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.group.membership import Membership, ShardKey
+from vmm_dwdp.group.membership import Membership
+from vmm_dwdp.group.update import ShardKey, Update
 from vmm_dwdp.layout.layer import Layers, describe_layer
 from vmm_dwdp.layout.needs import MemoryNeeded, memory_needed
 from vmm_dwdp.layout.placement import Owner
@@ -63,7 +63,9 @@ class Rank:
             sweep(None if isinstance(rendezvous, dist.ProcessGroup) else rendezvous)
         with self._driver.current():
             self._assembly = make_assembly(config, rank, self._driver, self.ledger, layers)
-            self._membership = Membership(config, rank, self._driver, self.ledger, rendezvous, self._assembly, layers)
+            self._membership = Membership(
+                config, rank, self._driver, self.ledger, rendezvous, self._assembly, self._layers
+            )
             self._schedule = Schedule(self._driver, self.ledger, self._assembly, layers, config)
         self._last_layer: int | None = None  # the number of the one that a pass ends with
         _open.add(self)
@@ -72,6 +74,21 @@ class Rank:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self._driver.device
+
+    @property
+    def published(self) -> bool:
+        """Whether passes may run: from the end of `publish` or `rejoin` to `close`."""
+        return self._lifecycle.is_running
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called. What it could not free, the ledger tells."""
+        return self._lifecycle.is_closed
+
+    def __repr__(self) -> str:
+        state = "published" if self.published else "closed" if self.closed else "set-up"
+        what = f"rank {self.rank} of {self.config.group_size} on {self.device}"
+        return f"<{type(self).__name__}: {what}, {len(self._layers.in_order)} layers, {state}>"
 
     # -- set-up ------------------------------------------------------------------------------------------------------
     def add_layer(self, layer: int, weights: Mapping[str, WeightSpec]) -> None:
@@ -123,7 +140,7 @@ class Rank:
         self._lifecycle.require_setup("local_shard")
         described = self._layers.with_weight(layer, weight)
         owner = self.rank if owner is None else owner
-        self._membership.require_held(owner)
+        self._membership.shards.require_held(owner)
         with self._closed_on_failure(), self._driver.current(), uninterrupted():
             return self._assembly.shard(described, weight, owner)
 
@@ -218,15 +235,47 @@ class Rank:
             DriverError: a call failed; where that was midway, as above.
         """
         with self._undisturbed():
+            held = self._membership.shards
             for key, value in shards.items():
                 if not isinstance(key, tuple) or len(key) != 3:
                     raise ConfigError(f"update takes shards by (layer, weight, owner), not by {key!r}")
                 layer, weight, owner = key
-                self._membership.require_fits(self._layers.with_weight(layer, weight), weight, owner, value)
-            self._membership.require_covers(shards)
-            self._lifecycle.ask_again()  # so that the next acquire asks whether weights are whole
-            with self._schedule.suspended():
-                self._membership.update(shards, time.monotonic() + timeout)
+                held.require_fits(self._layers.with_weight(layer, weight), weight, owner, value)
+            held.require_covered(self._membership.unfinished(), shards)
+            with self._updating(timeout) as update:
+                for (layer, weight, owner), value in shards.items():
+                    update.write(layer, weight, value, owner=owner)
+
+    @contextmanager
+    def updating(self, timeout: float = 60.0) -> Iterator[Update]:
+        """`update` by one tensor after another, so that nobody needs memory for all of them.
+
+            with runtime.updating() as update:
+                for layer, weight, expert, tensor in stream:
+                    update.write(layer, weight, tensor, experts=expert)
+
+        Every rank of the group enters such a block, or calls `update`. Before the body runs, all have come, and none
+        reads; after it all have written, and every rank's next `acquire` gives the new bytes. What is not written keeps
+        its bytes. In the body this runtime has no pass and no other call, except `stats`, `peers` and `close`.
+
+        Args:
+            timeout: seconds to wait for the other ranks, before the body and again after it: for the longest body.
+
+        Raises as `update` does. If the body raises, the update has not ended well, and that is what is raised; the
+        next one has to write whatever this one may have begun to, each such shard whole.
+        """
+        with self._undisturbed(), self._updating(timeout) as update:
+            yield update
+
+    @contextmanager
+    def _updating(self, timeout: float) -> Iterator[Update]:
+        self._lifecycle.ask_again()  # so that the next acquire asks whether weights are whole
+        with (
+            self._schedule.suspended(),
+            self._lifecycle.busy("an update"),
+            self._membership.updating(timeout) as update,
+        ):
+            yield update
 
     def check_integrity(self, *, verify: bool = False) -> None:
         """Check that what is mapped and what the slots hold is what the layouts say; meant for moments of idleness.
@@ -297,11 +346,12 @@ class Rank:
             raise
 
     @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """Once published: the device is current while the body runs, and no other thread is in a pass."""
-        self._lifecycle.require_running()
-        with self._driver.current(), self._lifecycle.undisturbed():
-            yield
+    def _undisturbed(self) -> Iterator[bool]:
+        """Once published: the device is current while the body runs, and no other thread is in a pass. Tells whether
+        this one was not either."""
+        self._lifecycle.require_idle()
+        with self._driver.current(), self._lifecycle.undisturbed() as begins:
+            yield begins
 
 
 _open: WeakSet[Rank] = WeakSet()

@@ -10,12 +10,15 @@ import torch
 
 from vmm_dwdp.allocator.handles import undo_after
 from vmm_dwdp.config import ModeSetting
+from vmm_dwdp.errors import StateError
 from vmm_dwdp.memory.assembly import Weights
 from vmm_dwdp.observe.stats import Stats
 from vmm_dwdp.observe.trace import Trace
 from vmm_dwdp.rank import Rank
 from vmm_dwdp.schedule.compiled_models import between_regions, warn_of_with
+from vmm_dwdp.schedule.given_stream import StreamLike
 from vmm_dwdp.schedule.hit_path import HitPath, this_thread
+from vmm_dwdp.schedule.schedule import Stated
 
 
 class DWDPRuntime(Rank):
@@ -61,6 +64,65 @@ class DWDPRuntime(Rank):
             self._hit_path.close()
 
     # -- a pass ------------------------------------------------------------------------------------------------------
+    def forward_pass(
+        self, *, mode: ModeSetting | None = None, tokens: int | None = None, top_k: int | None = None
+    ) -> AbstractContextManager[None]:
+        """A block for one pass, or several: what is of the pass is stated once, and nothing of it is left over.
+
+            with runtime.forward_pass(tokens=len(x)):
+                for number in layers:
+                    weights = runtime.acquire(number)
+                    ...
+                    runtime.release(number)
+
+        Threads take turns: who comes to such a block while another thread is in one waits for it, so passes may begin
+        in any thread, and each has the layers to itself. Where the body raises, the pass is given up as by `reset`; so
+        it is, in silence, where it ends before the last layer.
+
+        Args:
+            mode, tokens, top_k: as `acquire` takes them, for every layer that is not told otherwise.
+
+        Raises:
+            ConfigError: the config does not provide for ``mode``.
+            StateError: not published; or within such a block of this thread; or a layer is acquired, at the beginning
+                or at the end; or another thread is in a pass outside of such a block.
+        """
+        if torch.compiler.is_compiling():
+            warn_of_with("runtime.forward_pass(...)", "let it stand around the call of what is compiled")
+        return self._in_turn(Stated(mode, tokens, top_k))
+
+    @contextmanager
+    def _in_turn(self, stated: Stated) -> Iterator[None]:
+        self._lifecycle.require_idle()
+        with self._lifecycle.turn(), self._undisturbed() as begins:
+            self._membership.require_updated()
+            if stated.mode is not None:
+                self._schedule.require_mode(stated.mode)
+            self._require_released()
+            if not begins:
+                self._give_up()
+            self._schedule.stated = stated
+            try:
+                yield
+                if self._lifecycle.is_running:
+                    self._require_released()
+            except BaseException as error:
+                undo_after(error, self._give_up)
+                raise
+            finally:
+                self._schedule.stated = None
+            self._give_up()
+
+    def _require_released(self) -> None:
+        if (held := self._schedule.held) is not None:
+            raise StateError(f"layer {held} was acquired, and was not released")
+
+    def _give_up(self) -> None:
+        """Give up the pass that this thread is in the middle of, if it is."""
+        if self._lifecycle.is_running and self._lifecycle.in_pass:
+            self._schedule.reset(None)
+            self._lifecycle.end_pass()
+
     @between_regions
     def acquire(
         self,
@@ -70,7 +132,7 @@ class DWDPRuntime(Rank):
         tokens: int | None = None,
         top_k: int | None = None,
         chosen: torch.Tensor | None = None,
-        stream: torch.cuda.Stream | None = None,
+        stream: StreamLike | None = None,
     ) -> Weights:
         """The weights of ``layer``, with all experts, for the work given next to ``stream`` (default: the current one).
 
@@ -110,7 +172,7 @@ class DWDPRuntime(Rank):
                 except BaseException:
                     lifecycle.in_pass = was_in_pass
                     raise
-        lifecycle.require_running()
+        lifecycle.require_idle()
         self._membership.require_updated()
         begins = lifecycle.claim()
         try:
@@ -122,7 +184,7 @@ class DWDPRuntime(Rank):
             raise
 
     @between_regions
-    def release(self, layer: int, *, stream: torch.cuda.Stream | None = None) -> None:
+    def release(self, layer: int, *, stream: StreamLike | None = None) -> None:
         """All work that reads ``layer`` has been given to ``stream`` (default: the current one): fetch the next.
 
         Does not wait for the device.
@@ -149,7 +211,7 @@ class DWDPRuntime(Rank):
         tokens: int | None = None,
         top_k: int | None = None,
         chosen: torch.Tensor | None = None,
-        stream: torch.cuda.Stream | None = None,
+        stream: StreamLike | None = None,
     ) -> AbstractContextManager[Weights]:
         """`acquire` on entering, `release` on leaving, by an exception as well, which goes on whatever `release` says.
 
@@ -157,7 +219,7 @@ class DWDPRuntime(Rank):
         in a ``with`` block, and would leave the function as it is. It is warned of.
         """
         if torch.compiler.is_compiling():
-            warn_of_with()
+            warn_of_with("runtime.layer(...)", "call acquire and release there")
         return self._held(layer, mode, tokens, top_k, chosen, stream)
 
     @contextmanager
@@ -168,7 +230,7 @@ class DWDPRuntime(Rank):
         tokens: int | None,
         top_k: int | None,
         chosen: torch.Tensor | None,
-        stream: torch.cuda.Stream | None,
+        stream: StreamLike | None,
     ) -> Iterator[Weights]:
         weights = self.acquire(layer, mode=mode, tokens=tokens, top_k=top_k, chosen=chosen, stream=stream)
         try:
@@ -178,7 +240,7 @@ class DWDPRuntime(Rank):
             raise
         self.release(layer, stream=stream)
 
-    def reset(self, *, stream: torch.cuda.Stream | None = None) -> None:
+    def reset(self, *, stream: StreamLike | None = None) -> None:
         """Give up a pass that ended early: release what is acquired and refetch the first layers.
 
         Raises `StateError` if the current stream is captured, and `DriverError` if a call failed; it may be repeated.

@@ -9,7 +9,8 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import torch
@@ -23,13 +24,12 @@ from vmm_dwdp.errors import ConfigError, DriverError, ExchangeError, StateError
 from vmm_dwdp.group.agreement import LAST_STEP
 from vmm_dwdp.group.exchange import Exchange
 from vmm_dwdp.group.rendezvous import Rendezvous
-from vmm_dwdp.layout.layer import Layer
+from vmm_dwdp.group.update import ShardKey, Shards, Update
+from vmm_dwdp.layout.layer import Layer, Layers
 from vmm_dwdp.layout.placement import HOST, Owner, in_words
 from vmm_dwdp.memory.assembly import Assembly, Share
 
 HOST_CREATOR: Final = 0  # the rank that creates, fills and serves the pool of host memory
-
-ShardKey = tuple[int, str, Owner]  # layer number, weight, whose
 
 
 class Membership:
@@ -39,6 +39,8 @@ class Membership:
         assembly: the rank's memory; owned by the caller.
         layers: what was added so far, by the caller.
 
+    Attributes:
+        shards: what this rank holds.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class Membership:
         ledger: Ledger,
         rendezvous: str | os.PathLike[str] | dist.ProcessGroup,
         assembly: Assembly,
-        layers: list[Layer],
+        layers: Layers,
     ) -> None:
         self._config = config
         self._rank = rank
@@ -57,39 +59,22 @@ class Membership:
         self._ledger = ledger
         self._rendezvous = Rendezvous(rendezvous)
         self._assembly = assembly
-        self._layers = layers
+        self._layers = layers.in_order
+        self._numbered = layers
         self._others = [other for other in range(config.group_size) if other != rank]
         self._exchange: Exchange | None = None
         self._checksums: dict[Owner, list[int]] = {}  # of every shard, in the order of layers and weights
         self._resources = ResourceStack()
         self._edge_stream: Stream | None = None
+        self._update: Update | None = None  # the latest
         self._descriptors: DescriptorReservation | None = None
-        self._begun: set[ShardKey] = set()  # what may have been written by an update that did not end well
+        self.shards = Shards(driver, assembly, self.held_owners, layers)
 
     @property
     def held_owners(self) -> tuple[Owner, ...]:
         """The owners whose memory this rank creates."""
         hosts = self._config.host_experts > 0 and self._rank == HOST_CREATOR
         return (self._rank, HOST) if hosts else (self._rank,)
-
-    def require_held(self, owner: Owner) -> None:
-        """Raise `ConfigError` unless this rank creates the memory of ``owner``."""
-        if owner not in self.held_owners:
-            raise ConfigError(f"rank {self._rank} does not hold the shards of {in_words(owner)}")
-
-    def require_fits(self, layer: Layer, weight: str, owner: Owner, value: torch.Tensor) -> None:
-        """Raise `ConfigError` unless `update` can write ``value`` to the shard of ``owner``."""
-        self.require_held(owner)
-        if not isinstance(value, torch.Tensor):
-            raise ConfigError(f"layer {layer.number}, {weight}: a shard is a tensor, not {type(value).__name__}")
-        spec = layer.weights[weight]
-        shape = spec.of(len(layer.placement.experts(owner)))
-        if tuple(value.shape) != shape or value.dtype != spec.dtype:
-            found = f"{tuple(value.shape)} of {value.dtype}"
-            stated = f"{shape} of {spec.dtype}"
-            raise ConfigError(
-                f"layer {layer.number}, {weight}: the shard of {in_words(owner)} is {stated}, not {found}"
-            )
 
     @property
     def half_updated(self) -> str | None:
@@ -142,17 +127,25 @@ class Membership:
             self._assembly.build()
         self._exchange = exchange
         if exchange.doubt is not None:  # nobody knows how far the dead rank came
-            self._begun = set(self._held_keys())
+            self.shards.begun.update(self.shards.keys())
         exchange.serve(deadline)
         self._settle_limits()
 
-    def update(self, shards: Mapping[ShardKey, torch.Tensor], deadline: float) -> None:
-        """Write ``shards`` while no rank reads; this one does not. See `DWDPRuntime.update`."""
+    @contextmanager
+    def updating(self, timeout: float) -> Iterator[Update]:
+        """Every rank runs the body, in which it writes, or none does; no rank reads meanwhile. See
+        `DWDPRuntime.updating`."""
         assert self._exchange is not None
+        unfinished = self.unfinished()
         try:
-            with self._exchange.attempt("update: this rank reads nothing", deadline):
-                self._begun |= shards.keys()
-                self._write(shards)
+            with self._exchange.attempt("update: this rank reads nothing", time.monotonic() + timeout):
+                update = self._update = Update(self._driver, self.shards, self._rank, self._numbered, unfinished)
+                try:
+                    yield update
+                finally:
+                    update.end()
+                update.require_whole()
+                deadline = time.monotonic() + timeout
                 self._sum_held_shards()
                 self._exchange.step(1, "update: this rank has written", deadline)
                 self._fill_edges()
@@ -164,24 +157,11 @@ class Membership:
                 raise
             raise ExchangeError(f"nothing was written: {error}") from error
 
-    def _write(self, shards: Mapping[ShardKey, torch.Tensor]) -> None:
-        for (number, weight, owner), value in shards.items():
-            layer = next(layer for layer in self._layers if layer.number == number)
-            with self._assembly.writing(layer, weight, owner) as shard:
-                shard.copy_(value)
-                self._driver.synchronize()
-
-    def require_covers(self, shards: Mapping[ShardKey, torch.Tensor]) -> None:
-        """Raise `ConfigError` unless ``shards`` has all that an update which did not end well may have written."""
+    def unfinished(self) -> frozenset[ShardKey]:
+        """The shards that an update which did not end well may have left half written: the next has to write them."""
         if self.half_updated is None:
-            self._begun.clear()
-        for key in self._held_keys():
-            if key in self._begun and key not in shards:
-                number, weight, owner = key
-                raise ConfigError(
-                    f"layer {number}, {weight}: the shard of {in_words(owner)} may be half written by an update that "
-                    "was not finished; the next one must have it"
-                )
+            self.shards.begun.clear()
+        return frozenset(self.shards.begun)
 
     def verify(self) -> None:
         """Raise `StateError` unless every shard has the bytes that its owner published."""
@@ -200,6 +180,8 @@ class Membership:
 
     def leave(self) -> None:
         """Stop answering others, which needs no device. A second call goes on where one stopped."""
+        if self._update is not None:
+            self._update.end()
         if self._exchange is None:
             self._rendezvous.leave()
         else:
@@ -220,11 +202,6 @@ class Membership:
         for layer in self._layers:
             for weight in layer.weights:
                 yield layer, weight
-
-    def _held_keys(self) -> Iterator[ShardKey]:
-        for layer, weight in self._weights():
-            for owner in self.held_owners:
-                yield layer.number, weight, owner
 
     def _other_owners(self) -> list[Owner]:
         """The owners whose memory others create, in an order that differs from rank to rank."""

@@ -32,15 +32,14 @@ def between_regions(call: Call) -> Call:
     return call
 
 
-@torch.compiler.disable(reason="a `with runtime.layer(...)` is not compiled")  # type: ignore[untyped-decorator, no-untyped-call]
-def warn_of_with() -> None:
-    """Tell who compiles a function with a ``with`` block around acquire and release that this function stays as it is.
+@torch.compiler.disable(reason="a `with` block of a runtime is not compiled")  # type: ignore[untyped-decorator, no-untyped-call]
+def warn_of_with(block: str, remedy: str) -> None:
+    """Tell who compiles a function with a ``with`` ``block`` that this function stays as it is.
 
     A region can end at a call, and go on after it; within a ``with`` block of a class that it does not know,
     torch.compile gives the whole function up, and says so only in its own log.
     """
     warnings.warn(
-        "torch.compile does not compile a function in which a `with runtime.layer(...)` stands, only what that calls: "
-        "call acquire and release there",
-        stacklevel=4,  # who has called `DWDPRuntime.layer`
+        f"torch.compile does not compile a function in which a `with {block}` stands, only what that calls: {remedy}",
+        stacklevel=4,  # who has called for the block
     )

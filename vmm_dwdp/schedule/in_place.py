@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
-from vmm_dwdp.allocator.driver import Driver
+from vmm_dwdp.allocator.driver import Driver, StreamId
 from vmm_dwdp.errors import StateError
 from vmm_dwdp.memory.cache import ResidentCache
 from vmm_dwdp.schedule.layer import ScheduledLayer
@@ -26,15 +26,27 @@ class InPlace:
             num_experts = {each.layer.number: each.layer.placement.num_experts for each in layers}
             self._routing = RoutingCounts(num_experts, driver.device)
 
-    def acquire(self, layer: ScheduledLayer, chosen: torch.Tensor | None, stream: torch.cuda.Stream | None) -> None:
-        """The layer is read from now on; ``stream`` counts the ``chosen`` experts."""
+    def acquire(self, layer: ScheduledLayer, chosen: torch.Tensor | None, stream: StreamId) -> None:
+        """The layer is read from now on; ``stream`` counts the ``chosen`` experts, which the current stream made."""
         if self._cache is not None:
             self._cache.require_whole()
         if self._routing is not None and chosen is not None:
-            with nullcontext() if stream is None else torch.cuda.stream(stream):
+            with self._after_current(stream, chosen):
                 self._routing.add(layer.layer.number, chosen)
         layer.read_in_place = True
         layer.in_place += 1
+
+    @contextmanager
+    def _after_current(self, stream: StreamId, read: torch.Tensor) -> Iterator[None]:
+        """``stream`` is the current one, after all that the one before was given. It reads ``read``."""
+        if stream == self._driver.current_stream():
+            yield
+            return
+        reader: torch.cuda.Stream = torch.cuda.ExternalStream(stream, self._driver.device)  # type: ignore[no-untyped-call]
+        reader.wait_stream(torch.cuda.current_stream(self._driver.device))
+        read.record_stream(reader)  # or its memory might be given to others too soon
+        with torch.cuda.stream(reader):
+            yield
 
     def reset(self) -> None:
         """Give up layers that are acquired."""

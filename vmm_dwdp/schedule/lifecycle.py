@@ -39,11 +39,19 @@ class Lifecycle(Turn):
         self._state: _State = "set-up"
         self._thread: threading.Thread | None = None  # of `runner`
         self._claims = threading.Lock()  # guards where `runner` is claimed
+        self._turns = threading.Lock()
+        self._turn_of = 0  # the number of the thread that has `_turns`
+        self._busy: str | None = None  # with what, so that nothing else can be
 
     @property
     def is_running(self) -> bool:
         """Whether passes may run."""
         return self._state == "running"
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._state == "closed"
 
     @property
     def is_forked(self) -> bool:
@@ -71,14 +79,41 @@ class Lifecycle(Turn):
             raise StateError("the runtime belongs to the process that forked this one; open one in each process")
 
     @contextmanager
-    def undisturbed(self) -> Iterator[None]:
-        """No other thread begins a pass while the body runs.
+    def turn(self) -> Iterator[None]:
+        """One thread at a time is in the body of such a block; others wait. Raises `StateError` within another."""
+        if self._turn_of == this_thread():
+            raise StateError("a pass is stated within a pass of the same thread")
+        with self._turns:
+            self._turn_of = this_thread()
+            try:
+                yield
+            finally:
+                self._turn_of = 0
+
+    @contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """Nothing that `require_idle` guards is allowed while the body runs."""
+        self._busy = what
+        try:
+            yield
+        finally:
+            self._busy = None
+
+    def require_idle(self) -> None:
+        """Raise `StateError` unless passes may run, and nothing bars them just now."""
+        self.require_running()
+        if self._busy is not None:
+            raise StateError(f"{self._busy} is under way: nothing else is allowed in its block")
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[bool]:
+        """No other thread begins a pass while the body runs. Tells whether the calling one was in none before.
 
         Raises `StateError` if another thread is in the middle of one.
         """
         claimed = self.claim()
         try:
-            yield
+            yield claimed
         finally:
             if claimed:
                 self.end_pass()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +21,7 @@ from vmm_dwdp.observe.stats import CopyPath, LayerStats, Stats
 from vmm_dwdp.observe.trace import Span, spans_of
 from vmm_dwdp.observe.tracer import Tracer
 from vmm_dwdp.schedule.capture import CapturedPasses
+from vmm_dwdp.schedule.given_stream import StreamLike, given_stream
 from vmm_dwdp.schedule.in_place import InPlace
 from vmm_dwdp.schedule.issue import Issuer, open_issuer
 from vmm_dwdp.schedule.layer import Fetch, ScheduledLayer, StagedLayer
@@ -27,12 +29,30 @@ from vmm_dwdp.schedule.mode_choice import ModeChooser
 from vmm_dwdp.schedule.staging import Staging
 
 
+class Stated(NamedTuple):
+    """What is the same for all layers of a pass; `DWDPRuntime.acquire` tells what each is."""
+
+    mode: ModeSetting | None
+    tokens: int | None
+    top_k: int | None
+
+    def unless(self, mode: ModeSetting | None, tokens: int | None, top_k: int | None) -> Stated:
+        """This, where the arguments do not say otherwise."""
+        tokens = self.tokens if tokens is None else tokens
+        return Stated(mode or self.mode, tokens, self.top_k if top_k is None else top_k)
+
+
 class Schedule:
     """The weights of every layer, from its `acquire` to its `release`.
 
     Layers are named by the model's own numbers. Calls come from one thread at a time. ``stream=None`` is the current
     one.
+
+    Attributes:
+        stated: what is stated of the pass that runs.
     """
+
+    stated: Stated | None = None
 
     def __init__(
         self, driver: Driver, ledger: Ledger, assembly: Assembly, layers: Sequence[Layer], config: DWDPConfig
@@ -51,13 +71,14 @@ class Schedule:
         self._copy_path: CopyPath | None = None
         self._traces = ResourceStack()  # the one that is being recorded, or one whose end was interrupted
         self._in_place: InPlace | None = None
-        self._only_staged = False  # no other mode can be had
+        self._modes: list[Mode] = []  # that can be had
+        self._only_staged = False
         self._chooser: ModeChooser | None = None  # where either mode can be had
 
     def start(self) -> None:
         """Make the weights of the built assembly, and fetch the first layers. If it raises, `close` undoes that."""
         self._layers.update({layer.number: ScheduledLayer(layer, place) for place, layer in enumerate(self._stated)})
-        modes: list[Mode] = []
+        modes = self._modes = []
         if self._config.prefetch_depth:
             modes.append("staged")
             self._stage()
@@ -114,19 +135,20 @@ class Schedule:
         tokens: int | None,
         top_k: int | None,
         chosen: torch.Tensor | None,
-        stream: torch.cuda.Stream | None,
+        stream: StreamLike | None,
     ) -> Weights:
         """See `DWDPRuntime.acquire`."""
         layer = self._layers[number]
-        at = self._driver.current_stream() if stream is None else self._stream(stream)
+        at = self._driver.current_stream() if stream is None else given_stream(stream, self._driver)
+        if self.stated is not None:
+            mode, tokens, top_k = self.stated.unless(mode, tokens, top_k)
         if mode is None and self._only_staged and not self._driver.capturing():
             layer.staged.acquire(at)  # type: ignore[union-attr]  # see [Note: The hit path]
             if layer.place == 0:
                 self._observe(tokens)
             return layer.weights["staged"]
         mode = mode or self._config.mode
-        if self._chooser is None if mode == "auto" else mode not in layer.weights:
-            raise ConfigError(f"the config does not provide for mode {mode}, only for {', '.join(layer.weights)}")
+        self.require_mode(mode)
         if self._mode_of(layer) is not None:
             raise StateError(f"layer {number} is acquired already, and was not released")
         if self._chooser is not None:
@@ -134,17 +156,22 @@ class Schedule:
         assert mode != "auto"
         if mode == "in_place":
             assert self._in_place is not None
-            self._in_place.acquire(layer, chosen, stream)
+            self._in_place.acquire(layer, chosen, at)
         else:
             self._acquire_staged(layer, at, tokens)
         if self._chooser is not None:
             self._chooser.acquired(layer.place, mode)
         return layer.weights[mode]
 
-    def release(self, number: int, stream: torch.cuda.Stream | None) -> None:
+    def require_mode(self, mode: ModeSetting) -> None:
+        """Raise `ConfigError` unless the config provides for it."""
+        if self._chooser is None if mode == "auto" else mode not in self._modes:
+            raise ConfigError(f"the config does not provide for mode {mode}, only for {', '.join(self._modes)}")
+
+    def release(self, number: int, stream: StreamLike | None) -> None:
         """See `DWDPRuntime.release`."""
         layer = self._layers[number]
-        at = self._driver.current_stream() if stream is None else self._stream(stream)
+        at = self._driver.current_stream() if stream is None else given_stream(stream, self._driver)
         staged = layer.staged
         if layer.read_in_place:
             layer.read_in_place = False
@@ -193,6 +220,11 @@ class Schedule:
             return "staged" if self._captured.is_acquired(staged) else None
         return "staged" if staged.slot.reader is staged else None
 
+    @property
+    def held(self) -> int | None:
+        """The number of a layer that is acquired, on a stream that runs or in the capture of the current one."""
+        return next((number for number, layer in self._layers.items() if self._mode_of(layer) is not None), None)
+
     def tensor_list(self, number: int, weight: str) -> list[torch.Tensor]:
         """See `DWDPRuntime.tensor_list`."""
         layer = self._layers[number]
@@ -201,29 +233,17 @@ class Schedule:
             raise StateError(f"layer {number} is not acquired: its tensors may be another layer's")
         return self._assembly.tensor_list(layer.layer, weight, mode)
 
-    def reset(self, stream: torch.cuda.Stream | None) -> None:
+    def reset(self, stream: StreamLike | None) -> None:
         """Give up a pass that ended early."""
         if self._in_place is not None:
             self._in_place.reset()
         if self._staging is not None:
-            at = self._stream(stream)
+            at = given_stream(stream, self._driver)
             if self._driver.capturing():
                 raise StateError(
                     "a capture into a graph leaves the slots as they are: end it, there is nothing to reset"
                 )
             self._staging.reset(at)
-
-    def _stream(self, stream: torch.cuda.Stream | None) -> StreamId:
-        """Raises `StateError` if ``stream`` is of another device, or is captured and the current one, by which captures
-        are told, is not."""
-        if stream is None:
-            return self._driver.current_stream()
-        if stream.device != self._driver.device:
-            raise StateError(f"the stream is of {stream.device}, but the weights are on {self._driver.device}")
-        at = StreamId(stream.cuda_stream)
-        if self._driver.capture(at) and not self._driver.capturing():
-            raise StateError(f"stream {at:#x} is captured into a graph: make it the current stream")
-        return at
 
     # -- between passes ----------------------------------------------------------------------------------------------
     @contextmanager

@@ -1,0 +1,156 @@
+"""What a rank writes while the group changes its weights, and what an update that did not end well may have left."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterator
+
+import torch
+
+from vmm_dwdp.allocator.driver import Driver
+from vmm_dwdp.errors import ConfigError, StateError
+from vmm_dwdp.layout.layer import Layer, Layers
+from vmm_dwdp.layout.placement import Owner, in_words
+from vmm_dwdp.memory.assembly import Assembly
+
+ShardKey = tuple[int, str, Owner]  # layer number, weight, whose
+
+
+class Shards:
+    """The shards that a rank holds, as something that updates write.
+
+    Args:
+        held: the owners whose memory this rank creates.
+        layers: what was added so far, by the caller.
+
+    Attributes:
+        begun: what may have been written by an update that did not end well.
+    """
+
+    def __init__(self, driver: Driver, assembly: Assembly, held: Collection[Owner], layers: Layers) -> None:
+        self.begun: set[ShardKey] = set()
+        self._driver = driver
+        self._assembly = assembly
+        self._held = held
+        self._layers = layers
+
+    def keys(self) -> Iterator[ShardKey]:
+        """Of all that this rank holds."""
+        for layer in self._layers.in_order:
+            for weight in layer.weights:
+                for owner in self._held:
+                    yield layer.number, weight, owner
+
+    def require_held(self, owner: Owner) -> None:
+        """Raise `ConfigError` unless this rank creates the memory of ``owner``."""
+        if owner not in self._held:
+            raise ConfigError(f"this rank does not hold the shards of {in_words(owner)}")
+
+    def require_fits(
+        self, layer: Layer, weight: str, owner: Owner, value: torch.Tensor, experts: range | None = None
+    ) -> None:
+        """Raise `ConfigError` unless ``value`` can be written to ``experts`` of the shard of ``owner``; by default to
+        all that it holds."""
+        self.require_held(owner)
+        where = f"layer {layer.number}, {weight}"
+        if not isinstance(value, torch.Tensor):
+            raise ConfigError(f"{where}: a shard is a tensor, not {type(value).__name__}")
+        held = layer.placement.experts(owner)
+        whose = f"the shard of {in_words(owner)}"
+        if experts is None:
+            experts = held
+        elif experts.step != 1 or not (set(experts) <= set(held)):
+            raise ConfigError(f"{where}: {whose} has the experts {held}, not {experts}")
+        else:
+            whose = f"the part of {experts} of {whose}"
+        spec = layer.weights[weight]
+        shape = spec.of(len(experts))
+        if tuple(value.shape) != shape or value.dtype != spec.dtype:
+            found, stated = f"{tuple(value.shape)} of {value.dtype}", f"{shape} of {spec.dtype}"
+            raise ConfigError(f"{where}: {whose} is {stated}, not {found}")
+
+    def require_covered(self, unfinished: Collection[ShardKey], whole: Collection[ShardKey]) -> None:
+        """Raise `ConfigError` unless ``whole`` has all that is ``unfinished``."""
+        for key in self.keys():
+            if key in unfinished and key not in whole:
+                number, weight, owner = key
+                raise ConfigError(
+                    f"layer {number}, {weight}: the shard of {in_words(owner)} may be half written by an update that "
+                    "was not finished; the next one must have it"
+                )
+
+    def write(self, layer: Layer, weight: str, owner: Owner, value: torch.Tensor, experts: range) -> None:
+        """While no rank reads. The bytes are there when it returns."""
+        self.begun.add((layer.number, weight, owner))
+        first = experts.start - layer.placement.experts(owner).start
+        with self._assembly.writing(layer, weight, owner) as shard:
+            shard[first : first + len(experts)].copy_(value)
+            self._driver.synchronize()
+
+
+class Update:
+    """What `DWDPRuntime.updating` gives: new experts, one tensor after another. Of use while its block runs."""
+
+    def __init__(
+        self, driver: Driver, shards: Shards, rank: int, layers: Layers, unfinished: Collection[ShardKey]
+    ) -> None:
+        """``unfinished``: what has to be written whole."""
+        self._driver = driver
+        self._shards = shards
+        self._rank = rank
+        self._layers = layers
+        self._unfinished = unfinished
+        self._written: dict[ShardKey, set[int]] = {}  # which experts
+        self._writing = threading.Lock()  # one at a time
+        self._over = False
+
+    def write(
+        self,
+        layer: int,
+        weight: str,
+        value: torch.Tensor,
+        *,
+        experts: range | int | None = None,
+        owner: Owner | None = None,
+    ) -> None:
+        """Write experts of a weight that this rank holds. Any thread may, and again what was written before.
+
+        Args:
+            value: ``[n, ...]``, of the weight's dtype, on any device; nothing refers to it afterwards.
+            experts: which, of those that `DWDPRuntime.local_experts` tells, by the numbers of the model: ``n`` one
+                after another, or one, of which ``value`` is ``[...]`` or ``[1, ...]``. Default: all of them.
+            owner: whose shard, as `DWDPRuntime.local_shard` takes it; default: this rank's own.
+
+        Raises:
+            ConfigError: there is no such shard here, or ``value`` does not fit. Nothing was written.
+            StateError: the update is over.
+            DriverError: a call failed.
+        """
+        found = self._layers.with_weight(layer, weight)
+        owner = self._rank if owner is None else owner
+        if isinstance(experts, int):
+            experts = range(experts, experts + 1)
+            if isinstance(value, torch.Tensor) and value.dim() == len(found.weights[weight].shape) - 1:
+                value = value[None]
+        self._shards.require_fits(found, weight, owner, value, experts)
+        experts = found.placement.experts(owner) if experts is None else experts
+        with self._writing:
+            if self._over:
+                raise StateError("the update is over: write in the block of runtime.updating()")
+            with self._driver.current():
+                self._shards.write(found, weight, owner, value, experts)
+            self._written.setdefault((layer, weight, owner), set()).update(experts)
+
+    def end(self) -> None:
+        """Nothing is written any more."""
+        with self._writing:
+            self._over = True
+
+    def require_whole(self) -> None:
+        """Raise `ConfigError` if something may be half written still."""
+        whole = [
+            (number, weight, owner)
+            for (number, weight, owner), experts in self._written.items()
+            if experts >= set(self._layers.numbered[number].placement.experts(owner))
+        ]
+        self._shards.require_covered(self._unfinished, whole)
