@@ -23,9 +23,11 @@ from support.subjects import (
     Publish,
     Refresh,
     Reset,
+    StatedPass,
     Traced,
     Update,
     UpdateAndRead,
+    Updating,
 )
 
 from vmm_dwdp import DriverError, DWDPConfig
@@ -92,8 +94,21 @@ def test_update(mode: str, how: How) -> None:
     sweep(lambda: Update(replace(HOST, **MODES[mode]), FailingDriver), lambda at: Interrupter(at, how), most=60)
 
 
-def test_update_of_a_group() -> None:
-    sweep(lambda: Update(PAIR, FailingDriver), lambda at: Interrupter(at), most=8)
+@pytest.mark.parametrize("how", ["line", "signal"])
+def test_a_pass_that_is_stated_once(issuer: tuple[DWDPConfig, MakeDriver], how: How) -> None:
+    config, driver = issuer
+    config = replace(config, mode="in_place")
+    sweep(lambda: StatedPass(config, driver, [0, 1, 2], "staged"), lambda at: Interrupter(at, how), most=10)
+
+
+@pytest.mark.parametrize("how", ["line", "signal"])
+def test_updating(how: How) -> None:
+    sweep(lambda: Updating(replace(HOST, mode="in_place"), FailingDriver), lambda at: Interrupter(at, how), most=12)
+
+
+@pytest.mark.parametrize("subject", [Update, Updating])
+def test_update_of_a_group(subject: type[Update]) -> None:
+    sweep(lambda: subject(PAIR, FailingDriver), lambda at: Interrupter(at), most=8)
 
 
 @pytest.mark.parametrize("how", ["line", "signal"])

@@ -207,6 +207,16 @@ class Reset(Pass):
         self.runtime.reset()
 
 
+class StatedPass(Pass):
+    """A pass that is stated once, and ends before its last layer."""
+
+    def operate(self) -> None:
+        with self.runtime.forward_pass(mode=self.mode, tokens=7):
+            for layer in self.order:
+                self.runtime.acquire(layer)
+                self.runtime.release(layer)
+
+
 class Traced(Pass):
     """A pass that is traced: afterwards another trace can be recorded, and no event is left in the ledger."""
 
@@ -272,6 +282,16 @@ class Update(Group):
         self.pool.shutdown()
         self.pending.clear()  # errors in it hold tensors
         super().close()
+
+
+class Updating(Update):
+    """The same by `updating`, a tensor for each expert."""
+
+    def update(self, runtime: DWDPRuntime, timeout: float) -> None:
+        with runtime.updating(timeout) as update:
+            for (number, name, owner), whole in shards(runtime, self.model).items():
+                for expert, value in zip(runtime.local_experts(number, owner), whole, strict=True):
+                    update.write(number, name, value, experts=expert, owner=owner)
 
 
 class UpdateAndRead(Update):

@@ -146,9 +146,11 @@ class Membership:
                     update.end()
                 update.require_whole()
                 deadline = time.monotonic() + timeout
-                self._sum_held_shards()
+                with update.touching():
+                    self._sum_held_shards()
                 self._exchange.step(1, "update: this rank has written", deadline)
-                self._fill_edges()
+                with update.touching():
+                    self._fill_edges()
                 for owner in self._other_owners():
                     self._learn_checksums(self._exchange, owner, HOST_CREATOR if owner == HOST else owner, deadline)
                 self._exchange.step(LAST_STEP, "update: the edges of this rank are filled", deadline)
@@ -181,7 +183,7 @@ class Membership:
     def leave(self) -> None:
         """Stop answering others, which needs no device. A second call goes on where one stopped."""
         if self._update is not None:
-            self._update.end()
+            self._update.close()
         if self._exchange is None:
             self._rendezvous.leave()
         else:

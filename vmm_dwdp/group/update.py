@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -101,8 +102,9 @@ class Update:
         self._layers = layers
         self._unfinished = unfinished
         self._written: dict[ShardKey, set[int]] = {}  # which experts
-        self._writing = threading.Lock()  # one at a time
-        self._over = False
+        self._lock = threading.Lock()  # of whoever touches the memory
+        self._is_over = False
+        self._is_closed = False
 
     def write(
         self,
@@ -134,17 +136,28 @@ class Update:
                 value = value[None]
         self._shards.require_fits(found, weight, owner, value, experts)
         experts = found.placement.experts(owner) if experts is None else experts
-        with self._writing:
-            if self._over:
+        with self.touching(), self._driver.current():
+            if self._is_over:
                 raise StateError("the update is over: write in the block of runtime.updating()")
-            with self._driver.current():
-                self._shards.write(found, weight, owner, value, experts)
+            self._shards.write(found, weight, owner, value, experts)
             self._written.setdefault((layer, weight, owner), set()).update(experts)
 
+    @contextmanager
+    def touching(self) -> Iterator[None]:
+        """One thread at a time reads or writes shards; `close` waits for it. Raises `StateError` after it."""
+        with self._lock:
+            if self._is_closed:
+                raise StateError("the runtime is closed")
+            yield
+
     def end(self) -> None:
-        """Nothing is written any more."""
-        with self._writing:
-            self._over = True
+        """The body is over."""
+        self._is_over = True
+
+    def close(self) -> None:
+        """There is no memory to write to any more."""
+        with self._lock:
+            self._is_closed = True
 
     def require_whole(self) -> None:
         """Raise `ConfigError` if something may be half written still."""

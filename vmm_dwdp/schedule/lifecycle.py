@@ -39,8 +39,7 @@ class Lifecycle(Turn):
         self._state: _State = "set-up"
         self._thread: threading.Thread | None = None  # of `runner`
         self._claims = threading.Lock()  # guards where `runner` is claimed
-        self._turns = threading.Lock()
-        self._turn_of = 0  # the number of the thread that has `_turns`
+        self._turns = threading.RLock()
         self._busy: str | None = None  # with what, so that nothing else can be
 
     @property
@@ -81,14 +80,10 @@ class Lifecycle(Turn):
     @contextmanager
     def turn(self) -> Iterator[None]:
         """One thread at a time is in the body of such a block; others wait. Raises `StateError` within another."""
-        if self._turn_of == this_thread():
+        if self._turns._is_owned():  # type: ignore[attr-defined]  # what it tells cannot be left behind by an interrupt
             raise StateError("a pass is stated within a pass of the same thread")
         with self._turns:
-            self._turn_of = this_thread()
-            try:
-                yield
-            finally:
-                self._turn_of = 0
+            yield
 
     @contextmanager
     def busy(self, what: str) -> Iterator[None]:
@@ -118,6 +113,7 @@ class Lifecycle(Turn):
             if claimed:
                 self.end_pass()
                 self.ask_again()  # what `acquire` sees to in a thread was not done in this one
+            self._busy = None  # if its own end was interrupted
 
     def end_pass(self) -> None:
         """The pass is over: any thread may begin the next one."""

@@ -73,6 +73,7 @@ class Schedule:
         self._in_place: InPlace | None = None
         self._modes: list[Mode] = []  # that can be had
         self._only_staged = False
+        self._stopped = False
         self._chooser: ModeChooser | None = None  # where either mode can be had
 
     def start(self) -> None:
@@ -270,6 +271,8 @@ class Schedule:
         self._refill()
 
     def _refill(self) -> None:
+        if self._stopped:
+            return
         if self._staging is not None:
             self._staging.reset(self._driver.current_stream())
         if self._assembly.cache is not None:
@@ -349,6 +352,7 @@ class Schedule:
     # -- the end -----------------------------------------------------------------------------------------------------
     def stop(self) -> None:
         """Copy nothing more; what was issued may still run. Needs no device."""
+        self._stopped = True
         for layer in self._layers.values():
             layer.weights = {}
             if layer.staged is not None:
