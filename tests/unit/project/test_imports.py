@@ -31,6 +31,7 @@ ROOMS: Final = {  # from the bottom up: what it is about, in a word, and all tha
     "group": ("others", "errors config layout allocator observe memory"),
     "rank": ("lifetime", "errors config temporary layout allocator observe memory schedule group"),
     "runtime": ("passes", "errors config layout allocator observe memory schedule group rank"),
+    "operators": ("compilers", "errors runtime"),
     "checkpoint": ("files", "errors config layout allocator runtime"),
     "planning": ("paper", "errors config layout allocator observe memory schedule runtime"),
     "integrations": (
