@@ -105,7 +105,7 @@ static int is_ready_to_enter(const LayerObject *layer) {
     const SlotObject *slot = layer->slot;
     const PipelineObject *pipeline = layer->pipeline;
     return !is_set(slot->reader) && slot->holds == (PyObject *)layer && layer->place > pipeline->latest &&
-           !is_set(pipeline->tracer);
+           !is_set(pipeline->tracer) && !pipeline->watched;
 }
 
 int enter(LayerObject *layer, void *stream) {
@@ -139,7 +139,7 @@ int enter(LayerObject *layer, void *stream) {
 static int leave_for(LayerObject *layer, LayerObject *following, void *stream) {
     SlotObject *slot = layer->slot;
     const PipelineObject *pipeline = layer->pipeline;
-    if (slot->reader != (PyObject *)layer || is_set(pipeline->tracer))
+    if (slot->reader != (PyObject *)layer || is_set(pipeline->tracer) || pipeline->watched)
         return 0;
     const int fetches = slot->holds != (PyObject *)following;
     if (fetches && (!is_set(slot->holds) || !slot->read || !is_set(following->job)))

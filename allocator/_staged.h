@@ -29,7 +29,7 @@ typedef struct { /* what the layers of a rank share: see `Pipeline` */
     RecordEvent record;
     PyObject *failure; /* makes an exception of the name of a call and its result */
     int latest;
-    char prompt, timed;
+    char prompt, timed, watched;
 } PipelineObject;
 
 typedef struct { /* see `StagedLayer` */

@@ -95,7 +95,7 @@ static int pipeline_init(PyObject *object, PyObject *arguments, PyObject *keywor
     self->wait = (WaitEvent)wait;
     self->record = (RecordEvent)record_at;
     self->latest = latest;
-    self->prompt = self->timed = 0;
+    self->prompt = self->timed = self->watched = 0;
     return 0;
 }
 
@@ -106,6 +106,7 @@ static PyMemberDef pipeline_members[] = {
     {"latest", T_INT, offsetof(PipelineObject, latest), 0, NULL},
     {"prompt", T_BOOL, offsetof(PipelineObject, prompt), 0, NULL},
     {"timed", T_BOOL, offsetof(PipelineObject, timed), 0, NULL},
+    {"watched", T_BOOL, offsetof(PipelineObject, watched), 0, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 

@@ -18,7 +18,7 @@ from vmm_dwdp.rank import Rank
 from vmm_dwdp.schedule.compiled_models import between_regions, warn_of_with
 from vmm_dwdp.schedule.given_stream import StreamLike
 from vmm_dwdp.schedule.hit_path import HitPath, this_thread
-from vmm_dwdp.schedule.schedule import Stated
+from vmm_dwdp.schedule.stated import Stated
 
 
 class DWDPRuntime(Rank):
@@ -144,7 +144,8 @@ class DWDPRuntime(Rank):
             tokens: how many tokens the layer is given; for mode auto, and for `Stats.advice`.
             top_k: how many experts each of them uses: what mode auto goes by before it has timed passes.
             chosen: int64 ``[tokens, top_k]`` on the device, the experts that each token uses: what the resident cache
-                goes by. ``stream`` counts them, if the layer is read in place.
+                goes by. ``stream`` counts them, if the layer is read in place, after the current one has made them.
+            stream: torch's, the number that the driver knows it by, or any object with ``__cuda_stream__``.
 
         Returns:
             By weight, the tensor ``[E, ...]``: for each mode the same tensors, at the same addresses, on every call.
@@ -156,7 +157,8 @@ class DWDPRuntime(Rank):
         layer to `release` of the last; replays and other passes may then alternate.
 
         Raises:
-            ConfigError: no such layer, the config does not provide for ``mode``, or mode auto is not told ``tokens``.
+            ConfigError: no such layer or stream, the config does not provide for ``mode``, or mode auto is not told
+                ``tokens``.
             StateError: the layer, or another that uses its slot, was acquired and not released; or not published; or a
                 capture does not begin between passes; or ``stream`` is captured, and not the current one either, or
                 another device's; or another thread is in the middle of a pass.

@@ -244,8 +244,10 @@ def test_a_rank_that_fails_to_publish_comes_again_to_who_still_waits(tmp_path: P
     early = loaded(0, tmp_path, config)
     with ThreadPoolExecutor(3) as pool:
         waiting = pool.submit(early.publish)
+        while not (tmp_path / "rank-0").exists():
+            pass
         with pytest.raises(ExchangeError, match="rank 2 did not come"):
-            publish(1, 0.3)
+            publish(1, 1.0)
         runtimes = [pool.submit(publish, rank, 60) for rank in (1, 2)]
         others = [runtime.result() for runtime in runtimes]
         waiting.result()

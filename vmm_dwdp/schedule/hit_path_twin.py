@@ -36,6 +36,7 @@ class PipelineState:
         self.latest = latest
         self.prompt = False
         self.timed = False
+        self.watched = False
 
 
 class LayerState:

@@ -73,6 +73,7 @@ class Pipeline(PipelineState):
         streams: on which they run.
         timer: times the waits of `StagedLayer.acquire`.
         timed: whether the pass in progress is.
+        watched: whether somebody else is to see every acquire and release of it.
         tracer: is told what happens, while there is one.
         latest: the place in a pass of the layer that was acquired last.
         prompt: whether the driver is given the copies of the first layers before a pass ends; see [Note: Capture].
@@ -81,6 +82,7 @@ class Pipeline(PipelineState):
     driver: Driver
     issuer: Issuer
     timed: bool
+    watched: bool
     tracer: Tracer | None
     latest: int
     prompt: bool

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 
@@ -17,6 +16,7 @@ from vmm_dwdp.layout.copies import LayerPlan, plan_layer
 from vmm_dwdp.layout.layer import ByNumber, Layer
 from vmm_dwdp.memory.assembly import Assembly, Weights
 from vmm_dwdp.observe.guard import Guard
+from vmm_dwdp.observe.spans import Spans
 from vmm_dwdp.observe.stats import CopyPath, LayerStats, Stats
 from vmm_dwdp.observe.trace import Span, spans_of
 from vmm_dwdp.observe.tracer import Tracer
@@ -27,19 +27,7 @@ from vmm_dwdp.schedule.issue import Issuer, open_issuer
 from vmm_dwdp.schedule.layer import Fetch, ScheduledLayer, StagedLayer
 from vmm_dwdp.schedule.mode_choice import ModeChooser
 from vmm_dwdp.schedule.staging import Staging
-
-
-class Stated(NamedTuple):
-    """What is the same for all layers of a pass; `DWDPRuntime.acquire` tells what each is."""
-
-    mode: ModeSetting | None
-    tokens: int | None
-    top_k: int | None
-
-    def unless(self, mode: ModeSetting | None, tokens: int | None, top_k: int | None) -> Stated:
-        """This, where the arguments do not say otherwise."""
-        tokens = self.tokens if tokens is None else tokens
-        return Stated(mode or self.mode, tokens, self.top_k if top_k is None else top_k)
+from vmm_dwdp.schedule.stated import Stated
 
 
 class Schedule:
@@ -74,6 +62,7 @@ class Schedule:
         self._modes: list[Mode] = []  # that can be had
         self._only_staged = False
         self._stopped = False
+        self._spans: Spans | None = None  # of the pass that runs, if a profiler does
         self._chooser: ModeChooser | None = None  # where either mode can be had
 
     def start(self) -> None:
@@ -143,6 +132,10 @@ class Schedule:
         at = self._driver.current_stream() if stream is None else given_stream(stream, self._driver)
         if self.stated is not None:
             mode, tokens, top_k = self.stated.unless(mode, tokens, top_k)
+        if layer.place == 0:
+            self._look_for_a_profiler()
+        if self._spans is not None:
+            self._spans.begin(number)
         if mode is None and self._only_staged and not self._driver.capturing():
             layer.staged.acquire(at)  # type: ignore[union-attr]  # see [Note: The hit path]
             if layer.place == 0:
@@ -185,6 +178,8 @@ class Schedule:
             self._captured.release(self._capture(at), staged, at)
         if self._chooser is not None:
             self._chooser.release(layer.place, at)
+        if self._spans is not None:
+            self._spans.end(number)
 
     def _acquire_staged(self, layer: ScheduledLayer, stream: StreamId, tokens: int | None) -> None:
         staged = layer.staged
@@ -201,6 +196,13 @@ class Schedule:
         """A staged pass of ``tokens`` begins."""
         if self._advises and self._staging is not None:
             self._guard.observe(self._staging.pipeline.timer.latest, tokens)
+
+    def _look_for_a_profiler(self) -> None:
+        """A pass begins: see [Note: Spans]."""
+        if (wanted := Spans.are_wanted()) != (self._spans is not None):
+            self._spans = Spans() if wanted else None
+            if self._staging is not None:
+                self._staging.pipeline.watched = wanted
 
     def _capture(self, stream: StreamId) -> int:
         """The capture of the current stream. Raises `StateError` unless ``stream`` takes part in it, or it would run
@@ -236,6 +238,8 @@ class Schedule:
 
     def reset(self, stream: StreamLike | None) -> None:
         """Give up a pass that ended early."""
+        if self._spans is not None:
+            self._spans.end_all()
         if self._in_place is not None:
             self._in_place.reset()
         if self._staging is not None:

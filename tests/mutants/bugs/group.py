@@ -13,6 +13,7 @@ _UPDATE = ("tests/multiprocess/test_update.py",)
 _SOCKETS = ("tests/unit/group/test_socket_failures.py",)
 _AGREEMENT = ("tests/unit/group/test_agreement_protocol.py",)
 _AGAIN = ("tests/multiprocess/test_update_again.py",)
+_UPDATING = ("tests/multiprocess/test_updating.py",)
 
 BUGS: Final = (
     Bug(
@@ -27,7 +28,8 @@ BUGS: Final = (
     Bug(
         "the edges keep old bytes in an update",
         "vmm_dwdp/group/membership.py",
-        """                self._fill_edges()
+        """                with update.touching():
+                    self._fill_edges()
                 for owner in""",
         "                for owner in",
         _UPDATE,
@@ -169,10 +171,38 @@ BUGS: Final = (
     ),
     Bug(
         "an update need not have what the one before left half written",
-        "vmm_dwdp/group/membership.py",
-        "self._begun |= shards.keys()",
-        "self._begun -= shards.keys()",
+        "vmm_dwdp/group/update.py",
+        "        self.begun.add((layer.number, weight, owner))\n",
+        "",
         _AGAIN,
+    ),
+    Bug(
+        "one expert of a half-written shard stands for all",
+        "vmm_dwdp/group/update.py",
+        "if experts >= set(",
+        "if experts & set(",
+        _UPDATING,
+    ),
+    Bug(
+        "an expert is written to the place of the first",
+        "vmm_dwdp/group/update.py",
+        "        first = experts.start - layer.placement.experts(owner).start\n",
+        "        first = 0\n",
+        _UPDATING,
+    ),
+    Bug(
+        "an update that is over takes more",
+        "vmm_dwdp/group/update.py",
+        "        self._is_over = True\n",
+        "        pass\n",
+        _UPDATING,
+    ),
+    Bug(
+        "what was closed in the middle of an update is written to",
+        "vmm_dwdp/group/update.py",
+        "            self._is_closed = True\n",
+        "            pass\n",
+        _UPDATING,
     ),
     Bug(
         "two revisions that differ count as equal",
@@ -226,8 +256,8 @@ BUGS: Final = (
     Bug(
         "what a half-done update has begun need not be in the next",
         "vmm_dwdp/group/membership.py",
-        "        if self.half_updated is None:\n            self._begun.clear()\n",
-        "        self._begun.clear()\n",
+        "        if self.half_updated is None:\n            self.shards.begun.clear()\n",
+        "        self.shards.begun.clear()\n",
         ("tests/multiprocess/test_update_again.py::test_an_update_covers_what_the_one_before_left_half_written",),
     ),
     Bug(

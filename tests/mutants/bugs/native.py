@@ -176,8 +176,8 @@ BUGS: Final = (
     Bug(
         "C hits a layer that is traced",
         "allocator/_staged.c",
-        "layer->place > pipeline->latest &&\n           !is_set(pipeline->tracer);",
-        "layer->place > pipeline->latest;",
+        "layer->place > pipeline->latest &&\n           !is_set(pipeline->tracer) &&",
+        "layer->place > pipeline->latest &&",
         _HIT_PATH,
     ),
     Bug(

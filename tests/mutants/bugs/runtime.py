@@ -9,6 +9,7 @@ from mutants.seeded import Bug
 _CLOSING = ("tests/unit/test_closing.py",)
 _TURN = ("tests/unit/test_threads_and_forks.py",)
 _CURRENT = ("tests/unit/allocator/test_current_device.py",)
+_STATED = ("tests/unit/test_forward_pass.py",)
 
 BUGS: Final = (
     Bug(
@@ -28,9 +29,58 @@ BUGS: Final = (
     Bug(
         "an update in the middle of a pass lets the pass go on unasked",
         "vmm_dwdp/rank.py",
-        "            self._lifecycle.ask_again()  # so that the next",
-        "            pass  # so that the next",
+        "        self._lifecycle.ask_again()  # so that the next",
+        "        pass  # so that the next",
         ("tests/multiprocess/test_update_again.py::test_an_update_that_fails_in_the_middle_of_a_pass_ends_the_pass",),
+    ),
+    Bug(
+        "in the block of an update all calls are allowed",
+        "vmm_dwdp/schedule/lifecycle.py",
+        "        self._busy = what\n",
+        "        pass\n",
+        ("tests/multiprocess/test_updating.py",),
+    ),
+    Bug(
+        "threads that state their passes do not wait for each other",
+        "vmm_dwdp/schedule/lifecycle.py",
+        "        with self._turns:\n            yield\n",
+        "        yield\n",
+        _STATED,
+    ),
+    Bug(
+        "what was stated of a pass stays",
+        "vmm_dwdp/runtime.py",
+        "                self._schedule.stated = None\n",
+        "                pass\n",
+        _STATED,
+    ),
+    Bug(
+        "a stated pass that ends early leaves the slots as they are",
+        "vmm_dwdp/runtime.py",
+        "        if self._lifecycle.is_running and self._lifecycle.in_pass:\n            self._schedule.reset(None)\n",
+        "        if self._lifecycle.is_running and self._lifecycle.in_pass:\n",
+        _STATED,
+    ),
+    Bug(
+        "a stated pass begins in the middle of another",
+        "vmm_dwdp/runtime.py",
+        "            if not begins:\n                self._give_up()\n",
+        "",
+        _STATED,
+    ),
+    Bug(
+        "streams of other devices are taken by their numbers",
+        "vmm_dwdp/schedule/given_stream.py",
+        "if not driver.owns(at):",
+        "if driver.owns(at) is None:",
+        ("tests/unit/schedule/test_given_stream.py",),
+    ),
+    Bug(
+        "a layer that is profiled is hit in C",
+        "vmm_dwdp/schedule/schedule.py",
+        "                self._staging.pipeline.watched = wanted\n",
+        "                pass\n",
+        ("tests/unit/observe/test_spans.py",),
     ),
     Bug(
         "a pass does not end with its last layer",

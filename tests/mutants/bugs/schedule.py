@@ -148,8 +148,8 @@ BUGS: Final = (
     ),
     Bug(
         "a stream of another device is taken",
-        "vmm_dwdp/schedule/schedule.py",
-        "        if stream.device != self._driver.device:\n",
+        "vmm_dwdp/schedule/given_stream.py",
+        "        if stream.device != driver.device:\n",
         "        if stream.device is None:\n",
         _CURRENT,
     ),
