@@ -122,11 +122,10 @@ def test_demo() -> None:
     assert json.loads(printed)["identical"] is True
 
 
-def test_the_first_script_of_the_readme(tmp_path: Path) -> None:
+def test_the_last_script_of_the_readme(tmp_path: Path) -> None:
     readme = importlib.metadata.metadata("vmm-dwdp").get_payload()
-    script = re.search(r"```python\n(.*?)```", str(readme), re.DOTALL)
-    assert script is not None
-    (tmp_path / "first.py").write_text(script[1])
+    scripts = re.findall(r"```python\n(.*?)```", str(readme), re.DOTALL)
+    (tmp_path / "first.py").write_text(scripts[-1])
 
     command = [sys.executable, "first.py"]
     printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
