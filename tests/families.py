@@ -4,12 +4,12 @@
     python tests/families.py qwen3_moe jetmoe       these families
     python tests/families.py --group-size 3 --host-experts 1
 
-Each is saved by `save_pretrained`, loaded whole by transformers, and loaded by each rank; every bit of the ranks' logits is
+Each is saved by `save_pretrained`, loaded whole by transformers, and loaded by each rank; every bit of their logits is
 compared with the whole model's.
 
 identical        as they are
-by alignment     once the whole model's experts start where torch would put them: transformers leaves parameters in the mapped
-                 file, at any address, where kernels of a CPU may round otherwise
+by alignment     once the whole model's experts start where torch would put them: transformers leaves those that need no
+                 conversion in the mapped file, at any address, where kernels of a CPU may round otherwise
 refused          by a sentence, which is printed
 not tried        transformers itself does not run it with tokens alone in this environment; what it said is printed
 DIFFERENT        and an exit status of 1
@@ -75,24 +75,39 @@ def _whole(kind: type[PreTrainedModel], folder: Path) -> Outcome | None:
     try:
         torch.manual_seed(0)
         model = kind(tiny_config(kind.config_class)).eval()
-        experts = [module for module in model.modules() if "Experts" in type(module).__name__]
-        for parameter in (parameter for module in experts for parameter in module.parameters()):
-            parameter.data.normal_(0, 0.2)
+        if not _experts(model):
+            return UNTRIED, "it has no experts"
+        for weight in _experts(model):
+            weight.data.normal_(0, 0.2)
         model.save_pretrained(folder)
         loaded = kind.from_pretrained(folder).eval()
-        found = {"as loaded": _logits(loaded)}
+        mapped = any(map(_is_mapped, _experts(loaded)))
+        whole = _logits(loaded)
         with contextlib.suppress(ConfigError):  # it has no stacked experts: ranks will refuse it
             align_experts(loaded)
-        torch.save(found | {"aligned": _logits(loaded)}, folder / "logits")
+        torch.save({"as loaded": whole, "aligned": _logits(loaded), "mapped": mapped}, folder / "logits")
     except Exception as error:  # whatever transformers raises
         return UNTRIED, f"{type(error).__name__}: {error}"
-    if not experts:
-        return UNTRIED, "it has no experts"
-    return None if found["as loaded"].isfinite().all() else (UNTRIED, "its logits are not finite")
+    return None if whole.isfinite().all() else (UNTRIED, "its logits are not finite")
+
+
+def _experts(model: PreTrainedModel) -> list[Tensor]:
+    modules = [module for module in model.modules() if "Experts" in type(module).__name__]
+    return [parameter for module in modules for parameter in module.parameters()]
+
+
+def _is_mapped(weight: Tensor) -> bool:
+    """Whether it lies in a file of the checkpoint: transformers had nothing to convert."""
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        first, _, last = line.partition(" ")[0].partition("-")
+        if int(first, 16) <= weight.data_ptr() < int(last, 16):
+            return line.endswith(".safetensors")
+    return False
 
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel) -> Tensor:
+    torch.manual_seed(1)  # a diffusion model draws its first canvas
     tokens: dict[str, Any] = {"input_ids": prompt()}
     if model.config.is_encoder_decoder:
         tokens["decoder_input_ids"] = prompt()
@@ -115,10 +130,10 @@ def _one(folder: Path, config: DWDPConfig, rank: int) -> Outcome:
         return REFUSED, str(error)
     with model.dwdp:
         logits = _logits(model)
-        layers = len(model.dwdp.stats().layers)
+        said = f"{len(model.dwdp.stats().layers)} layers" + ", in the mapped file" * whole["mapped"]
     if torch.equal(logits, whole["as loaded"]):
-        return IDENTICAL, f"{layers} layers"
-    return (ALIGNED if torch.equal(logits, whole["aligned"]) else DIFFERENT), f"{layers} layers"
+        return IDENTICAL, said
+    return (ALIGNED if torch.equal(logits, whole["aligned"]) else DIFFERENT), said
 
 
 def _worst(outcomes: list[Outcome]) -> Outcome:

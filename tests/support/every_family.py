@@ -34,6 +34,7 @@ NAMES: dict[str, Any] = {
     **dict.fromkeys(("mamba_num_heads", "mamba_n_heads", "linear_num_value_heads"), 4),
     **dict.fromkeys(("encoder_layers", "decoder_layers", "index_n_heads", "linear_num_key_heads"), 2),
     **dict.fromkeys(("mamba_d_head", "sliding_window", "index_head_dim", "index_topk"), 16),
+    "unpadded_vocab_size": SIZES["vocab_size"],
     "num_layers": 3,
     "depth": 1,
     "image_size": 28,
@@ -53,6 +54,7 @@ WANTED: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": NUM_EXPERTS, "moe_top_k": 2},
     },
     "DeepseekOcr2TextConfig": SPARSE,
+    "Dots3NoteAudioConfig": {"adapter_input_size": 32},
     "Dots3NoteTextConfig": {"num_key_value_heads": 4},
     "Dots3NoteVisionConfig": {"adapter_in_dim": 32, "pyramid_num_routed": [0, NUM_EXPERTS, NUM_EXPERTS]},
     "Ernie4_5_VLMoeTextConfig": {
@@ -86,6 +88,7 @@ WANTED: dict[str, dict[str, Any]] = {
     },
     "NemotronHConfig": {"layers_block_type": ["attention", "moe", "moe"]},
     "Qwen3OmniMoeTalkerConfig": {"spatial_merge_size": 2},
+    "Qwen3OmniMoeTalkerTextConfig": {"shared_expert_intermediate_size": 16},
     "Step3p7TextConfig": SPARSE,
     "ZayaConfig": {"num_experts_per_tok": 1},
 }
