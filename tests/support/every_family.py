@@ -54,9 +54,13 @@ WANTED: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": NUM_EXPERTS, "moe_top_k": 2},
     },
     "DeepseekOcr2TextConfig": SPARSE,
-    "Dots3NoteAudioConfig": {"adapter_input_size": 32},
+    "Dots3NoteAudioConfig": {"adapter_input_size": 32, "adapter_out_dim": 32},
     "Dots3NoteTextConfig": {"num_key_value_heads": 4},
-    "Dots3NoteVisionConfig": {"adapter_in_dim": 32, "pyramid_num_routed": [0, NUM_EXPERTS, NUM_EXPERTS]},
+    "Dots3NoteVisionConfig": {
+        "adapter_in_dim": 32,
+        "adapter_out_dim": 32,
+        "pyramid_num_routed": [0, NUM_EXPERTS, NUM_EXPERTS],
+    },
     "Ernie4_5_VLMoeTextConfig": {
         "moe_intermediate_size": [24, 16],
         "rope_parameters": ROPE | {"mrope_section": [1, 1, 2]},
