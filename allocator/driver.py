@@ -49,7 +49,7 @@ class HandleType(enum.Enum):
     """How physical memory can be handed to another process."""
 
     POSIX_FD = "posix-fd"  # a file descriptor: processes of one machine
-    FABRIC = "fabric"  # 64 bytes that may travel anywhere in an NVLink domain
+    FABRIC = "fabric"  # 64 bytes that name it, in place of a descriptor
 
 
 @dataclass(frozen=True)

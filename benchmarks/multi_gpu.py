@@ -187,6 +187,8 @@ def main() -> None:
     options.add_argument("--only", nargs="*", choices=PARTS, default=None)
     given: argparse.Namespace = options.parse_args()
     os.environ["NCCL_NVLS_ENABLE"] = "0"  # no NVLink multicast
+    if given.device.type != "cuda" and not given.tiny and given.only != ["predicted"]:
+        options.error("these sizes need GPUs; --tiny shows without one that everything runs")
     place = Place(given.device.type, given.tiny)
     present = torch.cuda.device_count() if place.device_type == "cuda" else 0
     count = given.gpus or max(2, present)

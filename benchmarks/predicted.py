@@ -178,7 +178,10 @@ def say(what: object) -> None:
 
 
 def main() -> None:
-    arguments = parser(__doc__).parse_args()
+    arguments_of = parser(__doc__)
+    arguments = arguments_of.parse_args()
+    if arguments.device.type != "cuda":
+        arguments_of.error("predictions are compared with a GPU, and there is none here")
     device = torch.device("cuda", 0)
     base = load_gpu(preset_of(torch.cuda.get_device_name(device)))
     gpus = {}

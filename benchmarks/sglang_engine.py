@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -71,7 +72,10 @@ def _arguments() -> argparse.Namespace:
     result.add_argument("--new-tokens", type=int, default=16)
     names = [kind + graph for kind in KINDS for graph in ("", "-graph")]
     result.add_argument("--variants", nargs="+", choices=names, default=["gpu", "host", "half", "offload"])
-    return result.parse_args()
+    arguments = result.parse_args()
+    if importlib.util.find_spec("sglang") is None:
+        result.error("SGLang is not installed here: pip install '.[sglang]'")
+    return arguments
 
 
 def _write_model(folder: Path, arguments: argparse.Namespace) -> None:

@@ -309,7 +309,10 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--seed", type=int, default=0)
-    report = soak(**vars(parser.parse_args()))
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU, and there is none here")
+    report = soak(**vars(options))
     print(f"{report.passes} passes of {GROUP_SIZE} ranks in {report.seconds:.0f} s, every byte compared")
     print(f"{report.updates} updates, {report.verifications} checks of all pages, slots and checksums")
     print(f"{report.kills} ranks killed, and come back")

@@ -1,6 +1,6 @@
 """What is built and installed, tested where the repository is not: ``make dist-test`` copies this file and runs it.
 
-``DIST`` names the folder with the wheel and the sdist that were built; the wheel is installed in this environment.
+``DIST`` names the folder with the sdist and the wheels that were built; this machine's is installed here.
 """
 
 import importlib
@@ -26,8 +26,8 @@ SITE = Path(sysconfig.get_path("purelib"))
 NEEDED = {
     "vmm_dwdp/py.typed",
     "vmm_dwdp/allocator/driver.py",  # through a symbolic link of the repository, as is the next
-    "vmm_dwdp/allocator/_issue.c",
-    "vmm_dwdp/allocator/_issue.pyi",
+    "vmm_dwdp/allocator/_native.c",
+    "vmm_dwdp/allocator/_native.pyi",
     "vmm_dwdp/allocator/_issue_thread.c",
     "vmm_dwdp/allocator/_issue_thread.h",
     "vmm_dwdp/kernels/cute/sm90.py",
@@ -50,12 +50,17 @@ PUBLIC = {
 }  # the names that are promised; None: what __all__ says
 
 
-COMPILED = "vmm_dwdp/allocator/_issue.abi3.so"  # in the wheel only
+COMPILED = "vmm_dwdp/allocator/_native.abi3.so"  # in wheels only
+MACHINES = {"x86_64": 62, "aarch64": 183}  # and what an ELF header calls them (e_machine, at byte 18)
 
 
-def wheel_files() -> set[str]:
-    (wheel,) = DIST.glob("*.whl")
-    return set(zipfile.ZipFile(wheel).namelist())
+def wheel(machine: str) -> zipfile.ZipFile:
+    (found,) = DIST.glob(f"*{machine}.whl")
+    return zipfile.ZipFile(found)
+
+
+def wheel_files(machine: str) -> set[str]:
+    return {name for name in wheel(machine).namelist() if not name.endswith("/")}
 
 
 def sdist_files() -> set[str]:
@@ -65,19 +70,49 @@ def sdist_files() -> set[str]:
         return {member.name.partition("/")[2] for member in archive if member.isfile()}
 
 
-def test_all_that_is_needed_is_in_both_archives() -> None:
-    assert wheel_files() >= NEEDED | {COMPILED}
+def test_the_sdist_has_all_that_is_needed() -> None:
     assert sdist_files() >= NEEDED | {"README.md", "LICENSE", "pyproject.toml"}
 
 
-def test_both_archives_have_the_same_package() -> None:
-    package = {name for name in wheel_files() - {COMPILED} if name.startswith("vmm_dwdp/")}
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_wheel_has_all_that_is_needed(machine: str) -> None:
+    assert wheel_files(machine) >= NEEDED | {COMPILED}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_what_is_compiled_is_for_the_machine_and_any_python(machine: str) -> None:
+    archive = wheel(machine)
+    name = Path(str(archive.filename)).name
+
+    assert int.from_bytes(archive.read(COMPILED)[18:20], "little") == MACHINES[machine]
+    assert re.fullmatch(rf"vmm_dwdp-[\d.]+-cp311-abi3-(manylinux\w+_{machine}\.?)+\.whl", name)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_archives_have_the_same_package(machine: str) -> None:
+    package = {name for name in wheel_files(machine) - {COMPILED} if name.startswith("vmm_dwdp/")}
 
     assert {name for name in sdist_files() if name.startswith("vmm_dwdp/")} == package
 
 
+def test_every_archive_has_the_one_version() -> None:
+    version = importlib.metadata.version("vmm-dwdp")
+
+    assert importlib.import_module("vmm_dwdp").__version__ == version
+    assert {
+        path.name.partition("vmm_dwdp-")[2].removesuffix(".tar.gz").partition("-")[0] for path in DIST.iterdir()
+    } == {version}
+
+
+def test_extras_are_spelled_as_the_readme_says() -> None:
+    asked = set(re.findall(r"pip install 'vmm-dwdp\[([\w-]+)\]'", str(importlib.metadata.metadata("vmm-dwdp"))))
+
+    assert asked
+    assert asked <= set(importlib.metadata.metadata("vmm-dwdp").get_all("Provides-Extra"))
+
+
 def test_one_name_is_installed_at_the_top() -> None:
-    top = {name.partition("/")[0] for name in wheel_files()}
+    top = {name.partition("/")[0] for machine in MACHINES for name in wheel_files(machine)}
 
     assert {name for name in top if not name.endswith(".dist-info")} == {"vmm_dwdp"}
     assert not (SITE / "kernels").exists()
@@ -122,11 +157,10 @@ def test_demo() -> None:
     assert json.loads(printed)["identical"] is True
 
 
-def test_the_first_script_of_the_readme(tmp_path: Path) -> None:
+def test_the_last_script_of_the_readme(tmp_path: Path) -> None:
     readme = importlib.metadata.metadata("vmm-dwdp").get_payload()
-    script = re.search(r"```python\n(.*?)```", str(readme), re.DOTALL)
-    assert script is not None
-    (tmp_path / "first.py").write_text(script[1])
+    scripts = re.findall(r"```python\n(.*?)```", str(readme), re.DOTALL)
+    (tmp_path / "first.py").write_text(scripts[-1])
 
     command = [sys.executable, "first.py"]
     printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout

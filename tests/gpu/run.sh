@@ -4,6 +4,7 @@
 # Uses the python3 in front on PATH, which needs what the project needs and pytest; compute-sanitizer for its checks.
 set -u
 cd "$(dirname "$0")/../.."
+python3 -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || { echo "$0: torch finds no GPU here" >&2; exit 2; }
 out=$(realpath -m "${1:-gpu-results}")
 mkdir -p "$out"
 shift || true

@@ -11,9 +11,13 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from support.groups import PAGE
 from support.moe_models import logits, prompt, tiny_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -292,6 +296,20 @@ def test_a_checkpoint_that_cannot_be_is_refused(saved: Path, spoil: Callable[[Pa
 def test_arguments_that_contradict_are_refused(saved: Path) -> None:
     with pytest.raises(ConfigError, match="device_map"):
         load(saved, device_map="auto")
+
+
+def test_a_pipeline_runs_a_spread_model(model: PreTrainedModel) -> None:
+    words = {f"w{number}": number for number in range(model.config.vocab_size)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+
+    def said(model: PreTrainedModel) -> str:
+        wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+        pipe = transformers.pipeline("text-generation", model=model, tokenizer=wrapped)
+        (answer,) = pipe("w3 w4 w5", max_new_tokens=4, do_sample=False)
+        return str(answer["generated_text"])
+
+    assert said(model) == said(tiny_model("qwen3_moe"))
 
 
 @pytest.mark.parametrize(("rank", "own"), [(0, {0, 1, 2, 3, 5, 6}), (1, {1, 2, 3, 4})])
