@@ -12,11 +12,11 @@ from support.groups import PAGE
 from vmm_dwdp import DWDPConfig, DWDPRuntime
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.errors import ConfigError, StateError
-from vmm_dwdp.integrations.sglang import settings
+from vmm_dwdp.integrations.sglang import remedies, settings
 from vmm_dwdp.integrations.sglang.expert_layer import ExpertLayer
 from vmm_dwdp.integrations.sglang.expert_tensor import ExpertBlocks, find, places, replace
 from vmm_dwdp.integrations.sglang.expert_view import ExpertView, ViewedRuntime
-from vmm_dwdp.integrations.sglang.schemes import scheme_of, supported
+from vmm_dwdp.integrations.sglang.schemes import NotServedError, require_served, scheme_of, supported
 from vmm_dwdp.integrations.spread_tensor import SpreadTensor
 
 
@@ -104,8 +104,46 @@ def test_a_layer_has_the_scheme_of_its_method_and_runner() -> None:
     ],
 )
 def test_what_is_not_in_the_table_is_refused_by_name(layer: SimpleNamespace, sentence: str) -> None:
-    with pytest.raises(ConfigError, match=f"DWDP cannot spread {sentence}; it can: bf16 with triton"):
+    with pytest.raises(NotServedError, match=f"DWDP cannot spread {sentence}$"):
         scheme_of(layer)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "runner", "runners"),
+    [
+        (None, "flashinfer_trtllm", ("triton", "triton_kernel")),
+        ("fp8", "deep_gemm", ("triton",)),
+        ("mxfp4", "triton", ("marlin", "triton_kernel")),
+        (None, "auto", None),
+        ("fp8", "triton", None),
+        ("modelopt_fp4", "triton", None),  # where the checkpoint leaves experts in bf16
+        ("a quantisation of tomorrow", "triton", None),
+    ],
+)
+def test_what_the_arguments_decide_is_foretold(
+    quantization: str | None, runner: str, runners: tuple[str, ...] | None
+) -> None:
+    told = None
+    try:
+        require_served(quantization, runner)
+    except NotServedError as not_served:
+        told = not_served.runners
+    assert told == runners
+
+
+def test_what_to_type_is_said() -> None:
+    not_served = NotServedError("DWDP cannot spread these", ("triton", "marlin"))
+    runners = "--moe-runner-backend triton or --moe-runner-backend marlin"
+    own = "DWDP cannot spread these, so SGLang's own DWDP runs instead of vmm-dwdp"
+    assert remedies.fallback(not_served) == f"{own}; vmm-dwdp can with {runners}"
+    assert remedies.refusal(not_served, SimpleNamespace()) == f"DWDP cannot spread these; it can with {runners}"
+
+    with_none = NotServedError("DWDP cannot spread these")
+    without = "DWDP cannot spread these; start without VMM_DWDP_CONFIG, and with SGLang's own --cpu-offload-gb"
+    assert remedies.fallback(with_none) == own
+    assert remedies.refusal(with_none, SimpleNamespace()) == without
+    paged = SimpleNamespace(enable_paged_experts=False)
+    assert remedies.refusal(with_none, paged) == f"{without} or --enable-paged-experts"
 
 
 def _fused_moe(num_experts: int, num_loaded: int, **weights: torch.Tensor) -> Any:
@@ -170,11 +208,22 @@ def test_post_processing_that_the_table_does_not_know_is_refused(runtime: DWDPRu
         layer.finish()
 
 
-def test_a_per_expert_tensor_that_the_table_does_not_know_is_refused(tmp_path: Path) -> None:
+def test_a_per_expert_tensor_that_the_table_does_not_know_is_not_served(tmp_path: Path) -> None:
     module = _fused_moe(4, 2, w13_weight=_weight(2), w2_weight=_weight(2), w2_luck=torch.zeros(2))
+    before = module.w13_weight.data_ptr()
+    with DWDPRuntime(DWDPConfig(group_size=2), 0, "cpu", tmp_path / "group", driver=HostDriver(PAGE)) as runtime:
+        with pytest.raises(NotServedError, match="layer 3 has a per-expert tensor w2_luck that DWDP does not know$"):
+            ExpertLayer(module, runtime, 0, PAGE)
+        assert module.w13_weight.data_ptr() == before
+
+
+def test_one_that_post_processing_made_is_refused(tmp_path: Path) -> None:
+    module = _fused_moe(4, 2, w13_weight=_weight(2), w2_weight=_weight(2))
+    sentence = "layer 3 has a per-expert tensor w2_luck that DWDP does not know; start with VMM_DWDP_DISABLE=1"
     with DWDPRuntime(DWDPConfig(group_size=2), 0, "cpu", tmp_path / "group", driver=HostDriver(PAGE)) as runtime:
         layer = ExpertLayer(module, runtime, 0, PAGE)
-        with pytest.raises(ConfigError, match="layer 3 has a per-expert tensor w2_luck that DWDP does not know"):
+        module.w2_luck = torch.zeros(2)
+        with pytest.raises(ConfigError, match=sentence):
             layer.finish()
         del module.w13_weight, module.w2_weight
 

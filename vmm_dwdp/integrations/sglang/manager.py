@@ -49,7 +49,8 @@ class ExpertManager:
         """Take over the expert tensors of a `FusedMoE` that was just constructed.
 
         Raises:
-            ConfigError: the layer cannot be served; the sentence says why.
+            NotServedError: its weights or its MoE runner are not served; the layer is as it was constructed.
+            ConfigError: experts would be read wrongly; the sentence says why.
         """
         number = int(module.layer_id)
         if number in self._layers:
@@ -73,6 +74,20 @@ class ExpertManager:
             wrappers["restore_weights_before_loading"] = layer.restore_weights
         for name, wrapper in wrappers.items():
             setattr(module.quant_method, name, partial(wrapper, getattr(module.quant_method, name)))
+
+    def give_back(self) -> None:
+        """Undo `adopt` before anything is loaded: the layers are as they were constructed, and no memory is held.
+
+        Layers have two places in GPU memory meanwhile. If it raises, they are as after `cleanup`.
+        """
+        try:
+            for layer in self._layers.values():
+                layer.give_back()
+            for layer in self._layers.values():
+                _unhook(layer)
+            self._layers.clear()
+        finally:
+            self.cleanup()
 
     def _apply(self, of: ExpertLayer, apply: Any, layer: Any, dispatch_output: Any) -> Any:
         """Around the quantisation method's `apply`, which every path that runs a layer's experts calls: the forward
@@ -136,8 +151,7 @@ class ExpertManager:
         self.closed = True
         self._running = False
         for layer in self._layers.values():
-            for name in ("process_weights_after_loading", "restore_weights_before_loading", "apply"):
-                vars(layer.module.quant_method).pop(name, None)
+            _unhook(layer)
             layer.restore()
         self._layers.clear()
         self.runtime.close()
@@ -155,3 +169,9 @@ class ExpertManager:
                 layer.set_replicated(name, torch.cat([shard[name] for shard in replicated]))
             for name in maxima[0]:
                 layer.set_maximum(name, torch.stack([found[name] for found in maxima]).amax(dim=0))
+
+
+def _unhook(layer: ExpertLayer) -> None:
+    """Let the layer's quantisation method be as its class."""
+    for name in ("process_weights_after_loading", "restore_weights_before_loading", "apply"):
+        vars(layer.module.quant_method).pop(name, None)

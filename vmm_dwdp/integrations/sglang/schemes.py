@@ -1,6 +1,6 @@
 """Which tensors of a `FusedMoE` layer its kernels read, for every quantisation method and MoE runner that is supported.
 
-An explicit table: nothing is concluded from a tensor's shape, and what is not in the table is refused by its name. The
+An explicit table: nothing is concluded from a tensor's shape, and what is not in the table is not spread. The
 names were read in SGLang's source; they are dotted where a tensor lives on the quantisation method, and have a bar
 between what versions call differently, the latest first.
 """
@@ -12,6 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from vmm_dwdp.errors import ConfigError
+
+
+class NotServedError(ConfigError):
+    """A layer's experts cannot be spread, which is known as soon as it is constructed.
+
+    Attributes:
+        runners: of MoE, with which the same weights can be.
+    """
+
+    def __init__(self, why: str, runners: tuple[str, ...] = ()) -> None:
+        super().__init__(why)
+        self.runners = runners
 
 
 @dataclass(frozen=True)
@@ -143,6 +155,16 @@ _KINDS: dict[str, Callable[[Any], str | None]] = {
 }
 
 
+# What the experts of a checkpoint may be, by SGLang's name of its quantisation: bf16 too, where that can leave them as
+# they were. A name that is not here says nothing.
+_KINDS_OF_CHECKPOINTS: dict[str | None, tuple[str, ...]] = {
+    None: ("bf16",),
+    "fp8": ("fp8 block", "fp8 tensor", "bf16"),
+    "mxfp4": ("mxfp4",),
+    "modelopt_fp4": ("nvfp4", "bf16"),
+}
+
+
 def supported() -> list[tuple[str, str]]:
     """Every (weights, MoE runner) in the table."""
     return list(_SCHEMES)
@@ -152,7 +174,7 @@ def scheme_of(layer: Any) -> Scheme:
     """The scheme of a `FusedMoE` layer.
 
     Raises:
-        ConfigError: its quantisation method with its MoE runner is not in the table; the sentence names both.
+        NotServedError: its quantisation method with its MoE runner is not in the table; the sentence names both.
     """
     method = type(layer.quant_method).__name__
     kind = _KINDS[method](layer.quant_method) if method in _KINDS else None
@@ -160,8 +182,28 @@ def scheme_of(layer: Any) -> Scheme:
     runner_name = "none" if runner is None else str(runner.value)
     if kind is not None and (kind, runner_name) in _SCHEMES:
         return _SCHEMES[kind, runner_name]
-    table = ", ".join(f"{kind} with {runner}" for kind, runner in _SCHEMES)
     variant = f" ({kind})" if kind else ""
-    raise ConfigError(
-        f"DWDP cannot spread experts of {method}{variant} with the MoE runner {runner_name}; it can: {table}"
+    raise NotServedError(
+        f"DWDP cannot spread experts of {method}{variant} with the MoE runner {runner_name}", _runners_of(kind)
     )
+
+
+def require_served(quantization: str | None, runner: str) -> None:
+    """Foretell what `scheme_of` will say of a checkpoint, as far as the final arguments decide it.
+
+    Args:
+        quantization: SGLang's name for how the checkpoint is quantised, ``None`` if it is not.
+        runner: of MoE, by the same names; "auto" becomes another in each layer's constructor.
+
+    Raises:
+        NotServedError: no experts that such a checkpoint can have are in the table with this runner.
+    """
+    kinds = _KINDS_OF_CHECKPOINTS.get(quantization)
+    if runner == "auto" or kinds is None or any((kind, runner) in _SCHEMES for kind in kinds):
+        return
+    weights = "bf16" if quantization is None else quantization
+    raise NotServedError(f"DWDP cannot spread {weights} experts with the MoE runner {runner}", _runners_of(kinds[0]))
+
+
+def _runners_of(kind: str | None) -> tuple[str, ...]:
+    return tuple(runner for each, runner in _SCHEMES if each == kind)

@@ -1,0 +1,26 @@
+"""What a user is told whose experts are not served: why, and what to type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vmm_dwdp.integrations.sglang.schemes import NotServedError
+from vmm_dwdp.integrations.sglang.settings import CONFIG
+
+
+def fallback(not_served: NotServedError) -> str:
+    """With ``--dwdp-size``: SGLang's own DWDP runs."""
+    sentence = f"{not_served}, so SGLang's own DWDP runs instead of vmm-dwdp"
+    return f"{sentence}; vmm-dwdp can with {_runners(not_served)}" if not_served.runners else sentence
+
+
+def refusal(not_served: NotServedError, server_args: Any) -> str:
+    """Without it, where experts were to be in host memory: SGLang has other ways to have them there."""
+    if not_served.runners:
+        return f"{not_served}; it can with {_runners(not_served)}"
+    paged = " or --enable-paged-experts" if hasattr(server_args, "enable_paged_experts") else ""
+    return f"{not_served}; start without {CONFIG}, and with SGLang's own --cpu-offload-gb{paged}"
+
+
+def _runners(not_served: NotServedError) -> str:
+    return " or ".join(f"--moe-runner-backend {runner}" for runner in not_served.runners)
