@@ -55,7 +55,7 @@ def machine(capability: tuple[int, int]) -> Iterator[None]:
     """SGLang's questions for the GPU's generation are answered with ``capability``; that there is none stays true.
 
     SGLang remembers the answers, so they are given once and forgotten at the end. It knows MXFP4 only where it sees a
-    GPU when it is imported.
+    GPU when it is imported, and triton_kernels come with its GPU packages.
     """
     from sglang.srt.layers import quantization
     from sglang.srt.layers.quantization.mxfp4 import Mxfp4Config
@@ -76,7 +76,11 @@ def machine(capability: tuple[int, int]) -> Iterator[None]:
     common.is_cuda.cache_clear()
     methods = [quantization.QUANTIZATION_METHODS, quantization.BASE_QUANTIZATION_METHODS]
     try:
-        with patch.dict(methods[0], mxfp4=Mxfp4Config), patch.dict(methods[1], mxfp4=Mxfp4Config):
+        with (
+            patch.dict(methods[0], mxfp4=Mxfp4Config),
+            patch.dict(methods[1], mxfp4=Mxfp4Config),
+            patch.object(common, "is_triton_kernels_available", lambda: True),
+        ):
             yield
     finally:
         for question in questions:

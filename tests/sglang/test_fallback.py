@@ -27,8 +27,8 @@ from vmm_dwdp.testing import run_group
 SIZE = 2
 MIXED = ("bf16", "fp8 block")
 NOT_SERVED = {
-    "Ampere": {"Kimi K2 Thinking", "gpt-oss"},
-    "Hopper": {"Kimi K2 Thinking", "gpt-oss"},
+    "Ampere": {"Kimi K2 Thinking"},
+    "Hopper": {"Kimi K2 Thinking"},
     "Blackwell": {"Qwen3 bf16", "Qwen3 FP8", "DeepSeek FP8", "Kimi K2 Thinking", "gpt-oss"},
     "consumer Blackwell": {"Kimi K2 Thinking", "gpt-oss"},
 }
@@ -117,7 +117,7 @@ def start_default(model: Path, rank: int) -> dict[str, Any]:
             engine_process.shut_down()
         else:
             seen["served by"] = "vmm-dwdp"
-            serves.cleanup()
+            serves.give_back()
     return seen | {"told": told}
 
 
@@ -173,7 +173,7 @@ def start_mixed(kind: str, rank: int) -> dict[str, Any]:
     after = hooks.manager()
     seen["the next model"] = after is not None and after is not ours
     assert after is not None
-    after.cleanup()
+    after.give_back()
     return seen
 
 
@@ -224,9 +224,10 @@ def test_no_default_runner_is_refused(generation: str, ranks: list[dict[str, Any
     for rank in ranks:
         defaults = {model: seen for (of, model), seen in rank["defaults"].items() if of == generation}
         assert {model: seen.get("refused") for model, seen in defaults.items()} == dict.fromkeys(generations.MODELS)
-        assert {model: seen["runner"] for model, seen in defaults.items()} == {
-            model: rank["plain"][generation, model] for model in defaults
-        }
+        plain = {model: rank["plain"][generation, model] for model in defaults}
+        if plain["gpt-oss"] == "auto":  # SGLang would dequantise it, for it takes DWDP for expert parallelism
+            plain["gpt-oss"] = "triton_kernel"
+        assert {model: seen["runner"] for model, seen in defaults.items()} == plain
         served = {model for model, seen in defaults.items() if seen["served by"] == "vmm-dwdp"}
         assert served == generations.MODELS.keys() - NOT_SERVED[generation]
         assert {defaults[model]["served by"] for model in NOT_SERVED[generation]} == {"OwnManager"}

@@ -132,13 +132,18 @@ def test_what_the_arguments_decide_is_foretold(
 
 
 def test_what_to_type_is_said() -> None:
-    not_served = NotServedError("DWDP cannot spread these", ("triton", "marlin"))
+    not_served = NotServedError("DWDP cannot spread these", "cutlass", ("triton", "marlin"))
     runners = "--moe-runner-backend triton or --moe-runner-backend marlin"
     own = "DWDP cannot spread these, so SGLang's own DWDP runs instead of vmm-dwdp"
     assert remedies.fallback(not_served) == f"{own}; vmm-dwdp can with {runners}"
     assert remedies.refusal(not_served, SimpleNamespace()) == f"DWDP cannot spread these; it can with {runners}"
 
-    with_none = NotServedError("DWDP cannot spread these")
+    gpt_oss = NotServedError("DWDP cannot spread these", "triton", ("marlin", "triton_kernel"))
+    assert remedies.fallback(gpt_oss).endswith("with --moe-runner-backend auto or --moe-runner-backend marlin")
+    gpt_oss = NotServedError("DWDP cannot spread these", "flashinfer_mxfp4", ("marlin", "triton_kernel"))
+    assert remedies.fallback(gpt_oss).endswith("vmm-dwdp can with --moe-runner-backend marlin")
+
+    with_none = NotServedError("DWDP cannot spread these", "triton")
     without = "DWDP cannot spread these; start without VMM_DWDP_CONFIG, and with SGLang's own --cpu-offload-gb"
     assert remedies.fallback(with_none) == own
     assert remedies.refusal(with_none, SimpleNamespace()) == without
@@ -212,7 +217,7 @@ def test_a_per_expert_tensor_that_the_table_does_not_know_is_not_served(tmp_path
     module = _fused_moe(4, 2, w13_weight=_weight(2), w2_weight=_weight(2), w2_luck=torch.zeros(2))
     before = module.w13_weight.data_ptr()
     with DWDPRuntime(DWDPConfig(group_size=2), 0, "cpu", tmp_path / "group", driver=HostDriver(PAGE)) as runtime:
-        with pytest.raises(NotServedError, match="layer 3 has a per-expert tensor w2_luck that DWDP does not know$"):
+        with pytest.raises(NotServedError, match=r"layer 3 has a per-expert tensor w2_luck that DWDP does not know$"):
             ExpertLayer(module, runtime, 0, PAGE)
         assert module.w13_weight.data_ptr() == before
 

@@ -9,7 +9,7 @@ import torch
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.integrations.sglang.expert_tensor import ExpertBlocks, find, replace
 from vmm_dwdp.integrations.sglang.expert_view import ExpertView
-from vmm_dwdp.integrations.sglang.schemes import NotServedError, Scheme, scheme_of
+from vmm_dwdp.integrations.sglang.schemes import NotServedError, Scheme, runner_of, scheme_of
 from vmm_dwdp.integrations.sglang.settings import DISABLE
 from vmm_dwdp.layout.placement import HOST, Owner
 from vmm_dwdp.layout.weight_spec import WeightSpec
@@ -62,7 +62,7 @@ class ExpertLayer:
                 self._refuse_unknown()
                 self._declare()
             except ConfigError as error:
-                raise NotServedError(str(error)) from error
+                raise NotServedError(str(error), runner_of(module)) from error
             for name, block in self._spread.items():
                 self._bind_loaded(name, block)
         elif runtime.config.group_size == 1:

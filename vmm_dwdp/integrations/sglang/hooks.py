@@ -117,6 +117,10 @@ def check_final_arguments(original: _Original, server_args: Any) -> None:
         return
     arguments.check(server_args, dwdp_size)
     arguments.check_graphs(server_args)
+    runner = arguments.runner_for_gpt_oss(server_args) if dwdp_size > 1 else None
+    if runner is not None:
+        _set_argument(server_args, "moe_runner_backend", runner)
+        _log.info("gpt-oss: --moe-runner-backend %s, as on one GPU, since with DWDP every rank has all experts", runner)
     not_served = arguments.foretold(server_args)
     if not_served is not None:
         if dwdp_size <= 1:
@@ -251,11 +255,11 @@ def _dwdp_size(server_args: Any) -> int:
 
 
 def _set_argument(server_args: Any, name: str, value: object) -> None:
-    """Change an argument while SGLang resolves them: later versions record a change instead of making it."""
+    """Change an argument before the engine publishes them: later versions record a change instead of making it."""
     try:
         from sglang.srt.arg_groups.overrides import declare_resolution
-    except ImportError:
-        setattr(server_args, name, value)
+    except ImportError:  # 0.5.17
+        server_args.override("vmm_dwdp", **{name: value})
     else:
         declare_resolution(server_args, "vmm_dwdp", **{name: value})
 

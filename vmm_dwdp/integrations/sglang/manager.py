@@ -77,10 +77,12 @@ class ExpertManager:
 
     def give_back(self) -> None:
         """Undo `adopt` before anything is loaded: the layers are as they were constructed, and no memory is held.
+        Collective, since the first rank takes with it the directory in which the others may still be about to meet.
 
         Layers have two places in GPU memory meanwhile. If it raises, they are as after `cleanup`.
         """
         try:
+            dist.barrier(group=self._group)
             for layer in self._layers.values():
                 layer.give_back()
             for layer in self._layers.values():

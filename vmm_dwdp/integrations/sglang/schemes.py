@@ -18,11 +18,13 @@ class NotServedError(ConfigError):
     """A layer's experts cannot be spread, which is known as soon as it is constructed.
 
     Attributes:
-        runners: of MoE, with which the same weights can be.
+        runner: of MoE, with which they cannot.
+        runners: with which the same weights can.
     """
 
-    def __init__(self, why: str, runners: tuple[str, ...] = ()) -> None:
+    def __init__(self, why: str, runner: str, runners: tuple[str, ...] = ()) -> None:
         super().__init__(why)
+        self.runner = runner
         self.runners = runners
 
 
@@ -178,14 +180,18 @@ def scheme_of(layer: Any) -> Scheme:
     """
     method = type(layer.quant_method).__name__
     kind = _KINDS[method](layer.quant_method) if method in _KINDS else None
-    runner = getattr(getattr(layer, "runner", None), "runner_backend", None)
-    runner_name = "none" if runner is None else str(runner.value)
-    if kind is not None and (kind, runner_name) in _SCHEMES:
-        return _SCHEMES[kind, runner_name]
+    runner = runner_of(layer)
+    if kind is not None and (kind, runner) in _SCHEMES:
+        return _SCHEMES[kind, runner]
     variant = f" ({kind})" if kind else ""
-    raise NotServedError(
-        f"DWDP cannot spread experts of {method}{variant} with the MoE runner {runner_name}", _runners_of(kind)
-    )
+    why = f"DWDP cannot spread experts of {method}{variant} with the MoE runner {runner}"
+    raise NotServedError(why, runner, _runners_of(kind))
+
+
+def runner_of(layer: Any) -> str:
+    """SGLang's name of the MoE runner that a `FusedMoE` layer came to, or ``none``."""
+    backend = getattr(getattr(layer, "runner", None), "runner_backend", None)
+    return "none" if backend is None else str(backend.value)
 
 
 def require_served(quantization: str | None, runner: str) -> None:
@@ -202,7 +208,8 @@ def require_served(quantization: str | None, runner: str) -> None:
     if runner == "auto" or kinds is None or any((kind, runner) in _SCHEMES for kind in kinds):
         return
     weights = "bf16" if quantization is None else quantization
-    raise NotServedError(f"DWDP cannot spread {weights} experts with the MoE runner {runner}", _runners_of(kinds[0]))
+    why = f"DWDP cannot spread {weights} experts with the MoE runner {runner}"
+    raise NotServedError(why, runner, _runners_of(kinds[0]))
 
 
 def _runners_of(kind: str | None) -> tuple[str, ...]:
