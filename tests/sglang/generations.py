@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import engine_process
+import experts
 import torch
 
 CAPABILITIES = {"Ampere": (8, 0), "Hopper": (9, 0), "Blackwell": (10, 0), "consumer Blackwell": (12, 0)}
@@ -19,20 +20,12 @@ _DEEPSEEK = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek
 _FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"}
 _NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4", "config_groups": {}, "ignore": []}
 _MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
-_INT4_WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
-_INT4 = {
-    "quant_method": "compressed-tensors",
-    "format": "pack-quantized",
-    "config_groups": {"group_0": {"targets": ["Linear"], "weights": _INT4_WEIGHTS, "input_activations": None}},
-    "ignore": ["lm_head"],
-    "quantization_status": "compressed",
-}
 MODELS: dict[str, dict[str, Any]] = {
     "Qwen3 bf16": _QWEN3,
     "Qwen3 FP8": _QWEN3 | {"quantization_config": _FP8},
     "Qwen3 NVFP4": _QWEN3 | {"quantization_config": _NVFP4},
     "DeepSeek FP8": _DEEPSEEK | {"quantization_config": _FP8},
-    "Kimi K2 Thinking": _DEEPSEEK | {"quantization_config": _INT4},
+    "Kimi K2 Thinking": _DEEPSEEK | {"quantization_config": experts.INT4},
     "gpt-oss": {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "quantization_config": _MXFP4},
     "GLM-4 FP8": {
         "architectures": ["Glm4MoeForCausalLM"],

@@ -1,5 +1,6 @@
 """The parts of the SGLang plugin that need no SGLang: per-expert tensors, the table of schemes, and the environment."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from support.groups import PAGE
 from vmm_dwdp import DWDPConfig, DWDPRuntime
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.errors import ConfigError, StateError
-from vmm_dwdp.integrations.sglang import remedies, settings
+from vmm_dwdp.integrations.sglang import remedies, schemes, settings
 from vmm_dwdp.integrations.sglang.expert_layer import ExpertLayer
 from vmm_dwdp.integrations.sglang.expert_tensor import ExpertBlocks, find, places, replace
 from vmm_dwdp.integrations.sglang.expert_view import ExpertView, ViewedRuntime
@@ -86,19 +87,50 @@ def _layer(method: str, runner: str, **attributes: Any) -> SimpleNamespace:
     )
 
 
+DOCUMENT = Path(__file__).parents[3] / "docs/sglang.md"
+
+
 def test_a_layer_has_the_scheme_of_its_method_and_runner() -> None:
     stated = SimpleNamespace(is_checkpoint_fp8_serialized=True)
     fp8 = {"use_mxfp8": False, "is_fp4_expert": False, "quant_config": stated}
 
     assert "w13_weight_scale_inv" in scheme_of(_layer("Fp8MoEMethod", "triton", block_quant=True, **fp8)).tensors
     assert "w13_weight_scale" in scheme_of(_layer("Fp8MoEMethod", "triton", block_quant=False, **fp8)).tensors
-    assert len(supported()) == 9
+    held = SimpleNamespace(runner=SimpleNamespace(runner_backend=SimpleNamespace(value="marlin")))
+    wna16 = type("CompressedTensorsWNA16MoE", (), vars(held))()
+    assert "w13_weight_packed" in scheme_of(SimpleNamespace(quant_method=object(), scheme=wna16)).tensors
+    awq = type("AWQMoEScheme", (), {"kernel": held})()
+    assert "w13_qzeros" in scheme_of(SimpleNamespace(quant_method=object(), scheme=awq)).tensors
+
+
+IN_WORDS = {
+    "bf16": "bf16",
+    "FP8, block scales": "fp8 block",
+    "FP8, a scale per tensor": "fp8 tensor",
+    "MXFP4": "mxfp4",
+    "NVFP4": "nvfp4",
+    "INT4 or INT8 of compressed-tensors": "wna16",
+    "AWQ": "awq",
+    "GPTQ": "gptq",
+}
+
+
+def test_the_documented_rows_are_those_of_the_table() -> None:
+    lines = re.findall(r"^\| (.+?) \| (`.+?`) \| .+? \| (.+?) \|$", DOCUMENT.read_text(), re.MULTILINE)
+    rows = {
+        (IN_WORDS[weights], runner.strip("`")): ran
+        for weights, runners, ran in lines
+        if weights in IN_WORDS
+        for runner in runners.split(", ")
+    }
+    assert rows.keys() == set(supported())
+    assert {row for row, ran in rows.items() if ran != "not run"} == schemes._RAN_ON_A_GPU
 
 
 @pytest.mark.parametrize(
     ("layer", "sentence"),
     [
-        (_layer("GPTQMarlinMoEMethod", "marlin"), "experts of GPTQMarlinMoEMethod with the MoE runner marlin"),
+        (_layer("BlockInt8MoEMethod", "triton"), "experts of BlockInt8MoEMethod with the MoE runner triton"),
         (_layer("Mxfp4MoEMethod", "deep_gemm"), r"experts of Mxfp4MoEMethod \(mxfp4\) with the MoE runner deep_gemm"),
         (SimpleNamespace(quant_method=object()), "experts of object with the MoE runner none"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any, Final
 
@@ -13,6 +14,9 @@ from vmm_dwdp.config import DWDPConfig, Mode
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.integrations.sglang.expert_layer import ExpertLayer
 from vmm_dwdp.integrations.sglang.expert_view import ViewedRuntime
+from vmm_dwdp.integrations.sglang.schemes import caution
+
+_log = logging.getLogger("vmm_dwdp")
 
 # Modules of models that hand expert weights to kernels of their own, past the quantisation method.
 _OWN_KERNELS: Final = frozenset({"sglang.srt.models.beam", "sglang.srt.models.qwen4_exp"})
@@ -65,6 +69,9 @@ class ExpertManager:
                 )
         first = self.runtime.rank * module.num_local_experts
         layer = ExpertLayer(module, self.runtime, first, self._page_nbytes)
+        cautioned = caution(module) if not self._layers and self.runtime.rank == 0 else None
+        if cautioned is not None:
+            _log.info(cautioned)
         self._layers[number] = layer
         wrappers: dict[str, Any] = {
             "process_weights_after_loading": layer.post_process,

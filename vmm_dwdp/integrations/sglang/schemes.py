@@ -126,6 +126,46 @@ _NVFP4_TRTLLM = Scheme(
     scratch=("w13_blockscale_swizzled", "w2_blockscale_swizzled", "w13_weight_scale_2", "w2_weight_scale_2"),
 )
 
+_WNA16_MARLIN = Scheme(
+    (
+        "w13_weight_packed",
+        "w13_weight_scale",
+        "w13_weight_zero_point",
+        "w13_weight_g_idx",
+        "w13_g_idx_sort_indices",
+        "w2_weight_packed",
+        "w2_weight_scale",
+        "w2_weight_zero_point",
+        "w2_weight_g_idx",
+        "w2_g_idx_sort_indices",
+    ),
+    optional=frozenset({"w13_weight_zero_point", "w2_weight_zero_point"}),
+    scratch=("w13_weight_shape", "w2_weight_shape"),
+)
+
+_WNA16_TRITON = Scheme(
+    ("w13_weight_packed", "w13_weight_scale", "w2_weight_packed", "w2_weight_scale"),
+    scratch=(
+        *("w13_weight_shape", "w13_weight_zero_point", "w13_weight_g_idx", "w13_g_idx_sort_indices"),
+        *("w2_weight_shape", "w2_weight_zero_point", "w2_weight_g_idx", "w2_g_idx_sort_indices"),
+    ),
+)
+
+_AWQ_MARLIN = Scheme(
+    (
+        *("w13_qweight", "w13_scales", "w13_qzeros", "w13_g_idx_sort_indices"),
+        *("w2_qweight", "w2_scales", "w2_qzeros", "w2_g_idx_sort_indices"),
+    )
+)
+
+_GPTQ_MARLIN = Scheme(
+    (
+        *("w13_qweight", "w13_scales", "w13_g_idx", "w13_g_idx_sort_indices"),
+        *("w2_qweight", "w2_scales", "w2_g_idx", "w2_g_idx_sort_indices"),
+    ),
+    scratch=("w13_qzeros", "w2_qzeros"),
+)
+
 _SCHEMES: dict[tuple[str, str], Scheme] = {
     ("bf16", "triton"): _UNQUANTIZED,
     ("bf16", "triton_kernel"): _UNQUANTIZED,
@@ -136,7 +176,12 @@ _SCHEMES: dict[tuple[str, str], Scheme] = {
     ("nvfp4", "marlin"): _NVFP4_MARLIN,
     ("nvfp4", "flashinfer_cutlass"): _NVFP4_CUTLASS,
     ("nvfp4", "flashinfer_trtllm"): _NVFP4_TRTLLM,
+    ("wna16", "marlin"): _WNA16_MARLIN,
+    ("wna16", "triton"): _WNA16_TRITON,
+    ("awq", "marlin"): _AWQ_MARLIN,
+    ("gptq", "marlin"): _GPTQ_MARLIN,
 }
+_RAN_ON_A_GPU = frozenset({("bf16", "triton"), ("fp8 block", "triton")})  # a forward pass, bit-identical
 
 
 def _fp8_kind(method: Any) -> str | None:
@@ -154,6 +199,11 @@ _KINDS: dict[str, Callable[[Any], str | None]] = {
     "Fp8MoEMethod": _fp8_kind,
     "Mxfp4MoEMethod": lambda method: "mxfp4",
     "ModelOptNvFp4FusedMoEMethod": _nvfp4_kind,
+    "CompressedTensorsWNA16MoE": lambda scheme: "wna16",
+    "CompressedTensorsWNA16TritonMoE": lambda scheme: "wna16",
+    "CompressedTensorsMxInt4MoE": lambda scheme: "wna16",
+    "AWQMoEScheme": lambda scheme: "awq",
+    "GPTQMarlinMoEScheme": lambda scheme: "gptq",
 }
 
 
@@ -178,9 +228,7 @@ def scheme_of(layer: Any) -> Scheme:
     Raises:
         NotServedError: its quantisation method with its MoE runner is not in the table; the sentence names both.
     """
-    method = type(layer.quant_method).__name__
-    kind = _KINDS[method](layer.quant_method) if method in _KINDS else None
-    runner = runner_of(layer)
+    method, kind, runner = _row_of(layer)
     if kind is not None and (kind, runner) in _SCHEMES:
         return _SCHEMES[kind, runner]
     variant = f" ({kind})" if kind else ""
@@ -188,10 +236,29 @@ def scheme_of(layer: Any) -> Scheme:
     raise NotServedError(why, runner, _runners_of(kind))
 
 
+def caution(layer: Any) -> str | None:
+    """A sentence about a `FusedMoE` layer that is in the table, if no GPU has run such a layer's forward pass yet."""
+    _, kind, runner = _row_of(layer)
+    if (kind, runner) in _RAN_ON_A_GPU:
+        return None
+    return f"{kind} experts with the MoE runner {runner}: spread, but no GPU has run their forward pass in our tests"
+
+
+def _row_of(layer: Any) -> tuple[str, str | None, str]:
+    """The name of what defines the weights, which kind they are if it is known, and the MoE runner."""
+    method = getattr(layer, "scheme", None) or layer.quant_method  # some methods leave all to a scheme of the layer
+    name = type(method).__name__
+    return name, _KINDS[name](method) if name in _KINDS else None, runner_of(layer)
+
+
 def runner_of(layer: Any) -> str:
     """SGLang's name of the MoE runner that a `FusedMoE` layer came to, or ``none``."""
-    backend = getattr(getattr(layer, "runner", None), "runner_backend", None)
-    return "none" if backend is None else str(backend.value)
+    scheme = getattr(layer, "scheme", None)
+    for holder in (layer, scheme, getattr(scheme, "kernel", None)):
+        runner = getattr(holder, "runner", None)
+        if runner is not None:
+            return str(runner.runner_backend.value)
+    return "none"
 
 
 def require_served(quantization: str | None, runner: str) -> None:
