@@ -17,13 +17,29 @@ NUM_LAYERS, NUM_EXPERTS, TOP_K = 3, 8, 2
 HIDDEN, INTERMEDIATE = 512, 384
 
 
-_INT4_WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
-INT4 = {  # as a checkpoint's config states it
-    "quant_method": "compressed-tensors",
-    "format": "pack-quantized",
-    "config_groups": {"group_0": {"targets": ["Linear"], "weights": _INT4_WEIGHTS, "input_activations": None}},
-    "ignore": ["lm_head"],
-    "quantization_status": "compressed",
+def _compressed(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
+    """A quantisation of compressed-tensors as a checkpoint's config states it."""
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    common = {"quant_method": "compressed-tensors", "ignore": ["lm_head"], "quantization_status": "compressed"}
+    return common | {"format": form, "config_groups": {"group_0": group}}
+
+
+_FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
+INT4 = _compressed(
+    "pack-quantized", {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}, None
+)
+_FP8_WEIGHTS: dict[str, dict[str, Any]] = {  # and how activations are scaled
+    "tensor": {"inputs": "tensor"},
+    "channel": {"inputs": "token"},
+    "block": {"inputs": "token", "block_structure": [128, 128]},
+}
+COMPRESSED_FP8 = {
+    f"fp8 {strategy} of compressed-tensors": _compressed(
+        "float-quantized",
+        _FP8 | {"strategy": strategy, "block_structure": stated.get("block_structure")},
+        _FP8 | {"strategy": stated["inputs"], "dynamic": stated["inputs"] == "token"},
+    )
+    for strategy, stated in _FP8_WEIGHTS.items()
 }
 
 
@@ -31,10 +47,18 @@ def quantisation(kind: str) -> Any:
     """SGLang's quantisation config of one of the supported kinds of weights."""
     if kind == "bf16":
         return None
+    if kind == "fp8 tensor of ModelOpt":
+        from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp8Config
+
+        return ModelOptFp8Config(is_checkpoint_fp8_serialized=True, exclude_modules=[])
+    if kind in COMPRESSED_FP8:
+        from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
+        return CompressedTensorsConfig.from_config(COMPRESSED_FP8[kind])
     if kind.startswith("fp8"):
         from sglang.srt.layers.quantization.fp8 import Fp8Config
 
-        if kind == "fp8 block":
+        if kind.startswith("fp8 block"):
             return Fp8Config(is_checkpoint_fp8_serialized=True, weight_block_size=[128, 128])
         return Fp8Config(is_checkpoint_fp8_serialized=True, activation_scheme="static")
     if kind == "mxfp4":
@@ -118,6 +142,8 @@ def checkpoint_tensor(layer: Any, name: str, parameter: torch.Tensor, expert: in
         shape = shape[1:] if len(shape) == 1 else [shape[0] // 2, *shape[1:]]
     if transposed and "zero" not in name and "compressed" in layer.quant_config.get_name():
         shape.reverse()  # its packed tensors are stored the other way round
+    if "input_scale" in name and "compressed" in layer.quant_config.get_name():
+        shard_id = "both"  # gate and up must have the same
     seed = hashlib.sha256(f"{layer.layer_id} {name} {expert} {shard_id}".encode()).digest()
     generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(seed[:6], "little"))
     if not parameter.dtype.is_floating_point:
@@ -160,12 +186,18 @@ def without_a_gpu() -> Iterator[None]:
     from sglang.srt.hardware_backend.gpu.quantization import awq_kernels, gptq_kernels
     from sglang.srt.layers.quantization import fp8, modelopt_quant, mxfp4
     from sglang.srt.layers.quantization.awq import awq
-    from sglang.srt.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16_moe as wna16
+    from sglang.srt.layers.quantization.compressed_tensors.schemes import (
+        compressed_tensors_w8a8_fp8_moe as w8a8_fp8,
+    )
+    from sglang.srt.layers.quantization.compressed_tensors.schemes import (
+        compressed_tensors_wNa16_moe as wna16,
+    )
 
     with ExitStack() as patches:
         if not torch.cuda.is_available():
             patches.enter_context(patch.object(torch.Tensor, "cuda", lambda tensor, *_: tensor))
-        patches.enter_context(patch.object(fp8, "scaled_fp8_quant", _scaled_fp8_quant))
+        for module in (fp8, modelopt_quant, w8a8_fp8):
+            patches.enter_context(patch.object(module, "scaled_fp8_quant", _scaled_fp8_quant))
         patches.enter_context(patch.object(mxfp4, "_swizzle_mxfp4", _swizzle))
         patches.enter_context(patch.object(gptq_kernels, "gptq_marlin_repack", _repack))
         patches.enter_context(patch.object(awq_kernels, "awq_marlin_moe_repack", _repack_all, create=True))

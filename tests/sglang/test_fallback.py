@@ -55,12 +55,18 @@ def run_rank(rank: int, *, port: int, models: dict[str, Path]) -> dict[str, Any]
     manager.open_driver = lambda device: HostDriver(test_loading.PAGE_NBYTES)
     plain = each_default(lambda model: runner_of(arguments(model)), models)  # the plugin is not loaded yet
     engine_process.start(rank, SIZE, port)
+    from sglang.srt.layers import deep_gemm_wrapper
     from sglang.srt.layers.moe import dwdp
 
     with patch.object(dwdp, "DwdpManager", OwnManager):
         defaults = each_default(partial(start_default, rank=rank), models)
         mixed = {kind: start_mixed(kind, rank) for kind in MIXED}
-    return {"plain": plain, "defaults": defaults, "mixed": mixed}
+        with patch.object(deep_gemm_wrapper, "DEEPGEMM_SCALE_UE8M0", True):
+            engine_process.use_runner("deep_gemm", rank, SIZE)
+            with warnings() as told:
+                layer(0, experts.quantisation("fp8 block"))
+            engine_process.init_dwdp(torch.nn.Module())
+    return {"plain": plain, "defaults": defaults, "mixed": mixed, "deep_gemm of Blackwell": told}
 
 
 def each_default(start: Callable[[Path], Any], models: dict[str, Path]) -> dict[tuple[str, str], Any]:
@@ -240,6 +246,11 @@ def test_one_warning_says_why(ranks: list[dict[str, Any]]) -> None:
             foretold = model in NOT_SERVED[generation] and seen["runner"] != "auto" and model != "Kimi K2 Thinking"
             assert len(seen["foretold"]) == foretold
             assert len(seen["told"]) == (foretold or (model in NOT_SERVED[generation] and number == 0))
+    assert ranks[0]["deep_gemm of Blackwell"] == [
+        "DWDP cannot spread experts of Fp8MoEMethod (fp8 block) with the MoE runner deep_gemm with UE8M0 scales, so "
+        "SGLang's own DWDP runs instead of vmm-dwdp; vmm-dwdp can with --moe-runner-backend triton"
+    ]
+    assert ranks[1]["deep_gemm of Blackwell"] == []
     assert ranks[0]["defaults"]["Blackwell", "Qwen3 FP8"]["told"] == [
         "DWDP cannot spread fp8 experts with the MoE runner flashinfer_trtllm, so SGLang's own DWDP runs instead of "
         "vmm-dwdp; vmm-dwdp can with --moe-runner-backend triton"

@@ -18,7 +18,12 @@ from vmm_dwdp.testing import run_group
 KINDS = {  # with which MoE runner
     "bf16": "triton",
     "fp8 block": "triton",
+    "fp8 block for deep_gemm": "deep_gemm",
     "fp8 tensor": "triton",
+    "fp8 tensor of ModelOpt": "triton",
+    "fp8 tensor of compressed-tensors": "triton",
+    "fp8 channel of compressed-tensors": "triton",
+    "fp8 block of compressed-tensors": "triton",
     "mxfp4": "triton_kernel",
     "nvfp4": "flashinfer_cutlass",
     "wna16": "marlin",
@@ -27,7 +32,10 @@ KINDS = {  # with which MoE runner
     "gptq": "auto",
     "gptq in order of activation": "auto",
 }
-PAGED = ["bf16", "fp8 block", "wna16", "awq", "gptq", "gptq in order of activation"]  # what paged experts serve, too
+PAGED = [  # what SGLang's paged experts serve, too
+    *("bf16", "fp8 block", "fp8 channel of compressed-tensors", "fp8 block of compressed-tensors"),
+    *("wna16", "awq", "gptq", "gptq in order of activation"),
+]
 PAGE_NBYTES = 4096  # small, so that block scales are spread too
 
 Digests = list[dict[str, str]]  # by layer and tensor
@@ -104,9 +112,10 @@ def tensors_of(layer: Any) -> list[str]:
 
 
 def maxima_of(layer: Any) -> list[str]:
+    from vmm_dwdp.integrations.sglang.expert_tensor import find
     from vmm_dwdp.integrations.sglang.schemes import scheme_of
 
-    return list(scheme_of(layer).maximum)
+    return [name for name in scheme_of(layer).maximum if find(layer, name) is not None]
 
 
 def routing(layer: Any) -> dict[str, Any]:

@@ -107,6 +107,8 @@ IN_WORDS = {
     "bf16": "bf16",
     "FP8, block scales": "fp8 block",
     "FP8, a scale per tensor": "fp8 tensor",
+    "FP8, a scale per channel": "fp8 channel",
+    "FP8 of compressed-tensors, block scales": "compressed fp8 block",
     "MXFP4": "mxfp4",
     "NVFP4": "nvfp4",
     "INT4 or INT8 of compressed-tensors": "wna16",
@@ -144,7 +146,8 @@ def test_what_is_not_in_the_table_is_refused_by_name(layer: SimpleNamespace, sen
     ("quantization", "runner", "runners"),
     [
         (None, "flashinfer_trtllm", ("triton", "triton_kernel")),
-        ("fp8", "deep_gemm", ("triton",)),
+        ("fp8", "cutlass", ("triton",)),
+        ("fp8", "deep_gemm", None),
         ("mxfp4", "triton", ("marlin", "triton_kernel")),
         (None, "auto", None),
         ("fp8", "triton", None),

@@ -58,7 +58,7 @@ _FP8_BLOCK = Scheme(
     kept=True,
 )
 
-_FP8_TENSOR = Scheme(
+_FP8_SCALE = Scheme(
     ("w13_weight", "w13_weight_scale", "w13_weight_bias", "w2_weight", "w2_weight_scale", "w2_weight_bias"),
     optional=_BIASES,
     kept=True,
@@ -170,7 +170,10 @@ _SCHEMES: dict[tuple[str, str], Scheme] = {
     ("bf16", "triton"): _UNQUANTIZED,
     ("bf16", "triton_kernel"): _UNQUANTIZED,
     ("fp8 block", "triton"): _FP8_BLOCK,
-    ("fp8 tensor", "triton"): _FP8_TENSOR,
+    ("fp8 block", "deep_gemm"): _FP8_BLOCK,
+    ("fp8 tensor", "triton"): _FP8_SCALE,
+    ("fp8 channel", "triton"): _FP8_SCALE,
+    ("compressed fp8 block", "triton"): _FP8_SCALE,
     ("mxfp4", "marlin"): _MXFP4_MARLIN,
     ("mxfp4", "triton_kernel"): _MXFP4_TRITON,
     ("nvfp4", "marlin"): _NVFP4_MARLIN,
@@ -190,6 +193,17 @@ def _fp8_kind(method: Any) -> str | None:
     return "fp8 block" if method.block_quant else "fp8 tensor"
 
 
+def _modelopt_fp8_kind(method: Any) -> str | None:
+    return "fp8 tensor" if method.quant_config.is_checkpoint_fp8_serialized else None
+
+
+def _compressed_fp8_kind(scheme: Any) -> str | None:
+    strategy = scheme.weight_quant.strategy
+    return {"tensor": "fp8 tensor", "channel": "fp8 channel", "block": "compressed fp8 block"}.get(
+        str(getattr(strategy, "value", strategy))
+    )
+
+
 def _nvfp4_kind(method: Any) -> str | None:
     return "nvfp4" if method.quant_config.is_checkpoint_nvfp4_serialized else None
 
@@ -198,7 +212,9 @@ _KINDS: dict[str, Callable[[Any], str | None]] = {
     "UnquantizedFusedMoEMethod": lambda method: "bf16",
     "Fp8MoEMethod": _fp8_kind,
     "Mxfp4MoEMethod": lambda method: "mxfp4",
+    "ModelOptFp8MoEMethod": _modelopt_fp8_kind,
     "ModelOptNvFp4FusedMoEMethod": _nvfp4_kind,
+    "CompressedTensorsW8A8Fp8MoE": _compressed_fp8_kind,
     "CompressedTensorsWNA16MoE": lambda scheme: "wna16",
     "CompressedTensorsWNA16TritonMoE": lambda scheme: "wna16",
     "CompressedTensorsMxInt4MoE": lambda scheme: "wna16",
@@ -214,6 +230,7 @@ _KINDS_OF_CHECKPOINTS: dict[str | None, tuple[str, ...]] = {
     "fp8": ("fp8 block", "fp8 tensor", "bf16"),
     "mxfp4": ("mxfp4",),
     "modelopt_fp4": ("nvfp4", "bf16"),
+    "modelopt_fp8": ("fp8 tensor", "bf16"),
 }
 
 
@@ -253,12 +270,26 @@ def _row_of(layer: Any) -> tuple[str, str | None, str]:
 
 def runner_of(layer: Any) -> str:
     """SGLang's name of the MoE runner that a `FusedMoE` layer came to, or ``none``."""
-    scheme = getattr(layer, "scheme", None)
-    for holder in (layer, scheme, getattr(scheme, "kernel", None)):
-        runner = getattr(holder, "runner", None)
-        if runner is not None:
-            return str(runner.runner_backend.value)
-    return "none"
+    method, scheme = layer.quant_method, getattr(layer, "scheme", None)
+    if hasattr(method, "get_moe_runner_backend"):  # 0.5.23: what runs, which may not be the runner that is held
+        backend = method.get_moe_runner_backend(layer)
+    else:
+        holders = (layer, scheme, getattr(scheme, "kernel", None))
+        runners = (getattr(holder, "runner", None) for holder in holders)
+        backend = next((runner.runner_backend for runner in runners if runner is not None), None)
+        if type(method).__name__ == "ModelOptFp8MoEMethod":  # 0.5.17: holds another
+            from sglang.srt.layers.moe.utils import get_moe_runner_backend
+
+            backend = get_moe_runner_backend() if get_moe_runner_backend().is_flashinfer_trtllm() else backend
+    name = "none" if backend is None else str(backend.value)
+    return f"{name} with UE8M0 scales" if name == "deep_gemm" and _deep_gemm_repacks_scales() else name
+
+
+def _deep_gemm_repacks_scales() -> bool:
+    """Whether post-processing gives block scales another layout, as it does on Blackwell."""
+    from sglang.srt.layers import deep_gemm_wrapper
+
+    return bool(deep_gemm_wrapper.DEEPGEMM_SCALE_UE8M0)
 
 
 def require_served(quantization: str | None, runner: str) -> None:
@@ -280,4 +311,5 @@ def require_served(quantization: str | None, runner: str) -> None:
 
 
 def _runners_of(kind: str | None) -> tuple[str, ...]:
-    return tuple(runner for each, runner in _SCHEMES if each == kind)
+    """What to name to a user: not deep_gemm, which is served on some GPUs only, and never the only one."""
+    return tuple(runner for each, runner in _SCHEMES if each == kind and runner != "deep_gemm")
