@@ -133,7 +133,7 @@ def test_the_documented_rows_are_those_of_the_table() -> None:
     ("layer", "sentence"),
     [
         (_layer("BlockInt8MoEMethod", "triton"), "experts of BlockInt8MoEMethod with the MoE runner triton"),
-        (_layer("Mxfp4MoEMethod", "deep_gemm"), r"experts of Mxfp4MoEMethod \(mxfp4\) with the MoE runner deep_gemm"),
+        (_layer("Mxfp4MoEMethod", "triton"), r"experts of Mxfp4MoEMethod \(mxfp4\) with the MoE runner triton"),
         (SimpleNamespace(quant_method=object()), "experts of object with the MoE runner none"),
     ],
 )
