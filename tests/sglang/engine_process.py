@@ -54,10 +54,14 @@ def start(rank: int, size: int, port: int) -> None:
 
 def use_runner(backend: str, rank: int, size: int) -> None:
     """Let layers that are constructed from now on use this MoE runner."""
+    publish(server_args(tp_size=size, dwdp_size=size, moe_runner_backend=backend), rank)
+
+
+def publish(stated: Any, rank: int) -> None:
+    """Let these be the engine's arguments, for layers that are constructed from now on."""
     from sglang.srt import runtime_context
     from sglang.srt.layers.moe import initialize_moe_config
 
-    stated = server_args(tp_size=size, dwdp_size=size, moe_runner_backend=backend)
     if hasattr(runtime_context, "SpawnRanks"):  # 0.5.23
         placement = {"ranks": runtime_context.SpawnRanks(world_rank=rank, gpu_id=0)}
     else:

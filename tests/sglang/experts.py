@@ -17,14 +17,48 @@ NUM_LAYERS, NUM_EXPERTS, TOP_K = 3, 8, 2
 HIDDEN, INTERMEDIATE = 512, 384
 
 
+def _compressed(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
+    """A quantisation of compressed-tensors as a checkpoint's config states it."""
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    common = {"quant_method": "compressed-tensors", "ignore": ["lm_head"], "quantization_status": "compressed"}
+    return common | {"format": form, "config_groups": {"group_0": group}}
+
+
+_FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
+INT4 = _compressed(
+    "pack-quantized", {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}, None
+)
+_FP8_WEIGHTS: dict[str, dict[str, Any]] = {  # and how activations are scaled
+    "tensor": {"inputs": "tensor"},
+    "channel": {"inputs": "token"},
+    "block": {"inputs": "token", "block_structure": [128, 128]},
+}
+COMPRESSED_FP8 = {
+    f"fp8 {strategy} of compressed-tensors": _compressed(
+        "float-quantized",
+        _FP8 | {"strategy": strategy, "block_structure": stated.get("block_structure")},
+        _FP8 | {"strategy": stated["inputs"], "dynamic": stated["inputs"] == "token"},
+    )
+    for strategy, stated in _FP8_WEIGHTS.items()
+}
+
+
 def quantisation(kind: str) -> Any:
     """SGLang's quantisation config of one of the supported kinds of weights."""
     if kind == "bf16":
         return None
+    if kind == "fp8 tensor of ModelOpt":
+        from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp8Config
+
+        return ModelOptFp8Config(is_checkpoint_fp8_serialized=True, exclude_modules=[])
+    if kind in COMPRESSED_FP8:
+        from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
+        return CompressedTensorsConfig.from_config(COMPRESSED_FP8[kind])
     if kind.startswith("fp8"):
         from sglang.srt.layers.quantization.fp8 import Fp8Config
 
-        if kind == "fp8 block":
+        if kind.startswith("fp8 block"):
             return Fp8Config(is_checkpoint_fp8_serialized=True, weight_block_size=[128, 128])
         return Fp8Config(is_checkpoint_fp8_serialized=True, activation_scheme="static")
     if kind == "mxfp4":
@@ -35,6 +69,20 @@ def quantisation(kind: str) -> Any:
         from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp4Config
 
         return ModelOptFp4Config(is_checkpoint_nvfp4_serialized=True, group_size=16, exclude_modules=[])
+    if kind.startswith("wna16"):
+        from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
+        return CompressedTensorsConfig.from_config(INT4)
+    if kind == "awq":
+        from sglang.srt.layers.quantization.awq.awq import AWQMarlinConfig
+
+        stated = {"bits": 4, "group_size": 128, "zero_point": True, "quant_method": "awq"}
+        return AWQMarlinConfig.from_config(stated)
+    if kind.startswith("gptq"):
+        from sglang.srt.layers.quantization.gptq.gptq import GPTQMarlinConfig
+
+        stated = {"bits": 4, "group_size": 128, "sym": True, "desc_act": kind == "gptq in order of activation"}
+        return GPTQMarlinConfig.from_config(stated)
     raise ValueError(kind)
 
 
@@ -85,12 +133,24 @@ def _load_at_once(layer: Any, name: str, parameter: torch.Tensor) -> None:
 def checkpoint_tensor(layer: Any, name: str, parameter: torch.Tensor, expert: int, shard_id: str) -> torch.Tensor:
     """What a checkpoint has for one expert's ``gate`` (w1), ``up`` (w3) or ``down`` (w2), or the ``whole`` of it."""
     shape = list(parameter.shape[1:])
-    if shard_id in ("w1", "w3") and shape:
+    transposed = getattr(parameter, "is_transposed", False)
+    if "g_idx" in name or "weight_shape" in name:
+        pass  # the same for gate and up
+    elif shard_id in ("w1", "w3") and transposed:
+        shape[-1] //= 2
+    elif shard_id in ("w1", "w3") and shape:
         shape = shape[1:] if len(shape) == 1 else [shape[0] // 2, *shape[1:]]
+    if transposed and "zero" not in name and "compressed" in layer.quant_config.get_name():
+        shape.reverse()  # its packed tensors are stored the other way round
+    if "input_scale" in name and "compressed" in layer.quant_config.get_name():
+        shard_id = "both"  # gate and up must have the same
     seed = hashlib.sha256(f"{layer.layer_id} {name} {expert} {shard_id}".encode()).digest()
     generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(seed[:6], "little"))
-    if parameter.dtype == torch.uint8:
-        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8, device="cpu")
+    if not parameter.dtype.is_floating_point:
+        of_all_values = torch.iinfo(parameter.dtype)
+        return torch.randint(
+            *(of_all_values.min, of_all_values.max, shape), generator=generator, dtype=parameter.dtype, device="cpu"
+        )
     values = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * 0.1
     if "scale" in name:
         values = values.abs() + 0.01
@@ -120,16 +180,29 @@ def digests(layer: Any, names: list[str]) -> dict[str, str]:
 def without_a_gpu() -> Iterator[None]:
     """Let layers be constructed and post-processed here that SGLang makes on a GPU only.
 
-    NVFP4's constructor asks for Blackwell, and its scales are sent to the GPU. What FP8 with a scale per tensor and
-    MXFP4 do in kernels is done by PyTorch, or stands for it: any function of one expert's bytes would do.
+    NVFP4's constructor asks for Blackwell, and its scales are sent to the GPU. What FP8 with a scale per tensor, MXFP4
+    and Marlin do in kernels is done by PyTorch, or stands for it: any function of one expert's bytes would do.
     """
+    from sglang.srt.hardware_backend.gpu.quantization import awq_kernels, gptq_kernels
     from sglang.srt.layers.quantization import fp8, modelopt_quant, mxfp4
+    from sglang.srt.layers.quantization.awq import awq
+    from sglang.srt.layers.quantization.compressed_tensors.schemes import (
+        compressed_tensors_w8a8_fp8_moe as w8a8_fp8,
+    )
+    from sglang.srt.layers.quantization.compressed_tensors.schemes import (
+        compressed_tensors_wNa16_moe as wna16,
+    )
 
     with ExitStack() as patches:
         if not torch.cuda.is_available():
             patches.enter_context(patch.object(torch.Tensor, "cuda", lambda tensor, *_: tensor))
-        patches.enter_context(patch.object(fp8, "scaled_fp8_quant", _scaled_fp8_quant))
+        for module in (fp8, modelopt_quant, w8a8_fp8):
+            patches.enter_context(patch.object(module, "scaled_fp8_quant", _scaled_fp8_quant))
         patches.enter_context(patch.object(mxfp4, "_swizzle_mxfp4", _swizzle))
+        patches.enter_context(patch.object(gptq_kernels, "gptq_marlin_repack", _repack))
+        patches.enter_context(patch.object(awq_kernels, "awq_marlin_moe_repack", _repack_all, create=True))
+        patches.enter_context(patch.object(awq, "verify_marlin_supported", lambda *_, **__: None))
+        patches.enter_context(patch.object(wna16, "marlin_make_workspace", lambda *_: torch.zeros(1)))
         patches.enter_context(patch.dict(sys.modules, _TRITON_KERNELS))
         if hasattr(modelopt_quant, "is_blackwell_supported"):  # 0.5.17
             patches.enter_context(patch.object(modelopt_quant, "is_blackwell_supported", lambda: True))
@@ -158,6 +231,15 @@ _TRITON_KERNELS = {
     "triton_kernels.matmul": _MATMUL,
     "triton_kernels.matmul_ogs": _MATMUL,  # 0.5.17
 }
+
+
+def _repack(weight: torch.Tensor, perm: torch.Tensor, size_k: int, size_n: int, num_bits: int) -> torch.Tensor:
+    """Stands for Marlin's order of one expert, ``[K / 8, N]`` packed: another shape, with other bytes."""
+    return (weight ^ 0x5A5A5A5A).reshape(size_k // 16, size_n * num_bits // 2)
+
+
+def _repack_all(weight: torch.Tensor, perm: torch.Tensor, size_k: int, size_n: int, num_bits: int) -> torch.Tensor:
+    return torch.stack([_repack(expert, perm, size_k, size_n, num_bits) for expert in weight])
 
 
 def _swizzle(weight: torch.Tensor, scale: torch.Tensor, num_warps: int) -> tuple[Any, None, Any]:

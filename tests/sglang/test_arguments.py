@@ -20,6 +20,7 @@ LATE = {  # what SGLang's own first look at DWDP's arguments does not see
     "adapters": ({"lora_paths": ["a=adapter"], "max_lora_rank": 8, "lora_target_modules": ["q_proj"]}, "lora_paths=["),
     "prefill graphs": ({"cuda_graph_backend_prefill": "breakable"}, "prefill graphs of the backend 'breakable'"),
 }
+NOT_SERVED = {"moe_runner_backend": "flashinfer_trtllm"}
 TWO_HOSTS = {**DWDP, "nnodes": 2, "node_rank": 0, "dist_init_addr": "127.0.0.1:5000"}
 
 
@@ -48,10 +49,15 @@ def test_arguments_are_checked_when_they_are_final(tmp_path: Path) -> None:
     config.write_text("group_size: 1\nhost_experts: 4\n")
     harmless = {"ep_num_redundant_experts": 2, "enable_torch_compile": True, "disable_prefill_cuda_graph": True}
     cases = {name: given for name, (given, _) in LATE.items()} | {"two hosts": TWO_HOSTS, "harmless": harmless}
+    cases |= {"not served": NOT_SERVED, "not served by us": NOT_SERVED | DWDP}
     [told] = run_group(partial(resolve, config=str(config), cases=cases), 1)
 
     assert told.pop("two hosts") == "DWDP cannot be used with nnodes=2: its ranks map each other's memory"
     assert told.pop("harmless") == "accepted"
+    runner = "DWDP cannot spread bf16 experts with the MoE runner flashinfer_trtllm"
+    others = "--moe-runner-backend triton or --moe-runner-backend triton_kernel"
+    assert told.pop("not served") == f"{runner}; it can with {others}"
+    assert told.pop("not served by us") == "accepted"  # and SGLang's own DWDP runs: test_fallback.py
     assert told.keys() == LATE.keys()
     for name, (_, part) in LATE.items():
         assert told[name].startswith(f"DWDP cannot be used with {part}")

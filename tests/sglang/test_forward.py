@@ -1,6 +1,7 @@
 """The forward pass of real `FusedMoE` layers over assembled weights equals that over ordinary weights, bit for bit.
 
-On a GPU these are SGLang's Triton kernels, and the ranks share the GPU; elsewhere its plain PyTorch path, for bf16.
+On a GPU these are SGLang's Triton and Marlin kernels, and the ranks share the GPU; elsewhere its plain PyTorch path,
+for bf16.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import engine_process
 import experts
 import numpy as np
 import pytest
+import test_loading
 import torch
 from ports import free_port
 
 from vmm_dwdp.testing import run_group
 
-KINDS = ["bf16", "fp8 block"] if torch.cuda.is_available() else ["bf16"]
+ON_A_GPU = ("bf16", "fp8 block", "wna16", "awq")
+KINDS = {kind: test_loading.KINDS[kind] for kind in (ON_A_GPU if torch.cuda.is_available() else ON_A_GPU[:1])}
 NUM_TOKENS = (1, 33, 200)
 NUM_EXPERTS, TOP_K = 16, 4
 CONFIGS = (
@@ -38,13 +41,14 @@ def forward(rank: int, *, size: int, port: int, configs: list[str | None]) -> li
     for config in configs:
         if config is not None:
             os.environ["VMM_DWDP_CONFIG"] = config
-        found.append({kind: outputs(kind) for kind in KINDS})
+        found.append({kind: outputs(kind, rank, size) for kind in KINDS})
     return found
 
 
-def outputs(kind: str) -> list[np.ndarray]:
+def outputs(kind: str, rank: int, size: int) -> list[np.ndarray]:
     from sglang.srt.layers.moe.topk import StandardTopKOutput
 
+    engine_process.use_runner(KINDS[kind], rank, size)
     model = experts.model(kind, NUM_EXPERTS, TOP_K)
     experts.load(model)
     manager = engine_process.init_dwdp(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,31 +12,59 @@ import experts
 import pytest
 from ports import free_port
 
+from vmm_dwdp.integrations.sglang import contract
 from vmm_dwdp.testing import run_group
 
 KINDS = {  # with which MoE runner
     "bf16": "triton",
     "fp8 block": "triton",
+    "fp8 block for deep_gemm": "deep_gemm",
     "fp8 tensor": "triton",
+    "fp8 tensor of ModelOpt": "triton",
+    "fp8 tensor of compressed-tensors": "triton",
+    "fp8 channel of compressed-tensors": "triton",
+    "fp8 block of compressed-tensors": "triton",
     "mxfp4": "triton_kernel",
     "nvfp4": "flashinfer_cutlass",
+    "wna16": "marlin",
+    "wna16 for triton": "triton",
+    "awq": "auto",
+    "gptq": "auto",
+    "gptq in order of activation": "auto",
 }
+PAGED = [  # what SGLang's paged experts serve, too
+    *("bf16", "fp8 block", "fp8 channel of compressed-tensors", "fp8 block of compressed-tensors"),
+    *("wna16", "awq", "gptq", "gptq in order of activation"),
+]
 PAGE_NBYTES = 4096  # small, so that block scales are spread too
 
 Digests = list[dict[str, str]]  # by layer and tensor
 
 
-def load_all(rank: int, *, port: int) -> dict[str, Digests]:
-    """What a process without DWDP has, for each kind of weights."""
+def load_all(rank: int, *, port: int) -> tuple[dict[str, Digests], dict[str, set[str]]]:
+    """What a process without DWDP has, for each kind of weights; and what SGLang's paged experts would page of it."""
     engine_process.start(rank, 1, port)
-    found = {}
+    found, paged = {}, {}
     for kind, runner in KINDS.items():
         engine_process.use_runner(runner, rank, 1)
         with experts.without_a_gpu():
             model = experts.model(kind)
             experts.load(model)
         found[kind] = [experts.digests(layer, [*tensors_of(layer), *maxima_of(layer)]) for layer in model.layers]
-    return found
+        paged[kind] = paged_tensors(model.layers[0])
+    return found, paged
+
+
+def paged_tensors(layer: Any) -> set[str]:
+    """The tensors of a loaded layer of which SGLang's paged experts keep a part, by its own table; since 0.5.23."""
+    if importlib.util.find_spec("sglang.srt.layers.moe.paged_experts") is None:
+        return set()
+    from sglang.srt.layers.moe.paged_experts import formats
+
+    found = formats.format_for(layer, layer.quant_method)
+    if found is None:
+        return set()
+    return set(formats.expert_params(layer, layer.num_experts)) - {*found.unpaged, *found.freed}
 
 
 def load_shard(rank: int, *, size: int, port: int) -> dict[str, dict[str, Any]]:
@@ -83,9 +112,10 @@ def tensors_of(layer: Any) -> list[str]:
 
 
 def maxima_of(layer: Any) -> list[str]:
+    from vmm_dwdp.integrations.sglang.expert_tensor import find
     from vmm_dwdp.integrations.sglang.schemes import scheme_of
 
-    return list(scheme_of(layer).maximum)
+    return [name for name in scheme_of(layer).maximum if find(layer, name) is not None]
 
 
 def routing(layer: Any) -> dict[str, Any]:
@@ -103,9 +133,14 @@ def outside_nbytes(layer: Any) -> int:
 
 
 @pytest.fixture(scope="module")
-def loaded_whole() -> dict[str, Digests]:
+def without_dwdp() -> tuple[dict[str, Digests], dict[str, set[str]]]:
     [found] = run_group(partial(load_all, port=free_port()), 1)
     return found
+
+
+@pytest.fixture(scope="module")
+def loaded_whole(without_dwdp: tuple[dict[str, Digests], dict[str, set[str]]]) -> dict[str, Digests]:
+    return without_dwdp[0]
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -120,6 +155,17 @@ def test_every_rank_sees_what_one_process_loads(
     for rank in ranks:
         assert rank[kind]["passes"] == [loaded_whole[kind]] * 2
         assert all(rank[kind]["bound"])
+
+
+@pytest.mark.parametrize("kind", PAGED)
+def test_paged_experts_have_the_same_tensors(
+    kind: str, without_dwdp: tuple[dict[str, Digests], dict[str, set[str]]]
+) -> None:
+    """SGLang states apart from us what a runner reads of each expert."""
+    if contract.version() == "0.5.17":
+        pytest.skip("SGLang 0.5.17 has no paged experts")
+    digests, paged = without_dwdp
+    assert set(digests[kind][0]) == paged[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)

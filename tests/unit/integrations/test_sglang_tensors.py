@@ -1,5 +1,6 @@
 """The parts of the SGLang plugin that need no SGLang: per-expert tensors, the table of schemes, and the environment."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,11 @@ from support.groups import PAGE
 from vmm_dwdp import DWDPConfig, DWDPRuntime
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.errors import ConfigError, StateError
-from vmm_dwdp.integrations.sglang import settings
+from vmm_dwdp.integrations.sglang import remedies, schemes, settings
 from vmm_dwdp.integrations.sglang.expert_layer import ExpertLayer
 from vmm_dwdp.integrations.sglang.expert_tensor import ExpertBlocks, find, places, replace
 from vmm_dwdp.integrations.sglang.expert_view import ExpertView, ViewedRuntime
-from vmm_dwdp.integrations.sglang.schemes import scheme_of, supported
+from vmm_dwdp.integrations.sglang.schemes import NotServedError, require_served, scheme_of, supported
 from vmm_dwdp.integrations.spread_tensor import SpreadTensor
 
 
@@ -86,26 +87,103 @@ def _layer(method: str, runner: str, **attributes: Any) -> SimpleNamespace:
     )
 
 
+DOCUMENT = Path(__file__).parents[3] / "docs/sglang.md"
+
+
 def test_a_layer_has_the_scheme_of_its_method_and_runner() -> None:
     stated = SimpleNamespace(is_checkpoint_fp8_serialized=True)
     fp8 = {"use_mxfp8": False, "is_fp4_expert": False, "quant_config": stated}
 
     assert "w13_weight_scale_inv" in scheme_of(_layer("Fp8MoEMethod", "triton", block_quant=True, **fp8)).tensors
     assert "w13_weight_scale" in scheme_of(_layer("Fp8MoEMethod", "triton", block_quant=False, **fp8)).tensors
-    assert len(supported()) == 9
+    held = SimpleNamespace(runner=SimpleNamespace(runner_backend=SimpleNamespace(value="marlin")))
+    wna16 = type("CompressedTensorsWNA16MoE", (), vars(held))()
+    assert "w13_weight_packed" in scheme_of(SimpleNamespace(quant_method=object(), scheme=wna16)).tensors
+    awq = type("AWQMoEScheme", (), {"kernel": held})()
+    assert "w13_qzeros" in scheme_of(SimpleNamespace(quant_method=object(), scheme=awq)).tensors
+
+
+IN_WORDS = {
+    "bf16": "bf16",
+    "FP8, block scales": "fp8 block",
+    "FP8, a scale per tensor": "fp8 tensor",
+    "FP8, a scale per channel": "fp8 channel",
+    "FP8 of compressed-tensors, block scales": "compressed fp8 block",
+    "MXFP4": "mxfp4",
+    "NVFP4": "nvfp4",
+    "INT4 or INT8 of compressed-tensors": "wna16",
+    "AWQ": "awq",
+    "GPTQ": "gptq",
+}
+
+
+def test_the_documented_rows_are_those_of_the_table() -> None:
+    lines = re.findall(r"^\| (.+?) \| (`.+?`) \| .+? \| (.+?) \|$", DOCUMENT.read_text(), re.MULTILINE)
+    rows = {
+        (IN_WORDS[weights], runner.strip("`")): ran
+        for weights, runners, ran in lines
+        if weights in IN_WORDS
+        for runner in runners.split(", ")
+    }
+    assert rows.keys() == set(supported())
+    assert {row for row, ran in rows.items() if ran != "not run"} == schemes._RAN_ON_A_GPU
 
 
 @pytest.mark.parametrize(
     ("layer", "sentence"),
     [
-        (_layer("GPTQMarlinMoEMethod", "marlin"), "experts of GPTQMarlinMoEMethod with the MoE runner marlin"),
-        (_layer("Mxfp4MoEMethod", "deep_gemm"), r"experts of Mxfp4MoEMethod \(mxfp4\) with the MoE runner deep_gemm"),
+        (_layer("BlockInt8MoEMethod", "triton"), "experts of BlockInt8MoEMethod with the MoE runner triton"),
+        (_layer("Mxfp4MoEMethod", "triton"), r"experts of Mxfp4MoEMethod \(mxfp4\) with the MoE runner triton"),
         (SimpleNamespace(quant_method=object()), "experts of object with the MoE runner none"),
     ],
 )
 def test_what_is_not_in_the_table_is_refused_by_name(layer: SimpleNamespace, sentence: str) -> None:
-    with pytest.raises(ConfigError, match=f"DWDP cannot spread {sentence}; it can: bf16 with triton"):
+    with pytest.raises(NotServedError, match=f"DWDP cannot spread {sentence}$"):
         scheme_of(layer)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "runner", "runners"),
+    [
+        (None, "flashinfer_trtllm", ("triton", "triton_kernel")),
+        ("fp8", "cutlass", ("triton",)),
+        ("fp8", "deep_gemm", None),
+        ("mxfp4", "triton", ("marlin", "triton_kernel")),
+        (None, "auto", None),
+        ("fp8", "triton", None),
+        ("modelopt_fp4", "triton", None),  # where the checkpoint leaves experts in bf16
+        ("a quantisation of tomorrow", "triton", None),
+    ],
+)
+def test_what_the_arguments_decide_is_foretold(
+    quantization: str | None, runner: str, runners: tuple[str, ...] | None
+) -> None:
+    told = None
+    try:
+        require_served(quantization, runner)
+    except NotServedError as not_served:
+        told = not_served.runners
+    assert told == runners
+
+
+def test_what_to_type_is_said() -> None:
+    not_served = NotServedError("DWDP cannot spread these", "cutlass", ("triton", "marlin"))
+    runners = "--moe-runner-backend triton or --moe-runner-backend marlin"
+    own = "DWDP cannot spread these, so SGLang's own DWDP runs instead of vmm-dwdp"
+    assert remedies.fallback(not_served) == f"{own}; vmm-dwdp can with {runners}"
+    assert remedies.refusal(not_served, SimpleNamespace()) == f"DWDP cannot spread these; it can with {runners}"
+
+    gpt_oss = NotServedError("DWDP cannot spread these", "triton", ("marlin", "triton_kernel"))
+    assert remedies.fallback(gpt_oss).endswith("with --moe-runner-backend auto or --moe-runner-backend marlin")
+    gpt_oss = NotServedError("DWDP cannot spread these", "flashinfer_mxfp4", ("marlin", "triton_kernel"))
+    assert remedies.fallback(gpt_oss).endswith("vmm-dwdp can with --moe-runner-backend marlin")
+
+    with_none = NotServedError("DWDP cannot spread these", "triton")
+    without = "DWDP cannot spread these; start without VMM_DWDP_CONFIG, and with SGLang's own --cpu-offload-gb"
+    assert remedies.fallback(with_none) == own
+    assert remedies.refusal(with_none, SimpleNamespace()) == without
+    paged = SimpleNamespace(enable_paged_experts=False)
+    assert remedies.refusal(with_none, paged) == f"{without} or --enable-paged-experts"
 
 
 def _fused_moe(num_experts: int, num_loaded: int, **weights: torch.Tensor) -> Any:
@@ -170,11 +248,22 @@ def test_post_processing_that_the_table_does_not_know_is_refused(runtime: DWDPRu
         layer.finish()
 
 
-def test_a_per_expert_tensor_that_the_table_does_not_know_is_refused(tmp_path: Path) -> None:
+def test_a_per_expert_tensor_that_the_table_does_not_know_is_not_served(tmp_path: Path) -> None:
     module = _fused_moe(4, 2, w13_weight=_weight(2), w2_weight=_weight(2), w2_luck=torch.zeros(2))
+    before = module.w13_weight.data_ptr()
+    with DWDPRuntime(DWDPConfig(group_size=2), 0, "cpu", tmp_path / "group", driver=HostDriver(PAGE)) as runtime:
+        with pytest.raises(NotServedError, match=r"layer 3 has a per-expert tensor w2_luck that DWDP does not know$"):
+            ExpertLayer(module, runtime, 0, PAGE)
+        assert module.w13_weight.data_ptr() == before
+
+
+def test_one_that_post_processing_made_is_refused(tmp_path: Path) -> None:
+    module = _fused_moe(4, 2, w13_weight=_weight(2), w2_weight=_weight(2))
+    sentence = "layer 3 has a per-expert tensor w2_luck that DWDP does not know; start with VMM_DWDP_DISABLE=1"
     with DWDPRuntime(DWDPConfig(group_size=2), 0, "cpu", tmp_path / "group", driver=HostDriver(PAGE)) as runtime:
         layer = ExpertLayer(module, runtime, 0, PAGE)
-        with pytest.raises(ConfigError, match="layer 3 has a per-expert tensor w2_luck that DWDP does not know"):
+        module.w2_luck = torch.zeros(2)
+        with pytest.raises(ConfigError, match=sentence):
             layer.finish()
         del module.w13_weight, module.w2_weight
 

@@ -11,6 +11,8 @@ from typing import Any, Final
 
 from vmm_dwdp.checkpoint import revision_of
 from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.integrations.sglang import contract
+from vmm_dwdp.integrations.sglang.schemes import NotServedError, require_served
 
 # With these, expert weights would move, be shared out otherwise, come by another way or be read by another path. Here
 # with the value, besides None and "none", with which they do nothing; what a user states comes before what follows.
@@ -79,6 +81,30 @@ def check_graphs(server_args: Any) -> None:
             f"DWDP cannot be used with prefill graphs of the backend {backend!r}: they are captured in pieces, and a "
             "pass is captured whole"
         )
+
+
+def runner_for_gpt_oss(server_args: Any) -> str | None:
+    """The MoE runner that SGLang chooses for gpt-oss on one GPU, where with expert parallelism it leaves it open.
+
+    It takes ``--dwdp-size`` for expert parallelism, which this runner does not do; but each rank has all experts then.
+    What it would take instead dequantises them to bf16.
+    """
+    from sglang.srt.utils.common import is_triton_kernels_available
+
+    resolved, config = _resolved(server_args), contract.model_config(server_args)
+    in_mxfp4 = "GptOssForCausalLM" in config.hf_config.architectures and config.quantization == "mxfp4"
+    left_open = resolved.moe_runner_backend == "auto" and is_triton_kernels_available()
+    return "triton_kernel" if in_mxfp4 and left_open else None
+
+
+def foretold(server_args: Any) -> NotServedError | None:
+    """Why the experts will not be served, where the final arguments and the checkpoint's config already say it."""
+    resolved, config = _resolved(server_args), contract.model_config(server_args)
+    try:
+        require_served(resolved.quantization or config.quantization, resolved.moe_runner_backend)
+    except NotServedError as not_served:
+        return not_served
+    return None
 
 
 def revision(server_args: Any) -> str | None:

@@ -18,6 +18,11 @@ _CHECK_ARGUMENTS = (
     "sglang.srt.arg_groups.parallel_hook.handle_dwdp",
     "sglang.srt.server_args.ServerArgs._handle_dwdp",
 )
+# What gives the config of the checkpoint that an engine's arguments name: 0.5.23, 0.5.17.
+_MODEL_CONFIG = (
+    "sglang.srt.arg_groups.model_override_base.model_config_of",
+    "sglang.srt.server_args.ServerArgs.get_model_config",
+)
 CHECK_FINAL_ARGUMENTS = "sglang.srt.server_args.ServerArgs.check_server_args"  # what the engine calls last of all
 CHECK_WEIGHTS = "sglang.srt.utils.weight_checker.WeightChecker.handle"
 SAVE = (f"{_WEIGHT_EXPORTER}.save_sharded_model", f"{_WEIGHT_EXPORTER}.save_remote_model")
@@ -69,6 +74,7 @@ _EXPECTED = (
     *(_Expected(path) for path in (*SAVE, *SEND)),
     _Expected("sglang.srt.runtime_context.get_server_args"),
     _Expected("sglang.srt.arg_groups.overrides.resolved_view", ("server_args",)),
+    _Expected("sglang.srt.runtime_context.get_global_dwdp_manager"),
     _Expected("sglang.srt.runtime_context.set_global_dwdp_manager", ("manager",), ()),
     _Expected("sglang.srt.distributed.parallel_state.destroy_model_parallel", (), ("cleanup",)),
 )
@@ -95,8 +101,9 @@ def difference() -> str | None:
         unused = set(expected.names) - set(_names_in(function.__code__))
         if unused:
             return f"{expected.path} does not use {min(unused)}"
-    if check_arguments() is None:
-        return f"neither {' nor '.join(_CHECK_ARGUMENTS)} exists"
+    for either in (_CHECK_ARGUMENTS, _MODEL_CONFIG):
+        if not any(map(_exists, either)):
+            return f"neither {' nor '.join(either)} exists"
     if not updates():
         return f"{_WEIGHT_UPDATER} has none of {', '.join(_UPDATES)}"
     return None
@@ -105,6 +112,12 @@ def difference() -> str | None:
 def check_arguments() -> str | None:
     """The path of the function that checks the engine's arguments, if there is one."""
     return next((path for path in _CHECK_ARGUMENTS if _exists(path)), None)
+
+
+def model_config(server_args: Any) -> Any:
+    """SGLang's config of the checkpoint that the arguments name."""
+    path = next(path for path in _MODEL_CONFIG if _exists(path))
+    return pkgutil.resolve_name(path)(server_args)
 
 
 def updates() -> list[str]:

@@ -9,7 +9,8 @@ import torch
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.integrations.sglang.expert_tensor import ExpertBlocks, find, replace
 from vmm_dwdp.integrations.sglang.expert_view import ExpertView
-from vmm_dwdp.integrations.sglang.schemes import Scheme, scheme_of
+from vmm_dwdp.integrations.sglang.schemes import NotServedError, Scheme, runner_of, scheme_of
+from vmm_dwdp.integrations.sglang.settings import DISABLE
 from vmm_dwdp.layout.placement import HOST, Owner
 from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.runtime import DWDPRuntime
@@ -41,7 +42,7 @@ class ExpertLayer:
         page_nbytes: bytes per page of the device's memory.
 
     Raises:
-        ConfigError: the layer's quantisation method, MoE runner or class is not supported.
+        NotServedError: the layer's quantisation method, MoE runner or tensors are not supported.
     """
 
     def __init__(self, module: Any, runtime: DWDPRuntime, first_expert: int, page_nbytes: int) -> None:
@@ -57,7 +58,11 @@ class ExpertLayer:
         self._view: ExpertView | None = None
         self._state = _routing_state(module)
         if self._scheme.kept:
-            self._declare()
+            try:
+                self._refuse_unknown()
+                self._declare()
+            except ConfigError as error:
+                raise NotServedError(str(error), runner_of(module)) from error
             for name, block in self._spread.items():
                 self._bind_loaded(name, block)
         elif runtime.config.group_size == 1:
@@ -110,6 +115,12 @@ class ExpertLayer:
         placed.copy_(tensor)  # what the constructor put there, such as scales of one
         replace(self.module, name, placed)
 
+    def give_back(self) -> None:
+        """Before anything is loaded: the module's tensors are as its constructor made them, in torch's memory again."""
+        for name in self._spread:
+            tensor = self._find(name)
+            replace(self.module, name, torch.empty_like(tensor, device=self._runtime.device).copy_(tensor))
+
     def _stage(self) -> None:
         """Keep large parameters in host memory until post-processing, so that the model is never whole on the GPU."""
         for parameter in self.module.parameters(recurse=False):
@@ -151,6 +162,13 @@ class ExpertLayer:
         """
         if self.finished:
             return
+        try:
+            self._take_over()
+        except ConfigError as error:
+            raise ConfigError(f"{error}; start with {DISABLE}=1, which leaves the experts to SGLang") from error
+        self.finished = True
+
+    def _take_over(self) -> None:
         if not self._scheme.kept:
             self._free_scratch()
             self._declare()
@@ -170,7 +188,6 @@ class ExpertLayer:
             del tensor
             if self._runtime.device.type == "cuda":
                 torch.cuda.empty_cache()  # the freed tensor's memory goes back to the driver, for the next shard
-        self.finished = True
 
     def _move(self, name: str, block: ExpertBlocks, tensor: torch.Tensor) -> None:
         """Copy to every owner's shard; the module keeps no experts, as SGLang would move them back to where they came

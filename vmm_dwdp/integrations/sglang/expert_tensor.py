@@ -104,7 +104,7 @@ class ExpertBlocks:
                     f"{name} has gaps between its elements (strides {tensor.stride()}): it cannot be spread"
                 )
             expected *= size
-        if tensor.shape[0] > 1 and tensor.stride(0) != expected:
+        if tensor.shape[0] > 1 and tensor.numel() and tensor.stride(0) != expected:
             raise ConfigError(f"the experts of {name} are not one after the other (strides {tensor.stride()})")
         return block
 
@@ -115,5 +115,7 @@ class ExpertBlocks:
 
     def from_bytes(self, memory: torch.Tensor) -> torch.Tensor:
         """The tensor whose bytes are ``memory``, ``[n, nbytes]`` uint8."""
+        if not self.nbytes:  # nothing cannot be viewed as another dtype
+            return memory.new_empty((memory.shape[0], *self.shape), dtype=self.dtype)
         elements = memory.view(self.dtype)
         return elements.as_strided(*self.assembled(memory.shape[0]))

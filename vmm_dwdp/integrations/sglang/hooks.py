@@ -6,15 +6,19 @@ registers: refusals are raised inside hooked functions, where the caller sees th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.integrations.sglang import arguments, contract, settings
+from vmm_dwdp.integrations.sglang import arguments, contract, remedies, settings
 from vmm_dwdp.integrations.sglang.expert_layer import NO_UPDATES
 from vmm_dwdp.integrations.sglang.manager import ExpertManager
+from vmm_dwdp.integrations.sglang.schemes import NotServedError, scheme_of
+
+_log = logging.getLogger("vmm_dwdp")
 
 _Original = Callable[..., Any]
 
@@ -23,6 +27,7 @@ _NO_EXPORTS = (
 )
 
 _manager: ExpertManager | None = None
+_left_to_sglang = False  # whether SGLang's own DWDP is to take the model that is being constructed
 
 
 def register() -> None:
@@ -84,6 +89,13 @@ def manager() -> ExpertManager | None:
     return None if _manager is None or _manager.closed else _manager
 
 
+def _are_spread() -> bool:
+    """Whether experts are spread, by us or by SGLang's own DWDP: its tensors have some experts' bytes only."""
+    from sglang.srt.runtime_context import get_global_dwdp_manager
+
+    return manager() is not None or get_global_dwdp_manager() is not None
+
+
 def check_arguments(original: _Original, server_args: Any) -> Any:
     """Around SGLang's check of its arguments, in the process that starts the engine: refuse before memory is taken."""
     dwdp_size = _dwdp_size(server_args)
@@ -97,26 +109,72 @@ def check_arguments(original: _Original, server_args: Any) -> Any:
 
 
 def check_final_arguments(original: _Original, server_args: Any) -> None:
-    """Around the last of SGLang's checks in the same process, which itself still changes some: refuse what is new."""
+    """Around the last of SGLang's checks in the same process, which itself still changes some: refuse what is new, and
+    say what will not be served, as far as it can be known now."""
     original(server_args)
     dwdp_size = _dwdp_size(server_args)
-    if settings.wanted(dwdp_size):
-        arguments.check(server_args, dwdp_size)
-        arguments.check_graphs(server_args)
+    if not settings.wanted(dwdp_size):
+        return
+    arguments.check(server_args, dwdp_size)
+    arguments.check_graphs(server_args)
+    runner = arguments.runner_for_gpt_oss(server_args) if dwdp_size > 1 else None
+    if runner is not None:
+        _set_argument(server_args, "moe_runner_backend", runner)
+        _log.info("gpt-oss: --moe-runner-backend %s, as on one GPU, since with DWDP every rank has all experts", runner)
+    not_served = arguments.foretold(server_args)
+    if not_served is not None:
+        if dwdp_size <= 1:
+            raise ConfigError(remedies.refusal(not_served, server_args))
+        _log.warning(remedies.fallback(not_served))
 
 
 def construct_layer(original: _Original, module: Any, *args: Any, **kwargs: Any) -> None:
-    """Around `FusedMoE.__init__`: the layer's expert tensors go to the manager before the next layer takes memory."""
+    """Around `FusedMoE.__init__`: the layer's expert tensors go to the manager before the next layer takes memory.
+
+    All ranks construct the same layers, so all come to the same answer whether a layer is served.
+    """
     original(module, *args, **kwargs)
-    if settings.wanted(_active_dwdp_size()):
+    if _left_to_sglang or not settings.wanted(_active_dwdp_size()):
+        return
+    try:
+        scheme_of(module)  # before a device is opened for it
         _current_manager().adopt(module)
+    except NotServedError as not_served:
+        _leave_to_sglang(not_served)
+
+
+def _leave_to_sglang(not_served: NotServedError) -> None:
+    """Give back the layers that were taken over; SGLang's own DWDP takes all of them, once they are loaded.
+
+    Raises:
+        ConfigError: SGLang has no way of its own, since experts were to be in host memory.
+    """
+    global _left_to_sglang
+    from sglang.srt.runtime_context import get_parallel, get_server_args
+
+    found, server_args, dwdp_size = manager(), get_server_args(), _active_dwdp_size()
+    arguments.check(server_args, dwdp_size)  # with these, SGLang's own would read wrong bytes, too
+    if dwdp_size <= 1:
+        if found is not None:
+            found.cleanup()
+        raise ConfigError(remedies.refusal(not_served, server_args))
+    if found is not None:
+        found.give_back()
+    _left_to_sglang = True
+    if get_parallel().tp_rank == 0 and arguments.foretold(server_args) is None:
+        _log.warning(remedies.fallback(not_served))
 
 
 def init_dwdp(original: _Original, model_runner: Any) -> None:
     """Around `ModelRunner.maybe_init_dwdp`: our manager instead of SGLang's."""
+    global _left_to_sglang
     from sglang.srt.runtime_context import set_global_dwdp_manager
 
     if model_runner.is_draft_worker or not settings.wanted(_active_dwdp_size()):
+        original(model_runner)
+        return
+    if _left_to_sglang:
+        _left_to_sglang = False  # the next model may be another
         original(model_runner)
         return
     found = manager()
@@ -129,7 +187,7 @@ def init_dwdp(original: _Original, model_runner: Any) -> None:
 
 def load_weight(original: _Original, module: Any, *args: Any, **kwargs: Any) -> None:
     """Around the loaders of `FusedMoE`: once layers read assembled tensors, nobody may write to them."""
-    if module._dwdp_bound:
+    if module._dwdp_bound and manager() is not None:
         raise ConfigError(NO_UPDATES)
     original(module, *args, **kwargs)
 
@@ -143,7 +201,7 @@ def update_weights(original: _Original, *args: Any, **kwargs: Any) -> Any:
 
 def begin_session(original: _Original, updater: Any, request: Any) -> Any:
     """Around SGLang's answer to the request for a session of updates."""
-    if manager() is None:
+    if not _are_spread():
         return original(updater, request)
     from sglang.srt.managers.io_struct import BeginWeightUpdateReqOutput
 
@@ -152,21 +210,21 @@ def begin_session(original: _Original, updater: Any, request: Any) -> Any:
 
 def prepare_session(original: _Original, *args: Any, **kwargs: Any) -> Any:
     """Around what undoes post-processing of the whole model for a session, and does it again after it."""
-    if manager() is not None:
+    if _are_spread():
         raise ConfigError(NO_UPDATES)
     return original(*args, **kwargs)
 
 
 def send_weights(original: _Original, *args: Any, **kwargs: Any) -> Any:
     """Around what sends weights to another engine, and answers whether it did and why not."""
-    if manager() is not None:
+    if _are_spread():
         return False, _NO_EXPORTS
     return original(*args, **kwargs)
 
 
 def read_weights(original: _Original, *args: Any, **kwargs: Any) -> Any:
     """Around what reads the weights of the whole model, or overwrites them, where SGLang passes an exception on."""
-    if manager() is not None:
+    if _are_spread():
         raise ConfigError(_NO_EXPORTS)
     return original(*args, **kwargs)
 
@@ -197,11 +255,11 @@ def _dwdp_size(server_args: Any) -> int:
 
 
 def _set_argument(server_args: Any, name: str, value: object) -> None:
-    """Change an argument while SGLang resolves them: later versions record a change instead of making it."""
+    """Change an argument before the engine publishes them: later versions record a change instead of making it."""
     try:
         from sglang.srt.arg_groups.overrides import declare_resolution
-    except ImportError:
-        setattr(server_args, name, value)
+    except ImportError:  # 0.5.17
+        server_args.override("vmm_dwdp", **{name: value})
     else:
         declare_resolution(server_args, "vmm_dwdp", **{name: value})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any, Final
 
@@ -13,6 +14,9 @@ from vmm_dwdp.config import DWDPConfig, Mode
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.integrations.sglang.expert_layer import ExpertLayer
 from vmm_dwdp.integrations.sglang.expert_view import ViewedRuntime
+from vmm_dwdp.integrations.sglang.schemes import caution
+
+_log = logging.getLogger("vmm_dwdp")
 
 # Modules of models that hand expert weights to kernels of their own, past the quantisation method.
 _OWN_KERNELS: Final = frozenset({"sglang.srt.models.beam", "sglang.srt.models.qwen4_exp"})
@@ -49,7 +53,8 @@ class ExpertManager:
         """Take over the expert tensors of a `FusedMoE` that was just constructed.
 
         Raises:
-            ConfigError: the layer cannot be served; the sentence says why.
+            NotServedError: its weights or its MoE runner are not served; the layer is as it was constructed.
+            ConfigError: experts would be read wrongly; the sentence says why.
         """
         number = int(module.layer_id)
         if number in self._layers:
@@ -64,6 +69,9 @@ class ExpertManager:
                 )
         first = self.runtime.rank * module.num_local_experts
         layer = ExpertLayer(module, self.runtime, first, self._page_nbytes)
+        cautioned = caution(module) if not self._layers and self.runtime.rank == 0 else None
+        if cautioned is not None:
+            _log.info(cautioned)
         self._layers[number] = layer
         wrappers: dict[str, Any] = {
             "process_weights_after_loading": layer.post_process,
@@ -73,6 +81,22 @@ class ExpertManager:
             wrappers["restore_weights_before_loading"] = layer.restore_weights
         for name, wrapper in wrappers.items():
             setattr(module.quant_method, name, partial(wrapper, getattr(module.quant_method, name)))
+
+    def give_back(self) -> None:
+        """Undo `adopt` before anything is loaded: the layers are as they were constructed, and no memory is held.
+        Collective, since the first rank takes with it the directory in which the others may still be about to meet.
+
+        Layers have two places in GPU memory meanwhile. If it raises, they are as after `cleanup`.
+        """
+        try:
+            dist.barrier(group=self._group)
+            for layer in self._layers.values():
+                layer.give_back()
+            for layer in self._layers.values():
+                _unhook(layer)
+            self._layers.clear()
+        finally:
+            self.cleanup()
 
     def _apply(self, of: ExpertLayer, apply: Any, layer: Any, dispatch_output: Any) -> Any:
         """Around the quantisation method's `apply`, which every path that runs a layer's experts calls: the forward
@@ -136,8 +160,7 @@ class ExpertManager:
         self.closed = True
         self._running = False
         for layer in self._layers.values():
-            for name in ("process_weights_after_loading", "restore_weights_before_loading", "apply"):
-                vars(layer.module.quant_method).pop(name, None)
+            _unhook(layer)
             layer.restore()
         self._layers.clear()
         self.runtime.close()
@@ -155,3 +178,9 @@ class ExpertManager:
                 layer.set_replicated(name, torch.cat([shard[name] for shard in replicated]))
             for name in maxima[0]:
                 layer.set_maximum(name, torch.stack([found[name] for found in maxima]).amax(dim=0))
+
+
+def _unhook(layer: ExpertLayer) -> None:
+    """Let the layer's quantisation method be as its class."""
+    for name in ("process_weights_after_loading", "restore_weights_before_loading", "apply"):
+        vars(layer.module.quant_method).pop(name, None)
