@@ -53,9 +53,7 @@ def open_file(name: bytes) -> int:
         raise DriverError("import", _INVALID_VALUE, f"import {len(name)} bytes that are no fabric handle of a host")
     _, machine, identity, fd, process = _LAYOUT.unpack(name)
     if machine != machine_id():
-        raise DriverError(
-            "import", _INVALID_VALUE, "import a fabric handle of another machine"
-        )
+        raise DriverError("import", _INVALID_VALUE, "import a fabric handle of another machine")
     link = f"/memfd:{_NAME}{identity.hex()} (deleted)"
     for path in (f"/proc/{process}/fd/{fd}", *_descriptors()):
         if _link(path) == link:

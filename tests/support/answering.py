@@ -8,7 +8,7 @@ import time
 
 from support.subjects import LATE, in_use, nothing_left
 from vmm_dwdp.allocator.handles import Ledger
-from vmm_dwdp.group.rendezvous import Rendezvous
+from vmm_dwdp.group.doors import open_door
 from vmm_dwdp.group.transport import Transport
 
 
@@ -21,7 +21,9 @@ class Answering:
 
     def prepare(self) -> None:
         self.ledger = Ledger()
-        self.transport = Transport(Rendezvous(self.directory.name), self.ledger, 0, 1, LATE, lambda message: ({}, []))
+        self.transport = Transport(
+            open_door(self.directory.name, 0, 1), self.ledger, 0, 1, LATE, lambda message: ({}, [])
+        )
 
     def operate(self) -> None:
         self.transport.serve(time.monotonic() + LATE)
