@@ -19,6 +19,7 @@ from vmm_dwdp.errors import ConfigError, DWDPError
 
 _SECRET_NBYTES: Final = 32  # of one that is drawn
 _LEAST_NBYTES, _MOST_NBYTES = 16, 4096  # of one in a file
+_SUCH_AS: Final = "10.0.0.1:29600 or [fd00::1]:29600"
 _SIOCGIFADDR: Final = 0x8915  # of <linux/sockios.h>: the IPv4 address of an interface
 _INTERFACE: Final = struct.Struct("16s2xH4s16x")  # struct ifreq with a struct sockaddr_in
 
@@ -68,7 +69,8 @@ class TCPRendezvous:
             raise ConfigError("TCPRendezvous takes a list with the address of every rank, or a process group")
         object.__setattr__(self, "where", tuple(self.where))
         for address in self.where:
-            socket_address(address)
+            if socket_address(address).address[1] == 0:
+                raise ConfigError(f"{address!r} is not a numeric address and a port, such as {_SUCH_AS}")
         if len(set(self.where)) < len(self.where):
             raise ConfigError("TCPRendezvous names one address twice: every rank listens at its own")
 
@@ -160,7 +162,7 @@ def socket_address(text: str) -> SocketAddress:
     except ValueError:
         address, number = None, -1
     if address is None or not 0 <= number < 1 << 16:
-        raise ConfigError(f"{text!r} is not a numeric address and a port, such as 10.0.0.1:29600 or [fd00::1]:29600")
+        raise ConfigError(f"{text!r} is not a numeric address and a port, such as {_SUCH_AS}")
     if address.is_unspecified or address.is_multicast:
         raise ConfigError(f"{text!r} is no address of one interface")
     flags = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV

@@ -51,6 +51,7 @@ PROOF_NBYTES: Final = hashlib.sha256().digest_size
 _NO_PROOF: Final = bytes(PROOF_NBYTES)
 _RANK: Final = struct.Struct("!I")
 _ATTEMPT_SECONDS: Final = 5.0  # then a new one: the kernel asks a host that was down ever more seldom
+_AT_ONCE: Final = struct.pack("ii", 1, 0)  # struct linger
 _NOT_HEARD_OF: Final = {
     *(errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN),
     *(errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN),
@@ -112,6 +113,7 @@ class TCPDoor(Door):
                 sock.connect(address)
             _await_connection(sock, min(deadline, time.monotonic() + _ATTEMPT_SECONDS))
             if sock.getsockname() == sock.getpeername():  # of a port that nobody has, the kernel may take both ends
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)  # the port is to be free for its owner
                 raise ConnectionRefusedError(errno.ECONNREFUSED, "nobody but this very socket")
         except BaseException as error:
             sock.close()
