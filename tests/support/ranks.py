@@ -26,8 +26,8 @@ from vmm_dwdp import DWDPConfig, DWDPError, DWDPRuntime, WeightSpec
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.group.doors import Where
 
-_processes: Final = multiprocessing.get_context("forkserver")  # which imports torch once, for all of them
-_processes.set_forkserver_preload(["support.ranks"])
+processes: Final = multiprocessing.get_context("forkserver")  # which imports torch once, for all of them
+processes.set_forkserver_preload(["support.ranks"])
 
 Shape = tuple[tuple[int, ...], str]  # [E, ...], and the name of a dtype
 Bytes = dict[tuple[int, str], bytes]  # by layer and weight: those of the unsharded tensor
@@ -231,8 +231,8 @@ class InProcess:
     """A rank in a process of its own, which can be killed."""
 
     def __init__(self, side: Side) -> None:
-        self._connection, theirs = _processes.Pipe()
-        self._process = _processes.Process(target=_serve, args=(side, theirs), daemon=True)
+        self._connection, theirs = processes.Pipe()
+        self._process = processes.Process(target=_serve, args=(side, theirs), daemon=True)
         self._process.start()
         theirs.close()
 
