@@ -216,7 +216,7 @@ def read_secret(path: str | os.PathLike[str]) -> bytes:
         raise ConfigError(f"the secret {os.fspath(path)} cannot be read: {error.strerror}") from error
     if not stat.S_ISREG(found.st_mode):
         raise ConfigError(f"the secret {os.fspath(path)} is not a file")
-    if found.st_uid not in (os.getuid(), 0):
+    if found.st_uid != os.getuid():
         raise ConfigError(f"the secret {os.fspath(path)} belongs to user {found.st_uid}, not to this one")
     if found.st_mode & 0o077:
         mode = stat.filemode(found.st_mode)

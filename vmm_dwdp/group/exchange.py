@@ -229,6 +229,8 @@ class Exchange:
             if not self.listens(rank):
                 why = self._transport.complaint(rank)
                 raise ExchangeError(f"rank {rank} left while others waited for it ({what}){why}")
+            if time.monotonic() > deadline:
+                break
         if time.monotonic() > deadline:
             for rank in missing:
                 self._transport.require_connects(rank)
