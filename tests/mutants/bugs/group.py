@@ -172,11 +172,18 @@ BUGS: Final = (
         _TCP,
     ),
     Bug(
-        "another file with the number of a descriptor is taken for the memory that a fabric handle names",
+        "a fabric handle of the host dies with the process that made it",
         "allocator/host_fabric.py",
-        "        if _link(path) == link:\n",
-        "        if _link(path):\n",
+        'for path in (f"/proc/{process}/fd/{fd}", *_descriptors()):',
+        'for path in (f"/proc/{process}/fd/{fd}",):',
         ("tests/unit/allocator/test_host_fabric.py",),
+    ),
+    Bug(
+        "a token's sum comes from a node that has none of its experts",
+        "vmm_dwdp/nodes/rail.py",
+        "owner = torch.bucketize(chosen, starts[1:], right=True)",
+        "owner = torch.bucketize(chosen, starts[1:])",
+        ("tests/multiprocess/test_rails.py",),
     ),
     Bug(
         "an earlier entry of a rank counts when it comes last",
