@@ -22,10 +22,10 @@ from collections.abc import Iterator
 from typing import Final
 
 from vmm_dwdp.allocator import host_pages
+from vmm_dwdp.allocator.driver import FABRIC_NBYTES
 from vmm_dwdp.allocator.machine import MACHINE_NBYTES, machine_id
 from vmm_dwdp.errors import DriverError
 
-FABRIC_NBYTES: Final = 64  # as CUmemFabricHandle has
 _INVALID_VALUE: Final = "CUDA_ERROR_INVALID_VALUE"
 _IDENTITY_NBYTES: Final = 16
 _LAYOUT: Final = struct.Struct(f"!8s{MACHINE_NBYTES}s{_IDENTITY_NBYTES}sII16x")

@@ -123,9 +123,8 @@ class TorchRail:
             raise ConfigError(f"partial sums of {len(partial)} tokens were given for {sum(dispatched.received)}")
         back = self._exchange(partial, dispatched.received, dispatched.sent)
         out = torch.zeros(dispatched.num_tokens, *partial.shape[1:], dtype=torch.float32, device=partial.device)
-        for sums, tokens in zip(
-            *(torch.split(each, dispatched.sent) for each in (back, dispatched.tokens)), strict=True
-        ):
+        by_node = (torch.split(each, dispatched.sent) for each in (back, dispatched.tokens))
+        for sums, tokens in zip(*by_node, strict=True):
             out.index_add_(0, tokens, sums.float())  # each token at most once: there is one order
         return out.to(partial.dtype)
 

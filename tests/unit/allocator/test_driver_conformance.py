@@ -232,6 +232,18 @@ def test_a_fabric_handle_is_64_bytes_that_nobody_owns(rig: Rig) -> None:
         assert len(shared) == 64
 
 
+def test_what_is_no_handle_of_a_kind_is_not_imported_as_one(rig: Rig) -> None:
+    """It may come from another rank, and a driver would read as many bytes as it expects."""
+    for shared, handle_type in (
+        (b"", HandleType.FABRIC),
+        (bytes(63), HandleType.FABRIC),
+        (0, HandleType.FABRIC),
+        (bytes(64), HandleType.POSIX_FD),
+    ):
+        with refused(INVALID_VALUE):
+            rig.driver.import_(shared, handle_type, rig.page)
+
+
 @HANDLE_TYPES
 def test_memory_is_not_mapped_with_another_size_than_it_was_exported_with(rig: Rig, handle_type: HandleType) -> None:
     shared = rig.exported(rig.memory(2, handle_type=handle_type), handle_type)

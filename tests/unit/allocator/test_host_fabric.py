@@ -134,12 +134,3 @@ def test_a_wrong_hint_is_only_slower(host: HostDriver, ledger: Ledger) -> None:
         for fd, process in ((0, os.getpid()), (1 << 31, 1 << 31), (0, 1)):
             hinted = name[:40] + struct.pack("!II", fd, process) + name[48:]
             host.release(host.import_(hinted, FABRIC, PAGE))
-
-
-def test_a_kind_of_handle_is_not_taken_for_the_other(host: HostDriver, ledger: Ledger) -> None:
-    with Allocation.create(host, ledger, PAGE, handle_type=FABRIC) as memory:
-        name = memory.export(FABRIC)
-        with pytest.raises(DriverError, match="import what is no posix-fd as one"):
-            host.import_(name, HandleType.POSIX_FD, PAGE)  # type: ignore[arg-type]
-        with pytest.raises(DriverError, match="import what is no fabric as one"):
-            host.import_(0, FABRIC, PAGE)
