@@ -18,8 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Final
-from unittest import mock
+from typing import Final
 
 from support.doors import GROUP_SIZE, PATIENCE, Place, TCPPlace, UnixPlace, exchange, request
 
@@ -80,9 +79,18 @@ _members: Final = {place: _member(place) for place in (_unix, _tcp)}
 _NONCES: Final = bytes(2 * NONCE_NBYTES)
 
 
-def _known_nonces() -> Any:
-    """Zeros, so that proofs can be made beforehand."""
-    return mock.patch.object(tcp_door, "secrets", SimpleNamespace(token_bytes=bytes))
+_ZEROS: Final = SimpleNamespace(token_bytes=bytes)
+
+
+@contextlib.contextmanager
+def _known_nonces(send: Callable[..., None] = tcp_door.send) -> Iterator[None]:
+    """Zeros, so that proofs can be made beforehand; and what is sent is given to ``send``."""
+    before = tcp_door.secrets, tcp_door.send
+    tcp_door.secrets, tcp_door.send = _ZEROS, send  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        tcp_door.secrets, tcp_door.send = before
 
 
 def server(data: bytes) -> None:
@@ -133,7 +141,7 @@ class _TCPAnswered(Transport):
     @contextlib.contextmanager
     def _connect(self, rank: int, deadline: float, retry: bool) -> Iterator[socket.socket]:
         ours, theirs = socket.socketpair()
-        with ours, theirs, mock.patch.object(tcp_door, "send", functools.partial(self._asked, theirs)):
+        with ours, theirs, _known_nonces(functools.partial(self._asked, theirs)):
             theirs.send(_framed(bytes(NONCE_NBYTES)))
             yield ours
 
@@ -175,8 +183,7 @@ def tcp_client(data: bytes) -> None:
     elif b"\x40" <= kind < b"\x80":
         data = _framed(data)
     _tcp_answered.data, _tcp_answered.proves = data, kind >= b"\x80"
-    with _known_nonces():
-        _ask(_tcp_asking)
+    _ask(_tcp_asking)
 
 
 def _ask(asking: Exchange) -> None:
