@@ -18,6 +18,7 @@ from vmm_dwdp.allocator.cuda_events import EventCalls
 from vmm_dwdp.allocator.cuda_issue import CudaIssuingThread
 from vmm_dwdp.allocator.driver import (
     DEVICE,
+    FABRIC_NBYTES,
     Access,
     Address,
     Copy,
@@ -118,6 +119,9 @@ class CudaDriver:
 
     def import_(self, shared: int | bytes, handle_type: HandleType, nbytes: int) -> HandleId:
         attempt = f"import {nbytes} bytes as {handle_type.value}{self._sees}"
+        fits = isinstance(shared, int) if handle_type is HandleType.POSIX_FD else _is_fabric_handle(shared)
+        if not fits:  # or the driver would read whatever is there
+            raise DriverError("cuMemImportFromShareableHandle", _INVALID_VALUE, f"{attempt}, which it is not")
         return HandleId(int(check(attempt, cuda.cuMemImportFromShareableHandle, shared, _HANDLE_TYPES[handle_type])))
 
     def _properties(self, location: Location, handle_type: HandleType | None) -> cuda.CUmemAllocationProp:
@@ -275,6 +279,10 @@ class CudaDriver:
             check(f"wait for {self.device}", cuda.cuCtxSynchronize)
         else:
             check(f"wait for stream {stream:#x}", cuda.cuStreamSynchronize, stream)
+
+
+def _is_fabric_handle(shared: int | bytes) -> bool:
+    return isinstance(shared, bytes) and len(shared) == FABRIC_NBYTES
 
 
 def _host_location(numa_node: int) -> cuda.CUmemLocation:

@@ -28,7 +28,7 @@ import enum
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NewType, Protocol
+from typing import Any, Final, NamedTuple, NewType, Protocol
 
 import torch
 
@@ -45,11 +45,14 @@ class Access(enum.Enum):
     READ_WRITE = "read-write"
 
 
+FABRIC_NBYTES: Final = 64  # of a fabric handle
+
+
 class HandleType(enum.Enum):
     """How physical memory can be handed to another process."""
 
     POSIX_FD = "posix-fd"  # a file descriptor: processes of one machine
-    FABRIC = "fabric"  # 64 bytes that name it, in place of a descriptor
+    FABRIC = "fabric"  # `FABRIC_NBYTES` bytes that may travel anywhere in an NVLink domain
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import Final, NamedTuple
 
 import torch
 
-from vmm_dwdp.allocator import host_pages
+from vmm_dwdp.allocator import host_fabric, host_pages
 from vmm_dwdp.allocator.driver import (
     DEVICE,
     Access,
@@ -104,12 +104,11 @@ class HostDriver:
         return self._granularity
 
     def create(self, nbytes: int, location: Location = DEVICE, handle_type: HandleType | None = None) -> HandleId:
-        attempt = f"create {nbytes} bytes on {location}"
         if nbytes <= 0 or nbytes % self.granularity(location):
-            raise _invalid("create", f"{attempt}, no multiple of {self._granularity}")
-        if handle_type is HandleType.FABRIC:
-            raise DriverError("create", NOT_SUPPORTED, f"{attempt} for fabric handles, which the host does not have")
-        return self._add_handle(_Memory(host_pages.create_file(nbytes), nbytes, handle_type))
+            attempt = f"create {nbytes} bytes on {location}, no multiple of {self._granularity}"
+            raise _invalid("create", attempt)
+        create_file = host_fabric.create_file if handle_type is HandleType.FABRIC else host_pages.create_file
+        return self._add_handle(_Memory(create_file(nbytes), nbytes, handle_type))
 
     def release(self, handle: HandleId) -> None:
         memory = self._memory("release", handle)
@@ -120,14 +119,18 @@ class HostDriver:
         memory = self._memory("export", handle)
         if memory.handle_type is not handle_type:
             raise _invalid("export", f"export handle {handle}, which was not created as {handle_type}")
+        if handle_type is HandleType.FABRIC:
+            return host_fabric.name_of(memory.fd)
         return host_pages.duplicate(memory.fd)
 
     def import_(self, shared: int | bytes, handle_type: HandleType, nbytes: int) -> HandleId:
-        if not isinstance(shared, int):
-            raise DriverError("import", NOT_SUPPORTED, "import a fabric handle, which the host does not have")
-        if host_pages.sealed_size(shared) != nbytes:
-            raise _invalid("import", f"import descriptor {shared}, which is no memory of {nbytes} bytes")
-        return self._add_handle(_Memory(host_pages.duplicate(shared), nbytes, handle_type))
+        if isinstance(shared, int) is (handle_type is HandleType.FABRIC):
+            raise _invalid("import", f"import what is no {handle_type.value} as one")
+        fd = host_pages.duplicate(shared) if isinstance(shared, int) else host_fabric.open_file(shared)
+        if host_pages.sealed_size(fd) != nbytes:
+            os.close(fd)
+            raise _invalid("import", f"import a {handle_type.value}, which is no memory of {nbytes} bytes")
+        return self._add_handle(_Memory(fd, nbytes, handle_type))
 
     def _add_handle(self, memory: _Memory) -> HandleId:
         handle = HandleId(next(self._numbers))

@@ -32,11 +32,11 @@ _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
-def create_file(nbytes: int) -> int:
+def create_file(nbytes: int, name: str = "vmm_dwdp") -> int:
     """The descriptor of a new memory file of ``nbytes`` zeros, whose size is final; pages are taken when written."""
     attempt = f"create a memory file of {nbytes} bytes"
     with _system_call("memfd_create", attempt):
-        fd = os.memfd_create("vmm_dwdp", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         with _system_call("ftruncate", attempt):
             os.ftruncate(fd, nbytes)

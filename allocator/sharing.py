@@ -1,4 +1,4 @@
-"""Messages with file descriptors over Unix stream sockets.
+"""Messages over stream sockets, and with them file descriptors where the sockets are Unix's.
 
 A message is a header, one byte for every `DESCRIPTORS_PER_CALL` descriptors, and the payload:
 
@@ -32,6 +32,10 @@ _HEADER: Final = struct.Struct("!4sII")
 _MARK: Final = b"."
 _RETRY_SECONDS: Final = 0.002
 _CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
+
+
+class HungUp(ExchangeError):
+    """The other end is gone."""
 
 
 def peer_uid(sock: socket.socket) -> int:
@@ -159,9 +163,10 @@ def _receive_now(sock: socket.socket, num_bytes: int, room: int) -> _Received | 
     except BlockingIOError:
         return None
     except OSError as error:
-        raise ExchangeError(f"a message could not be received: {error.strerror}") from error
+        kind = HungUp if error.errno == errno.ECONNRESET else ExchangeError
+        raise kind(f"a message could not be received: {error.strerror}") from error
     if not data:
-        raise ExchangeError("the peer closed the connection before its message was complete")
+        raise HungUp("the peer closed the connection before its message was complete")
     return data, ancillary, flags
 
 

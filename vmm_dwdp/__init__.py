@@ -13,6 +13,7 @@ from vmm_dwdp.version import __version__ as __version__
 if TYPE_CHECKING:
     from vmm_dwdp.config import DWDPConfig
     from vmm_dwdp.errors import ConfigError, DriverError, DWDPError, ExchangeError, StateError
+    from vmm_dwdp.group.addresses import TCPRendezvous
     from vmm_dwdp.layout.placement import HOST, ExpertPlacement
     from vmm_dwdp.layout.weight_spec import WeightSpec
     from vmm_dwdp.observe.stats import LayerStats, Stats
@@ -30,12 +31,14 @@ __all__ = [
     "LayerStats",
     "StateError",
     "Stats",
+    "TCPRendezvous",
     "WeightSpec",
 ]
 
 _MODULES = {
     "config": ("DWDPConfig",),
     "errors": ("ConfigError", "DWDPError", "DriverError", "ExchangeError", "StateError"),
+    "group.addresses": ("TCPRendezvous",),
     "layout.placement": ("HOST", "ExpertPlacement"),
     "layout.weight_spec": ("WeightSpec",),
     "observe.stats": ("LayerStats", "Stats"),

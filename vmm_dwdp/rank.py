@@ -12,7 +12,6 @@ from typing import Any, Self, SupportsIndex
 from weakref import WeakSet
 
 import torch
-import torch.distributed as dist
 
 from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.driver import Driver
@@ -20,6 +19,8 @@ from vmm_dwdp.allocator.handles import Failures, Ledger, undo_after
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.group.addresses import TCPRendezvous
+from vmm_dwdp.group.doors import Where
 from vmm_dwdp.group.membership import Membership
 from vmm_dwdp.group.update import ShardKey, Update
 from vmm_dwdp.layout.layer import Layers, describe_layer
@@ -42,7 +43,7 @@ class Rank:
         config: DWDPConfig,
         rank: int,
         device: str | torch.device,
-        rendezvous: str | os.PathLike[str] | dist.ProcessGroup,
+        rendezvous: Where,
         *,
         driver: Driver | None = None,
     ) -> None:
@@ -60,9 +61,10 @@ class Rank:
         self._layers = Layers()
         layers = self._layers.in_order
         if rank == 0:
-            sweep(None if isinstance(rendezvous, dist.ProcessGroup) else rendezvous)
+            sweep(rendezvous if isinstance(rendezvous, str | os.PathLike) else None)
         with self._driver.current():
-            self._assembly = make_assembly(config, rank, self._driver, self.ledger, layers)
+            over_network = isinstance(rendezvous, TCPRendezvous)
+            self._assembly = make_assembly(config, rank, self._driver, self.ledger, layers, over_network=over_network)
             self._membership = Membership(
                 config, rank, self._driver, self.ledger, rendezvous, self._assembly, self._layers
             )

@@ -34,7 +34,7 @@ class DWDPRuntime(Rank):
         rank: this process's place in the group, from 0.
         device: where the weights are; ``"cpu"`` is the host driver, which needs no GPU.
         rendezvous: a directory that all ranks of this group name and no other group does; it is made with mode 0700 if
-            it is missing. Or a process group of the ranks.
+            it is missing. Or a process group of the ranks, all on one host. Or a `TCPRendezvous`, for ranks on several.
         driver: an open driver of ``device`` to use instead of a new one, for example a host driver with small pages.
 
     Attributes:
@@ -44,7 +44,7 @@ class DWDPRuntime(Rank):
 
     Raises:
         ConfigError: there is no such rank, or the machine lacks what the config asks for.
-        ExchangeError: the rendezvous directory is not private.
+        ExchangeError: the rendezvous directory is not private, or the ranks of the process group are on several hosts.
         DriverError: the device cannot be used.
     """
 

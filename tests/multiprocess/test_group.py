@@ -68,7 +68,7 @@ def _in_a_process_group(store: Path, rank: int) -> str:
             fill_shards(runtime, _model())
             runtime.publish()
             check_pass(runtime, _model())
-            return str(runtime._membership._rendezvous.directory)
+            return runtime._membership._door.place
     finally:
         dist.destroy_process_group()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.doors import answer_to, request
+from support.doors import UnixPlace, answer_to, request
 from support.groups import PAGE, Model, add_layers, check_pass, fill_shards, in_threads, join, published, random_model
 
 from vmm_dwdp import ConfigError, DWDPConfig, DWDPRuntime, ExchangeError, StateError
@@ -274,8 +273,8 @@ def test_a_mistaken_request_is_no_reason_for_others_to_fail(tmp_path: Path) -> N
         published_ = pool.submit(waiting.publish)
         while not (tmp_path / "rank-0").exists():
             pass
-        asked = request(tmp_path, rank=7, fingerprint="of another group")
-        told = answer_to(tmp_path, json.dumps(asked).encode(), Ledger())
+        place = UnixPlace(tmp_path)
+        told = answer_to(place, request(place, rank=7, fingerprint="of another group"), Ledger())
         assert told["error"] == "the configs or the layers of the two ranks differ"
         other = loaded(1, tmp_path)
         other.publish()

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from support.answering import Answering
+from support.answering import Answering, AnsweringOverTCP
 from support.drivers import CallFault, FailingDriver, NativeDriver, Refusal
 from support.groups import PAGE
 from support.interrupter import Alarm, How, Interrupted, Interrupter, sweep
@@ -129,8 +129,9 @@ def test_publish_of_a_group() -> None:
     sweep(lambda: Publish(PAIR, FailingDriver), lambda at: Interrupter(at, "signal"), most=5)
 
 
-def test_beginning_to_answer_others_at_every_point() -> None:
-    sweep(Answering, lambda at: Interrupter(at, "signal"), most=sys.maxsize)
+@pytest.mark.parametrize("answering", [Answering, AnsweringOverTCP])
+def test_beginning_to_answer_others_at_every_point(answering: type[Answering]) -> None:
+    sweep(answering, lambda at: Interrupter(at, "signal"), most=sys.maxsize)
 
 
 def test_close_of_a_group() -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from pathlib import Path
 
+from support.doors import TCPPlace
 from support.subjects import LATE, in_use, nothing_left
 from vmm_dwdp.allocator.handles import Ledger
-from vmm_dwdp.group.rendezvous import Rendezvous
+from vmm_dwdp.group.addresses import bind
+from vmm_dwdp.group.doors import Where, open_door
 from vmm_dwdp.group.transport import Transport
 
 
@@ -19,9 +22,13 @@ class Answering:
         self.directory = tempfile.TemporaryDirectory()
         self.before = in_use()
 
+    def rendezvous(self) -> Where:
+        return self.directory.name
+
     def prepare(self) -> None:
         self.ledger = Ledger()
-        self.transport = Transport(Rendezvous(self.directory.name), self.ledger, 0, 1, LATE, lambda message: ({}, []))
+        door = open_door(self.rendezvous(), 0, 1)
+        self.transport = Transport(door, self.ledger, 0, 1, LATE, lambda message: ({}, []))
 
     def operate(self) -> None:
         self.transport.serve(time.monotonic() + LATE)
@@ -29,10 +36,25 @@ class Answering:
     def recover(self) -> None:
         self.transport.close()
         assert self.ledger.open() == [], f"left: {self.ledger.open()}"
-        files = os.listdir(self.directory.name)
+        files = set(os.listdir(self.directory.name)) - {"secret"}
         assert not files, f"left in the rendezvous: {files}"
         del self.transport
         nothing_left(self.before)
 
     def close(self) -> None:
         self.directory.cleanup()
+
+
+class AnsweringOverTCP(Answering):
+    """The same at an address, which is free again afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = TCPPlace(Path(self.directory.name), group_size=1)
+
+    def rendezvous(self) -> Where:
+        return self.place.rendezvous
+
+    def recover(self) -> None:
+        super().recover()
+        bind(self.place.addresses[0]).close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -14,6 +13,7 @@ from vmm_dwdp import HOST, DWDPConfig, DWDPRuntime, WeightSpec
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.config import Mode
+from vmm_dwdp.group.doors import Where
 
 PAGE = 4096  # bytes: the smallest page of the host driver, so that small weights span several
 
@@ -59,9 +59,7 @@ def fill_shards(runtime: DWDPRuntime, model: Model) -> None:
                 shard.view(torch.uint8).copy_(tensor[experts.start : experts.stop].view(torch.uint8))
 
 
-def join(
-    config: DWDPConfig, rank: int, rendezvous: str | Path, model: Model, driver: Driver | None = None
-) -> DWDPRuntime:
+def join(config: DWDPConfig, rank: int, rendezvous: Where, model: Model, driver: Driver | None = None) -> DWDPRuntime:
     """One published rank; by default on the host driver with small pages."""
     driver = driver or HostDriver(PAGE)
     runtime = DWDPRuntime(config, rank, driver.device, rendezvous, driver=driver)
@@ -95,7 +93,7 @@ def in_threads(function: Callable[[int], T], group_size: int) -> list[T]:
 
 
 @contextmanager
-def published(config: DWDPConfig, rendezvous: str | Path, model: Model) -> Iterator[list[DWDPRuntime]]:
+def published(config: DWDPConfig, rendezvous: Where, model: Model) -> Iterator[list[DWDPRuntime]]:
     """A group in this process; closed at the end, and its ledgers read zero then."""
     drivers = [HostDriver(PAGE) for _ in range(config.group_size)]  # active in this thread, which runs the passes
     runtimes = in_threads(lambda rank: join(config, rank, rendezvous, model, drivers[rank]), config.group_size)

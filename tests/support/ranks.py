@@ -7,6 +7,7 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,15 +16,18 @@ from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any, Final, NamedTuple
+from unittest import mock
 
 import torch
 
 from support.groups import PAGE
+from support.hosts import enter
 from vmm_dwdp import DWDPConfig, DWDPError, DWDPRuntime, WeightSpec
 from vmm_dwdp.allocator.host_driver import HostDriver
+from vmm_dwdp.group.doors import Where
 
-_processes: Final = multiprocessing.get_context("forkserver")  # which imports torch once, for all of them
-_processes.set_forkserver_preload(["support.ranks"])
+processes: Final = multiprocessing.get_context("forkserver")  # which imports torch once, for all of them
+processes.set_forkserver_preload(["support.ranks"])
 
 Shape = tuple[tuple[int, ...], str]  # [E, ...], and the name of a dtype
 Bytes = dict[tuple[int, str], bytes]  # by layer and weight: those of the unsharded tensor
@@ -59,9 +63,10 @@ class Side:
 
     config: DWDPConfig
     rank: int
-    directory: str
+    rendezvous: Where
     layers: Mapping[int, Mapping[str, Shape]]
     driver: Callable[[], HostDriver] | None = None
+    network: int | None = None  # a process in whose network namespace the rank is to live
     kept: list[Any] = field(default_factory=list)
     runtime: DWDPRuntime | None = None
 
@@ -85,8 +90,10 @@ class Side:
         return self.runtime
 
     def make(self) -> None:
+        if self.network is not None:
+            enter(self.network)
         driver = HostDriver(PAGE) if self.driver is None else self.driver()
-        self.runtime = DWDPRuntime(self.config, self.rank, "cpu", self.directory, driver=driver)
+        self.runtime = DWDPRuntime(self.config, self.rank, "cpu", self.rendezvous, driver=driver)
 
     def add_layer(self, number: int) -> None:
         specs = {name: WeightSpec(shape, getattr(torch, dtype)) for name, (shape, dtype) in self.layers[number].items()}
@@ -224,8 +231,8 @@ class InProcess:
     """A rank in a process of its own, which can be killed."""
 
     def __init__(self, side: Side) -> None:
-        self._connection, theirs = _processes.Pipe()
-        self._process = _processes.Process(target=_serve, args=(side, theirs), daemon=True)
+        self._connection, theirs = processes.Pipe()
+        self._process = processes.Process(target=_serve, args=(side, theirs), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -255,7 +262,8 @@ class InProcess:
 
 def start_server() -> None:
     """Once, what makes processes: it keeps some descriptors open."""
-    forkserver.ensure_running()
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # or it could not import what it is to
+        forkserver.ensure_running()
 
 
 def _serve(side: Side, commands: Connection) -> None:

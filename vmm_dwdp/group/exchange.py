@@ -22,8 +22,8 @@ from typing import Any, Final, Literal, get_args
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.errors import DriverError, DWDPError, ExchangeError
 from vmm_dwdp.group.agreement import Agreement, Answer, Vector, Word
-from vmm_dwdp.group.rendezvous import Rendezvous
-from vmm_dwdp.group.transport import Message, Refused, Transport
+from vmm_dwdp.group.door import Door, Message
+from vmm_dwdp.group.transport import Refused, Transport
 from vmm_dwdp.layout.placement import HOST, Owner
 from vmm_dwdp.memory.assembly import Share, close_shares
 
@@ -52,7 +52,7 @@ class Exchange:
 
     def __init__(
         self,
-        rendezvous: Rendezvous,
+        door: Door,
         ledger: Ledger,
         rank: int,
         group_size: int,
@@ -68,7 +68,7 @@ class Exchange:
         self._revision = None if revision is None else hashlib.sha256(revision.encode()).hexdigest()
         self._shares = shares
         self._checksums = checksums
-        self._transport = Transport(rendezvous, ledger, rank, group_size, patience, self._answer)
+        self._transport = Transport(door, ledger, rank, group_size, patience, self._answer)
         self._changed = threading.Condition()  # guards `_agreement` and `_group`
         self._agreement = Agreement(rank, group_size)
         self._group = PUBLISHING
@@ -229,7 +229,11 @@ class Exchange:
             if not self.listens(rank):
                 why = self._transport.complaint(rank)
                 raise ExchangeError(f"rank {rank} left while others waited for it ({what}){why}")
+            if time.monotonic() > deadline:
+                break
         if time.monotonic() > deadline:
+            for rank in missing:
+                self._transport.require_connects(rank)
             ranks_missing = ", ".join(map(str, missing))
             raise ExchangeError(f"not ready before the deadline, though there: rank {ranks_missing} ({what})")
 

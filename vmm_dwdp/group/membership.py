@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Final
 
 import torch
-import torch.distributed as dist
 
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Ledger, ResourceStack, Stream
@@ -22,8 +21,8 @@ from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError, DriverError, ExchangeError, StateError
 from vmm_dwdp.group.agreement import LAST_STEP
+from vmm_dwdp.group.doors import Where, open_door
 from vmm_dwdp.group.exchange import Exchange
-from vmm_dwdp.group.rendezvous import Rendezvous
 from vmm_dwdp.group.update import ShardKey, Shards, Update
 from vmm_dwdp.layout.layer import Layer, Layers
 from vmm_dwdp.layout.placement import HOST, Owner, in_words
@@ -49,7 +48,7 @@ class Membership:
         rank: int,
         driver: Driver,
         ledger: Ledger,
-        rendezvous: str | os.PathLike[str] | dist.ProcessGroup,
+        rendezvous: Where,
         assembly: Assembly,
         layers: Layers,
     ) -> None:
@@ -57,7 +56,7 @@ class Membership:
         self._rank = rank
         self._driver = driver
         self._ledger = ledger
-        self._rendezvous = Rendezvous(rendezvous)
+        self._door = open_door(rendezvous, rank, config.group_size)
         self._assembly = assembly
         self._layers = layers.in_order
         self._numbered = layers
@@ -119,8 +118,7 @@ class Membership:
         patience = timeout / self._config.group_size  # so that one that is stopped leaves time for another
         holder = exchange.join(deadline, patience)
         if holder is None:
-            there = self._rendezvous.directory
-            raise ExchangeError(f"no other rank is alive at {there}: the group must be loaded again")
+            raise ExchangeError(f"no other rank is alive at {self._door.place}: the group must be loaded again")
         for owner in (*self.held_owners, *self._other_owners()):
             self._take(exchange, owner, holder, deadline)
         with uninterrupted():
@@ -185,12 +183,13 @@ class Membership:
         if self._update is not None:
             self._update.close()
         if self._exchange is None:
-            self._rendezvous.leave()
+            self._door.leave()
         else:
             self._exchange.close()
 
     def forget(self) -> None:
         """In a forked child: nothing that the parent keeps open is to look open when the parent is gone."""
+        self._door.forget()
         if self._exchange is not None:
             self._exchange.forget()
 
@@ -217,11 +216,12 @@ class Membership:
             raise ConfigError(
                 f"{len(self._layers)} layers need {needed} mappings, but a process can have {self._driver.max_mappings}"
             )
-        # One received descriptor for each share, and on the host driver another, which is the imported handle. While
-        # memory is handed over, one more for each share that is held here and each rank that asks for it.
+        # Where shares are descriptors, one for each that is received, and while memory is handed over, one for each
+        # that is held here and each rank that asks for it. On the host driver the imported handle is one, too.
         received = sum(map(self._assembly.num_shares, self._other_owners()))
         held = sum(map(self._assembly.num_shares, self.held_owners))
-        count = (2 if self._driver.name == "host" else 1) * received + len(self._others) * held
+        count = received + len(self._others) * held if self._door.takes_descriptors else 0
+        count += received if self._driver.name == "host" else 0
         self._descriptors = DescriptorReservation(count)
 
     def _settle_limits(self) -> None:
@@ -230,7 +230,7 @@ class Membership:
 
     def _make_exchange(self, patience: float, revision: str | None) -> Exchange:
         return Exchange(
-            self._rendezvous,
+            self._door,
             self._ledger,
             self._rank,
             self._config.group_size,

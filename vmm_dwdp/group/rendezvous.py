@@ -24,6 +24,7 @@ from typing import Final
 
 import torch.distributed as dist
 
+from vmm_dwdp.allocator.machine import machine_id
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.errors import ExchangeError
 
@@ -237,7 +238,17 @@ def _is_same(path: Path, found: os.stat_result) -> bool:
 
 
 def agree_on_directory(group: dist.ProcessGroup) -> Path:
-    """A new private directory whose name the first rank of ``group`` tells the others. A collective call."""
+    """A new private directory whose name the first rank of ``group`` tells the others. A collective call.
+
+    Raises `ExchangeError`, on all ranks, if they are not on one machine.
+    """
+    machines: list[bytes | None] = [None] * group.size()
+    dist.all_gather_object(machines, machine_id(), group=group)
+    if (number := len(set(machines))) > 1:
+        raise ExchangeError(
+            f"the ranks of the process group are on {number} hosts, between which no file descriptor goes: "
+            "give TCPRendezvous(group, interface=...) as rendezvous, for which memory needs fabric handles"
+        )
     told: list[str | None] = [tempfile.mkdtemp(prefix="vmm-dwdp-") if group.rank() == 0 else None]
     dist.broadcast_object_list(told, group=group, group_src=0)
     if told[0] is None:

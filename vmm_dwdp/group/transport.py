@@ -1,36 +1,28 @@
-"""Requests between the ranks of a group: every rank listens on a Unix socket of a private directory.
+"""Requests between the ranks of a group, through whatever door they have, and the threads that answer them.
 
-A request is a JSON object with the token of the rendezvous. The answer is a JSON object, with the sentence of a refusal
-or ``None`` under ``error``, and descriptors beside it. What is asked and answered is the business of `Exchange`.
+A request is a JSON object, and so is the answer, with the sentence of a refusal or ``None`` under ``error``; where the
+door takes descriptors, they come beside it. What is asked and answered is the business of `Exchange`, and how a rank is
+reached, and how it proves who it is, that of the `Door`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hmac
 import json
-import os
 import socket
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from vmm_dwdp.allocator.handles import Descriptor, Ledger
-from vmm_dwdp.allocator.sharing import peer_uid, receive, send
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.errors import DWDPError, ExchangeError
-from vmm_dwdp.group.rendezvous import Rendezvous
+from vmm_dwdp.group.door import MAX_CLIENTS, MAX_REQUEST_NBYTES, Absent, Door, Limits, Message, Silent, parse
 from vmm_dwdp.memory.assembly import Share, close_shares
 
-MAX_REQUEST_NBYTES: Final = 4096
-MAX_CLIENTS: Final = 64  # at one time; more wait in the kernel's queue
 _RETRY_SECONDS: Final = 0.01
-
-Message = dict[str, Any]
 
 
 class Refused(ExchangeError):
@@ -42,7 +34,7 @@ class Transport:
 
     Args:
         patience: seconds; a client that takes longer to ask, or to take the answer, is dropped.
-        answer: gives the answer to a request of somebody who knows the token, and the shares to send with it, which
+        answer: gives the answer to a request of a member of the group, and the shares to send with it, which
             become the transport's. It runs in a thread of its own for each request.
 
     Attributes:
@@ -53,7 +45,7 @@ class Transport:
 
     def __init__(
         self,
-        rendezvous: Rendezvous,
+        door: Door,
         ledger: Ledger,
         rank: int,
         group_size: int,
@@ -62,7 +54,7 @@ class Transport:
     ) -> None:
         self.complaints: dict[int, str] = {}
         self.failure: DWDPError | None = None
-        self._rendezvous = rendezvous
+        self._door = door
         self._ledger = ledger
         self._rank = rank
         self._ranks = range(group_size)
@@ -72,7 +64,6 @@ class Transport:
         self._replying: set[socket.socket] = set()  # of clients that are told a few words, without waiting for them
         self._changed = threading.Condition()  # guards both
         self._met: set[int] = set()  # ranks that have answered: if one is not there any more, it has left
-        self._strangers = False  # whether somebody came with another token
 
     # -- asking ------------------------------------------------------------------------------------------------------
     def ask(
@@ -89,39 +80,37 @@ class Transport:
 
         With ``retry``, a rank that has not come yet is waited for. Raises `Refused` with the rank's own words.
         """
-        payload = json.dumps({"token": self._rendezvous.token.hex(), **request}).encode()
+        limits = Limits(MAX_REQUEST_NBYTES + more_bytes, max_shares if self._door.takes_descriptors else 0)
         with self._connect(rank, deadline, retry) as sock:
             try:
-                send(sock, payload, deadline=deadline)
-                max_bytes = MAX_REQUEST_NBYTES + more_bytes
-                told, descriptors = receive(
-                    sock, max_bytes=max_bytes, max_fds=max_shares, deadline=deadline, ledger=self._ledger
-                )
+                told, descriptors = self._door.ask(sock, rank, request, limits, deadline, self._ledger)
             except ExchangeError as error:
                 self.raise_failure()  # this rank's own is why the other left
-                why = self._why_not(error) + self.complaint(rank)
+                why = self._door.why_not(rank, error) + self.complaint(rank)
                 raise ExchangeError(f"asking rank {rank} for {request['ask']!r}: {why}") from error
         self._met.add(rank)
-        try:
-            answer = json.loads(told)
-            refusal = answer.get("error")
-        except (ValueError, AttributeError, RecursionError):
-            answer, refusal = {}, "its answer is not a JSON object"
-        if refusal is not None:
+        answer = parse(told)
+        refusal = "its answer is not a JSON object" if answer is None else answer.get("error")
+        if refusal is not None or answer is None:
             close_shares(descriptors)
             self.raise_failure()  # because of which the other may have given up
             raise Refused(f"rank {rank} refused: {refusal}")
         return answer, descriptors
 
+    def require_connects(self, rank: int) -> None:
+        """Raise `ExchangeError` if ``rank`` refuses a connection, or does not take one in the moment that it needs."""
+        with self._connect(rank, time.monotonic() + self._door.look_seconds, retry=False):
+            pass
+
     def listens(self, rank: int) -> bool:
-        """Whether a process listens as ``rank``, which the kernel knows; it may be too busy to answer."""
+        """Whether a process listens as ``rank``; it may be too busy to answer, or its host not to be heard of."""
         try:
-            with self._connect(rank, time.monotonic(), retry=False):
-                return True
-        except _QueueFull:
+            self.require_connects(rank)
+        except Silent:
             return True
         except ExchangeError:
             return False
+        return True
 
     def complaint(self, rank: int) -> str:
         """The end of a sentence which says that ``rank`` is not there."""
@@ -132,81 +121,45 @@ class Transport:
         if self.failure is not None:
             raise self.failure
 
-    def _why_not(self, error: ExchangeError) -> str:
-        if self._rendezvous.token_is_there():
-            return str(error)
-        return (
-            f"a process listens there that does not know this rank's token: {self._rendezvous.directory} was emptied, "
-            "or made anew, since this rank came"
-        )
-
     @contextlib.contextmanager
     def _connect(self, rank: int, deadline: float, retry: bool) -> Iterator[socket.socket]:
         """A connection to ``rank``, which may not have come yet."""
-        path = self._rendezvous.socket_path(rank)
-        with _unix_socket(f"connect to rank {rank}") as sock:
-            sock.setblocking(False)  # where too many wait to be answered, `connect` would wait beyond the deadline
-            while True:
-                try:
-                    if not stat.S_ISSOCK(path.lstat().st_mode):
-                        raise ExchangeError(f"cannot connect to rank {rank}: {path} is not a socket")
-                    sock.connect(str(path))
-                    break
-                except (FileNotFoundError, ConnectionRefusedError) as error:  # not there yet, or a dead rank's socket
-                    self.raise_failure()
-                    if rank in self._met or rank in self.complaints:
-                        gone = f"rank {rank} left: nobody listens at {path} any more"
-                        raise ExchangeError(gone + self.complaint(rank)) from error
-                    if not retry or time.monotonic() > deadline:
-                        absent = f"rank {rank} did not come: nobody listens at {path}"
-                        raise ExchangeError(absent + self._of_strangers()) from error
-                except BlockingIOError as error:
-                    if not retry or time.monotonic() > deadline:
-                        raise _QueueFull(f"rank {rank} takes no connections at {path}") from error
-                except OSError as error:
-                    raise ExchangeError(f"cannot connect to rank {rank} at {path}: {_reason(error)}") from error
-                time.sleep(_RETRY_SECONDS)
-            if (uid := peer_uid(sock)) != os.getuid():
-                raise ExchangeError(f"cannot connect to rank {rank}: user {uid} listens at {path}")
+        while True:
+            try:
+                sock = self._door.connect(rank, deadline)
+                break
+            except Absent as error:
+                self.raise_failure()
+                address = self._door.address(rank)
+                if rank in self._met or rank in self.complaints:
+                    gone = f"rank {rank} left: nobody listens at {address} any more"
+                    raise ExchangeError(gone + self.complaint(rank)) from error
+                if not retry or time.monotonic() > deadline:
+                    absent = f"rank {rank} did not come: nobody listens at {address}"
+                    raise ExchangeError(absent + self._door.strangers()) from error
+            except Silent:
+                self.raise_failure()
+                if not retry or time.monotonic() > deadline:
+                    raise
+            time.sleep(_RETRY_SECONDS)
+        with sock:
             yield sock
-
-    def _of_strangers(self) -> str:
-        if not self._strangers:
-            return ""
-        there = self._rendezvous.directory
-        return f"; but a process came that knows another token: {there} was emptied, or made anew, since it was started"
 
     # -- answering ---------------------------------------------------------------------------------------------------
     def serve(self, deadline: float) -> None:
-        """Start answering others. Raises `ExchangeError` if this rank cannot, and has left nothing behind then."""
-        path = self._rendezvous.socket_path(self._rank)
-        # Bound under another name and then renamed: whoever finds the socket can connect to it, and one that a dead
-        # process left behind is replaced.
-        bound = path.with_name(f".{path.name}-{os.getpid()}")
-        listener = _unix_socket(f"listen as rank {self._rank}")
-        claimed: tuple[Path, ...] = ()
+        """Start answering others. Raises `ExchangeError` if this rank cannot; `close` undoes what there is by then."""
+        listener = self._door.listen(self._rank, deadline, lambda: self.listens(self._rank))
         try:
-            with self._rendezvous.locked(deadline):  # of two that come as one rank, the second finds the first
-                if self.listens(self._rank):
-                    raise FileExistsError(errno.EEXIST, "another process does")
-                claimed = bound, path
-                bound.unlink(missing_ok=True)  # of a process that died here, and had this one's number
-                listener.bind(str(bound))
-                listener.listen(MAX_CLIENTS)
-                os.replace(bound, path)
-                self._rendezvous.listens_at(path)
             self._start(self._accept, listener)
         except BaseException as error:
-            for made in claimed:
-                with contextlib.suppress(OSError):
-                    made.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # it never listened
+            with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)
             if listener not in self._clients.values():  # or the thread that has it ends now, and closes it
                 listener.close()
-            if not isinstance(error, OSError | RuntimeError):  # RuntimeError: no more threads
+            if not isinstance(error, RuntimeError):  # no more threads
                 raise
-            raise ExchangeError(f"rank {self._rank} cannot listen at {path}: {_reason(error)}") from error
+            address = self._door.address(self._rank)
+            raise ExchangeError(f"rank {self._rank} cannot listen at {address}: {error}") from error
 
     def _start(self, run: Callable[[socket.socket], None], sock: socket.socket) -> None:
         thread = _CountedThread(self._ledger, lambda: self._run(thread, run, sock))
@@ -244,27 +197,19 @@ class Transport:
         """One request. A client that is slow, foreign or mistaken costs its own connection and nothing else."""
         shares: list[Share] = []
         try:
-            if peer_uid(client) != os.getuid():
-                return
-            payload, _ = receive(
-                client,
-                max_bytes=MAX_REQUEST_NBYTES,
-                max_fds=0,
-                deadline=time.monotonic() + self._patience,
-                ledger=self._ledger,
-            )
-            request = self._checked(payload)
-            if request is None:
+            by = time.monotonic() + min(self._patience, self._door.stranger_seconds)
+            heard = self._door.hear(client, by, self._ledger)
+            if heard is None:
                 return
             with self._changed:
                 self._replying.add(client)
-            answer, shares = self._answer_to(request)
-            self._complain(request.get("rank"), answer["error"])
+            answer, shares = self._answer_to(heard.request)
+            self._complain(heard.request.get("rank"), answer["error"])
             if shares:  # more than the kernel may take at once
                 with self._changed:
                     self._replying.discard(client)
             fds = [share.fd for share in shares if isinstance(share, Descriptor)]
-            send(client, json.dumps(answer).encode(), fds, deadline=time.monotonic() + self._patience)
+            heard.reply(json.dumps(answer).encode(), fds, time.monotonic() + self._patience)
         except ExchangeError:
             return
         finally:
@@ -280,18 +225,6 @@ class Transport:
         else:
             self.complaints[rank] = refusal
 
-    def _checked(self, payload: bytes) -> Message | None:
-        """The request, if it is one and its sender knows the token; strangers are not answered."""
-        try:
-            request: Message = json.loads(payload)
-            token = bytes.fromhex(request["token"])
-        except (ValueError, TypeError, KeyError, RecursionError):
-            return None
-        if hmac.compare_digest(token, self._rendezvous.token):
-            return request
-        self._strangers = True
-        return None
-
     def close(self) -> None:
         """Stop answering. A second call goes on where one failed.
 
@@ -299,7 +232,7 @@ class Transport:
         because of, its sender must know.
         """
         try:
-            self._rendezvous.leave()
+            self._door.leave()
         finally:
             while self._clients:
                 with self._changed:
@@ -317,22 +250,6 @@ class Transport:
         """In a forked child, which answers nobody: whoever looks for this rank is not to find the child's sockets."""
         for sock in self._clients.values():
             sock.close()
-
-
-class _QueueFull(ExchangeError):
-    """A process listens, and the kernel's queue of those who wait for it is full."""
-
-
-def _unix_socket(purpose: str) -> socket.socket:
-    try:
-        return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    except OSError as error:
-        raise ExchangeError(f"no socket to {purpose}: {error.strerror}") from error
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong, in words; of an address that is too long for a socket, the kernel never hears."""
-    return getattr(error, "strerror", None) or str(error)
 
 
 class _CountedThread(threading.Thread):

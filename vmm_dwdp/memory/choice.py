@@ -16,16 +16,30 @@ from vmm_dwdp.memory.tensor_list import TensorListAssembly
 from vmm_dwdp.memory.virtual import VirtualAssembly
 
 
-def make_assembly(config: DWDPConfig, rank: int, driver: Driver, ledger: Ledger, layers: Sequence[Layer]) -> Assembly:
+def make_assembly(
+    config: DWDPConfig,
+    rank: int,
+    driver: Driver,
+    ledger: Ledger,
+    layers: Sequence[Layer],
+    *,
+    over_network: bool = False,
+) -> Assembly:
     """The memory of rank ``rank``, of which nothing is taken yet; the caller closes it. ``layers`` may become more.
+
+    Args:
+        over_network: whether ranks hand it to each other over a network, to which descriptors cannot be given.
 
     Raises:
         ConfigError: the machine lacks what the config asks for; the sentence says what.
     """
     if config.assembly == "tensor_list":
+        if over_network:
+            raise ConfigError("assembly: tensor_list shares memory within one machine: ranks that meet by TCP need vmm")
         return TensorListAssembly(driver, ledger, rank, layers, config.prefetch_depth)
     host_location = _host_location(config, driver) if config.host_experts else DEVICE
-    handle_type = _choose_handle_type(driver, host_location) if config.group_size > 1 else None
+    handle_types = [HandleType.FABRIC] if over_network else list(HandleType)  # descriptors first, where they can go
+    handle_type = _choose_handle_type(driver, host_location, handle_types) if config.group_size > 1 else None
     depth, in_place = config.prefetch_depth, config.reads_in_place
     cached = config.resident_cache
     assembly = VirtualAssembly(driver, ledger, rank, layers, depth, handle_type, host_location, in_place, cached)
@@ -44,13 +58,18 @@ def _host_location(config: DWDPConfig, driver: Driver) -> Location:
     return Location(node)
 
 
-def _choose_handle_type(driver: Driver, host_location: Location) -> HandleType:
-    """The first handle type that can be created and exported here; descriptors before fabric handles."""
+def _choose_handle_type(driver: Driver, host_location: Location, handle_types: Sequence[HandleType]) -> HandleType:
+    """The first of ``handle_types`` that can be created, exported and imported here."""
     reasons = {}
-    for handle_type in HandleType:
+    for handle_type in handle_types:
         found = [refusal(driver, location, handle_type) for location in {DEVICE, host_location}]
         if not any(found):
             return handle_type
         reasons[handle_type] = next(filter(None, found))
     told = "; ".join(f"{handle_type.value}: {reason}" for handle_type, reason in reasons.items())
+    if HandleType.POSIX_FD not in handle_types:
+        raise ConfigError(
+            f"ranks that meet by TCP hand over memory by fabric handles, which cannot be had here ({told}): "
+            "ranks of a group on one machine, with a directory as rendezvous, need none"
+        )
     raise ConfigError(f"no kind of handle can share memory between processes here ({told}); use assembly: tensor_list")

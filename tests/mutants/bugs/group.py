@@ -8,6 +8,7 @@ from mutants.seeded import Bug
 
 _BYTES = ("tests/property/test_assembled_bytes.py",)
 _DOOR = ("tests/unit/group/test_door.py",)
+_TCP = ("tests/unit/group/test_tcp_door.py",)
 _RENDEZVOUS = ("tests/unit/group/test_rendezvous.py",)
 _UPDATE = ("tests/multiprocess/test_update.py",)
 _SOCKETS = ("tests/unit/group/test_socket_failures.py",)
@@ -69,30 +70,30 @@ BUGS: Final = (
     ),
     Bug(
         "any token will do",
-        "vmm_dwdp/group/transport.py",
-        "if hmac.compare_digest(token, self._rendezvous.token):",
-        "if token:",
+        "vmm_dwdp/group/unix_door.py",
+        "if request is not None and hmac.compare_digest(token, self.rendezvous.token):",
+        "if request is not None and token:",
         _DOOR,
     ),
     Bug(
         "other users are answered",
-        "vmm_dwdp/group/transport.py",
-        "            if peer_uid(client) != os.getuid():\n                return\n",
+        "vmm_dwdp/group/unix_door.py",
+        "        if peer_uid(client) != os.getuid():\n            return None\n",
         "",
         _DOOR,
     ),
     Bug(
         "two processes may take the place of one rank",
-        "vmm_dwdp/group/transport.py",
-        "            with self._rendezvous.locked(deadline):",
+        "vmm_dwdp/group/unix_door.py",
+        "            with self.rendezvous.locked(deadline):",
         "            with contextlib.nullcontext():",
         _DOOR,
     ),
     Bug(
         "a rank that is too busy to answer has left",
         "vmm_dwdp/group/transport.py",
-        "        except _QueueFull:\n            return True\n",
-        "        except _QueueFull:\n            return False\n",
+        "        except Silent:\n            return True\n",
+        "        except Silent:\n            return False\n",
         _DOOR,
     ),
     Bug(
@@ -111,10 +112,80 @@ BUGS: Final = (
     ),
     Bug(
         "a socket that could not be listened at stays in the directory",
-        "vmm_dwdp/group/transport.py",
+        "vmm_dwdp/group/unix_door.py",
         "                    made.unlink(missing_ok=True)\n",
         "                    made.exists()\n",
         _SOCKETS,
+    ),
+    Bug(
+        "a proof of the secret is not looked at",
+        "vmm_dwdp/group/tcp_door.py",
+        "        if not hmac.compare_digest(proof, conversation.asks(payload)):\n",
+        "        if not proof:\n",
+        _TCP,
+    ),
+    Bug(
+        "an answer needs no proof",
+        "vmm_dwdp/group/tcp_door.py",
+        "        if not hmac.compare_digest(told[:PROOF_NBYTES], conversation.told(proof, told[PROOF_NBYTES:])):\n",
+        "        if not told:\n",
+        _TCP,
+    ),
+    Bug(
+        "a proof is good for any rank",
+        "vmm_dwdp/group/tcp_door.py",
+        "direction + self.nonces + _RANK.pack(self.answerer) + before",
+        "direction + self.nonces + before",
+        _TCP,
+    ),
+    Bug(
+        "a proof is good for any connection that the asker makes",
+        "vmm_dwdp/group/tcp_door.py",
+        "Conversation(self._key, self._rank, nonce + message[:NONCE_NBYTES])",
+        "Conversation(self._key, self._rank, bytes(NONCE_NBYTES) + message[:NONCE_NBYTES])",
+        _TCP,
+    ),
+    Bug(
+        "groups with one secret are one",
+        "vmm_dwdp/group/tcp_door.py",
+        'json.dumps(["vmm-dwdp", *meeting.addresses])',
+        'json.dumps(["vmm-dwdp"])',
+        _TCP,
+    ),
+    Bug(
+        "a secret may be read by others",
+        "vmm_dwdp/group/addresses.py",
+        "    if found.st_mode & 0o077:\n",
+        "    if found.st_mode & 0o007:\n",
+        ("tests/unit/group/test_addresses.py",),
+    ),
+    Bug(
+        "a host that is not heard of has left",
+        "vmm_dwdp/group/tcp_door.py",
+        "        if error.errno in _NOT_HEARD_OF:\n",
+        "        if not error.errno:\n",
+        _TCP,
+    ),
+    Bug(
+        "a connection to itself is one to another rank",
+        "vmm_dwdp/group/tcp_door.py",
+        "if sock.getsockname() == sock.getpeername():",
+        "if not sock.getsockname():",
+        _TCP,
+    ),
+    Bug(
+        "a fabric handle of the host dies with the process that made it",
+        "allocator/host_fabric.py",
+        'for path in (f"/proc/{process}/fd/{fd}", *_descriptors()):',
+        'for path in (f"/proc/{process}/fd/{fd}",):',
+        ("tests/unit/allocator/test_host_fabric.py",),
+    ),
+    Bug(
+        "a token's sum comes from a node that has none of its experts",
+        "vmm_dwdp/nodes/rail.py",
+        "owner = torch.bucketize(chosen, starts[1:], right=True)",
+        "owner = torch.bucketize(chosen, starts[1:])",
+        ("tests/multiprocess/test_rails.py",),
     ),
     Bug(
         "an earlier entry of a rank counts when it comes last",
@@ -284,8 +355,8 @@ BUGS: Final = (
     Bug(
         "what ranks hand over is not counted among the descriptors",
         "vmm_dwdp/group/membership.py",
-        "* received + len(self._others) * held",
-        "* received",
+        "received + len(self._others) * held if",
+        "received if",
         ("tests/unit/test_runtime_states.py::test_more_shares_than_a_process_can_have_files",),
     ),
 )

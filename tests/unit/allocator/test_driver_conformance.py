@@ -25,6 +25,7 @@ from vmm_dwdp.allocator.handles import (
     Stream,
 )
 from vmm_dwdp.allocator.host_driver import HostDriver
+from vmm_dwdp.allocator.probe import refusal
 from vmm_dwdp.allocator.tensors import tensor_at
 from vmm_dwdp.errors import DriverError
 
@@ -32,6 +33,7 @@ HOST = Location(numa_node=0)
 INVALID_VALUE = "CUDA_ERROR_INVALID_VALUE"
 INVALID_CONTEXT = "CUDA_ERROR_INVALID_CONTEXT"
 LOCATIONS = pytest.mark.parametrize("location", [DEVICE, HOST], ids=str)
+HANDLE_TYPES = pytest.mark.parametrize("handle_type", HandleType, ids=lambda handle_type: handle_type.value)
 
 
 @contextlib.contextmanager
@@ -49,15 +51,22 @@ class Rig:
         self.driver, self.ledger, self.stack = driver, ledger, stack
         self.page = driver.granularity()
 
-    def memory(self, pages: int = 1, location: Location = DEVICE) -> Allocation:
+    def memory(
+        self, pages: int = 1, location: Location = DEVICE, handle_type: HandleType = HandleType.POSIX_FD
+    ) -> Allocation:
+        """Skips the test where this machine has no such handles: few have a fabric."""
+        if handle_type is HandleType.FABRIC and (why := refusal(self.driver, location, handle_type)) is not None:
+            pytest.skip(why)
         nbytes = pages * self.page
-        return self.stack.push(Allocation.create(self.driver, self.ledger, nbytes, location, HandleType.POSIX_FD))
+        return self.stack.push(Allocation.create(self.driver, self.ledger, nbytes, location, handle_type))
 
-    def imported(self, memory: Allocation) -> Allocation:
-        with memory.export(HandleType.POSIX_FD) as descriptor:
-            return self.stack.push(
-                Allocation.import_(self.driver, self.ledger, descriptor, HandleType.POSIX_FD, memory.nbytes)
-            )
+    def exported(self, memory: Allocation, handle_type: HandleType) -> Descriptor | bytes:
+        shared = memory.export(handle_type)
+        return self.stack.push(shared) if isinstance(shared, Descriptor) else shared
+
+    def imported(self, memory: Allocation, handle_type: HandleType) -> Allocation:
+        shared = self.exported(memory, handle_type)
+        return self.stack.push(Allocation.import_(self.driver, self.ledger, shared, handle_type, memory.nbytes))
 
     def addresses(self, pages: int) -> Reservation:
         return self.stack.push(Reservation(self.driver, self.ledger, pages * self.page))
@@ -172,15 +181,22 @@ def test_released_memory_stays_while_it_is_mapped(rig: Rig) -> None:
 # -- sharing within one process ----------------------------------------------------------------------------------------
 
 
-def test_memory_is_exported_only_as_it_was_created(rig: Rig) -> None:
-    with Allocation.create(rig.driver, rig.ledger, rig.page) as memory, refused():
-        memory.export(HandleType.POSIX_FD)
+@HANDLE_TYPES
+def test_memory_is_exported_only_as_it_was_created(rig: Rig, handle_type: HandleType) -> None:
+    others = [None, *(other for other in HandleType if other is not handle_type)]
+    for created in others:
+        if created is None or refusal(rig.driver, DEVICE, created) is None:
+            with Allocation.create(rig.driver, rig.ledger, rig.page, DEVICE, created) as memory, refused():
+                memory.export(handle_type)
 
 
+@HANDLE_TYPES
 @LOCATIONS
-def test_an_imported_handle_is_another_handle_to_the_same_memory(rig: Rig, location: Location) -> None:
-    memory = rig.memory(2, location)
-    imported = rig.imported(memory)
+def test_an_imported_handle_is_another_handle_to_the_same_memory(
+    rig: Rig, location: Location, handle_type: HandleType
+) -> None:
+    memory = rig.memory(2, location, handle_type)
+    imported = rig.imported(memory, handle_type)
     assert imported.handle != memory.handle
     ours, theirs = (rig.bytes_at(rig.mapped(each).address, 2 * rig.page) for each in (memory, imported))
     ours.copy_(pattern(2 * rig.page))
@@ -189,9 +205,10 @@ def test_an_imported_handle_is_another_handle_to_the_same_memory(rig: Rig, locat
     assert not ours.any().item()
 
 
-def test_an_imported_handle_outlives_the_one_it_came_from(rig: Rig) -> None:
-    memory = rig.memory()
-    imported = rig.imported(memory)
+@HANDLE_TYPES
+def test_an_imported_handle_outlives_the_one_it_came_from(rig: Rig, handle_type: HandleType) -> None:
+    memory = rig.memory(handle_type=handle_type)
+    imported = rig.imported(memory, handle_type)
     memory.close()
     rig.bytes_at(rig.mapped(imported).address, rig.page).fill_(7)
 
@@ -207,12 +224,33 @@ def test_an_exported_descriptor_belongs_to_the_caller(rig: Rig) -> None:
     second.close()
 
 
-def test_memory_is_not_mapped_with_another_size_than_it_was_exported_with(rig: Rig) -> None:
+def test_a_fabric_handle_is_64_bytes_that_nobody_owns(rig: Rig) -> None:
+    memory = rig.memory(handle_type=HandleType.FABRIC)
+    for _ in range(2):
+        shared = rig.exported(memory, HandleType.FABRIC)
+        assert isinstance(shared, bytes)
+        assert len(shared) == 64
+
+
+def test_what_is_no_handle_of_a_kind_is_not_imported_as_one(rig: Rig) -> None:
+    """It may come from another rank, and a driver would read as many bytes as it expects."""
+    for shared, handle_type in (
+        (b"", HandleType.FABRIC),
+        (bytes(63), HandleType.FABRIC),
+        (0, HandleType.FABRIC),
+        (bytes(64), HandleType.POSIX_FD),
+    ):
+        with refused(INVALID_VALUE):
+            rig.driver.import_(shared, handle_type, rig.page)
+
+
+@HANDLE_TYPES
+def test_memory_is_not_mapped_with_another_size_than_it_was_exported_with(rig: Rig, handle_type: HandleType) -> None:
+    shared = rig.exported(rig.memory(2, handle_type=handle_type), handle_type)
     with (
-        rig.memory(2).export(HandleType.POSIX_FD) as descriptor,
         rig.addresses(1) as addresses,
         refused(),
-        Allocation.import_(rig.driver, rig.ledger, descriptor, HandleType.POSIX_FD, rig.page) as imported,
+        Allocation.import_(rig.driver, rig.ledger, shared, handle_type, rig.page) as imported,
     ):
         addresses.map(0, imported)
 
@@ -337,7 +375,7 @@ def test_memory_mapped_to_be_read_refuses_to_be_written(rig: Rig, location: Loca
     memory, other = rig.memory(2, location), rig.mapped(rig.memory(2))
     content = pattern(2 * rig.page)
     rig.bytes_at(rig.mapped(memory).address, 2 * rig.page).copy_(content)
-    readable = rig.mapped(rig.imported(memory) if imported else memory, access=Access.READ)
+    readable = rig.mapped(rig.imported(memory, HandleType.POSIX_FD) if imported else memory, access=Access.READ)
 
     for stream in (0, rig.stream()):
         with refused(INVALID_VALUE):

@@ -165,13 +165,6 @@ def test_a_handle_is_released_once(host: HostDriver) -> None:
             call(handle)
 
 
-def test_fabric_handles_are_refused(host: HostDriver) -> None:
-    with pytest.raises(DriverError, match="fabric"):
-        host.create(PAGE, handle_type=HandleType.FABRIC)
-    with pytest.raises(DriverError, match="fabric"):
-        host.import_(bytes(64), HandleType.FABRIC, PAGE)
-
-
 def test_only_memory_whose_size_is_final_is_imported(host: HostDriver, open_descriptors: None) -> None:
     with tempfile.TemporaryFile() as file:
         file.truncate(PAGE)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.doors import exchange, serving, soon
+from support.doors import UnixPlace, exchange, serving, soon
 
 from vmm_dwdp import ExchangeError
 from vmm_dwdp.allocator.handles import Ledger
@@ -140,11 +140,11 @@ def test_a_forked_child_neither_leaves_for_its_parent_nor_stays_for_it(directory
         os.waitpid(child, 0)
 
 
-def test_a_rank_whose_token_was_taken_away_is_told_so(directory: Path, ledger: Ledger) -> None:
+def test_a_rank_whose_token_was_taken_away_is_told_so(unix: UnixPlace, ledger: Ledger) -> None:
     """By a cleaner of temporary directories, for example: those who come later share another token."""
-    early = exchange(Rendezvous(directory), ledger, 1)
+    early, directory = exchange(unix.door(1), ledger, 1), unix.directory
     (directory / "token").unlink()
-    with serving(directory, ledger, 0) as late:
+    with serving(unix, ledger, 0) as late:
         with pytest.raises(ExchangeError, match=r"does not know this rank's token: .* was emptied, or made anew"):
             early.collect(0, 0, 2, soon())
         with pytest.raises(
@@ -156,10 +156,10 @@ def test_a_rank_whose_token_was_taken_away_is_told_so(directory: Path, ledger: L
         assert (directory / "token").exists()
 
 
-def test_a_rank_that_leaves_keeps_its_hands_off_another_s_socket(directory: Path, ledger: Ledger) -> None:
-    before = exchange(Rendezvous(directory), ledger, 0)
+def test_a_rank_that_leaves_keeps_its_hands_off_another_s_socket(unix: UnixPlace, ledger: Ledger) -> None:
+    before = exchange(unix.door(0), ledger, 0)
     before.serve(soon())
-    (directory / "rank-0").unlink()
-    with serving(directory, ledger, 0), serving(directory, ledger, 1) as door:
+    (unix.directory / "rank-0").unlink()
+    with serving(unix, ledger, 0), serving(unix, ledger, 1) as door:
         before.close()
         assert door.alive(0, soon())

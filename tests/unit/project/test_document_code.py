@@ -103,6 +103,15 @@ AROUND = {
         instead=(("    ...", "    with runtime.layer(0): pass"),),
         printed=("True True",),
     ),
+    ("several-gpus.md", 0): Around(
+        instead=(
+            ('"gloo"', '"gloo", "file://" + os.path.abspath("store"), rank=int(os.environ["RANK"]), world_size=2'),
+            ('torch.device("cuda", int(os.environ["LOCAL_RANK"]))', '"cpu"'),
+            ("eth0", "lo"),
+        ),
+        ranks=2,
+        printed=("rank 0 sees experts of ranks [0, 1]",),
+    ),
     ("transformers.md", 0): Around(
         before=MODEL,
         after="print(tokens.shape[0])",

@@ -25,6 +25,7 @@ ROOMS: Final = {  # from the bottom up: what it is about, in a word, and all tha
     "testing": ("processes", "errors allocator"),
     "kernels": ("products", "errors"),
     "layout": ("integers", "errors config"),
+    "nodes": ("tokens", "errors layout"),
     "observe": ("figures", "errors config layout allocator"),
     "memory": ("pages", "errors config layout allocator observe"),
     "schedule": ("time", "errors config layout allocator observe memory"),

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
 from torch import Tensor
 from torch.nn import Module
@@ -21,6 +20,7 @@ from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.checkpoint import fill_shards
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError, DWDPError
+from vmm_dwdp.group.doors import Where
 from vmm_dwdp.integrations.transformers.experts import (
     ExpertsModule,
     RefreshSchedule,
@@ -52,7 +52,7 @@ def from_pretrained(
     *,
     rank: int,
     device: str | torch.device,
-    rendezvous: str | os.PathLike[str] | dist.ProcessGroup,
+    rendezvous: Where,
     model_class: type[transformers.PreTrainedModel] | None = None,
     driver: Driver | None = None,
     timeout: float = 600.0,

@@ -1,0 +1,1 @@
+"""Experts spread over nodes: the tokens that go to them, and what comes back."""
