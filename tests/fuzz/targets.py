@@ -106,7 +106,7 @@ def client(data: bytes) -> None:
     _answered.data, _answered.num_fds = data, num_fds
     deadline = time.monotonic() + 60
     with contextlib.suppress(ExchangeError):
-        close_shares(_asking.collect(1, 1, 2, deadline))
+        close_shares(_asking.collect(1, 1, {"device": 2}, deadline)[1])
     with contextlib.suppress(ExchangeError):
         _asking.collect_checksums(1, 1, 2, deadline)
     with contextlib.suppress(ExchangeError):

@@ -16,7 +16,7 @@ from vmm_dwdp.allocator.sharing import receive, send
 from vmm_dwdp.group.exchange import PROTOCOL_VERSION, Exchange
 from vmm_dwdp.group.rendezvous import Rendezvous
 from vmm_dwdp.layout.placement import Owner
-from vmm_dwdp.memory.assembly import Share
+from vmm_dwdp.memory.assembly import Place, Share
 
 GROUP_SIZE = 3
 PATIENCE = 60.0  # seconds
@@ -35,10 +35,14 @@ def soon() -> float:
 def exchange(rendezvous: Rendezvous, ledger: Ledger, rank: int) -> Exchange:
     """A rank of a published group that serves one descriptor and one token for every owner."""
 
-    def shares(owner: Owner) -> list[Share]:
-        return [Descriptor(ledger, os.memfd_create(f"of {owner}", os.MFD_CLOEXEC)), TOKEN]
+    def shares(owner: Owner, place: Place) -> tuple[Place, list[Share]]:
+        return place, [Descriptor(ledger, os.memfd_create(f"of {owner}", os.MFD_CLOEXEC)), TOKEN]
 
-    made = Exchange(rendezvous, ledger, rank, GROUP_SIZE, PATIENCE, FINGERPRINT, None, shares, lambda owner: CHECKSUMS)
+    made = Exchange(
+        *(rendezvous, ledger, rank, GROUP_SIZE, PATIENCE, FINGERPRINT, None, shares),
+        lambda owner: CHECKSUMS,
+        lambda: False,
+    )
     made._group = GROUP
     return made
 
@@ -67,6 +71,7 @@ def request(directory: Path, **changes: Any) -> dict[str, Any]:
         "owner": None,
         "vector": NOTHING,
         "step": 0,
+        "place": "device",
         **changes,
     }
     return {key: value for key, value in asked.items() if value is not ...}

@@ -16,7 +16,7 @@ from unittest import mock
 FILE_CALLS: Final = ("mkdir", "stat", "open", "pread", "close", "link", "unlink", "replace", "listdir")
 SOCKET_CALLS: Final = ("socket", "getsockopt", "bind", "listen", "connect", "accept", "sendmsg", "recvmsg")
 REASON: Final = os.strerror(errno.EMFILE)
-_CALLERS: Final = {"rendezvous.py", "transport.py", "sharing.py", "membership.py"}
+_CALLERS: Final = {"rendezvous.py", "transport.py", "sharing.py", "limits.py"}
 _FRAMES: Final = 6  # how far from our code the call may be: pathlib and tempfile make some of them
 
 

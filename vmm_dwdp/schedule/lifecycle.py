@@ -20,11 +20,11 @@ from typing import Literal
 from vmm_dwdp.errors import StateError
 from vmm_dwdp.schedule.hit_path import Turn, this_thread
 
-_State = Literal["set-up", "running", "closed", "forked"]
+_State = Literal["set-up", "running", "asleep", "closed", "forked"]
 
 
 class Lifecycle(Turn):
-    """Set-up until `publish`, passes and what they need from then on, `close` at any time.
+    """Set-up until `publish`, passes and what they need from then on, but not while asleep, `close` at any time.
 
     Attributes:
         runner: the number, by `this_thread`, of the thread that may go on with passes, which is the one that ran the
@@ -42,8 +42,13 @@ class Lifecycle(Turn):
 
     @property
     def is_running(self) -> bool:
-        """Whether passes may run."""
-        return self._state == "running"
+        """Whether it is published, and not closed."""
+        return self._state in ("running", "asleep")
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether passes have to wait until the group is woken."""
+        return self._state == "asleep"
 
     @property
     def is_forked(self) -> bool:
@@ -55,11 +60,17 @@ class Lifecycle(Turn):
         self._require_here()
         if self._state == "closed":
             raise StateError(f"{call} after close")
-        if self._state == "running":
+        if self._state != "set-up":
             raise StateError(f"{call} after publish")
 
     def require_running(self) -> None:
         """Raise `StateError` unless passes may run."""
+        self.require_published()
+        if self._state == "asleep":
+            raise StateError("the group sleeps: wake comes first, on all ranks")
+
+    def require_published(self) -> None:
+        """Raise `StateError` unless it is published, and not closed."""
         self._require_here()
         if self._state == "closed":
             raise StateError("the runtime is closed")
@@ -126,6 +137,17 @@ class Lifecycle(Turn):
     def publish(self) -> None:
         """Set-up is complete."""
         self._state = "running"
+
+    def fall_asleep(self) -> None:
+        """Passes are refused until `wake_up`."""
+        if self._state == "running":  # another thread may have closed it
+            self._state = "asleep"
+        self.ask_again()
+
+    def wake_up(self) -> None:
+        """Passes may run again."""
+        if self._state == "asleep":
+            self._state = "running"
 
     def close(self) -> None:
         """No call is allowed any more. A pass that another thread is in the middle of is refused its next call."""
