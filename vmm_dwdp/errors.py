@@ -1,5 +1,7 @@
 """The one family of exceptions of this project; every module may import this one, and it imports nothing."""
 
+_FULL = ("CUDA_ERROR_OUT_OF_MEMORY", "ENOMEM", "ENOSPC")  # what drivers say where there is no room
+
 
 class DWDPError(Exception):
     """Base of everything this library raises on purpose. The message is one sentence that names what was wrong."""
@@ -31,3 +33,8 @@ class DriverError(DWDPError):
         self.call = call
         self.code = code
         self.attempt = attempt
+
+    @property
+    def is_for_want_of_memory(self) -> bool:
+        """Whether there is not so much memory as was asked for."""
+        return self.code in _FULL

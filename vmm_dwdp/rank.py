@@ -8,7 +8,7 @@ import reprlib
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Self, SupportsIndex
 from weakref import WeakSet
 
@@ -28,6 +28,7 @@ from vmm_dwdp.layout.needs import MemoryNeeded, memory_needed
 from vmm_dwdp.layout.placement import Owner
 from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.memory.choice import make_assembly
+from vmm_dwdp.memory.room import told_of_room
 from vmm_dwdp.schedule.lifecycle import Lifecycle
 from vmm_dwdp.schedule.schedule import Schedule
 from vmm_dwdp.temporary import sweep
@@ -126,7 +127,7 @@ class Rank:
         described = self._layers.with_weight(layer, weight)
         owner = self.rank if owner is None else owner
         self._membership.require_held(owner)
-        with self._closed_on_failure(), self._driver.current(), uninterrupted():
+        with self._closed_on_failure(), self._driver.current(), self._told_of_room(), uninterrupted():
             return self._assembly.shard(described, weight, owner)
 
     @property
@@ -189,7 +190,7 @@ class Rank:
         self._lifecycle.require_setup(call)
         if not self._layers.in_order:
             raise ConfigError(f"{call} needs at least one layer")
-        with self._closed_on_failure(), self._driver.current():
+        with self._closed_on_failure(), self._driver.current(), self._told_of_room():
             yield
         self._last_layer = self._layers.in_order[-1].number
         self._lifecycle.publish()
@@ -308,7 +309,7 @@ class Rank:
             ConfigError: the resident cache does not fit beside the rest; this rank sleeps on.
             StateError: as with `sleep`.
         """
-        with self._moving():
+        with self._moving(), self._told_of_room():
             self._membership.wake(timeout)
             if not self._schedule.is_started:  # it came back while the group slept
                 with self._closed_on_failure():
@@ -369,6 +370,9 @@ class Rank:
             traceback.clear_frames(error.__traceback__)  # tensors in them would keep the memory that they are over
             undo_after(error, self.close)
             raise
+
+    def _told_of_room(self) -> AbstractContextManager[None]:
+        return told_of_room(self._assembly, self._layers.in_order, self.device, self.config, self.memory_needed)
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from support.groups import PAGE
 from support.interrupter import Alarm, How, Interrupted, Interrupter, sweep
 from support.subjects import (
     Close,
+    GiveUp,
     Group,
     MakeDriver,
     Pass,
@@ -23,9 +24,11 @@ from support.subjects import (
     Publish,
     Refresh,
     Reset,
+    Sleep,
     Traced,
     Update,
     UpdateAndRead,
+    Wake,
 )
 
 from vmm_dwdp import DriverError, DWDPConfig
@@ -97,6 +100,18 @@ def test_update_of_a_group() -> None:
 
 
 @pytest.mark.parametrize("how", ["line", "signal"])
+@pytest.mark.parametrize("subject", [Sleep, GiveUp, Wake])
+def test_sleep_and_wake(subject: type[Any], how: How) -> None:
+    config = replace(HOST, mode="auto", resident_cache=4 * PAGE)
+    sweep(lambda: subject(config, FailingDriver), lambda at: Interrupter(at, how), most=30)
+
+
+@pytest.mark.parametrize("subject", [Sleep, Wake])
+def test_sleep_and_wake_of_a_group(subject: type[Any]) -> None:
+    sweep(lambda: subject(PAIR, FailingDriver), lambda at: Interrupter(at), most=5)
+
+
+@pytest.mark.parametrize("how", ["line", "signal"])
 def test_refresh_cache(how: How) -> None:
     config = replace(HOST, mode="in_place", resident_cache=4 * PAGE)
     sweep(lambda: Refresh(config, FailingDriver), lambda at: Interrupter(at, how), most=60)
@@ -154,7 +169,7 @@ def test_a_driver_call_of_reset_or_trace(subject: type[Any], error: type[BaseExc
 
 
 @pytest.mark.parametrize("error", [DriverError, KeyboardInterrupt])
-@pytest.mark.parametrize("subject", [Update, Refresh, Publish, Close])
+@pytest.mark.parametrize("subject", [Update, Refresh, Publish, Close, Sleep, GiveUp, Wake])
 def test_a_driver_call_of_what_comes_seldom(subject: type[Any], error: type[BaseException]) -> None:
     _faults(subject, replace(HOST, mode="in_place", resident_cache=4 * PAGE), FailingDriver, error)
 

@@ -72,7 +72,9 @@ class Assembly(abc.ABC):
 
     Attributes:
         rank: whose memory it is.
-        resident_nbytes: physical bytes of the rank's own shards, whole pages.
+        resident_nbytes: physical bytes of the rank's own shards, whole pages, and of the pool of host memory if it
+            holds that.
+        pool_nbytes: of these, the bytes of the pool.
         staged_nbytes: physical bytes of the slots.
         cache: of remote experts, once it is built; ``None`` where the config has none or nothing is remote.
     """
@@ -80,6 +82,7 @@ class Assembly(abc.ABC):
     def __init__(self, driver: Driver, ledger: Ledger, rank: int, layers: Sequence[Layer], prefetch_depth: int) -> None:
         """``layers``, in the order of a pass, may become more until memory is taken."""
         self.resident_nbytes = 0
+        self.pool_nbytes = 0
         self.staged_nbytes = 0
         self.cache: ResidentCache | None = None
         self._driver = driver

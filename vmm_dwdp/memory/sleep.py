@@ -23,13 +23,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+
 from vmm_dwdp.allocator.driver import Access, Copy, Location
 from vmm_dwdp.allocator.handles import Allocation, Reservation, ResourceStack, undo_after
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
-from vmm_dwdp.errors import StateError
+from vmm_dwdp.errors import DriverError, StateError
 from vmm_dwdp.layout.layer import Layer
+from vmm_dwdp.layout.needs import in_gb
 from vmm_dwdp.layout.placement import HOST, Owner, in_words
 from vmm_dwdp.memory.assembly import Place, Share
+from vmm_dwdp.memory.room import free_bytes
 from vmm_dwdp.memory.virtual import VirtualAssembly
 
 
@@ -85,8 +89,17 @@ class SleepingAssembly(VirtualAssembly):
 
     def _create_saved(self, layer: Layer, weight: str, nbytes: int) -> Allocation:
         label = _label(layer, weight, self.rank)
-        created = Allocation.create(self._driver, self._ledger, nbytes, self._saved_location, self._handle_type, label)
-        return self._resources.push(created)
+        stated = (nbytes, self._saved_location, self._handle_type, label)
+        try:
+            return self._resources.push(Allocation.create(self._driver, self._ledger, *stated))
+        except DriverError as error:
+            if not error.is_for_want_of_memory:
+                raise
+            wanted = sum(each for _, _, each in self._shards_of(self.rank))
+            taken, free = sum(each.nbytes for each in self._saved.values()), free_bytes(torch.device("cpu"))
+            told = f"to keep this rank's shards takes {in_gb(wanted)} of host memory: after {in_gb(taken)} of them "
+            told += f"{in_gb(free)} are free, and sleep(keep=False) takes none"
+            raise DriverError(error.call, error.code, f"{error.attempt}: {told}") from error
 
     def _copy_saved(self, layer: Layer, weight: str, *, to_device: bool) -> None:
         """Between a saved shard and this rank's own pages, through addresses of a moment."""
@@ -130,7 +143,7 @@ class SleepingAssembly(VirtualAssembly):
         if self.cache is not None:
             self.cache.give_back()
         self.drop(self.rank, "device")
-        self.resident_nbytes = self._pool_nbytes
+        self.resident_nbytes = self.pool_nbytes
 
     def take_again(self) -> None:
         self._windows.close()

@@ -64,7 +64,6 @@ class VirtualAssembly(Assembly):
         self._in_place_ranges: dict[_Key, TensorMemory[Reservation]] = {}
         self._slot_blocks: list[Allocation] = []
         self._has_slots = self._has_tensors = False
-        self._pool_nbytes = 0  # of host memory that this rank holds
         self._weights: dict[int, dict[str, torch.Tensor]] = {}
         self._in_place: dict[int, dict[str, torch.Tensor]] | None = {} if in_place else None
 
@@ -138,7 +137,7 @@ class VirtualAssembly(Assembly):
                 self._own[layer.number, weight] = memory
             _map(memory, layout.resident_bytes(owner), tiles, Access.READ_WRITE)
         else:
-            self._pool_nbytes += nbytes
+            self.pool_nbytes += nbytes
             if tiles:
                 view = self._view(layer, weight, owner, tiles, Access.READ_WRITE, torch.device("cpu"))
                 self._driver.allow_cpu(view.memory.address, view.memory.nbytes, self._host_location)
