@@ -74,14 +74,18 @@ def test_a_shard_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert runtime.ledger.open() == []
 
 
+def take_pool(runtime: DWDPRuntime) -> None:
+    for number in MODEL:
+        runtime.local_shard(number, "w", HOST)
+
+
 def test_a_pool_of_host_memory_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = SmallDriver(1 << 40, host_room=60 * PAGE)
     monkeypatch.setattr(memory_room, "free_bytes", lambda device: driver.room[True] if device is driver.device else 0)
     runtime = DWDPRuntime(CONFIG, 0, "cpu", tmp_path, driver=driver)
     add_layers(runtime, MODEL)
     with pytest.raises(DriverError, match=r"on NUMA node 0: .* of host memory: fewer host_experts would fit"):
-        for number in MODEL:
-            runtime.local_shard(number, "w", HOST)
+        take_pool(runtime)
     assert runtime.ledger.open() == []
 
 
