@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.faults import FaultyDriver
 from support.groups import (
     PAGE,
     Model,
@@ -209,6 +210,35 @@ def test_sleep_and_wake_come_between_passes(tmp_path: Path) -> None:
         check(runtime, OLD)
 
 
+def test_a_call_that_is_interrupted_while_asleep_is_no_way_past_it(tmp_path: Path) -> None:
+    with published(replace(CONFIG, group_size=1), tmp_path, OLD) as (runtime,):
+        check_pass(runtime, OLD)
+        sleep(runtime)
+        runtime._lifecycle.claim()  # what `wake` begins with
+        for _ in range(2):
+            with pytest.raises(StateError, match="the group sleeps"):
+                runtime.acquire(0)
+        wake(runtime)
+        check(runtime, OLD)
+
+
+def test_a_cache_that_cannot_be_filled_when_it_wakes_is_not_read(tmp_path: Path) -> None:
+    driver = FaultyDriver()
+    config = replace(CONFIG, group_size=1, prefetch_depth=0, resident_cache=30 * PAGE)
+    with join(config, 0, tmp_path, OLD, driver) as runtime:
+        assert route(runtime) > 0
+        sleep(runtime)
+        copies = 2 * len(OLD)  # one for each shard that comes back; then the cache's
+        driver.fail("copy", copies + 1)
+        with pytest.raises(DriverError, match="INJECTED"):
+            wake(runtime)
+        assert not runtime.asleep
+        with pytest.raises(StateError, match="missing or old, because a driver call failed: call refresh_cache"):
+            runtime.acquire(0)
+        runtime.refresh_cache()
+        check(runtime, OLD)
+
+
 def test_memory_without_addresses_of_its_own_cannot_sleep(tmp_path: Path) -> None:
     with published(replace(PAIR, assembly="tensor_list"), tmp_path, OLD) as (runtime, _):
         for call in (sleep, give_up, wake):
@@ -399,6 +429,7 @@ def _dies_at(name: str, call: Callable[[DWDPRuntime], None], *before: Callable[[
 DEATHS = {
     "while it saves": _dies_at("save", sleep),
     "before it gives back": _dies_at("give_back", sleep),
+    "when it is asked for what it has saved": _dies_at("hand_over", sleep),
     "before it has told so": _dies_at("step 1", sleep),
     "before it lets go": _dies_at("drop", sleep),
     "before it has let go": _dies_at(f"step {LAST_STEP}", sleep),
@@ -446,7 +477,7 @@ def test_a_rank_that_dies_takes_no_byte_with_it(tmp_path: Path, death: str) -> N
 def test_a_rank_that_comes_back_to_a_group_that_gave_its_weights_up(tmp_path: Path) -> None:
     with beside(tmp_path, give_up) as ranks:
         together(ranks, give_up)
-        with pytest.raises(ExchangeError, match="rank 1 left"):
+        with pytest.raises(ExchangeError, match="rank 1"):
             wake(ranks[0])
         back = DWDPRuntime(CONFIG, 1, "cpu", tmp_path, driver=HostDriver(PAGE))
         add_layers(back, OLD)

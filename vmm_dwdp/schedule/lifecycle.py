@@ -116,14 +116,15 @@ class Lifecycle(Turn):
     def _take_over(self, this: threading.Thread) -> bool:
         before = self._thread
         self._require_free(before, this)
-        runner, self.runner = self.runner, this_thread()
+        # While asleep nobody goes on unasked, whatever interrupts what this is claimed for.
+        runner, self.runner = self.runner, 0 if self._state == "asleep" else this_thread()
         if before is not this:
             try:
                 self._require_free(before, this)  # see [Note: One thread at a time]
             except StateError:
                 self.runner = runner
                 raise
-        self._thread, self.latest_runner = this, self.runner
+        self._thread, self.latest_runner = this, this_thread()
         begins, self.in_pass = not self.in_pass or before is not this, True
         return begins
 
