@@ -8,6 +8,7 @@ from mutants.seeded import Bug
 
 _SLEEP = "tests/multiprocess/test_sleep.py"
 _ROOM = "tests/unit/test_out_of_memory.py"
+_PROTOCOL = "tests/unit/group/test_agreement_protocol.py"
 
 BUGS: Final = (
     Bug(
@@ -63,17 +64,14 @@ BUGS: Final = (
         "vmm_dwdp/group/agreement.py",
         "            self.doubt = GIVEN_UP\n        elif",
         "            self.doubt = None\n        elif",
-        (
-            "tests/unit/group/test_agreement_protocol.py",
-            f"{_SLEEP}::test_weights_that_were_given_up_are_read_once_all_are_written",
-        ),
+        (f"{_SLEEP}::test_weights_that_were_given_up_are_read_once_all_are_written",),
     ),
     Bug(
         "to sleep takes away the doubt that an update has left",
         "vmm_dwdp/group/agreement.py",
         "        elif purpose not in _MOVES:\n            self.doubt = None\n",
         "        else:\n            self.doubt = None\n",
-        ("tests/unit/group/test_agreement_protocol.py",),
+        (f"{_PROTOCOL}::test_who_moves_memory_brings_nobody_into_doubt_nor_out_of_it",),
     ),
     Bug(
         "whoever is interrupted while the group sleeps goes on unasked",
