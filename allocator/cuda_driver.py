@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import torch
 from cuda.bindings import driver as cuda
@@ -107,7 +107,8 @@ class CudaDriver:
 
     def create(self, nbytes: int, location: Location = DEVICE, handle_type: HandleType | None = None) -> HandleId:
         attempt = f"create {nbytes} bytes on {location}"
-        return HandleId(int(check(attempt, cuda.cuMemCreate, nbytes, self._properties(location, handle_type), 0)))
+        properties = self._properties(location, handle_type)
+        return HandleId(int(_with_room(attempt, cuda.cuMemCreate, nbytes, properties, 0)))
 
     def release(self, handle: HandleId) -> None:
         check(f"release handle {handle:#x}", cuda.cuMemRelease, handle)
@@ -171,7 +172,7 @@ class CudaDriver:
 
     # -- memory without the above --------------------------------------------------------------------------------------
     def allocate(self, nbytes: int) -> Address:
-        return Address(int(check(f"allocate {nbytes} bytes", cuda.cuMemAlloc, nbytes)))
+        return Address(int(_with_room(f"allocate {nbytes} bytes", cuda.cuMemAlloc, nbytes)))
 
     def deallocate(self, address: Address) -> None:
         check(f"deallocate {address:#x}", cuda.cuMemFree, address)
@@ -283,6 +284,17 @@ class CudaDriver:
 
 def _is_fabric_handle(shared: int | bytes) -> bool:
     return isinstance(shared, bytes) and len(shared) == FABRIC_NBYTES
+
+
+def _with_room(attempt: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    """`check` of a call that takes memory: where there is none left, once more without what torch keeps for later."""
+    try:
+        return check(attempt, call, *arguments)
+    except DriverError as error:
+        if not error.is_for_want_of_memory:
+            raise
+    torch.cuda.empty_cache()
+    return check(attempt, call, *arguments)
 
 
 def _host_location(numa_node: int) -> cuda.CUmemLocation:

@@ -308,6 +308,10 @@ class Reservation(_Counted):
         """Undo `map`, which returned ``mapping``: other memory may come there. Nothing uses it any more."""
         self._mappings.close_one(mapping)
 
+    def clear(self) -> None:
+        """Undo every `map`; the addresses stay. Nothing uses them any more. Another call goes on where one failed."""
+        self._mappings.close()
+
     def set_access(self, offset: int, nbytes: int, access: Access) -> None:
         """Allow this device to use the mappings that make up exactly ``[offset, offset + nbytes)``."""
         self._driver.set_access(self.at(offset), nbytes, access)

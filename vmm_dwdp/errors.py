@@ -3,6 +3,8 @@
 Each is also the exception of Python's own that callers would expect in its place.
 """
 
+_FULL = ("CUDA_ERROR_OUT_OF_MEMORY", "ENOMEM", "ENOSPC")  # what drivers say where there is no room
+
 
 class DWDPError(Exception):
     """Base of everything this library raises on purpose. The message is one sentence that names what was wrong."""
@@ -34,3 +36,8 @@ class DriverError(DWDPError, RuntimeError):
         self.call = call
         self.code = code
         self.attempt = attempt
+
+    @property
+    def is_for_want_of_memory(self) -> bool:
+        """Whether there is not so much memory as was asked for."""
+        return self.code in _FULL

@@ -7,7 +7,7 @@ import os
 import reprlib
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Self, SupportsIndex
 from weakref import WeakSet
 
@@ -21,13 +21,14 @@ from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.group.addresses import TCPRendezvous
 from vmm_dwdp.group.doors import Where
-from vmm_dwdp.group.membership import Membership
+from vmm_dwdp.group.sleep import SleepingMembership
 from vmm_dwdp.group.update import ShardKey, Update
 from vmm_dwdp.layout.layer import Layers, describe_layer
 from vmm_dwdp.layout.needs import MemoryNeeded, memory_needed
 from vmm_dwdp.layout.placement import Owner
 from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.memory.choice import make_assembly
+from vmm_dwdp.memory.room import told_of_room
 from vmm_dwdp.schedule.lifecycle import Lifecycle
 from vmm_dwdp.schedule.schedule import Schedule
 from vmm_dwdp.temporary import sweep
@@ -65,9 +66,8 @@ class Rank:
         with self._driver.current():
             over_network = isinstance(rendezvous, TCPRendezvous)
             self._assembly = make_assembly(config, rank, self._driver, self.ledger, layers, over_network=over_network)
-            self._membership = Membership(
-                config, rank, self._driver, self.ledger, rendezvous, self._assembly, self._layers
-            )
+            taking = (self._driver, self.ledger, rendezvous, self._assembly, self._layers, self._lifecycle)
+            self._membership = SleepingMembership(config, rank, *taking)
             self._schedule = Schedule(self._driver, self.ledger, self._assembly, layers, config)
         self._last_layer: int | None = None  # the number of the one that a pass ends with
         _open.add(self)
@@ -143,7 +143,7 @@ class Rank:
         described = self._layers.with_weight(layer, weight)
         owner = self.rank if owner is None else owner
         self._membership.shards.require_held(owner)
-        with self._closed_on_failure(), self._driver.current(), uninterrupted():
+        with self._closed_on_failure(), self._driver.current(), self._told_of_room(), uninterrupted():
             return self._assembly.shard(described, weight, owner)
 
     @property
@@ -172,6 +172,7 @@ class Rank:
         """
         with self._ready_afterwards("publish"):
             self._membership.publish(timeout, revision)
+            self._start()
 
     def rejoin(self, timeout: float = 60.0, *, revision: str | None = None) -> None:
         """Instead of filling shards and `publish`: take the place of a rank of the same number that has died.
@@ -191,8 +192,13 @@ class Rank:
             StateError: a rank of this number is alive; or published before; or with ``assembly: tensor_list``, whose
                 memory goes with the process that created it.
         """
+        asleep = False
         with self._ready_afterwards("rejoin"):
-            self._membership.rejoin(timeout, revision)
+            asleep = self._membership.rejoin(timeout, revision)
+            if not asleep:
+                self._start()
+        if asleep:
+            self._lifecycle.fall_asleep()
 
     @contextmanager
     def _ready_afterwards(self, call: str) -> Iterator[None]:
@@ -200,16 +206,18 @@ class Rank:
         self._lifecycle.require_setup(call)
         if not self._layers.in_order:
             raise ConfigError(f"{call} needs at least one layer")
-        with self._closed_on_failure(), self._driver.current():
+        with self._closed_on_failure(), self._driver.current(), self._told_of_room():
             yield
-            with uninterrupted():
-                self._schedule.start()
-                self._begin()
         self._last_layer = self._layers.in_order[-1].number
         self._lifecycle.publish()
         ready = len(self._layers.in_order)
         memory = tuple(nbytes >> 20 for nbytes in (self._assembly.resident_nbytes, self._assembly.staged_nbytes))
         _log.info("rank %d: %d layers ready, %d MiB resident, %d MiB staged", self.rank, ready, *memory)
+
+    def _start(self) -> None:
+        with uninterrupted():
+            self._schedule.start()
+            self._begin()
 
     def _begin(self) -> None:
         """Passes can begin."""
@@ -298,8 +306,72 @@ class Rank:
 
     def peers(self, timeout: float = 5.0) -> dict[int, bool]:
         """For every other rank, whether it answers within ``timeout`` seconds; one that has left is not waited for."""
-        self._lifecycle.require_running()
+        self._lifecycle.require_published()
         return self._membership.peers(timeout)
+
+    # -- memory for others -------------------------------------------------------------------------------------------
+    @property
+    def asleep(self) -> bool:
+        """Whether the memory of this rank is given back: see `sleep`."""
+        return self._lifecycle.is_asleep
+
+    def sleep(self, *, keep: bool = True, timeout: float = 60.0) -> None:
+        """Give back the device's memory, with all ranks together, between passes, until `wake`.
+
+        Every rank of the group calls it, with the same ``keep``. What others have mapped of a rank's memory goes too:
+        when it returns, every rank's shards, slots and resident cache have left the device. Addresses stay reserved,
+        so that tensors and captured graphs are right again after `wake`; meanwhile nothing may read them, and replays
+        would fail. The pool of host memory stays. Called while asleep, it is an agreement that changes nothing; with
+        ``keep=False`` it gives up what was kept.
+
+        Args:
+            keep: the bytes are copied to host memory, as many as `memory_needed().resident`, which is taken by the
+                first call and stays until `close`, as taking it is most of the time. Otherwise they are lost, and after
+                `wake` no layer can be acquired until an `update` has given all ranks' shards.
+            timeout: seconds that this rank waits for the others, once its own bytes are copied.
+
+        Raises:
+            ExchangeError: a rank, which is named, did not come in time, or another did something else. If it says that
+                nothing was given back, the group is as it was. Otherwise this rank sleeps if `asleep` says so, and what
+                others have not let go of is still taken: `wake`, or `sleep` again, on all ranks.
+            StateError: a layer is acquired, a stream is captured, or with ``assembly: tensor_list``.
+            DriverError: a call failed, host memory could not be had for example; as above.
+        """
+        with self._moving():
+            self._membership.sleep(keep, timeout)
+
+    def wake(self, *, timeout: float = 60.0) -> None:
+        """Take the memory again that `sleep` gave back, at the same addresses, with all ranks together.
+
+        Own shards come back from host memory, the others' are mapped anew, read-only, and slots and resident cache are
+        filled. Called while awake, it changes nothing, but every rank has to call it.
+
+        Args:
+            timeout: seconds that this rank waits for the others, once it has its memory.
+
+        Raises:
+            ExchangeError: a rank, which is named, did not come in time. This rank sleeps on, without memory, if it
+                slept before; one that died comes back by `rejoin`, and wakes with the others.
+            DriverError: there is no memory, and the message says how much is free; this rank sleeps on. Where a copy
+                into a slot was refused, it is awake: `reset`.
+            ConfigError: the resident cache does not fit beside the rest; this rank sleeps on.
+            StateError: as with `sleep`.
+        """
+        with self._moving(), self._told_of_room():
+            self._membership.wake(timeout)
+            if not self._schedule.is_started:  # it came back while the group slept
+                with self._closed_on_failure():
+                    self._start()
+
+    @contextmanager
+    def _moving(self) -> Iterator[None]:
+        """Nothing reads or copies while the body runs; afterwards slots and cache are filled anew, unless asleep."""
+        self._lifecycle.require_published()
+        self._assembly.require_can_sleep()
+        with self._driver.current(), self._lifecycle.undisturbed():
+            self._lifecycle.ask_again()  # so that the next acquire asks whether it may
+            with self._schedule.suspended(lambda: self._lifecycle.is_running and not self.asleep):
+                yield
 
     # -- the end -----------------------------------------------------------------------------------------------------
     def close(self) -> Ledger:
@@ -346,6 +418,9 @@ class Rank:
             traceback.clear_frames(error.__traceback__)  # tensors in them would keep the memory that they are over
             undo_after(error, self.close)
             raise
+
+    def _told_of_room(self) -> AbstractContextManager[None]:
+        return told_of_room(self._assembly, self._layers.in_order, self.device, self.config, self.memory_needed)
 
     @contextmanager
     def _undisturbed(self) -> Iterator[bool]:

@@ -189,7 +189,7 @@ def tcp_client(data: bytes) -> None:
 def _ask(asking: Exchange) -> None:
     deadline = time.monotonic() + 60
     with contextlib.suppress(ExchangeError):
-        close_shares(asking.collect(1, 1, 2, deadline))
+        close_shares(asking.collect(1, 1, {"device": 2}, deadline)[1])
     with contextlib.suppress(ExchangeError):
         asking.collect_checksums(1, 1, 2, deadline)
     with contextlib.suppress(ExchangeError):

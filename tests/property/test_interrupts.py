@@ -16,6 +16,7 @@ from support.groups import PAGE
 from support.interrupter import Alarm, How, Interrupted, Interrupter, sweep
 from support.subjects import (
     Close,
+    GiveUp,
     Group,
     MakeDriver,
     Pass,
@@ -23,11 +24,13 @@ from support.subjects import (
     Publish,
     Refresh,
     Reset,
+    Sleep,
     StatedPass,
     Traced,
     Update,
     UpdateAndRead,
     Updating,
+    Wake,
 )
 
 from vmm_dwdp import DriverError, DWDPConfig
@@ -112,6 +115,18 @@ def test_update_of_a_group(subject: type[Update]) -> None:
 
 
 @pytest.mark.parametrize("how", ["line", "signal"])
+@pytest.mark.parametrize("subject", [Sleep, GiveUp, Wake])
+def test_sleep_and_wake(subject: type[Any], how: How) -> None:
+    config = replace(HOST, mode="auto", resident_cache=4 * PAGE)
+    sweep(lambda: subject(config, FailingDriver), lambda at: Interrupter(at, how), most=8)
+
+
+@pytest.mark.parametrize("subject", [Sleep, Wake])
+def test_sleep_and_wake_of_a_group(subject: type[Any]) -> None:
+    sweep(lambda: subject(PAIR, FailingDriver), lambda at: Interrupter(at), most=3)
+
+
+@pytest.mark.parametrize("how", ["line", "signal"])
 def test_refresh_cache(how: How) -> None:
     config = replace(HOST, mode="in_place", resident_cache=4 * PAGE)
     sweep(lambda: Refresh(config, FailingDriver), lambda at: Interrupter(at, how), most=60)
@@ -140,7 +155,14 @@ def test_close_of_a_group() -> None:
 
 
 # -- every call of the driver ------------------------------------------------------------------------------------------
-def _faults(subject: type[Any], config: DWDPConfig, driver: MakeDriver, error: type[BaseException], *args: Any) -> None:
+def _faults(
+    subject: type[Any],
+    config: DWDPConfig,
+    driver: MakeDriver,
+    error: type[BaseException],
+    *args: Any,
+    most: int = 40,
+) -> None:
     """A sweep over the driver's calls; of the latest driver that ``driver`` made."""
     made: list[FailingDriver] = []
 
@@ -148,7 +170,7 @@ def _faults(subject: type[Any], config: DWDPConfig, driver: MakeDriver, error: t
         made.append(driver())
         return made[-1]
 
-    sweep(lambda: subject(config, make_driver, *args), lambda at: CallFault(made[-1], at, error), most=40)
+    sweep(lambda: subject(config, make_driver, *args), lambda at: CallFault(made[-1], at, error), most=most)
 
 
 @pytest.mark.parametrize("error", [DriverError, KeyboardInterrupt])
@@ -173,6 +195,12 @@ def test_a_driver_call_of_reset_or_trace(subject: type[Any], error: type[BaseExc
 @pytest.mark.parametrize("subject", [Update, Refresh, Publish, Close])
 def test_a_driver_call_of_what_comes_seldom(subject: type[Any], error: type[BaseException]) -> None:
     _faults(subject, replace(HOST, mode="in_place", resident_cache=4 * PAGE), FailingDriver, error)
+
+
+@pytest.mark.parametrize("error", [DriverError, KeyboardInterrupt])
+@pytest.mark.parametrize("subject", [Sleep, GiveUp, Wake])
+def test_a_driver_call_of_sleep_and_wake(subject: type[Any], error: type[BaseException]) -> None:
+    _faults(subject, replace(HOST, mode="in_place", resident_cache=4 * PAGE), FailingDriver, error, most=12)
 
 
 @pytest.mark.parametrize("at", [0, 1, 5, 20])

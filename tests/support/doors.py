@@ -21,6 +21,7 @@ from vmm_dwdp.group.doors import open_door
 from vmm_dwdp.group.exchange import PROTOCOL_VERSION, Exchange
 from vmm_dwdp.group.tcp_door import NONCE_NBYTES, PROOF_NBYTES, Conversation, TCPDoor
 from vmm_dwdp.layout.placement import Owner
+from vmm_dwdp.memory.assembly import Place as PlaceOfMemory
 from vmm_dwdp.memory.assembly import Share
 
 GROUP_SIZE = 3
@@ -143,12 +144,14 @@ def free_address(host: str) -> str:
 def exchange(door: Door, ledger: Ledger, rank: int) -> Exchange:
     """A rank of a published group that serves a token for every owner, and a descriptor where the door takes it."""
 
-    def shares(owner: Owner) -> list[Share]:
+    def shares(owner: Owner, place: PlaceOfMemory) -> tuple[PlaceOfMemory, list[Share]]:
         if not door.takes_descriptors:
-            return [TOKEN]
-        return [Descriptor(ledger, os.memfd_create(f"of {owner}", os.MFD_CLOEXEC)), TOKEN]
+            return place, [TOKEN]
+        return place, [Descriptor(ledger, os.memfd_create(f"of {owner}", os.MFD_CLOEXEC)), TOKEN]
 
-    made = Exchange(door, ledger, rank, GROUP_SIZE, PATIENCE, FINGERPRINT, None, shares, lambda owner: CHECKSUMS)
+    made = Exchange(
+        *(door, ledger, rank, GROUP_SIZE, PATIENCE, FINGERPRINT, None, shares), lambda owner: CHECKSUMS, lambda: False
+    )
     made._group = GROUP
     return made
 
@@ -177,6 +180,7 @@ def request(place: Place, **changes: Any) -> dict[str, Any]:
         "owner": None,
         "vector": NOTHING,
         "step": 0,
+        "place": "device",
         **token,
         **changes,
     }

@@ -11,7 +11,7 @@ from typing import Any, Final, Self
 import pytest
 
 from support.groups import PAGE
-from vmm_dwdp.allocator.driver import Copy, Driver, Lane
+from vmm_dwdp.allocator.driver import DEVICE, Copy, Driver, HandleId, HandleType, Lane, Location
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.allocator.native import HAS_NATIVE
 from vmm_dwdp.errors import DriverError
@@ -37,6 +37,29 @@ class FailingDriver(HostDriver):
         if name in CALLS and (fault := super().__getattribute__("fault")) is not None:
             fault.count(name)
         return found
+
+
+class SmallDriver(HostDriver):
+    """Has ``room`` bytes of memory on its device, and ``host_room`` on the host; both may be changed."""
+
+    def __init__(self, room: int, host_room: int = 1 << 40) -> None:
+        super().__init__(PAGE)
+        self.room = {True: room, False: host_room}
+        self._nbytes: dict[HandleId, tuple[bool, int]] = {}
+
+    def create(self, nbytes: int, location: Location = DEVICE, handle_type: HandleType | None = None) -> HandleId:
+        at = location == DEVICE
+        if nbytes > self.room[at]:
+            raise DriverError("cuMemCreate", "CUDA_ERROR_OUT_OF_MEMORY", f"create {nbytes} bytes on {location}")
+        handle = super().create(nbytes, location, handle_type)
+        self._nbytes[handle] = at, nbytes
+        self.room[at] -= nbytes
+        return handle
+
+    def release(self, handle: HandleId) -> None:
+        super().release(handle)
+        at, nbytes = self._nbytes.pop(handle, (True, 0))  # what was imported is nobody's here
+        self.room[at] += nbytes
 
 
 class CallFault:

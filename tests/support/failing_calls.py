@@ -17,7 +17,7 @@ FILE_CALLS: Final = ("mkdir", "stat", "open", "pread", "close", "link", "unlink"
 SOCKET_CALLS: Final = ("socket", "getsockopt", "bind", "listen", "connect", "accept", "sendmsg", "recvmsg")
 REASON: Final = os.strerror(errno.EMFILE)
 _CALLERS: Final = {
-    *("rendezvous.py", "unix_door.py", "tcp_door.py", "addresses.py", "transport.py", "sharing.py", "membership.py")
+    *("rendezvous.py", "unix_door.py", "tcp_door.py", "addresses.py", "transport.py", "sharing.py", "limits.py")
 }
 _FRAMES: Final = 6  # how far from our code the call may be: pathlib and tempfile make some of them
 

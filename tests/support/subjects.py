@@ -303,6 +303,64 @@ class UpdateAndRead(Update):
             acquired(self.runtime, layer, "staged", self.model)
 
 
+class Sleep(Update):
+    """`sleep` of all ranks: awake as before, or asleep, and `wake` of all ranks either way."""
+
+    keep = True
+
+    def prepare(self) -> None:
+        Group.prepare(self)
+        self.pending = [self.pool.submit(self.move, runtime, SOON) for runtime in self.others]
+
+    def move(self, runtime: DWDPRuntime, timeout: float) -> None:
+        runtime.sleep(keep=self.keep, timeout=timeout)
+
+    def operate(self) -> None:
+        self.move(self.runtime, LATE if not self.others else SOON)
+
+    def recover(self) -> None:
+        for future in self.pending:
+            error = future.exception()
+            assert error is None or isinstance(error, ExchangeError), repr(error)
+        for runtime in self.runtimes:
+            try:
+                for layer in OLD:
+                    self.again(lambda at=(runtime, layer): acquired(*at, None, self.model))  # type: ignore[misc]
+            except StateError as error:
+                told = "the group sleeps" if runtime.asleep else "weights are gone"
+                assert told in str(error), error  # noqa: PT017
+        self.all_together(lambda runtime: runtime.wake(timeout=LATE))
+        if not self.keep:
+            self.model = next(self.models)
+            self.all_together(lambda runtime: self.update(runtime, LATE))
+        for runtime in self.runtimes:
+            self.again(lambda runtime=runtime: check_every_byte(runtime, self.model))  # type: ignore[misc]
+            runtime.check_integrity(verify=self.config.checksums)
+
+    def all_together(self, call: Callable[[DWDPRuntime], None]) -> None:
+        pending = [self.pool.submit(call, runtime) for runtime in self.others]
+        self.again(lambda: call(self.runtime))
+        for future in pending:
+            future.result()
+
+
+class GiveUp(Sleep):
+    """`sleep` without keeping anything: old bytes or none, until all are written."""
+
+    keep = False
+
+
+class Wake(Sleep):
+    """`wake` of all ranks: awake, or asleep as before."""
+
+    def prepare(self) -> None:
+        self.all_together(lambda runtime: runtime.sleep(keep=self.keep, timeout=LATE))
+        super().prepare()
+
+    def move(self, runtime: DWDPRuntime, timeout: float) -> None:
+        runtime.wake(timeout=timeout)
+
+
 class Refresh(Group):
     """`refresh_cache`: every byte as it was, or no layer is read in place until another call succeeds."""
 

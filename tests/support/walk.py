@@ -239,6 +239,7 @@ class Walk:
             self._update: 5,
             self._missed_update: 1,
             self._bad_update: 2,
+            self._sleep: 2,
             self._refresh: 6,
             self._integrity: 5,
             self._tensor_list: 3,
@@ -539,6 +540,49 @@ class Walk:
     def _bad_update(self, rank: Rank) -> None:
         what = self.chance.choice(["shape", "dtype", "layer", "weight", "owner", "no owner", "no tensor"])
         self._must(self.tell(rank, "bad_update", what), "ConfigError")
+
+    def _sleep(self, rank: Rank) -> None:
+        """And wake, by all ranks, where they all can; one may die in between, and come back."""
+        keep = self.chance.random() < 0.7
+        if self.config.assembly == "tensor_list" or rank.acquired:
+            self._must(self.tell(rank, "call", "sleep", keep=keep, timeout=SOON), "StateError")
+            return
+        if any(each.state != "running" for each in self.ranks):
+            self._must(self.tell(rank, "call", "sleep", keep=keep, timeout=SOON), "ExchangeError")
+            return
+        for each in self.ranks:
+            self._reset(each)
+        self._all("sleep", keep=keep)
+        self._must(self._refused_call_asleep(rank), "StateError")
+        if self.processes and self.chance.random() < 0.5:
+            self._kill(rank)
+            survivor = self.ranks[rank.number - 1]
+            self._must(self.tell(survivor, "call", "wake", timeout=SOON), "ExchangeError")
+            self._return(rank)
+        if self.chance.random() < 0.2:
+            self._all("sleep", keep=keep) if keep else None
+        self._all("wake")
+        if not keep:
+            for each in self.ranks:
+                each.barred = True
+                self._must(self.tell(each, "acquire", self.numbers[0], tokens=1), "StateError")
+            self._update(rank)
+
+    def _all(self, call: str, **options: Any) -> None:
+        begun = [self._begin(each, "call", call, timeout=LATE, **options) for each in self.ranks]
+        for done in begun:
+            self._must(done(), "done")
+
+    def _refused_call_asleep(self, rank: Rank) -> Outcome:
+        calls: list[tuple[Any, ...]] = [
+            ("acquire", self.chance.choice(self.numbers)),
+            ("call", "reset"),
+            ("update", {}, None, SOON),
+            ("call", "check_integrity"),
+            ("traced", [], False),
+            ("call", "publish"),
+        ]
+        return self.tell(rank, *self.chance.choice(calls))
 
     # -- coming and going ----------------------------------------------------------------------------------------------
     def _impostor(self, rank: Rank) -> None:

@@ -27,18 +27,37 @@ nobody wrote, and that nobody will: by giving up it takes a later entry, and no 
 A rank that did is in doubt (`doubt`), from before anybody can write until all have told it that they are done. To come
 back is to take a later entry too, at every living rank: each answers that it is in doubt, or has now dropped what the
 dead rank had promised. One that does not answer may be in doubt, so the rank that comes back is.
+
+[Note: What an attempt is for]
+A nonce begins with what its rank attempts (`named`). A name can be committed only where all attempt the same: ranks of
+which one updates while another sleeps wait for each other until one of them gives up. Who moves memory writes nothing,
+so it neither brings anybody into doubt nor takes a doubt away; to give weights up is to write without ever finishing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, get_args
 
 Entry = tuple[int, str]  # its number among those of its rank; its nonce, or "" where nothing is under way
 Vector = tuple[Entry, ...]  # by rank
+Purpose = Literal["publish", "update", "give up", "sleep", "wake"]  # see [Note: What an attempt is for]
 
 LAST_STEP: Final = 2  # the first tells that all have committed: see `Agreement.lost`
 UNFINISHED: Final = "an update was begun, and not finished"
+GIVEN_UP: Final = "sleep(keep=False) gave them up"
+_MOVES: Final = ("sleep", "wake")
+
+
+def named(purpose: Purpose, random: str) -> str:
+    """The nonce of an attempt; ``random`` is of no other."""
+    return f"{purpose}:{random}"
+
+
+def purpose_of(entry: Entry) -> Purpose | None:
+    """What the rank of ``entry`` attempts; ``None``: nothing, or nothing that is known here."""
+    told = entry[1].partition(":")[0]
+    return next((purpose for purpose in get_args(Purpose) if purpose == told), None)
 
 
 class Word(NamedTuple):
@@ -106,12 +125,18 @@ class Agreement:
         self._step, self._told = step, frozenset()
 
     def finish(self) -> None:
-        """All have reached the last step: there is no doubt any more."""
+        """All have reached the last step: there is no doubt any more, unless it was about something else."""
+        purpose = purpose_of(self._own)
         self._enter("")
-        self.doubt = None
+        if purpose == "give up":
+            self.doubt = GIVEN_UP
+        elif purpose not in _MOVES:
+            self.doubt = None
 
-    def give_up(self) -> None:
-        """This attempt has failed, at whatever point. What was in doubt stays so."""
+    def give_up(self, why: str | None = None) -> None:
+        """This attempt has failed, at whatever point, and ``why``. What was in doubt stays so."""
+        if why is not None and self.relied and purpose_of(self._own) not in (*_MOVES, "give up"):
+            self.doubt = why
         self._enter("")
 
     def next(self) -> tuple[int, Word] | None:
@@ -162,7 +187,7 @@ class Agreement:
             reached = {rank for name, step, rank in self._heard if (name, step) == (self.committed, self._step)}
             return sorted(self._others - (self._told & reached))
         silent = {rank for rank in self._others if not self.vector[rank][1]}
-        return sorted(silent or self._others - self._accepted)
+        return sorted(silent or self.others_attempt or self._others - self._accepted)
 
     @property
     def lost(self) -> list[int]:
@@ -203,12 +228,23 @@ class Agreement:
         return min(ranks, key=lambda rank: (rank - self._rank) % len(self.vector))
 
     @property
+    def _own(self) -> Entry:
+        return self.vector[self._rank]
+
+    @property
     def _under_way(self) -> bool:
-        return self.vector[self._rank][1] != ""
+        return self._own[1] != ""
 
     @property
     def _complete(self) -> bool:
-        return all(nonce for _, nonce in self.vector)
+        return all(nonce for _, nonce in self.vector) and not self.others_attempt
+
+    @property
+    def others_attempt(self) -> dict[int, Purpose]:
+        """The ranks that attempt something else than this one, and what. See [Note: What an attempt is for]."""
+        own = purpose_of(self._own)
+        told = {rank: purpose_of(self.vector[rank]) for rank in self._others}
+        return {rank: purpose for rank, purpose in told.items() if purpose is not None and purpose != own}
 
     def _enter(self, nonce: str) -> None:
         """A later entry for this rank: all that was promised to it or by it belongs to an earlier one."""
@@ -242,4 +278,6 @@ class Agreement:
 
     def _doubt(self) -> None:
         self.relied = True
-        self.doubt = self.doubt or UNFINISHED
+        purpose = purpose_of(self._own)
+        if purpose not in _MOVES:
+            self.doubt = GIVEN_UP if purpose == "give up" else self.doubt or UNFINISHED

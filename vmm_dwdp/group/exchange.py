@@ -15,19 +15,19 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, Literal, get_args
 
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.errors import DriverError, DWDPError, ExchangeError
-from vmm_dwdp.group.agreement import Agreement, Answer, Vector, Word
+from vmm_dwdp.group.agreement import Agreement, Answer, Purpose, Vector, Word, named
 from vmm_dwdp.group.door import Door, Message
 from vmm_dwdp.group.transport import Refused, Transport
 from vmm_dwdp.layout.placement import HOST, Owner
-from vmm_dwdp.memory.assembly import Share, close_shares
+from vmm_dwdp.memory.assembly import Place, Share, close_shares
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 PUBLISHING: Final = ""  # in the place of a group's name
 _SHARE_NBYTES: Final = 1024  # generous for one token in an answer
 _VALUE_NBYTES: Final = 32  # for one checksum
@@ -46,8 +46,10 @@ class Exchange:
         revision: equal on two ranks exactly if they were given the same checkpoint, as far as is known.
         group_size: how many ranks there are, this one included.
         patience: seconds; a client that takes longer to ask, or to take the answer, is dropped.
-        shares: gives the shares of an owner whose memory this rank holds; descriptors in them become the exchange's.
+        shares: gives the shares of an owner whose memory this rank holds, at the place that is asked for if it can,
+            and the place; descriptors in them become the exchange's.
         checksums: gives what `collect_checksums` of an owner returns to others.
+        asleep: whether this rank sleeps.
     """
 
     def __init__(
@@ -59,8 +61,9 @@ class Exchange:
         patience: float,
         fingerprint: str,
         revision: str | None,
-        shares: Callable[[Owner], list[Share]],
+        shares: Callable[[Owner, Place], tuple[Place, list[Share]]],
         checksums: Callable[[Owner], list[int]],
+        asleep: Callable[[], bool],
     ) -> None:
         self._rank = rank
         self._others = [other for other in range(group_size) if other != rank]
@@ -68,6 +71,7 @@ class Exchange:
         self._revision = None if revision is None else hashlib.sha256(revision.encode()).hexdigest()
         self._shares = shares
         self._checksums = checksums
+        self._asleep = asleep
         self._transport = Transport(door, ledger, rank, group_size, patience, self._answer)
         self._changed = threading.Condition()  # guards `_agreement` and `_group`
         self._agreement = Agreement(rank, group_size)
@@ -84,23 +88,33 @@ class Exchange:
         self._transport.forget()
 
     # -- asking ------------------------------------------------------------------------------------------------------
-    def collect(self, owner: Owner, holder: int, count: int, deadline: float) -> list[Share]:
-        """The ``count`` shares of ``owner``, served by rank ``holder``; descriptors in them are the caller's."""
-        request = self._request("shares", owner=owner)
+    def collect(
+        self, owner: Owner, holder: int, counts: Mapping[Place, int], deadline: float
+    ) -> tuple[Place, list[Share]]:
+        """The shares of ``owner``, served by rank ``holder``, and where they are; descriptors in them are the caller's.
+
+        Args:
+            counts: how many there are at each place that will do, the preferred one first.
+        """
+        request = self._request("shares", owner=owner, place=next(iter(counts)))
+        most = max(counts.values())
         answer, descriptors = self._transport.ask(
-            holder, request, deadline, more_bytes=count * _SHARE_NBYTES, max_shares=count
+            holder, request, deadline, more_bytes=most * _SHARE_NBYTES, max_shares=most
         )
         try:
             shares: list[Share] = [*descriptors, *map(bytes.fromhex, answer.get("tokens", ()))]
-            if len(shares) != count:
-                raise ExchangeError(f"rank {holder} sent {len(shares)} shares of {owner} instead of {count}")
+            at = next((each for each in counts if each == answer.get("place")), None)
+            if at is None:
+                raise ExchangeError(f"rank {holder} has no memory of {owner} at {', '.join(counts)}")
+            if len(shares) != counts[at]:
+                raise ExchangeError(f"rank {holder} sent {len(shares)} shares of {owner} instead of {counts[at]}")
         except (TypeError, ValueError) as error:
             close_shares(descriptors)
             raise ExchangeError(f"rank {holder} sent tokens that are not hexadecimal: {error}") from error
         except ExchangeError:
             close_shares(descriptors)
             raise
-        return shares
+        return at, shares
 
     def collect_checksums(self, owner: Owner, holder: int, count: int, deadline: float) -> list[int]:
         """The ``count`` checksums of the shards of ``owner``, as rank ``holder`` knows them."""
@@ -131,22 +145,24 @@ class Exchange:
         return self._agreement.relied
 
     @contextmanager
-    def attempt(self, what: str, deadline: float) -> Iterator[None]:
+    def attempt(self, purpose: Purpose, what: str, deadline: float) -> Iterator[None]:
         """The body is run by every rank, or by none: it begins when every one is sure to go on.
+
+        Args:
+            purpose: the same on all ranks; see [Note: What an attempt is for].
+            what: this rank has done before.
 
         Raises `ExchangeError` naming the rank that did not come. The body calls `step` for each step; if it ends well,
         this rank is in doubt no more.
         """
         try:
             with self._changed:
-                self._agreement.begin(secrets.token_hex(_NONCE_NBYTES))
+                self._agreement.begin(named(purpose, secrets.token_hex(_NONCE_NBYTES)))
             self._go_on(what, deadline)
             yield
         except BaseException as failure:
             with self._changed:
-                self._agreement.give_up()
-                if isinstance(failure, ExchangeError) and self._agreement.relied:
-                    self._agreement.doubt = str(failure)
+                self._agreement.give_up(str(failure) if isinstance(failure, ExchangeError) else None)
             raise
         with self._changed:
             self._agreement.finish()
@@ -164,18 +180,21 @@ class Exchange:
             self._group = _digest(self._agreement.committed)
         self._transport.failure = None
 
-    def join(self, deadline: float, patience: float) -> int | None:
-        """Come back to a published group; returns a rank that can hand over its memory, or ``None`` if none lives.
+    def join(self, deadline: float, patience: float) -> tuple[int, bool] | None:
+        """Come back to a published group; returns a rank that can hand over its memory, and whether any of them
+        sleeps, or ``None`` if none lives.
 
         Every rank that listens is asked, each for at most ``patience`` seconds. `doubt` is then what they know.
         """
         groups: dict[int, str] = {}
+        asleep = False
         silent = []
         refusal: Refused | None = None
         for rank in filter(self.listens, self._others):
             try:
                 answer, _ = self._transport.ask(rank, self._request("alive"), time.monotonic() + patience, retry=False)
                 groups[rank] = str(answer.get("group"))
+                asleep |= answer.get("asleep") is True
             except Refused as error:
                 refusal = error
             except ExchangeError:
@@ -199,7 +218,7 @@ class Exchange:
                 del groups[rank]
                 with self._changed:
                     self._agreement.silent(rank)
-        return min(groups, default=None)
+        return (min(groups), asleep) if groups else None
 
     def _go_on(self, what: str, deadline: float) -> None:
         """Send and wait until the agreement has passed what it waits for."""
@@ -235,7 +254,12 @@ class Exchange:
             for rank in missing:
                 self._transport.require_connects(rank)
             ranks_missing = ", ".join(map(str, missing))
-            raise ExchangeError(f"not ready before the deadline, though there: rank {ranks_missing} ({what})")
+            others = "".join(f"; rank {rank} attempts to {attempt}" for rank, attempt in self._others_attempt().items())
+            raise ExchangeError(f"not ready before the deadline, though there: rank {ranks_missing} ({what}){others}")
+
+    def _others_attempt(self) -> dict[int, Purpose]:
+        with self._changed:
+            return self._agreement.others_attempt
 
     def _next(self) -> tuple[int, Word] | None:
         with self._changed:
@@ -262,6 +286,7 @@ class Exchange:
             "owner": None,
             "vector": self._agreement.committed,
             "step": 0,
+            "place": None,
             **more,
         }
 
@@ -276,8 +301,9 @@ class Exchange:
             match request["ask"]:
                 case "alive":
                     answer["group"] = self._group
+                    answer["asleep"] = self._asleep()
                 case "shares":
-                    shares = self._shares(request["owner"])
+                    answer["place"], shares = self._shares(request["owner"], request["place"])
                     answer["tokens"] = [share.hex() for share in shares if isinstance(share, bytes)]
                 case "checksums":
                     answer["checksums"] = self._checksums(request["owner"])
@@ -315,6 +341,8 @@ class Exchange:
             return f"it does not say what it knows, but {request.get('vector')!r} and {request.get('step')!r}"
         if ask in ("shares", "checksums") and request.get("owner") not in (*self._others, self._rank, HOST):
             return f"there is no owner {request.get('owner')!r}"
+        if ask == "shares" and request.get("place") not in get_args(Place):
+            return f"there is no place {request.get('place')!r}"
         return None if ask == "alive" else self._refusal_of_group(request.get("group"), ask, vector)
 
     def _refusal_of_group(self, group: object, ask: object, name: Vector | None) -> str | None:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import resource
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 
@@ -20,15 +17,29 @@ from vmm_dwdp.allocator.handles import Ledger, ResourceStack, Stream
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError, DriverError, ExchangeError, StateError
-from vmm_dwdp.group.agreement import LAST_STEP
+from vmm_dwdp.group.agreement import GIVEN_UP, LAST_STEP
 from vmm_dwdp.group.doors import Where, open_door
 from vmm_dwdp.group.exchange import Exchange
+from vmm_dwdp.group.limits import DescriptorReservation
 from vmm_dwdp.group.update import ShardKey, Shards, Update
 from vmm_dwdp.layout.layer import Layer, Layers
 from vmm_dwdp.layout.placement import HOST, Owner, in_words
-from vmm_dwdp.memory.assembly import Assembly, Share
+from vmm_dwdp.memory.assembly import Assembly, Place, Share
 
 HOST_CREATOR: Final = 0  # the rank that creates, fills and serves the pool of host memory
+
+
+class RankState(Protocol):
+    """Whether a rank sleeps."""
+
+    @property
+    def is_asleep(self) -> bool: ...
+
+    def fall_asleep(self) -> None:
+        """From now on no layer is acquired."""
+
+    def wake_up(self) -> None:
+        """Layers may be acquired again."""
 
 
 class Membership:
@@ -37,6 +48,7 @@ class Membership:
     Args:
         assembly: the rank's memory; owned by the caller.
         layers: what was added so far, by the caller.
+        state: of this rank.
 
     Attributes:
         shards: what this rank holds.
@@ -51,6 +63,7 @@ class Membership:
         rendezvous: Where,
         assembly: Assembly,
         layers: Layers,
+        state: RankState,
     ) -> None:
         self._config = config
         self._rank = rank
@@ -60,6 +73,7 @@ class Membership:
         self._assembly = assembly
         self._layers = layers.in_order
         self._numbered = layers
+        self._state = state
         self._others = [other for other in range(config.group_size) if other != rank]
         self._exchange: Exchange | None = None
         self._checksums: dict[Owner, list[int]] = {}  # of every shard, in the order of layers and weights
@@ -83,21 +97,23 @@ class Membership:
     def require_updated(self) -> None:
         """Raise `StateError` if weights may be partly old and partly new."""
         if (why := self.half_updated) is not None:
-            raise StateError(f"weights are partly old and partly new: {why}; update again, or close")
+            are = "gone" if GIVEN_UP in why else "partly old and partly new"
+            raise StateError(f"weights are {are}: {why}; update again, or close")
 
     def publish(self, timeout: float, revision: str | None) -> None:
         """Serve this rank's shards, attach the others', and build the assembly; every rank has done so on return."""
         deadline = time.monotonic() + timeout
         self._check_limits()
-        for layer, weight in self._weights():
-            for owner in self.held_owners:
+        for owner in self.held_owners:
+            for layer, weight in self._weights():
                 with uninterrupted():
                     self._assembly.shard(layer, weight, owner)
+            self._assembly.offer(owner)
         self._driver.synchronize()  # what the caller copied into the shards is there before anybody reads it
         self._sum_held_shards()
         self._exchange = exchange = self._make_exchange(timeout, revision)
         exchange.serve(deadline)
-        with exchange.attempt("publish", deadline):
+        with exchange.attempt("publish", "publish", deadline):
             for owner in self._other_owners():
                 self._take(exchange, owner, HOST_CREATOR if owner == HOST else owner, deadline)
             with uninterrupted():
@@ -108,26 +124,33 @@ class Membership:
             exchange.be_published()
         self._settle_limits()
 
-    def rejoin(self, timeout: float, revision: str | None) -> None:
-        """As `publish`, with the memory of a dead rank of the same number, which a living one hands over."""
+    def rejoin(self, timeout: float, revision: str | None) -> bool:
+        """As `publish`, with the memory of a dead rank of the same number, which a living one hands over.
+
+        Returns whether the group sleeps: then this rank has what was saved, and builds nothing before it wakes.
+        """
         deadline = time.monotonic() + timeout
         self._check_limits()
         exchange = self._make_exchange(timeout, revision)
         if exchange.listens(self._rank):
             raise StateError(f"rank {self._rank} is alive: only a rank that has died can rejoin")
         patience = timeout / self._config.group_size  # so that one that is stopped leaves time for another
-        holder = exchange.join(deadline, patience)
-        if holder is None:
+        joined = exchange.join(deadline, patience)
+        if joined is None:
             raise ExchangeError(f"no other rank is alive at {self._door.place}: the group must be loaded again")
+        holder, asleep = joined
         for owner in (*self.held_owners, *self._other_owners()):
-            self._take(exchange, owner, holder, deadline)
-        with uninterrupted():
-            self._assembly.build()
+            places: tuple[Place, ...] = ("host", "device", "nowhere") if asleep and owner != HOST else ("device",)
+            self._take(exchange, owner, holder, deadline, places)
+        if not asleep:
+            with uninterrupted():
+                self._assembly.build()
         self._exchange = exchange
         if exchange.doubt is not None:  # nobody knows how far the dead rank came
-            self.shards.begun.update(self.shards.keys())
+            self.shards.begun.update(self.shards.held())
         exchange.serve(deadline)
         self._settle_limits()
+        return asleep
 
     @contextmanager
     def updating(self, timeout: float) -> Iterator[Update]:
@@ -136,7 +159,7 @@ class Membership:
         assert self._exchange is not None
         unfinished = self.unfinished()
         try:
-            with self._exchange.attempt("update: this rank reads nothing", time.monotonic() + timeout):
+            with self._exchange.attempt("update", "update: this rank reads nothing", time.monotonic() + timeout):
                 update = self._update = Update(self._driver, self.shards, self._rank, self._numbered, unfinished)
                 try:
                     yield update
@@ -216,13 +239,19 @@ class Membership:
             raise ConfigError(
                 f"{len(self._layers)} layers need {needed} mappings, but a process can have {self._driver.max_mappings}"
             )
-        # Where shares are descriptors, one for each that is received, and while memory is handed over, one for each
-        # that is held here and each rank that asks for it. On the host driver the imported handle is one, too.
+        self._leave_descriptors()
+
+    def _leave_descriptors(self) -> None:
+        """Where shares are descriptors, for each that is received, and while memory is handed over, for each that is
+        held here and each rank that asks for it. On the host driver the imported handle is one, too."""
         received = sum(map(self._assembly.num_shares, self._other_owners()))
         held = sum(map(self._assembly.num_shares, self.held_owners))
         count = received + len(self._others) * held if self._door.takes_descriptors else 0
         count += received if self._driver.name == "host" else 0
-        self._descriptors = DescriptorReservation(count)
+        with uninterrupted():
+            before, self._descriptors = self._descriptors, DescriptorReservation(count)
+            if before is not None:
+                before.close()
 
     def _settle_limits(self) -> None:
         assert self._descriptors is not None
@@ -239,6 +268,7 @@ class Membership:
             revision,
             self._shares,
             lambda owner: self._checksums.get(owner, []),
+            lambda: self._state.is_asleep,
         )
 
     def _fingerprint(self) -> str:
@@ -251,21 +281,28 @@ class Membership:
         agreed = json.dumps([config, self._assembly.granularity, self._driver.device.type, layers])
         return hashlib.sha256(agreed.encode()).hexdigest()
 
-    def _shares(self, owner: Owner) -> list[Share]:
+    def _shares(self, owner: Owner, place: Place) -> tuple[Place, list[Share]]:
         """Runs in a thread of the exchange."""
-        if owner not in self.held_owners and not self._assembly.keeps(owner):
-            raise ExchangeError(f"rank {self._rank} does not hold the memory of {in_words(owner)}")
         with self._driver.current():
-            return self._assembly.shares(owner)
+            return self._assembly.hand_over(owner, place)
 
-    def _take(self, exchange: Exchange, owner: Owner, holder: int, deadline: float) -> None:
-        """Get the memory of ``owner`` from rank ``holder``: to read, or, if it was this rank's before, to hold."""
+    def _take(
+        self, exchange: Exchange, owner: Owner, holder: int, deadline: float, places: Sequence[Place] = ("device",)
+    ) -> None:
+        """Get the memory of ``owner`` from rank ``holder``: to read, or, if it was this rank's before, to hold.
+
+        ``places``: where it may be, the preferred one first.
+        """
         count = self._assembly.num_shares(owner)
-        shares = exchange.collect(owner, holder, count, deadline) if count else []  # nobody keeps what has no pages
+        at: Place = places[0]
+        shares: list[Share] = []
+        if count:  # nobody keeps what has no pages
+            counts = {place: self._assembly.num_shares(owner, place) for place in places}
+            at, shares = exchange.collect(owner, holder, counts, deadline)
         take = self._assembly.adopt if owner in self.held_owners else self._assembly.attach
         try:
             with uninterrupted():
-                take(owner, shares)
+                take(owner, at, shares)
         except DriverError as error:  # where the GPUs cannot reach each other, only this tells which ones
             attempt = f"use the memory of {in_words(owner)} on {self._driver.device}: {error.attempt}"
             raise DriverError(error.call, error.code, attempt) from error
@@ -317,57 +354,3 @@ def checksum(tensor: torch.Tensor) -> int:
         factors = torch.arange(2 * first + 1, 2 * (first + words.numel()), 2, device=data.device)
         total += int((words * factors).sum())
     return total % 2**64
-
-
-# What the operating system allows one process: reserved before anything is taken, and given back.
-_lock: Final = threading.Lock()  # guards what follows
-_reserved: Final[dict[DescriptorReservation, int]] = {}  # by reservation, how many are not open yet
-_raised: tuple[int, int] | None = None  # the soft limit before and after it was raised
-
-
-class DescriptorReservation:
-    """Leave for this process to open ``count`` more files, its soft limit raised if need be.
-
-    Several at once are counted together. `settle` when the files are open: from then on the kernel counts them. The
-    soft limit stays raised as long as they are, until the last reservation is closed: below the number of open files
-    nobody in this process could open another.
-
-    Raises `ConfigError` if the hard limit is lower, or if not even the open ones can be counted.
-    """
-
-    def __init__(self, count: int) -> None:
-        global _raised
-        with _lock:
-            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            try:
-                needed = len(os.listdir("/proc/self/fd")) + sum(_reserved.values()) + count
-            except OSError as error:
-                raise ConfigError(f"the open files of this process cannot be counted: {error.strerror}") from error
-            if hard != resource.RLIM_INFINITY and needed > hard:
-                raise ConfigError(
-                    f"sharing memory with the other ranks takes {count} file descriptors, "
-                    f"but a process may open {hard}, and this one has or awaits {needed - count} others"
-                )
-            if soft != resource.RLIM_INFINITY and needed > soft:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-                _raised = (soft if _raised is None else _raised[0]), hard
-            _reserved[self] = count
-
-    def settle(self) -> None:
-        """What was reserved is open now, or not needed any more."""
-        with _lock:
-            if self in _reserved:
-                _reserved[self] = 0
-
-    def close(self) -> None:
-        """Nothing of it is open any more. The last to close lowers the soft limit, unless others have set it since."""
-        global _raised
-        with _lock:
-            _reserved.pop(self, None)
-            if _reserved or _raised is None:
-                return
-            before, after = _raised
-            _raised = None
-            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            if soft == after:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (min(before, hard) if hard >= 0 else before, hard))

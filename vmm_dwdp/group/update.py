@@ -35,8 +35,8 @@ class Shards:
         self._held = held
         self._layers = layers
 
-    def keys(self) -> Iterator[ShardKey]:
-        """Of all that this rank holds."""
+    def held(self) -> Iterator[ShardKey]:
+        """The keys of all that this rank holds."""
         for layer in self._layers.in_order:
             for weight in layer.weights:
                 for owner in self._held:
@@ -72,7 +72,7 @@ class Shards:
 
     def require_covered(self, unfinished: Collection[ShardKey], whole: Collection[ShardKey]) -> None:
         """Raise `ConfigError` unless ``whole`` has all that is ``unfinished``."""
-        for key in self.keys():
+        for key in self.held():
             if key in unfinished and key not in whole:
                 number, weight, owner = key
                 raise ConfigError(

@@ -1,13 +1,16 @@
-"""How much memory one rank takes for experts, before any is taken. Pure integers."""
+"""How much memory one rank takes for experts, before any is taken, and what would take less. Pure integers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
 
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.layout.layer import Layer
 from vmm_dwdp.layout.placement import HOST
+
+_GB: Final = 1e9
 
 
 @dataclass(frozen=True)
@@ -52,3 +55,50 @@ def _slot(layers: Sequence[Layer], config: DWDPConfig, rank: int) -> int:
 def _regions(layer: Layer, rank: int) -> Iterator[int]:
     for layout in layer.layouts.values():
         yield from map(len, layout.staged_bytes(rank))
+
+
+Needed = Callable[[DWDPConfig], MemoryNeeded]  # by a rank, if its group had this config
+
+
+def in_gb(nbytes: int) -> str:
+    return f"{nbytes / _GB:.2f} GB"
+
+
+def what_fits(config: DWDPConfig, needed: Needed, free: int, num_experts: int) -> str:
+    """Which change of ``config`` would make a rank's experts fit into ``free`` bytes of its device, in words.
+
+    ``num_experts``: of the layer that has fewest.
+    """
+    fitting = [
+        f"{words} (needs {in_gb(other.on_device)})"
+        for words, other in _alternatives(config, needed, free, num_experts)
+        if other.on_device <= free
+    ]
+    return " or ".join(fitting) + " would fit" if fitting else "no config of a group of this size fits"
+
+
+def _alternatives(
+    config: DWDPConfig, needed: Needed, free: int, num_experts: int
+) -> Iterator[tuple[str, MemoryNeeded]]:
+    """Configs that may need less, from those that cost least speed on, in words, and what they need."""
+    fewer_slots = replace(config, prefetch_depth=min(config.prefetch_depth, 1))
+    least = replace(config, num_local_experts=None)
+    if fewer_slots != config:
+        yield "prefetch_depth: 1", needed(fewer_slots)
+    if least != config:
+        yield "no num_local_experts", needed(least)
+    if config.assembly == "vmm":  # which can have host memory
+        yield _with_host_memory(least, needed, free, num_experts)
+        if fewer_slots != config:
+            words, both = _with_host_memory(replace(fewer_slots, num_local_experts=None), needed, free, num_experts)
+            yield f"{words} with prefetch_depth: 1", both
+
+
+def _with_host_memory(config: DWDPConfig, needed: Needed, free: int, num_experts: int) -> tuple[str, MemoryNeeded]:
+    """As few experts in host memory as are enough, found by halving; all of them where they are not."""
+    few, many = config.host_experts, num_experts
+    while many - few > 1:
+        middle = (few + many) // 2
+        fits = needed(replace(config, host_experts=middle)).on_device <= free
+        few, many = (few, middle) if fits else (middle, many)
+    return f"host_experts: {many}", needed(replace(config, host_experts=many))

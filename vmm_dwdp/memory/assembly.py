@@ -9,18 +9,20 @@ then `copies` and `weights` for as long as it lives; `close`.
 from __future__ import annotations
 
 import abc
+import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, Literal, TypeVar
 
 import torch
 
 from vmm_dwdp.allocator.driver import Address, Copy, Driver
 from vmm_dwdp.allocator.handles import Descriptor, Ledger, PlainMemory, Reservation, ResourceStack
 from vmm_dwdp.allocator.tensors import StorageWatch, tensor_at
+from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.config import Mode
-from vmm_dwdp.errors import StateError
+from vmm_dwdp.errors import ExchangeError, StateError
 from vmm_dwdp.layout.copies import Segment
 from vmm_dwdp.layout.layer import Layer
 from vmm_dwdp.layout.placement import Owner, in_words
@@ -30,6 +32,8 @@ _COMPARED_NBYTES: Final = 64 << 20  # at one time, because comparing takes memor
 
 Weights = dict[str, torch.Tensor] | dict[str, list[torch.Tensor]]
 Share = Descriptor | bytes  # physical memory on its way to another process
+# Where a shard is: where its owner holds it, or saved in host memory while its owner sleeps, or given up by `sleep`
+Place = Literal["device", "host", "nowhere"]
 
 
 # Memory that hands out tensors, and knows whether one of them is still held.
@@ -68,7 +72,9 @@ class Assembly(abc.ABC):
 
     Attributes:
         rank: whose memory it is.
-        resident_nbytes: physical bytes of the rank's own shards, whole pages.
+        resident_nbytes: physical bytes of the rank's own shards, whole pages, and of the pool of host memory if it
+            holds that.
+        pool_nbytes: of these, the bytes of the pool.
         staged_nbytes: physical bytes of the slots.
         cache: of remote experts, once it is built; ``None`` where the config has none or nothing is remote.
     """
@@ -76,6 +82,7 @@ class Assembly(abc.ABC):
     def __init__(self, driver: Driver, ledger: Ledger, rank: int, layers: Sequence[Layer], prefetch_depth: int) -> None:
         """``layers``, in the order of a pass, may become more until memory is taken."""
         self.resident_nbytes = 0
+        self.pool_nbytes = 0
         self.staged_nbytes = 0
         self.cache: ResidentCache | None = None
         self._driver = driver
@@ -85,7 +92,9 @@ class Assembly(abc.ABC):
         self._layers = layers
         self._ranges: list[TensorMemory[Any]] = []
         self._resources = ResourceStack()
-        self._received: dict[Owner, list[Share]] = {}
+        self._handing_over = threading.Lock()  # guards what follows, which threads read that answer others
+        self._received: dict[tuple[Owner, Place], list[Share]] = {}
+        self._there: set[tuple[Owner, Place]] = set()  # whose memory is here whole
 
     @property
     @abc.abstractmethod
@@ -101,56 +110,82 @@ class Assembly(abc.ABC):
         """``[n, ...]``: the experts that ``owner`` holds, in its own memory: to be filled if that is this rank's, which
         is taken if need be; to be read if it was attached."""
 
-    def shares(self, owner: Owner) -> list[Share]:
-        """The memory of all of ``owner``'s shards, in an order that all ranks know: this rank's own, or what another
-        rank gave it, so that a survivor can serve the memory of the dead.
+    def offer(self, owner: Owner) -> None:
+        """All shards of ``owner`` are taken, and filled: from now on others are given them."""
+        with uninterrupted(), self._handing_over:
+            self._there.add((owner, "device"))
 
-        Descriptors in it belong to the caller.
+    def hand_over(self, owner: Owner, place: Place) -> tuple[Place, list[Share]]:
+        """The memory of all of ``owner``'s shards, in an order that all ranks know, at ``place`` or else where it is:
+        this rank's own, or what another rank gave it, so that a survivor can serve the memory of the dead.
+
+        Descriptors in it belong to the caller. Any thread may call. Raises `ExchangeError` if it is not here.
         """
-        if owner not in self._received:
-            return self._export(owner)
-        shares: list[Share] = []
-        try:
-            for share in self._received[owner]:
-                shares.append(share.duplicate() if isinstance(share, Descriptor) else share)  # noqa: PERF401
-        except BaseException:
-            close_shares(shares)
-            raise
-        return shares
-
-    def keeps(self, owner: Owner) -> bool:
-        """Whether another rank has given it the memory of ``owner``, so that it can hand it on."""
-        return owner in self._received
-
-    @abc.abstractmethod
-    def _export(self, owner: Owner) -> list[Share]:
-        """`shares` of memory that this rank created."""
-
-    @abc.abstractmethod
-    def num_shares(self, owner: Owner) -> int:
-        """How many `shares` of ``owner`` there are."""
-
-    def attach(self, owner: Owner, shares: Sequence[Share]) -> None:
-        """Make another owner's memory readable; takes over ``shares``, and keeps them for a rank that comes back."""
-        self._keep(owner, shares)
-        self._attach(owner, shares)
+        with self._handing_over:
+            others: list[Place] = ["device", "host", "nowhere"]
+            at = next((each for each in (place, *others) if (owner, each) in self._there), None)
+            if at is None:
+                raise ExchangeError(f"rank {self.rank} does not hold the memory of {in_words(owner)}")
+            if at == "nowhere":
+                return at, []
+            if (owner, at) not in self._received:
+                return at, self._export(owner, at)
+            shares: list[Share] = []
+            try:
+                for share in self._received[owner, at]:
+                    shares.append(share.duplicate() if isinstance(share, Descriptor) else share)  # noqa: PERF401
+            except BaseException:
+                close_shares(shares)
+                raise
+            return at, shares
 
     @abc.abstractmethod
-    def _attach(self, owner: Owner, shares: Sequence[Share]) -> None: ...
+    def _export(self, owner: Owner, place: Place) -> list[Share]:
+        """The shares of memory that this rank created."""
 
-    def adopt(self, owner: Owner, shares: Sequence[Share]) -> None:
+    @abc.abstractmethod
+    def num_shares(self, owner: Owner, place: Place = "device") -> int:
+        """How many shares of ``owner`` there are."""
+
+    def attach(self, owner: Owner, place: Place, shares: Sequence[Share]) -> None:
+        """Make another owner's memory readable, if it is on the device; takes over ``shares``, and keeps them for a
+        rank that comes back."""
+        self._take_over(owner, place, shares, self._attach)
+
+    @abc.abstractmethod
+    def _attach(self, owner: Owner, place: Place, shares: Sequence[Share]) -> None: ...
+
+    def adopt(self, owner: Owner, place: Place, shares: Sequence[Share]) -> None:
         """Make memory that this rank had created before it died its own again; takes over ``shares``."""
-        self._keep(owner, shares)
-        self._adopt(owner, shares)
+        self._take_over(owner, place, shares, self._adopt)
 
     @abc.abstractmethod
-    def _adopt(self, owner: Owner, shares: Sequence[Share]) -> None: ...
+    def _adopt(self, owner: Owner, place: Place, shares: Sequence[Share]) -> None: ...
 
-    def _keep(self, owner: Owner, shares: Sequence[Share]) -> None:
+    def _take_over(
+        self,
+        owner: Owner,
+        place: Place,
+        shares: Sequence[Share],
+        use: Callable[[Owner, Place, Sequence[Share]], None],
+    ) -> None:
+        self.drop(owner, place)
         for share in shares:
             if isinstance(share, Descriptor):
                 self._resources.push(share)
-        self._received[owner] = list(shares)
+        self._received[owner, place] = list(shares)
+        use(owner, place, shares)
+        with uninterrupted(), self._handing_over:
+            self._there.add((owner, place))
+
+    def drop(self, owner: Owner, place: Place) -> None:
+        """Let go of memory that `attach` or `adopt` was given, of which nothing is mapped any more."""
+        with uninterrupted(), self._handing_over:
+            self._there.discard((owner, place))
+            shares = self._received.pop((owner, place), [])
+            for share in shares:
+                if isinstance(share, Descriptor):
+                    self._resources.close_one(share)
 
     @abc.abstractmethod
     def writing(self, layer: Layer, weight: str, owner: Owner) -> AbstractContextManager[torch.Tensor]:
@@ -162,7 +197,40 @@ class Assembly(abc.ABC):
 
     @abc.abstractmethod
     def build(self) -> None:
-        """Take the slots and make the weights, once all other owners are attached."""
+        """Take the slots and make the weights, once all other owners are attached. What is there already stays."""
+
+    # -- asleep: see [Note: Asleep] in `vmm_dwdp.memory.sleep` ---------------------------------------------------------
+    def require_can_sleep(self) -> None:
+        """Raise `StateError` if this memory does not come back at its addresses."""
+        raise StateError("assembly: tensor_list cannot sleep: ordinary memory does not come back at its addresses")
+
+    def is_there(self, owner: Owner, place: Place) -> bool:
+        """Whether all shards of ``owner`` are here, at ``place``."""
+        return (owner, place) in self._there
+
+    def save(self) -> None:
+        """Copy this rank's shards to host memory, unless they are there. If it raises, nothing has changed."""
+        self.require_can_sleep()
+
+    def give_up(self) -> None:
+        """No bytes are kept, of any rank's shards; `give_back` comes next."""
+        self.require_can_sleep()
+
+    def forget_saved(self) -> None:
+        """What `save` has copied may not be true any more; the memory stays for the next time."""
+        self.require_can_sleep()
+
+    def let_go(self) -> None:
+        """Unmap what other ranks hold."""
+        self.require_can_sleep()
+
+    def give_back(self) -> None:
+        """Unmap everything but the pool of host memory, and release what this rank has taken of its device."""
+        self.require_can_sleep()
+
+    def take_again(self) -> None:
+        """Undo `give_back`: own shards, as they were saved, slots and cache; `attach` and `build` come next."""
+        self.require_can_sleep()
 
     @abc.abstractmethod
     def weights(self, layer: Layer, mode: Mode) -> Weights:

@@ -58,49 +58,69 @@ class RemoteTile:
 
 
 class ResidentCache:
-    """See [Note: Refreshing the cache]. Calls come from one thread, between passes.
+    """See [Note: Refreshing the cache]. Calls come from one thread, between passes. The constructor takes nothing.
 
     Args:
-        tiles: all that can be cached.
         nbytes: of the cache, whole pages.
         page_nbytes: of one page.
         resources: what it takes is pushed there.
-
-    Raises:
-        ConfigError: there is not so much memory.
     """
 
-    def __init__(
-        self,
-        driver: Driver,
-        ledger: Ledger,
-        tiles: Sequence[RemoteTile],
-        nbytes: int,
-        page_nbytes: int,
-        resources: ResourceStack,
-    ) -> None:
+    def __init__(self, driver: Driver, ledger: Ledger, nbytes: int, page_nbytes: int, resources: ResourceStack) -> None:
         self._driver = driver
-        self._tiles = tiles
+        self._ledger = ledger
+        self._nbytes = nbytes
         self._page_nbytes = page_nbytes
+        self._resources = resources
+        self._tiles: Sequence[RemoteTile] = ()
+        self._memory: Reservation | None = None
+        self._taken = False
         self._torn: list[RemoteTile] = []  # whose mappings are incomplete
         self._old = False  # whether pages may have what their owners have changed since
         self._refreshes = 0
         self._served: float | None = None
         self._pages: list[Allocation] = []
-        while len(self._pages) * page_nbytes < nbytes:
+
+    def take(self) -> None:
+        """Take its pages, unless they are there. Raises `ConfigError` if there is not so much memory."""
+        if self._taken:
+            return
+        while len(self._pages) * self._page_nbytes < self._nbytes:
             try:
-                page = Allocation.create(driver, ledger, page_nbytes, label="resident cache")
+                page = Allocation.create(self._driver, self._ledger, self._page_nbytes, label="resident cache")
             except DriverError as error:
-                taken = len(self._pages) * page_nbytes
+                taken = len(self._pages) * self._page_nbytes
                 raise ConfigError(
-                    f"a resident_cache of {nbytes} bytes does not fit beside what is in memory already: after {taken} "
-                    f"of them, {error}"
+                    f"a resident_cache of {self._nbytes} bytes does not fit beside what is in memory already: after "
+                    f"{taken} of them, {error}"
                 ) from error
-            self._pages.append(resources.push(page))
-        self._memory = resources.push(Reservation(driver, ledger, nbytes, "resident cache"))
+            self._pages.append(self._resources.push(page))
+        if self._memory is None:
+            self._memory = self._resources.push(Reservation(self._driver, self._ledger, self._nbytes, "resident cache"))
         for number, page in enumerate(self._pages):
-            self._memory.map(number * page_nbytes, page)
-        self._memory.set_access(0, nbytes, Access.READ_WRITE)
+            self._memory.map(number * self._page_nbytes, page)
+        self._memory.set_access(0, self._nbytes, Access.READ_WRITE)
+        self._taken = True
+
+    def give_back(self) -> None:
+        """Release its pages, of which no tile is mapped any more; which tiles they stood in for is remembered."""
+        self._taken = False
+        if self._memory is not None:
+            self._memory.clear()
+        while self._pages:
+            self._resources.close_one(self._pages[-1])
+            del self._pages[-1]
+
+    def serve(self, tiles: Sequence[RemoteTile]) -> None:
+        """Go by these, each of which is read at its owner, instead of those before: what was cached of the same place
+        is read in the cache once more, and has to be filled anew (`refill`)."""
+        before, self._tiles = self._tiles, tiles
+        self._torn = []
+        self._old = self._old or bool(before)
+        for old, tile in zip(before, tiles, strict=False):
+            tile.heat = old.heat
+            if old.pages:
+                self._map(tile, old.pages)
 
     @property
     def num_handles(self) -> int:
@@ -187,6 +207,7 @@ class ResidentCache:
         return [Address(tile.source + offset) for offset in range(0, tile.handle.nbytes, self._page_nbytes)]
 
     def _address(self, page: int) -> Address:
+        assert self._memory is not None, "pages are used when they were taken"
         return self._memory.at(page * self._page_nbytes)
 
     def _count(self, counts: Mapping[int, Sequence[int]]) -> None:

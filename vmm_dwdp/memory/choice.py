@@ -12,8 +12,8 @@ from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.layout.layer import Layer
 from vmm_dwdp.memory.assembly import Assembly
+from vmm_dwdp.memory.sleep import SleepingAssembly
 from vmm_dwdp.memory.tensor_list import TensorListAssembly
-from vmm_dwdp.memory.virtual import VirtualAssembly
 
 
 def make_assembly(
@@ -42,7 +42,8 @@ def make_assembly(
     handle_type = _choose_handle_type(driver, host_location, handle_types) if config.group_size > 1 else None
     depth, in_place = config.prefetch_depth, config.reads_in_place
     cached = config.resident_cache
-    assembly = VirtualAssembly(driver, ledger, rank, layers, depth, handle_type, host_location, in_place, cached)
+    stated = (driver, ledger, rank, layers, depth, handle_type, host_location, in_place, cached)
+    assembly = SleepingAssembly(*stated, saved_location=Location(_numa_node(config, driver)))
     if 0 < config.resident_cache < assembly.granularity:
         raise ConfigError(
             f"resident_cache is {config.resident_cache} bytes, and a page of memory has {assembly.granularity} here"
@@ -51,11 +52,15 @@ def make_assembly(
 
 
 def _host_location(config: DWDPConfig, driver: Driver) -> Location:
-    node = driver.numa_node if config.host_numa_node is None else config.host_numa_node
+    node = _numa_node(config, driver)
     if node not in numa_nodes():
         there = ", ".join(map(str, numa_nodes()))
         raise ConfigError(f"host_numa_node is {node}, but this machine has no such NUMA node; it has {there}")
     return Location(node)
+
+
+def _numa_node(config: DWDPConfig, driver: Driver) -> int:
+    return driver.numa_node if config.host_numa_node is None else config.host_numa_node
 
 
 def _choose_handle_type(driver: Driver, host_location: Location, handle_types: Sequence[HandleType]) -> HandleType:

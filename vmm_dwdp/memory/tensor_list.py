@@ -19,7 +19,7 @@ from vmm_dwdp.config import Mode
 from vmm_dwdp.errors import ExchangeError, StateError
 from vmm_dwdp.layout.layer import Layer
 from vmm_dwdp.layout.placement import Owner
-from vmm_dwdp.memory.assembly import Assembly, Share, TensorMemory, Weights
+from vmm_dwdp.memory.assembly import Assembly, Place, Share, TensorMemory, Weights
 
 
 class TensorListAssembly(Assembly):
@@ -57,17 +57,17 @@ class TensorListAssembly(Assembly):
         self._ranges.append(memory)
         return memory
 
-    def _export(self, owner: Owner) -> list[Share]:
+    def _export(self, owner: Owner, place: Place) -> list[Share]:
         return [
             self._own[layer.number, weight].memory.token()
             for layer, weight in self._weights_of_layers()
             if layer.placement.experts(owner)
         ]
 
-    def num_shares(self, owner: Owner) -> int:
+    def num_shares(self, owner: Owner, place: Place = "device") -> int:
         return sum(bool(layer.placement.experts(owner)) for layer, _ in self._weights_of_layers())
 
-    def _attach(self, owner: Owner, shares: Sequence[Share]) -> None:
+    def _attach(self, owner: Owner, place: Place, shares: Sequence[Share]) -> None:
         tokens = iter(shares)
         for layer, weight in self._weights_of_layers():
             if not layer.placement.experts(owner):
@@ -80,7 +80,7 @@ class TensorListAssembly(Assembly):
             memory = PlainMemory.open(self._driver, self._ledger, token, nbytes, label)
             self._views[layer.number, weight, owner] = self._resources.push(memory)
 
-    def _adopt(self, owner: Owner, shares: Sequence[Share]) -> None:
+    def _adopt(self, owner: Owner, place: Place, shares: Sequence[Share]) -> None:
         raise StateError("assembly: tensor_list cannot rejoin: its memory is gone with the process that created it")
 
     @contextmanager

@@ -16,13 +16,14 @@ import torch
 
 from vmm_dwdp.allocator.driver import DEVICE, Access, Address, Driver, HandleType, Location
 from vmm_dwdp.allocator.handles import Allocation, Ledger, Mapping, Reservation
+from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.config import Mode
 from vmm_dwdp.errors import StateError
 from vmm_dwdp.layout.layer import Layer
 from vmm_dwdp.layout.placement import HOST, Owner, in_words, nearest_first
-from vmm_dwdp.layout.ranges import RangeLayout, Tile
+from vmm_dwdp.layout.ranges import Tile
 from vmm_dwdp.layout.slots import SlotBlocks, divide
-from vmm_dwdp.memory.assembly import Assembly, Share, TensorMemory, Weights, close_shares
+from vmm_dwdp.memory.assembly import Assembly, Place, Share, TensorMemory, Weights, close_shares
 from vmm_dwdp.memory.cache import RemoteTile, ResidentCache
 
 LARGE_BLOCK: Final = 16 << 20  # bytes of a slot's large blocks where layers differ: few mappings, little memory unused
@@ -60,6 +61,9 @@ class VirtualAssembly(Assembly):
         self._own: dict[_Key, TensorMemory[Reservation]] = {}
         self._views: dict[tuple[int, str, Owner], TensorMemory[Reservation]] = {}
         self._tiles: dict[tuple[int, str, Owner], list[Allocation]] = {}
+        self._in_place_ranges: dict[_Key, TensorMemory[Reservation]] = {}
+        self._slot_blocks: list[Allocation] = []
+        self._has_slots = self._has_tensors = False
         self._weights: dict[int, dict[str, torch.Tensor]] = {}
         self._in_place: dict[int, dict[str, torch.Tensor]] | None = {} if in_place else None
 
@@ -113,7 +117,7 @@ class VirtualAssembly(Assembly):
         """Physical memory for one shard, mapped where this rank addresses it."""
         layout = layer.layouts[weight]
         location = self._host_location if owner == HOST else DEVICE
-        tiles = []
+        tiles = self._tiles[layer.number, weight, owner] = []
         for tile in layout.tiles_of(owner):
             nbytes = len(tile.pages) * layout.granularity
             label = _label(layer, weight, owner)
@@ -124,17 +128,19 @@ class VirtualAssembly(Assembly):
     def _hold(self, layer: Layer, weight: str, owner: Owner, tiles: list[Allocation]) -> None:
         """Map a shard that this rank holds where it addresses it, to be written."""
         layout = layer.layouts[weight]
-        label = _label(layer, weight, owner)
-        self.resident_nbytes += sum(tile.nbytes for tile in tiles)
+        nbytes = sum(tile.nbytes for tile in tiles)
+        self.resident_nbytes += nbytes
         if owner == self.rank:
-            memory = self._reserve(layout.num_pages * layout.granularity, f"layer {layer.number}, {weight}")
-            self._own[layer.number, weight] = memory
+            memory = self._own.get((layer.number, weight))
+            if memory is None:
+                memory = self._reserve(layout.num_pages * layout.granularity, f"layer {layer.number}, {weight}")
+                self._own[layer.number, weight] = memory
             _map(memory, layout.resident_bytes(owner), tiles, Access.READ_WRITE)
-        elif tiles:
-            view = self._view(layout, owner, tiles, Access.READ_WRITE, label, torch.device("cpu"))
-            self._driver.allow_cpu(view.memory.address, view.memory.nbytes, self._host_location)
-            self._views[layer.number, weight, owner] = view
-        self._tiles[layer.number, weight, owner] = tiles
+        else:
+            self.pool_nbytes += nbytes
+            if tiles:
+                view = self._view(layer, weight, owner, tiles, Access.READ_WRITE, torch.device("cpu"))
+                self._driver.allow_cpu(view.memory.address, view.memory.nbytes, self._host_location)
 
     def _reserve(self, nbytes: int, label: str, device: torch.device | None = None) -> TensorMemory[Reservation]:
         """Addresses; the tensors over them are on ``device`` (default: the driver's)."""
@@ -144,58 +150,65 @@ class VirtualAssembly(Assembly):
 
     def _view(
         self,
-        layout: RangeLayout,
+        layer: Layer,
+        weight: str,
         owner: Owner,
         tiles: Sequence[Allocation],
         access: Access,
-        label: str,
         device: torch.device | None = None,
     ) -> TensorMemory[Reservation]:
-        span = range(len(layout.resident_bytes(owner)))
-        memory = self._reserve(len(span), label, device)
+        """Where this rank addresses another owner's pages."""
+        span = range(len(layer.layouts[weight].resident_bytes(owner)))
+        memory = self._views.get((layer.number, weight, owner))
+        if memory is None:
+            memory = self._reserve(len(span), _label(layer, weight, owner), device)
+            self._views[layer.number, weight, owner] = memory
         _map(memory, span, tiles, access)
         return memory
 
-    def _export(self, owner: Owner) -> list[Share]:
+    def _export(self, owner: Owner, place: Place) -> list[Share]:
         assert self._handle_type is not None, "a group of one has nobody to share with"
         shares: list[Share] = []
         try:
-            for layer, weight in self._weights_of_layers():
-                for allocation in self._tiles[layer.number, weight, owner]:
-                    shares.append(allocation.export(self._handle_type))  # noqa: PERF401
+            for allocation in self._handles(owner, place):
+                shares.append(allocation.export(self._handle_type))  # noqa: PERF401
         except BaseException:
             close_shares(shares)
             raise
         return shares
 
-    def num_shares(self, owner: Owner) -> int:
+    def _handles(self, owner: Owner, place: Place) -> Iterator[Allocation]:
+        """What others import to have ``owner``'s memory."""
+        for layer, weight in self._weights_of_layers():
+            yield from self._tiles[layer.number, weight, owner]
+
+    def num_shares(self, owner: Owner, place: Place = "device") -> int:
         return sum(len(layer.layouts[weight].tiles_of(owner)) for layer, weight in self._weights_of_layers())
 
-    def _attach(self, owner: Owner, shares: Sequence[Share]) -> None:
+    def _attach(self, owner: Owner, place: Place, shares: Sequence[Share]) -> None:
         for layer, weight, tiles in self._imported(owner, shares):
-            self._tiles[layer.number, weight, owner] = tiles
             if tiles:
-                label = _label(layer, weight, owner)
-                view = self._view(layer.layouts[weight], owner, tiles, Access.READ, label)
-                self._views[layer.number, weight, owner] = view
+                self._view(layer, weight, owner, tiles, Access.READ)
 
-    def _adopt(self, owner: Owner, shares: Sequence[Share]) -> None:
+    def _adopt(self, owner: Owner, place: Place, shares: Sequence[Share]) -> None:
         for layer, weight, tiles in self._imported(owner, shares):
             self._hold(layer, weight, owner, tiles)
 
     def _imported(self, owner: Owner, shares: Sequence[Share]) -> Iterator[tuple[Layer, str, list[Allocation]]]:
-        """What `shares` of another process becomes here: the tiles of every weight."""
-        assert self._handle_type is not None, "a group of one has nobody to import from"
+        """What shares of another process become here: the tiles of every weight."""
         remaining = iter(shares)
         for layer, weight in self._weights_of_layers():
-            label = _label(layer, weight, owner)
-            tiles = []
+            tiles = self._tiles[layer.number, weight, owner] = []
             for tile in layer.layouts[weight].tiles_of(owner):
                 nbytes = len(tile.pages) * self.granularity
-                share = next(remaining)
-                allocation = Allocation.import_(self._driver, self._ledger, share, self._handle_type, nbytes, label)
-                tiles.append(self._resources.push(allocation))
+                tiles.append(self._import(next(remaining), nbytes, _label(layer, weight, owner)))
             yield layer, weight, tiles
+
+    def _import(self, share: Share, nbytes: int, label: str) -> Allocation:
+        assert self._handle_type is not None, "a group of one has nobody to import from"
+        with uninterrupted():
+            imported = Allocation.import_(self._driver, self._ledger, share, self._handle_type, nbytes, label)
+            return self._resources.push(imported)
 
     @contextmanager
     def writing(self, layer: Layer, weight: str, owner: Owner) -> Iterator[torch.Tensor]:
@@ -213,11 +226,10 @@ class VirtualAssembly(Assembly):
 
     def check_integrity(self) -> None:
         slots = [self._blocks(layers) for layers in self._layers_of_slot()]
-        tiles = [tile for held in self._tiles.values() for tile in held]
         in_place = 0 if self._in_place is None else len(list(self._weights_of_layers()))
         expected = {
             "mappings": self._num_own_mappings(),
-            "handles": len(tiles) + sum(len(blocks.sizes) for blocks in slots),
+            "handles": self._num_own_handles() + sum(len(blocks.sizes) for blocks in slots),
             "reservations": len(self._own) + len(self._views) + in_place,
         }
         if self.cache is not None:
@@ -237,18 +249,37 @@ class VirtualAssembly(Assembly):
             if sum(tile.nbytes for tile in held) != len(layout.resident_bytes(owner)):
                 raise StateError(f"layer {number}, {weight}: the handles of {in_words(owner)} do not make up its span")
 
+    def _num_own_handles(self) -> int:
+        """How many there are, besides those of slots and of the cache."""
+        return sum(map(len, self._tiles.values()))
+
     def build(self) -> None:
         for layer, weight in self._weights_of_layers():
             if self._tiles.get((layer.number, weight, HOST)):  # until here this rank may have filled it
                 resident = layer.layouts[weight].resident_bytes(HOST)
                 _allow(self._views[layer.number, weight, HOST], range(len(resident)), Access.READ)
-        for slot, layers in enumerate(self._layers_of_slot()):
-            self._build_slot(slot, layers)
+        self._take_slots_and_cache()
+        self._remote_tiles = []
         for layer, weight in self._weights_of_layers():
+            if self._in_place is not None:
+                self._map_in_place(layer, weight)
+        for layer, weight in self._weights_of_layers() if not self._has_tensors else ():
             self._make_tensors(layer, weight)
-        if pages := self._num_cache_pages():
-            nbytes, tiles = pages * self.granularity, self._remote_tiles
-            self.cache = ResidentCache(self._driver, self._ledger, tiles, nbytes, self.granularity, self._resources)
+        self._has_tensors = True
+        if self.cache is not None:
+            self.cache.serve(self._remote_tiles)
+
+    def _take_slots_and_cache(self) -> None:
+        """Unless they are there."""
+        if not self._has_slots:
+            for slot, layers in enumerate(self._layers_of_slot()):
+                self._build_slot(slot, layers)
+            self._has_slots = True
+        if self.cache is None and (pages := self._num_cache_pages()):
+            nbytes = pages * self.granularity
+            self.cache = ResidentCache(self._driver, self._ledger, nbytes, self.granularity, self._resources)
+        if self.cache is not None:
+            self.cache.take()
 
     def _make_tensors(self, layer: Layer, weight: str) -> None:
         """What `weights` returns. Apart from `build`, whose frame, if it fails, would keep the last tensor's range."""
@@ -257,10 +288,10 @@ class VirtualAssembly(Assembly):
             tensor = self._own[layer.number, weight].tensor(0, spec.shape, spec.dtype)
             self._weights.setdefault(layer.number, {})[weight] = tensor
         if self._in_place is not None:
-            tensor = self._map_in_place(layer, weight).tensor(0, spec.shape, spec.dtype)
+            tensor = self._in_place_ranges[layer.number, weight].tensor(0, spec.shape, spec.dtype)
             self._in_place.setdefault(layer.number, {})[weight] = tensor
 
-    def _map_in_place(self, layer: Layer, weight: str) -> TensorMemory[Reservation]:
+    def _map_in_place(self, layer: Layer, weight: str) -> None:
         """Every owner's own pages side by side; those that several owners back, of this rank or the nearest of them."""
         layout = layer.layouts[weight]
         handles = {
@@ -270,7 +301,10 @@ class VirtualAssembly(Assembly):
         owners = [self._nearest(layer, tile) for tile in layout.tiles]
         tiles = [handles[owner][tile] for owner, tile in zip(owners, layout.tiles, strict=True)]
         span = range(layout.num_pages * layout.granularity)
-        memory = self._reserve(len(span), f"layer {layer.number}, {weight}, in place")
+        memory = self._in_place_ranges.get((layer.number, weight))
+        if memory is None:
+            memory = self._reserve(len(span), f"layer {layer.number}, {weight}, in place")
+            self._in_place_ranges[layer.number, weight] = memory
         mappings = _map(memory, span, tiles, Access.READ)
         if self._cache_nbytes:
             self._remote_tiles += [
@@ -287,17 +321,17 @@ class VirtualAssembly(Assembly):
                 for owner, tile, handle, mapping in zip(owners, layout.tiles, tiles, mappings, strict=True)
                 if owner != self.rank
             ]
-        return memory
 
     def _build_slot(self, slot: int, layers: Sequence[Layer]) -> None:
         """Take one slot's blocks and map them around the resident spans of the layers that use it."""
         blocks = self._blocks(layers)
-        allocations = []
+        first = len(self._slot_blocks)
         for pages in blocks.sizes:
             nbytes = pages * self.granularity
             allocation = Allocation.create(self._driver, self._ledger, nbytes, label=f"slot {slot}")
-            allocations.append(self._resources.push(allocation))
+            self._slot_blocks.append(self._resources.push(allocation))
             self.staged_nbytes += nbytes
+        allocations = self._slot_blocks[first:]
         for layer, regions in zip(layers, blocks.regions, strict=True):
             for (weight, region), used in zip(self._staged(layer), regions, strict=True):
                 memory = self._own[layer.number, weight]

@@ -20,11 +20,11 @@ from typing import Literal
 from vmm_dwdp.errors import StateError
 from vmm_dwdp.schedule.hit_path import Turn, this_thread
 
-_State = Literal["set-up", "running", "closed", "forked"]
+_State = Literal["set-up", "running", "asleep", "closed", "forked"]
 
 
 class Lifecycle(Turn):
-    """Set-up until `publish`, passes and what they need from then on, `close` at any time.
+    """Set-up until `publish`, passes and what they need from then on, but not while asleep, `close` at any time.
 
     Attributes:
         runner: the number, by `this_thread`, of the thread that may go on with passes, which is the one that ran the
@@ -44,8 +44,13 @@ class Lifecycle(Turn):
 
     @property
     def is_running(self) -> bool:
-        """Whether passes may run."""
-        return self._state == "running"
+        """Whether it is published, and not closed."""
+        return self._state in ("running", "asleep")
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether passes have to wait until the group is woken."""
+        return self._state == "asleep"
 
     @property
     def is_closed(self) -> bool:
@@ -62,11 +67,17 @@ class Lifecycle(Turn):
         self._require_here()
         if self._state == "closed":
             raise StateError(f"{call} after close")
-        if self._state == "running":
+        if self._state != "set-up":
             raise StateError(f"{call} after publish")
 
     def require_running(self) -> None:
         """Raise `StateError` unless passes may run."""
+        self.require_published()
+        if self._state == "asleep":
+            raise StateError("the group sleeps: wake comes first, on all ranks")
+
+    def require_published(self) -> None:
+        """Raise `StateError` unless it is published, and not closed."""
         self._require_here()
         if self._state == "closed":
             raise StateError("the runtime is closed")
@@ -136,14 +147,15 @@ class Lifecycle(Turn):
     def _take_over(self, this: threading.Thread) -> bool:
         before = self._thread
         self._require_free(before, this)
-        runner, self.runner = self.runner, this_thread()
+        # While asleep nobody goes on unasked, whatever interrupts what this is claimed for.
+        runner, self.runner = self.runner, 0 if self._state == "asleep" else this_thread()
         if before is not this:
             try:
                 self._require_free(before, this)  # see [Note: One thread at a time]
             except StateError:
                 self.runner = runner
                 raise
-        self._thread, self.latest_runner = this, self.runner
+        self._thread, self.latest_runner = this, this_thread()
         begins, self.in_pass = not self.in_pass or before is not this, True
         return begins
 
@@ -157,6 +169,17 @@ class Lifecycle(Turn):
     def publish(self) -> None:
         """Set-up is complete."""
         self._state = "running"
+
+    def fall_asleep(self) -> None:
+        """Passes are refused until `wake_up`."""
+        if self._state == "running":  # another thread may have closed it
+            self._state = "asleep"
+        self.ask_again()
+
+    def wake_up(self) -> None:
+        """Passes may run again."""
+        if self._state == "asleep":
+            self._state = "running"
 
     def close(self) -> None:
         """No call is allowed any more. A pass that another thread is in the middle of is refused its next call."""

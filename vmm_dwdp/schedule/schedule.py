@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -64,6 +64,10 @@ class Schedule:
         self._stopped = False
         self._spans: Spans | None = None  # of the pass that runs, if a profiler does
         self._chooser: ModeChooser | None = None  # where either mode can be had
+
+    @property
+    def is_started(self) -> bool:
+        return bool(self._layers)
 
     def start(self) -> None:
         """Make the weights of the built assembly, and fetch the first layers. If it raises, `close` undoes that."""
@@ -252,12 +256,14 @@ class Schedule:
 
     # -- between passes ----------------------------------------------------------------------------------------------
     @contextmanager
-    def suspended(self) -> Iterator[None]:
+    def suspended(self, refills: Callable[[], bool] = lambda: True) -> Iterator[None]:
         """Nothing is read or copied while the body runs, and slots and cache hold nothing; afterwards they are filled
-        anew, whether it succeeds or not.
+        anew, whether it succeeds or not, if it ``refills``.
 
-        Raises `StateError` if a layer is acquired.
+        Raises `StateError` if a layer is acquired, or a stream is being captured.
         """
+        if self._driver.capture(self._driver.current_stream()):
+            raise StateError("what is in memory is changed between replays of a graph, not in a capture")
         if self._in_place is not None:
             self._in_place.require_idle()
         if self._staging is not None:
@@ -270,9 +276,11 @@ class Schedule:
         try:
             yield
         except BaseException as error:
-            undo_after(error, self._refill)
+            if refills():
+                undo_after(error, self._refill)
             raise
-        self._refill()
+        if refills():
+            self._refill()
 
     def _refill(self) -> None:
         if self._stopped:

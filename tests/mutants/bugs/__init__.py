@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from mutants.bugs import allocator, group, integrations, memory, native, runtime, schedule
+from mutants.bugs import allocator, group, integrations, memory, native, runtime, schedule, sleep
 
 BUGS: Final = (
     *allocator.BUGS,
@@ -14,4 +14,5 @@ BUGS: Final = (
     *native.BUGS,
     *runtime.BUGS,
     *schedule.BUGS,
+    *sleep.BUGS,
 )

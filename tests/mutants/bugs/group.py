@@ -305,14 +305,14 @@ BUGS: Final = (
     ),
     Bug(
         "descriptors that another awaits are not counted",
-        "vmm_dwdp/group/membership.py",
+        "vmm_dwdp/group/limits.py",
         " + sum(_reserved.values()) + count",
         " + count",
         ("tests/unit/group/test_limits.py",),
     ),
     Bug(
         "the soft limit stays raised",
-        "vmm_dwdp/group/membership.py",
+        "vmm_dwdp/group/limits.py",
         "            if soft == after:",
         "            if soft != after:",
         ("tests/unit/group/test_limits.py",),
@@ -347,7 +347,7 @@ BUGS: Final = (
     ),
     Bug(
         "descriptors are looked for and not reserved",
-        "vmm_dwdp/group/membership.py",
+        "vmm_dwdp/group/limits.py",
         "            _reserved[self] = count\n",
         "            _reserved[self] = 0\n",
         ("tests/unit/group/test_limits.py",),

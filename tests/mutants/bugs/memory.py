@@ -52,15 +52,15 @@ BUGS: Final = (
     Bug(
         "the shards of a dead rank are handed over in another order",
         "vmm_dwdp/memory/assembly.py",
-        "        self._received[owner] = list(shares)\n",
-        "        self._received[owner] = list(reversed(shares))\n",
+        "        self._received[owner, place] = list(shares)\n",
+        "        self._received[owner, place] = list(reversed(shares))\n",
         ("tests/multiprocess/test_death_and_return.py",),
     ),
     Bug(
         "peers may write",
         "vmm_dwdp/memory/virtual.py",
-        "view = self._view(layer.layouts[weight], owner, tiles, Access.READ, label)",
-        "view = self._view(layer.layouts[weight], owner, tiles, Access.READ_WRITE, label)",
+        "self._view(layer, weight, owner, tiles, Access.READ)",
+        "self._view(layer, weight, owner, tiles, Access.READ_WRITE)",
         _DOOR,
     ),
     Bug(

@@ -29,8 +29,8 @@ BUGS: Final = (
     Bug(
         "an update in the middle of a pass lets the pass go on unasked",
         "vmm_dwdp/rank.py",
-        "        self._lifecycle.ask_again()  # so that the next",
-        "        pass  # so that the next",
+        "        self._lifecycle.ask_again()  # so that the next acquire asks whether weights",
+        "        pass  # so that the next acquire asks whether weights",
         ("tests/multiprocess/test_update_again.py::test_an_update_that_fails_in_the_middle_of_a_pass_ends_the_pass",),
     ),
     Bug(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from vmm_dwdp import DriverError
 from vmm_dwdp.allocator.driver import Copy, Lane
@@ -64,6 +65,34 @@ def driver(calls: Recorder, monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaDri
     monkeypatch.setattr(made, "capture", lambda stream: int(stream == CAPTURED))
     monkeypatch.setattr(cuda_driver.cuda, "cuMemcpyAsync", calls.single)
     return made
+
+
+@pytest.mark.parametrize("call", ["cuMemCreate", "cuMemAlloc"])
+@pytest.mark.parametrize("kept", [True, False], ids=["torch keeps some", "there is none"])
+def test_what_torch_keeps_for_later_is_given_back_before_there_is_no_memory(
+    driver: CudaDriver, monkeypatch: pytest.MonkeyPatch, call: str, kept: bool
+) -> None:
+    happened = []
+
+    def taking(*arguments: object) -> tuple[Any, int]:
+        happened.append(call)
+        full = "given back" not in happened or not kept
+        return (cuda.CUresult.CUDA_ERROR_OUT_OF_MEMORY, 0) if full else (cuda.CUresult.CUDA_SUCCESS, 7)
+
+    monkeypatch.setattr(cuda_driver.cuda, call, taking)
+    monkeypatch.setattr(driver, "_properties", lambda location, handle_type: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: happened.append("given back"))
+
+    def take() -> int:
+        return driver.create(1 << 21) if call == "cuMemCreate" else driver.allocate(1 << 21)
+
+    if kept:
+        assert take() == 7
+    else:
+        with pytest.raises(DriverError, match="failed with CUDA_ERROR_OUT_OF_MEMORY") as raised:
+            take()
+        assert raised.value.is_for_want_of_memory
+    assert happened == [call, "given back", call]
 
 
 def test_all_copies_are_given_in_order_and_in_batches_that_hold_up_no_launch_for_long(

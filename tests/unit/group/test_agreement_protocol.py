@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from itertools import permutations
+from typing import get_args
 
 import pytest
 from support.agreement_explorer import Explorer, explore
 
-from vmm_dwdp.group.agreement import Agreement, Answer, Vector, Word
+from vmm_dwdp.group.agreement import GIVEN_UP, Agreement, Answer, Purpose, Vector, Word, named
 
 SCOPES = {
     "two attempts": Explorer(attempts=2, faults=1, switches=0),
@@ -55,6 +57,45 @@ def test_a_step_of_an_attempt_that_was_overtaken_is_none_of_the_next() -> None:
     assert not rank.passed
     rank.hear(1, Word("step", after, 1))
     assert rank.passed
+
+
+def agreed(purposes: Sequence[Purpose], doubt: str | None = None) -> list[Agreement]:
+    """Ranks that attempt this, and say all that they have to say; those that commit finish."""
+    ranks = [Agreement(rank, len(purposes)) for rank in range(len(purposes))]
+    for rank, purpose in zip(ranks, purposes, strict=True):
+        rank.doubt = doubt
+        rank.begin(named(purpose, f"{id(rank)}"))
+    said = True
+    while said:
+        said = False
+        for number, rank in enumerate(ranks):
+            while (following := rank.next()) is not None:
+                other, word = following
+                rank.answered(other, word, ranks[other].hear(number, word))
+                said = True
+    return ranks
+
+
+@pytest.mark.parametrize("before", [None, "an update was begun"])
+@pytest.mark.parametrize("purpose", get_args(Purpose))
+def test_who_moves_memory_brings_nobody_into_doubt_nor_out_of_it(purpose: Purpose, before: str | None) -> None:
+    moves = purpose in ("sleep", "wake")
+    for rank in agreed([purpose] * 3, before):
+        assert rank.passed
+        assert rank.relied
+        assert moves or rank.doubt is not None
+        assert not moves or rank.doubt == before
+        rank.finish()
+        assert rank.doubt == (before if moves else GIVEN_UP if purpose == "give up" else None)
+
+
+def test_a_name_is_committed_only_where_all_attempt_the_same() -> None:
+    for first, second in permutations(get_args(Purpose), 2):
+        ranks = agreed([first, second, first])
+        assert not any(rank.passed or rank.relied or rank.doubt for rank in ranks)
+        assert ranks[0].others_attempt == {1: second}
+        assert ranks[0].missing == [1]
+        assert ranks[1].others_attempt == {0: first, 2: first}
 
 
 class _CountsWordsOfAnyName(Agreement):

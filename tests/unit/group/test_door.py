@@ -55,7 +55,7 @@ def test_a_link_to_a_socket_is_neither_followed_nor_kept(unix: UnixPlace, tmp_pa
     with serving(UnixPlace(tmp_path / "elsewhere"), ledger) as elsewhere, serving(unix, ledger, 1) as door:
         (directory / "rank-0").symlink_to(tmp_path / "elsewhere" / "rank-0")
         with pytest.raises(ExchangeError, match="rank-0 is not a socket"):
-            door.collect(0, 0, 2, soon())
+            door.collect(0, 0, {"device": 2}, soon())
         assert not door.alive(0, soon())
         with serving(unix, ledger, 0):
             assert not (directory / "rank-0").is_symlink()
@@ -178,7 +178,7 @@ def test_another_user_is_not_asked(unix: UnixPlace, ledger: Ledger, monkeypatch:
     with unix.listener(0, backlog=1) as listener:
         monkeypatch.setattr("vmm_dwdp.group.unix_door.peer_uid", lambda sock: os.getuid() + 1)
         with pytest.raises(ExchangeError, match=r"user \d+ listens at"):
-            door.collect(0, 0, 1, soon())
+            door.collect(0, 0, {"device": 1}, soon())
         client, _ = listener.accept()
         with client:
             assert client.recv(1) == b""
@@ -211,7 +211,7 @@ def test_a_stranger_is_not_answered_and_costs_nobody_anything(unix: UnixPlace, l
         with unix.connect(0) as sock:
             say(sock, STRANGERS[stranger](unix))
             assert ends_without_an_answer(sock)
-        assert answer_to(unix, request(unix), ledger) == {"error": None, "group": GROUP}
+        assert answer_to(unix, request(unix), ledger) == ALIVE
 
 
 @pytest.mark.parametrize("announced", [0, 1])
@@ -236,7 +236,7 @@ def test_descriptors_that_come_with_a_request_are_closed(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"version": 1}, "it speaks version 2 of the protocol, not 1"),
+        ({"version": 1}, "it speaks version 3 of the protocol, not 1"),
         ({"version": ...}, "not None"),
         ({"fingerprint": "another"}, "the configs or the layers of the two ranks differ"),
         ({"revision": "another"}, "the two ranks were given different checkpoints"),
@@ -258,6 +258,8 @@ def test_descriptors_that_come_with_a_request_are_closed(
         ({"ask": "say", "group": ""}, "its group is published already: a rank that has died comes back by rejoin"),
         ({"ask": "shares", "owner": 3}, "there is no owner 3"),
         ({"ask": "shares", "owner": {}}, "there is no owner {}"),
+        ({"ask": "shares", "owner": 0, "place": "the moon"}, "there is no place 'the moon'"),
+        ({"ask": "shares", "owner": 0, "place": [1]}, r"there is no place \[1\]"),
         ({"ask": "checksums", "owner": None}, "there is no owner None"),
     ],
 )
@@ -273,7 +275,7 @@ def test_a_member_is_told_its_mistake(place: Place, ledger: Ledger, changes: dic
 
 
 def together(door: Exchange) -> None:
-    with door.attempt("something", soon()):
+    with door.attempt("update", "something", soon()):
         for step in range(1, LAST_STEP + 1):
             door.step(step, "done", soon())
 
@@ -288,6 +290,7 @@ def test_shares_are_given_to_those_who_publish_together(place: Place, ledger: Le
         assert told == {"error": "rank 0 is not in the attempt to publish that this is asked for"}
 
 
+ALIVE = {"error": None, "group": GROUP, "asleep": False}
 ANSWERS: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "not JSON": (b"{", "not a JSON object"),
     "a list": (b"[]", "not a JSON object"),
@@ -295,8 +298,10 @@ ANSWERS: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "tokens of a number": ({"error": None, "tokens": 5}, "tokens that are not hexadecimal"),
     "tokens of numbers": ({"error": None, "tokens": [5]}, "tokens that are not hexadecimal"),
     "tokens of words": ({"error": None, "tokens": ["word"]}, "tokens that are not hexadecimal"),
-    "too few": ({"error": None}, "sent 1 shares of 0 instead of 2"),
-    "too many": ({"error": None, "tokens": ["00", "00"]}, "sent 3 shares of 0 instead of 2"),
+    "too few": ({"error": None, "place": "device"}, "sent 1 shares of 0 instead of 2"),
+    "too many": ({"error": None, "place": "device", "tokens": ["00", "00"]}, "sent 3 shares of 0 instead of 2"),
+    "elsewhere": ({"error": None, "place": "host", "tokens": ["00"]}, "rank 0 has no memory of 0 at device"),
+    "nowhere": ({"error": None, "place": [], "tokens": ["00"]}, "rank 0 has no memory of 0 at device"),
     "an error": ({"error": "no time"}, "rank 0 refused: no time"),
 }
 
@@ -321,7 +326,7 @@ def test_an_answer_that_cannot_be_is_refused_and_its_descriptors_closed(
         replying = threading.Thread(target=reply)
         replying.start()
         with pytest.raises(ExchangeError, match=sentence):
-            door.collect(0, 0, 2, soon())
+            door.collect(0, 0, {"device": 2}, soon())
         replying.join()
     assert ledger.open() == []
 
@@ -338,7 +343,7 @@ def test_checksums_that_cannot_be(
 
 def test_a_member_is_given_shares_and_checksums(unix: UnixPlace, ledger: Ledger) -> None:
     with serving(unix, ledger), serving(unix, ledger, 1) as door:
-        descriptor, token = door.collect(HOST, 0, 2, soon())
+        _, (descriptor, token) = door.collect(HOST, 0, {"device": 2}, soon())
         assert isinstance(descriptor, Descriptor)
         with descriptor:
             assert os.readlink(f"/proc/self/fd/{descriptor.fd}").startswith("/memfd:of host")
@@ -385,7 +390,7 @@ def test_a_connection_that_cannot_be_accepted_does_not_shut_the_door(place: Plac
     failing = FailingCalls("accept", at)
     with failing.installed(), serving(place, ledger):
         for _ in range(3):
-            assert answer_to(place, request(place), ledger) == {"error": None, "group": GROUP}
+            assert answer_to(place, request(place), ledger) == ALIVE
     assert failing.failed
 
 
@@ -395,7 +400,7 @@ def test_a_rank_that_accepts_nobody_does_not_hold_up_others(place: Place, ledger
     with place.listener(0, backlog=0), place.connect(0):
         assert not door.alive(0, soon())
         with pytest.raises(ExchangeError, match="rank 0 takes no connections"):
-            door.collect(0, 0, 1, time.monotonic() + 0.1)
+            door.collect(0, 0, {"device": 1}, time.monotonic() + 0.1)
 
 
 # -- what is handed out ------------------------------------------------------------------------------------------------

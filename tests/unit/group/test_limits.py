@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from vmm_dwdp import ConfigError
-from vmm_dwdp.group.membership import DescriptorReservation
+from vmm_dwdp.group.limits import DescriptorReservation
 
 
 @pytest.fixture

@@ -146,11 +146,11 @@ def test_a_rank_whose_token_was_taken_away_is_told_so(unix: UnixPlace, ledger: L
     (directory / "token").unlink()
     with serving(unix, ledger, 0) as late:
         with pytest.raises(ExchangeError, match=r"does not know this rank's token: .* was emptied, or made anew"):
-            early.collect(0, 0, 2, soon())
+            early.collect(0, 0, {"device": 2}, soon())
         with pytest.raises(
             ExchangeError, match=r"rank 1 did not come: .*; but a process came that knows another token"
         ):
-            late.collect(1, 1, 2, time.monotonic())
+            late.collect(1, 1, {"device": 2}, time.monotonic())
         early.close()
         assert (directory / "rank-0").is_socket(), "who leaves removes what is its own"
         assert (directory / "token").exists()

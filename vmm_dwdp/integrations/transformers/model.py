@@ -29,7 +29,7 @@ from vmm_dwdp.integrations.transformers.experts import (
     find_experts,
 )
 from vmm_dwdp.integrations.transformers.loading import load_without_experts, read_spreadable_config
-from vmm_dwdp.integrations.transformers.room import taking_memory, told_of_reading
+from vmm_dwdp.integrations.transformers.room import announce_memory, told_of_reading
 from vmm_dwdp.integrations.transformers.tensor_list import IMPLEMENTATION, takes_lists
 from vmm_dwdp.integrations.transformers.turns import Turns
 from vmm_dwdp.model_folder import find_folder
@@ -170,12 +170,12 @@ def _spread(
     for layer, (found, *_) in enumerate(layers):
         runtime.add_layer(layer, found.weights)
     num_experts = min(spec.num_experts for found, *_ in layers for spec in found.weights.values())
-    with taking_memory(runtime, num_experts):
-        with told_of_reading(runtime, [found.weights for found, *_ in layers]) as told:
-            for layer, (found, *_) in enumerate(layers):
-                for name in found.weights:
-                    fill_shards(runtime, layer, name, told(functools.partial(read, f"{found.path}.{name}")))
-        runtime.publish(timeout, revision=revision)
+    announce_memory(runtime, num_experts)
+    with told_of_reading(runtime, [found.weights for found, *_ in layers]) as told:
+        for layer, (found, *_) in enumerate(layers):
+            for name in found.weights:
+                fill_shards(runtime, layer, name, told(functools.partial(read, f"{found.path}.{name}")))
+    runtime.publish(timeout, revision=revision)
     experts = [found for sharing in layers for found in sharing]
     lists = runtime.config.assembly == "tensor_list"
     merge = lists and not all(takes_lists(found.module) for found in experts)
