@@ -127,8 +127,8 @@ class Side:
         assert len(parts) <= 3
         return digest(torch.cat(parts))
 
-    def update(self, model: Bytes, owners: list[Any] | None, timeout: float) -> None:
-        """Write what this rank holds of ``model``; of ``owners`` only, if they are told."""
+    def update(self, model: Bytes, owners: list[Any] | None, timeout: float, singly: bool = False) -> None:
+        """Write what this rank holds of ``model``; of ``owners`` only, if they are told; ``singly``: by experts."""
         values = {}
         for (number, name), data in model.items():
             whole = tensor(data, *self.layers[number][name])
@@ -136,7 +136,24 @@ class Side:
                 if owners is None or owner in owners:
                     experts = self._made.local_experts(number, owner)
                     values[number, name, owner] = whole[experts.start : experts.stop]
-        self._made.update(values, timeout)
+        if not singly:
+            self._made.update(values, timeout)
+            return
+        with self._made.updating(timeout) as update:
+            for (number, name, owner), shard in values.items():
+                for expert, value in zip(self._made.local_experts(number, owner), shard, strict=True):
+                    update.write(number, name, value, experts=expert, owner=owner)
+
+    def stated_pass(self, layers: list[int], raises: bool, **stated: Any) -> list[dict[str, str]]:
+        """The digest of each weight of each layer, in a pass that is stated once, and may raise at its end."""
+        with self._made.forward_pass(**stated):
+            found = []
+            for layer in layers:
+                found.append(self.acquire(layer))
+                self._made.release(layer)
+            if raises:
+                raise DWDPError(repr(found))
+        return found
 
     def bad_update(self, what: str) -> None:
         """What cannot be written."""

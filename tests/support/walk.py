@@ -6,6 +6,7 @@ are there, what is acquired, which bytes every layer has. What a call returns or
 
 from __future__ import annotations
 
+import ast
 import os
 import random
 import tempfile
@@ -233,6 +234,7 @@ class Walk:
             return
         steps: dict[Callable[[Rank], None], int] = {
             self._pass: 30,
+            self._stated_pass: 6,
             self._acquire: 20,
             self._release: 12,
             self._reset: 4,
@@ -271,6 +273,23 @@ class Walk:
             if self._acquired(rank, layer, mode, tokens=tokens, chosen=self._chosen()):
                 self._must(self.tell(rank, "release", layer), "done")
                 del rank.acquired[layer]
+
+    def _stated_pass(self, rank: Rank) -> None:
+        """The mode and the tokens are stated once; afterwards nothing is acquired, however it ended."""
+        mode = self.chance.choice([None, *self._modes(), "in_place"])
+        order = self.numbers[: self.chance.randint(0, len(self.numbers))]
+        raises = self.chance.random() < 0.3
+        outcome = self.tell(rank, "stated_pass", order, raises, mode=mode, tokens=self.chance.choice([1, 300]))
+        if rank.acquired or rank.barred:
+            self._must(outcome, "StateError", "ConfigError")
+            return
+        if not self._offered(mode or self.config.mode):
+            self._must(outcome, "ConfigError")
+            return
+        told = self._must(outcome, "DWDPError" if raises else "done")
+        for layer, found in zip(order, ast.literal_eval(told) if raises else told, strict=True):
+            self._compare(layer, found)
+            rank.acquires += 1
 
     def _chosen(self) -> Any:
         experts = next(iter(self.layers.values()))["w0"][0][0]
@@ -468,7 +487,9 @@ class Walk:
         if any(each.acquired for each in self.ranks):
             self._must(self.tell(rank, "update", new, owners, SOON), "StateError")
             return
-        updating = [self._begin(each, "update", new, owners, LATE) for each in self.ranks]
+        updating = [
+            self._begin(each, "update", new, owners, LATE, singly=self.chance.random() < 0.4) for each in self.ranks
+        ]
         if self.processes and self.chance.random() < 0.3:
             self._dies_in_update(self.chance.choice(self.ranks), updating, {**self.model, **new})
             return
