@@ -14,14 +14,14 @@ from vmm_dwdp.errors import StateError
 from vmm_dwdp.memory.assembly import Weights
 from vmm_dwdp.observe.stats import Stats
 from vmm_dwdp.observe.trace import Trace
-from vmm_dwdp.rank import Rank
 from vmm_dwdp.schedule.compiled_models import between_regions, warn_of_with
 from vmm_dwdp.schedule.given_stream import StreamLike
 from vmm_dwdp.schedule.hit_path import HitPath, this_thread
 from vmm_dwdp.schedule.stated import Stated
+from vmm_dwdp.together import Together
 
 
-class DWDPRuntime(Rank):
+class DWDPRuntime(Together):
     """One rank of a group that shares one copy of the experts.
 
     Set-up: `add_layer` for every MoE layer in the order of a pass, fill what `local_shard` returns, `publish`. Then,
@@ -119,7 +119,7 @@ class DWDPRuntime(Rank):
 
     def _give_up(self) -> None:
         """Give up the pass that this thread is in the middle of, if it is."""
-        if self._lifecycle.is_running and self._lifecycle.in_pass:
+        if self.published and not self.asleep and self._lifecycle.in_pass:
             self._schedule.reset(None)
             self._lifecycle.end_pass()
 

@@ -184,6 +184,8 @@ CALLS: dict[str, Callable[[DWDPRuntime], object]] = {
     "reset": lambda runtime: runtime.reset(),
     "update": lambda runtime: runtime.update({}),
     "updating": lambda runtime: runtime.updating().__enter__(),
+    "sleep": lambda runtime: runtime.sleep(),
+    "wake": lambda runtime: runtime.wake(),
     "check_integrity": lambda runtime: runtime.check_integrity(),
     "trace": lambda runtime: runtime.trace().__enter__(),
     "tensor_list": lambda runtime: runtime.tensor_list(0, "a"),

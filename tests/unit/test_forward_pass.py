@@ -148,6 +148,20 @@ def test_within_another(runtime: DWDPRuntime) -> None:
     nothing_is_left_of_it(runtime)
 
 
+def test_what_is_between_passes_in_its_block(runtime: DWDPRuntime) -> None:
+    with runtime.forward_pass(mode="staged"):
+        through(runtime, [0, 1])
+        runtime.sleep()
+    runtime.wake()
+    with runtime.forward_pass(mode="staged"):
+        through(runtime)
+        runtime.update({})
+        runtime.check_integrity()
+        through(runtime, [0])
+        runtime.reset()
+    nothing_is_left_of_it(runtime)
+
+
 def test_beside_a_pass_of_a_thread_that_takes_no_turns(runtime: DWDPRuntime) -> None:
     begun, go_on = threading.Event(), threading.Event()
 

@@ -98,7 +98,7 @@ class Lifecycle(Turn):
 
     @contextmanager
     def busy(self, what: str) -> Iterator[None]:
-        """Nothing that `require_idle` guards is allowed while the body runs."""
+        """Nothing that `require_not_busy` guards is allowed while the body runs."""
         self._busy = what
         try:
             yield
@@ -108,6 +108,10 @@ class Lifecycle(Turn):
     def require_idle(self) -> None:
         """Raise `StateError` unless passes may run, and nothing bars them just now."""
         self.require_running()
+        self.require_not_busy()
+
+    def require_not_busy(self) -> None:
+        """Raise `StateError` in the block of what allows nothing else."""
         if self._busy is not None:
             raise StateError(f"{self._busy} is under way: nothing else is allowed in its block")
 

@@ -28,7 +28,7 @@ BUGS: Final = (
     ),
     Bug(
         "an update in the middle of a pass lets the pass go on unasked",
-        "vmm_dwdp/rank.py",
+        "vmm_dwdp/together.py",
         "        self._lifecycle.ask_again()  # so that the next acquire asks whether weights",
         "        pass  # so that the next acquire asks whether weights",
         ("tests/multiprocess/test_update_again.py::test_an_update_that_fails_in_the_middle_of_a_pass_ends_the_pass",),
@@ -57,8 +57,8 @@ BUGS: Final = (
     Bug(
         "a stated pass that ends early leaves the slots as they are",
         "vmm_dwdp/runtime.py",
-        "        if self._lifecycle.is_running and self._lifecycle.in_pass:\n            self._schedule.reset(None)\n",
-        "        if self._lifecycle.is_running and self._lifecycle.in_pass:\n",
+        "and self._lifecycle.in_pass:\n            self._schedule.reset(None)\n",
+        "and self._lifecycle.in_pass:\n",
         _STATED,
     ),
     Bug(
