@@ -24,7 +24,7 @@ from vmm_dwdp.allocator import uninterrupted
 
 How = Literal["line", "signal"]
 
-EVERY: Final = os.environ.get("EVERY_POINT") == "1"  # every place, the first time and the last, instead of a sample
+EVERY: Final = os.environ.get("EVERY_POINT", "")  # "1": every place, the first time and the last, instead of a sample
 PATIENCE: Final = float(os.environ.get("PATIENCE", "10"))  # seconds, after which one attempt is stuck
 FAILURES: Final = 4  # after which a sweep ends
 _LIBRARY: Final = str(Path(vmm_dwdp.__file__).parent) + os.sep
@@ -222,6 +222,8 @@ def sweep(make: Callable[[], Subject], interruption: Callable[[int], Interruptio
     points: Sequence[int] = range(clean.seen)
     if EVERY and clean.passed:
         points = sorted({point for first_and_last in clean.passed.values() for point in first_and_last})
+        part, _, parts = EVERY.partition("/")
+        points = points[int(part) - 1 :: int(parts or 1)]  # "3/8": the third of eight parts
     elif not EVERY and most < clean.seen:
         points = sorted(random.Random(0).sample(points, most))
     failures: list[str] = []
