@@ -1,6 +1,6 @@
 """An exception at any point of any call, followed by what the documentation says to do: every byte is right then.
 
-A sample of the points; with EVERY_POINT=1 every place in the code, the first time that it is passed and the last, and with
+A sample of the points; with EVERY_POINT=1 every place in the code, the first time that it is passed and the last; with
 EVERY_POINT=3/8 the third of eight parts of them.
 """
 
