@@ -33,7 +33,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def _device(name: str) -> torch.device:
     """Made current: what is timed runs on its streams."""
     device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cuda" and not torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"{name}: there is no GPU here")
     if device.index is not None:
         torch.cuda.set_device(device)
