@@ -115,7 +115,7 @@ def test_where_memory_cannot_be_handed_over_by_fabric_handles(secret: Path, monk
 
     made = HostDriver.create
     monkeypatch.setattr(HostDriver, "create", create)
-    with pytest.raises(ConfigError, match=r"by fabric handles, which cannot be had here \(fabric: cuMemCreate failed"):
+    with pytest.raises(ConfigError, match=r"by fabric handles, which cannot be had here \(cuMemCreate failed"):
         DWDPRuntime(DWDPConfig(group_size=2), 0, "cpu", TCPRendezvous(TWO, secret_file=secret))
 
 
