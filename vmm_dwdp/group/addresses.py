@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import ipaddress
 import os
@@ -21,6 +22,7 @@ _SECRET_NBYTES: Final = 32  # of one that is drawn
 _LEAST_NBYTES, _MOST_NBYTES = 16, 4096  # of one in a file
 _SUCH_AS: Final = "10.0.0.1:29600 or [fd00::1]:29600"
 _SIOCGIFADDR: Final = 0x8915  # of <linux/sockios.h>: the IPv4 address of an interface
+_LONGEST_NAME: Final = 15  # bytes, and a zero after them
 _INTERFACE: Final = struct.Struct("16s2xH4s16x")  # struct ifreq with a struct sockaddr_in
 
 
@@ -193,7 +195,10 @@ def address_of(interface: str) -> str:
         pass
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         try:
-            asked = _INTERFACE.pack(os.fsencode(interface)[:15], 0, b"")
+            name = os.fsencode(interface)
+            if len(name) > _LONGEST_NAME:
+                raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+            asked = _INTERFACE.pack(name, 0, b"")
             *_, found = _INTERFACE.unpack(fcntl.ioctl(sock, _SIOCGIFADDR, asked))
         except OSError as error:
             raise ConfigError(

@@ -38,8 +38,11 @@ def make_assembly(
             raise ConfigError("assembly: tensor_list shares memory within one machine: ranks that meet by TCP need vmm")
         return TensorListAssembly(driver, ledger, rank, layers, config.prefetch_depth)
     host_location = _host_location(config, driver) if config.host_experts else DEVICE
-    handle_types = [HandleType.FABRIC] if over_network else list(HandleType)  # descriptors first, where they can go
-    handle_type = _choose_handle_type(driver, host_location, handle_types) if config.group_size > 1 else None
+    handle_type = None
+    if config.group_size > 1:
+        handle_type = HandleType.FABRIC if over_network else HandleType.POSIX_FD  # the same on all ranks
+        for location in {DEVICE, host_location}:
+            _require_shared(driver, location, handle_type)
     depth, in_place = config.prefetch_depth, config.reads_in_place
     cached = config.resident_cache
     stated = (driver, ledger, rank, layers, depth, handle_type, host_location, in_place, cached)
@@ -63,18 +66,13 @@ def _numa_node(config: DWDPConfig, driver: Driver) -> int:
     return driver.numa_node if config.host_numa_node is None else config.host_numa_node
 
 
-def _choose_handle_type(driver: Driver, host_location: Location, handle_types: Sequence[HandleType]) -> HandleType:
-    """The first of ``handle_types`` that can be created, exported and imported here."""
-    reasons = {}
-    for handle_type in handle_types:
-        found = [refusal(driver, location, handle_type) for location in {DEVICE, host_location}]
-        if not any(found):
-            return handle_type
-        reasons[handle_type] = next(filter(None, found))
-    told = "; ".join(f"{handle_type.value}: {reason}" for handle_type, reason in reasons.items())
-    if HandleType.POSIX_FD not in handle_types:
+def _require_shared(driver: Driver, location: Location, handle_type: HandleType) -> None:
+    """Raise `ConfigError` unless memory at ``location`` can be created, exported and imported here."""
+    if (why := refusal(driver, location, handle_type)) is None:
+        return
+    if handle_type is HandleType.FABRIC:
         raise ConfigError(
-            f"ranks that meet by TCP hand over memory by fabric handles, which cannot be had here ({told}): "
+            f"ranks that meet by TCP hand over memory by fabric handles, which cannot be had here ({why}): "
             "ranks of a group on one machine, with a directory as rendezvous, need none"
         )
-    raise ConfigError(f"no kind of handle can share memory between processes here ({told}); use assembly: tensor_list")
+    raise ConfigError(f"memory cannot be shared by file descriptors here ({why}); use assembly: tensor_list")

@@ -100,8 +100,9 @@ def test_the_address_of_an_interface() -> None:
     assert address_of("lo") == "127.0.0.1"
     assert address_of("10.1.2.3") == "10.1.2.3"
     assert address_of("fd00::1") == "fd00::1"
-    with pytest.raises(ConfigError, match="there is no IPv4 address of an interface 'eth77'"):
-        address_of("eth77")
+    for interface in "eth77", "lo" + 20 * "o", "":
+        with pytest.raises(ConfigError, match=f"there is no IPv4 address of an interface '{interface}'"):
+            address_of(interface)
 
 
 def test_where_memory_cannot_be_handed_over_by_fabric_handles(secret: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +115,7 @@ def test_where_memory_cannot_be_handed_over_by_fabric_handles(secret: Path, monk
 
     made = HostDriver.create
     monkeypatch.setattr(HostDriver, "create", create)
-    with pytest.raises(ConfigError, match=r"by fabric handles, which cannot be had here \(fabric: cuMemCreate failed"):
+    with pytest.raises(ConfigError, match=r"by fabric handles, which cannot be had here \(cuMemCreate failed"):
         DWDPRuntime(DWDPConfig(group_size=2), 0, "cpu", TCPRendezvous(TWO, secret_file=secret))
 
 
