@@ -182,7 +182,8 @@ class Rank:
         A living rank hands over the dead one's memory, filled as it was; nothing is read from a checkpoint, and the
         others go on meanwhile. Where the rank may have died while an update was written, or a living one does not tell
         in its part of ``timeout``, no layer can be acquired here until an `update` succeeds to which this rank gives
-        all of its shards. If it raises, the runtime is closed and nothing stays allocated.
+        all of its shards. Where the group sleeps, this rank does, too, until `wake` on all. If it raises, the runtime
+        is closed and nothing stays allocated.
 
         Args:
             revision: as the group's ranks gave it to `publish`.

@@ -318,7 +318,7 @@ def test_weights_that_were_given_up_are_read_once_all_are_written(tmp_path: Path
             sleep(runtimes[0])
         together(runtimes, wake)
         for runtime in runtimes:
-            with pytest.raises(StateError, match=r"^weights are gone: sleep\(keep=False\) gave them up; update again"):
+            with pytest.raises(StateError, match=r"^weights are gone: sleep\(keep=False\) gave them up; update all"):
                 runtime.acquire(0)
             with pytest.raises(ConfigError, match=f"the shard of rank {runtime.rank} may be half written"):
                 runtime.update({})

@@ -119,7 +119,7 @@ def test_update_of_a_group(subject: type[Update]) -> None:
 @pytest.mark.parametrize("subject", [Sleep, GiveUp, Wake])
 def test_sleep_and_wake(subject: type[Any], how: How) -> None:
     config = replace(HOST, mode="auto", resident_cache=4 * PAGE)
-    sweep(lambda: subject(config, FailingDriver), lambda at: Interrupter(at, how), most=8)
+    sweep(lambda: subject(config, FailingDriver), lambda at: Interrupter(at, how), most=5)
 
 
 @pytest.mark.parametrize("subject", [Sleep, Wake])
@@ -201,7 +201,7 @@ def test_a_driver_call_of_what_comes_seldom(subject: type[Any], error: type[Base
 @pytest.mark.parametrize("error", [DriverError, KeyboardInterrupt])
 @pytest.mark.parametrize("subject", [Sleep, GiveUp, Wake])
 def test_a_driver_call_of_sleep_and_wake(subject: type[Any], error: type[BaseException]) -> None:
-    _faults(subject, replace(HOST, mode="in_place", resident_cache=4 * PAGE), FailingDriver, error, most=12)
+    _faults(subject, replace(HOST, mode="in_place", resident_cache=4 * PAGE), FailingDriver, error, most=8)
 
 
 @pytest.mark.parametrize("at", [0, 1, 5, 20])

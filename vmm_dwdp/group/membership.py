@@ -97,8 +97,9 @@ class Membership:
     def require_updated(self) -> None:
         """Raise `StateError` if weights may be partly old and partly new."""
         if (why := self.half_updated) is not None:
-            are = "gone" if GIVEN_UP in why else "partly old and partly new"
-            raise StateError(f"weights are {are}: {why}; update again, or close")
+            if GIVEN_UP in why:
+                raise StateError(f"weights are gone: {why}; update all of them, or close")
+            raise StateError(f"weights are partly old and partly new: {why}; update again, or close")
 
     def publish(self, timeout: float, revision: str | None) -> None:
         """Serve this rank's shards, attach the others', and build the assembly; every rank has done so on return."""

@@ -97,9 +97,11 @@ class SleepingAssembly(VirtualAssembly):
                 raise
             wanted = sum(each for _, _, each in self._shards_of(self.rank))
             taken, free = sum(each.nbytes for each in self._saved.values()), free_bytes(torch.device("cpu"))
-            told = f"to keep this rank's shards takes {in_gb(wanted)} of host memory: after {in_gb(taken)} of them "
-            told += f"{in_gb(free)} are free, and sleep(keep=False) takes none"
-            raise DriverError(error.call, error.code, f"{error.attempt}: {told}") from error
+            told = (
+                f"{error.attempt}: to keep this rank's shards takes {in_gb(wanted)} of host memory: after "
+                f"{in_gb(taken)} of them {in_gb(free)} are free, and sleep(keep=False) takes none"
+            )
+            raise DriverError(error.call, error.code, told) from error
 
     def _copy_saved(self, layer: Layer, weight: str, *, to_device: bool) -> None:
         """Between a saved shard and this rank's own pages, through addresses of a moment."""

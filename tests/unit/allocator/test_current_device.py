@@ -109,6 +109,10 @@ def live(runtimes: list[Any]) -> None:
         shard = model[1]["w"][4:] if runtime.local_experts(1).start == 4 else model[1]["w"][:2]
         runtime.update({(1, "w", 0): shard})
         runtime.check_integrity(verify=True)
+        runtime.sleep()
+        assert runtime.asleep
+        runtime.wake()
+        check(runtime, model, "in_place")
         assert runtime.peers() == {}
         assert runtime.stats().hits > 0
 

@@ -19,7 +19,7 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return names
 
 
-@pytest.mark.parametrize("runner", ["run_loop", "run_offloaded", "run_managed", "run_compiled"])
+@pytest.mark.parametrize("runner", ["run_loop", "run_offloaded", "run_managed", "run_compiled", "run_twice_with_a_nap"])
 def test_a_runner_computes_what_ordinary_layers_do(page: dict[str, Any], runner: str) -> None:
     layers = [page["Experts"]() for _ in range(page["LAYERS"])]
     page["load"](layers)
