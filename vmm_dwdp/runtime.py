@@ -101,6 +101,7 @@ class DWDPRuntime(Together):
             self._require_released()
             if not begins:
                 self._give_up()
+            self._lifecycle.claim(goes_on=True)
             self._schedule.stated = stated
             try:
                 yield
@@ -176,7 +177,7 @@ class DWDPRuntime(Together):
                     raise
         lifecycle.require_idle()
         self._membership.require_updated()
-        begins = lifecycle.claim()
+        begins = lifecycle.claim(goes_on=True)
         try:
             with nullcontext() if self._driver.is_current() else self._driver.current():
                 return self._schedule.acquire(layer, mode, tokens, top_k, chosen, stream)

@@ -214,7 +214,7 @@ def test_a_call_that_is_interrupted_while_asleep_is_no_way_past_it(tmp_path: Pat
     with published(replace(CONFIG, group_size=1), tmp_path, OLD) as (runtime,):
         check_pass(runtime, OLD)
         sleep(runtime)
-        runtime._lifecycle.claim()  # what `wake` begins with
+        runtime._lifecycle.claim(goes_on=False)  # what `wake` begins with
         for _ in range(2):
             with pytest.raises(StateError, match="the group sleeps"):
                 runtime.acquire(0)

@@ -112,6 +112,24 @@ def test_an_update_that_fails_in_the_middle_of_a_pass_ends_the_pass(tmp_path: Pa
             first.acquire(1)
 
 
+@pytest.mark.parametrize("in_a_pass", [True, False])
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_no_other_call_is_a_way_past_a_failed_update(tmp_path: Path, in_a_pass: bool, interrupted: bool) -> None:
+    """Not even one that an interrupt ends as soon as it has claimed the pass."""
+    with published(CONFIG, tmp_path, OLD) as (first, second):
+        if in_a_pass:
+            with first.layer(0):
+                pass
+        fail_midway(first, second)
+        if interrupted:
+            first._lifecycle.claim(goes_on=False)  # what every such call begins with
+        else:
+            first.check_integrity()
+        for call in (lambda: first.acquire(1), first.forward_pass().__enter__):
+            with pytest.raises(StateError, match="weights are partly old and partly new"):
+                call()  # type: ignore[no-untyped-call]
+
+
 def _die_while_writing(rendezvous: Path) -> None:
     """In a forked child."""
     runtime = join(CONFIG, 1, rendezvous, OLD)

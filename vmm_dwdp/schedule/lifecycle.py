@@ -121,7 +121,7 @@ class Lifecycle(Turn):
 
         Raises `StateError` if another thread is in the middle of one.
         """
-        claimed = self.claim()
+        claimed = self.claim(goes_on=False)
         try:
             yield claimed
         finally:
@@ -138,28 +138,31 @@ class Lifecycle(Turn):
         """Whoever goes on with passes has to `claim` first."""
         self.runner = 0
 
-    def claim(self) -> bool:
+    def claim(self, *, goes_on: bool) -> bool:
         """The calling thread is in a pass until `end_pass`. Tells whether it was not before.
+
+        Args:
+            goes_on: it has asked for all that `acquire` wants to know, and may go on without.
 
         Raises `StateError` if another thread is in the middle of one.
         """
         this = threading.current_thread()
         with self._claims:
-            begins = self._take_over(this)
+            begins = self._take_over(this, goes_on)
         return begins  # noqa: RET504  # when the lock is free: a way out of its block that nothing can interrupt
 
-    def _take_over(self, this: threading.Thread) -> bool:
+    def _take_over(self, this: threading.Thread, goes_on: bool) -> bool:
         before = self._thread
         self._require_free(before, this)
-        # While asleep nobody goes on unasked, whatever interrupts what this is claimed for.
-        runner, self.runner = self.runner, 0 if self._state == "asleep" else this_thread()
+        runner, number = self.runner, this_thread()
+        self.runner = number if goes_on or runner == number else 0
         if before is not this:
             try:
                 self._require_free(before, this)  # see [Note: One thread at a time]
             except StateError:
                 self.runner = runner
                 raise
-        self._thread, self.latest_runner = this, this_thread()
+        self._thread, self.latest_runner = this, number
         begins, self.in_pass = not self.in_pass or before is not this, True
         return begins
 

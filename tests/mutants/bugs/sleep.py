@@ -76,8 +76,8 @@ BUGS: Final = (
     Bug(
         "whoever is interrupted while the group sleeps goes on unasked",
         "vmm_dwdp/schedule/lifecycle.py",
-        'self.runner, 0 if self._state == "asleep" else this_thread()',
-        "self.runner, this_thread()",
+        "self.runner = number if goes_on or runner == number else 0",
+        "self.runner = number",
         (f"{_SLEEP}::test_a_call_that_is_interrupted_while_asleep_is_no_way_past_it",),
     ),
     Bug(
