@@ -64,7 +64,7 @@ def test_a_link_to_a_socket_is_neither_followed_nor_kept(unix: UnixPlace, tmp_pa
         assert not elsewhere.alive(1, soon())
 
 
-@pytest.mark.parametrize("name", ["rank-0", f".rank-0-{os.getpid()}"])
+@pytest.mark.parametrize("name", ["rank-0", f".rank-0-{os.getpid()}"], ids=["listening", "half made"])
 def test_a_socket_that_a_dead_process_left_is_replaced(unix: UnixPlace, ledger: Ledger, name: str) -> None:
     directory = unix.directory
     directory.mkdir(0o700)
