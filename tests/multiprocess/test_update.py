@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from support.doors import answer_to, request
+from support.doors import UnixPlace, answer_to, request
 from support.faults import FaultyDriver
 from support.groups import PAGE, Model, check_pass, in_threads, join, published, random_model
 
@@ -116,8 +115,8 @@ def test_a_rank_that_leaves_midway_bars_others_from_reading(tmp_path: Path, monk
 
 def test_a_stranger_to_the_group_does_not_disturb_it_once_it_is_published(tmp_path: Path) -> None:
     with published(replace(CONFIG, group_size=2), tmp_path, OLD) as runtimes:
-        asked = json.dumps(request(tmp_path, fingerprint="of another group")).encode()
-        told = answer_to(tmp_path, asked, Ledger())
+        place = UnixPlace(tmp_path)
+        told = answer_to(place, request(place, fingerprint="of another group"), Ledger())
         assert told["error"] == "the configs or the layers of the two ranks differ"
         with pytest.raises(
             ExchangeError, match="nothing was written: not ready before the deadline, though there: rank 1"
