@@ -7,10 +7,12 @@ library's own.
 from __future__ import annotations
 
 import array
+import atexit
 import contextlib
 import functools
 import json
 import os
+import shutil
 import socket
 import struct
 import tempfile
@@ -249,8 +251,7 @@ def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+@atexit.register
 def forget() -> None:
     """Remove the files of this process."""
-    for path in sorted(_directory.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    _directory.rmdir()
+    shutil.rmtree(_directory, ignore_errors=True)
