@@ -87,7 +87,8 @@ def test_each_excluded_argument_is_one_of_sglang(name: str) -> None:
         ("enable_nvidia_megakernel", True, "DWDP cannot be used with enable_nvidia_megakernel=True"),
         ("load_format", "sharded_state", "DWDP cannot be used with load_format='sharded_state', whose loader"),
         ("load_format", "layered", "DWDP cannot be used with load_format='layered', whose loader"),
-        ("ep_size", 2, "experts in host memory without --dwdp-size are for one GPU, not for ep_size above 1"),
+        ("ep_size", 2, "experts in host memory without --dwdp-size are not for ep_size above 1"),
+        ("attn_dp_size", 2, "experts in host memory without --dwdp-size are not for attn_dp_size above 1"),
     ],
 )
 def test_an_excluded_argument_is_refused_by_name(name: str, value: Any, sentence: str) -> None:
@@ -102,6 +103,7 @@ def test_an_excluded_argument_is_refused_by_name(name: str, value: Any, sentence
     [
         ("elastic_ep_backend", "none"),
         ("moe_a2a_backend", "none"),
+        ("tp_size", 2),
         *[("load_format", name) for name in ("auto", "safetensors", "dummy", "fastsafetensors")],
     ],
 )

@@ -88,7 +88,7 @@ def generate(
         max_running_requests=4,
         random_seed=0,
         tp_size=size,
-        dwdp_size=size,
+        dwdp_size=1 if "VMM_DWDP_CONFIG" in environment else size,
         **arguments,
     )
     try:
@@ -113,20 +113,24 @@ def ordinary(checkpoint: Path) -> Tokens:
     return tokens
 
 
+TWO_RANKS = {
+    "SGLANG_CPU_OMP_THREADS_BIND": "0|1",  # a core for each rank, on a machine with one NUMA node
+    "SGLANG_NCCL_SO_PATH": "none",  # which a CUDA build of torch brings, and SGLang uses on the CPU too
+}
+
+
 def test_an_engine_with_two_ranks(checkpoint: Path, ordinary: Tokens) -> None:
-    environment = {
-        "SGLANG_CPU_OMP_THREADS_BIND": "0|1",  # a core for each rank, on a machine with one NUMA node
-        "SGLANG_NCCL_SO_PATH": "none",  # which a CUDA build of torch brings, and SGLang uses on the CPU too
-    }
-
-    assert run_group(partial(generate, checkpoint=checkpoint, size=2, environment=environment), 1) == [(ordinary, 2)]
+    assert run_group(partial(generate, checkpoint=checkpoint, size=2, environment=TWO_RANKS), 1) == [(ordinary, 2)]
 
 
-@pytest.mark.parametrize("mode", ["staged", "auto"])
-def test_an_engine_with_experts_in_host_memory(mode: str, checkpoint: Path, ordinary: Tokens, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mode", "size"), [("staged", 2), ("auto", 1)])
+def test_an_engine_with_experts_in_host_memory(
+    mode: str, size: int, checkpoint: Path, ordinary: Tokens, tmp_path: Path
+) -> None:
+    """With tensor parallelism each rank has a part of every expert, and a pool of host memory of its own."""
     config = tmp_path / "dwdp.yaml"
     config.write_text(f"group_size: 1\nhost_experts: 5\nmode: {mode}\n")
-    environment = {"VMM_DWDP_CONFIG": str(config)}
-    run = partial(generate, checkpoint=checkpoint, size=1, environment=environment, save=True)
+    environment = {"VMM_DWDP_CONFIG": str(config)} | (TWO_RANKS if size == 2 else {})
+    run = partial(generate, checkpoint=checkpoint, size=size, environment=environment, save=True)
 
-    assert run_group(partial(run, ep_num_redundant_experts=2), 1) == [(ordinary, 1)]
+    assert run_group(partial(run, ep_num_redundant_experts=2 if size == 1 else 0), 1) == [(ordinary, size)]

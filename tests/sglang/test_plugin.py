@@ -47,7 +47,7 @@ def start_engines(rank: int, *, config: str) -> dict[str, str]:
     }
     os.environ["VMM_DWDP_CONFIG"] = config
     told["group size"] = sentence(engine(**group))
-    told["two GPUs"] = sentence(engine(tp_size=2))
+    told["expert parallelism"] = sentence(engine(tp_size=2, ep_size=2))
     return told
 
 
@@ -61,7 +61,7 @@ def test_arguments_are_refused_before_memory_is_taken(tmp_path: Path) -> None:
         "memory saver": "ConfigError: DWDP cannot be used with enable_memory_saver=True",
         "SGLang's own check": "AssertionError: dwdp_size (2) must equal tp_size (4)",
         "group size": f"ConfigError: {config} states group_size 1, but --dwdp-size is 2",
-        "two GPUs": "ConfigError: experts in host memory without --dwdp-size are for one GPU, not for tp_size above 1",
+        "expert parallelism": "ConfigError: experts in host memory without --dwdp-size are not for ep_size above 1",
     }
 
 

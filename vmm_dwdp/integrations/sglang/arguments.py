@@ -67,9 +67,9 @@ def check(server_args: Any, dwdp_size: int) -> None:
     if resolved.nnodes > 1:
         raise ConfigError(f"DWDP cannot be used with nnodes={resolved.nnodes}: its ranks map each other's memory")
     if dwdp_size <= 1:
-        for name in ("tp_size", "dp_size", "ep_size"):
-            if getattr(resolved, name, 1) > 1:
-                raise ConfigError(f"experts in host memory without --dwdp-size are for one GPU, not for {name} above 1")
+        for name in ("dp_size", "attn_dp_size", "ep_size", "moe_dp_size"):
+            if (getattr(resolved, name, 1) or 1) > 1:
+                raise ConfigError(f"experts in host memory without --dwdp-size are not for {name} above 1")
 
 
 def check_graphs(server_args: Any) -> None:

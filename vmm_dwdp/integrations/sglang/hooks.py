@@ -235,13 +235,13 @@ def _current_manager() -> ExpertManager:
     if found is None:
         from sglang.srt.runtime_context import get_parallel, get_server_args
 
-        parallel = get_parallel()
         dwdp_size = _active_dwdp_size()
         server_args = get_server_args()
         arguments.check(server_args, dwdp_size)
-        rank = parallel.tp_rank if dwdp_size > 1 else 0
         config, revision = settings.config(dwdp_size), arguments.revision(server_args)
-        found = _manager = ExpertManager(config, rank, parallel.tp_group.cpu_group, _device(), revision)
+        # The ranks between which SGLang divides experts: with tensor parallelism alone, each has a part of every one.
+        rank, group = get_parallel().moe_ep_rank, get_parallel().moe_ep_group.cpu_group
+        found = _manager = ExpertManager(config, rank, group, _device(), revision)
     return found
 
 
