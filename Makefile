@@ -32,7 +32,7 @@ doctor: $(INSTALLED)
 	$(VENV)/bin/vmm-dwdp doctor $(ARGS)
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-sglang: $(INSTALLED)
 	@tests/sglang/run $(ARGS)
