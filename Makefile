@@ -31,8 +31,9 @@ demo: $(INSTALLED)
 doctor: $(INSTALLED)
 	$(VENV)/bin/vmm-dwdp doctor $(ARGS)
 
+test: export OMP_NUM_THREADS := 1
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-sglang: $(INSTALLED)
 	@tests/sglang/run $(ARGS)

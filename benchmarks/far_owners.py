@@ -101,9 +101,10 @@ class FarOwners(DWDPRuntime):
                 far = make_assembly(config, owner, _OneProcess(driver, far=True), self.ledger, one)
                 one.append(describe_layer(0, weights, config, owner, far.granularity))
                 self.far.append(far)
-                self.assembly.attach(owner, _shares(far, one[0], num_layers))
+                self.assembly.attach(owner, "device", _shares(far, one[0], num_layers))
             self.assembly.build()
             driver.synchronize()  # copies begin next, on streams that do not wait for what fills the memory
+            self._start()
 
     @property
     def driver(self) -> Driver:
@@ -130,4 +131,5 @@ def _shares(far: Assembly, layer: Layer, num_layers: int) -> list[Share]:
     """What ``far`` has, once for every layer."""
     for weight in layer.weights:
         far.shard(layer, weight, far.rank).view(torch.uint8).random_()
-    return [share for _ in range(num_layers) for share in far.shares(far.rank)]
+    far.offer(far.rank)
+    return [share for _ in range(num_layers) for share in far.hand_over(far.rank, "device")[1]]

@@ -94,34 +94,43 @@ class DWDPRuntime(Together):
     @contextmanager
     def _in_turn(self, stated: Stated) -> Iterator[None]:
         self._lifecycle.require_idle()
-        with self._lifecycle.turn(), self._undisturbed() as begins:
-            self._membership.require_updated()
-            if stated.mode is not None:
-                self._schedule.require_mode(stated.mode)
-            self._require_released()
-            if not begins:
-                self._give_up()
-            self._lifecycle.claim(goes_on=True)
-            self._schedule.stated = stated
-            try:
-                yield
-                if self._lifecycle.is_running:
-                    self._require_released()
-            except BaseException as error:
-                undo_after(error, self._give_up)
-                raise
-            finally:
-                self._schedule.stated = None
-            self._give_up()
+        with self._lifecycle.turn():
+            self._lifecycle.require_idle()  # still, after waiting for others
+            with self._lifecycle.undisturbed() as begins:
+                self._membership.require_updated()
+                if stated.mode is not None:
+                    self._schedule.require_mode(stated.mode)
+                self._driver.is_current()  # which a thread without a device needs to have been asked
+                self._require_released()
+                if not begins:
+                    self._give_up()
+                self._lifecycle.claim(goes_on=True)
+                yield from self._stating(stated)
+
+    def _stating(self, stated: Stated) -> Iterator[None]:
+        self._schedule.stated = stated
+        try:
+            yield
+            if self._lifecycle.is_running:
+                self._require_released()
+        except BaseException as error:
+            undo_after(error, self._give_up)
+            raise
+        finally:
+            self._schedule.stated = None
+        self._give_up()
 
     def _require_released(self) -> None:
-        if (held := self._schedule.held) is not None:
+        with self._driver.current():
+            held = self._schedule.held
+        if held is not None:
             raise StateError(f"layer {held} was acquired, and was not released")
 
     def _give_up(self) -> None:
         """Give up the pass that this thread is in the middle of, if it is."""
         if self.published and not self.asleep and self._lifecycle.in_pass:
-            self._schedule.reset(None)
+            with self._driver.current():
+                self._schedule.reset(None)
             self._lifecycle.end_pass()
 
     @between_regions

@@ -64,7 +64,8 @@ class Together(Rank):
         Raises as `update` does. If the body raises, the update has not ended well, and that is what is raised; the
         next one has to write whatever this one may have begun to, each such shard whole.
         """
-        with self._undisturbed(), self._updating(timeout) as update:
+        self._lifecycle.require_idle()
+        with self._lifecycle.undisturbed(), self._updating(timeout) as update:
             yield update
 
     @contextmanager

@@ -46,6 +46,14 @@ def check(runtime: DWDPRuntime, model: Model) -> None:
     runtime.check_integrity(verify=runtime.config.checksums)
 
 
+def answered(runtime: DWDPRuntime) -> None:
+    """Whoever has asked it something by now has been told."""
+    exchange = runtime._membership._exchange
+    assert exchange is not None
+    for thread in list(exchange._transport._clients)[1:]:  # the first accepts others
+        thread.join()
+
+
 def together(runtimes: list[DWDPRuntime], call: Callable[[DWDPRuntime], None]) -> None:
     in_threads(lambda rank: call(runtimes[rank]), len(runtimes))
 
@@ -121,6 +129,8 @@ def test_every_byte_is_back_at_its_address(config: DWDPConfig, tmp_path: Path) -
     with published(config, tmp_path, OLD) as runtimes:
         before = [addresses(runtime) for runtime in runtimes]
         cached = [route(runtime) for runtime in runtimes] if config.resident_cache else []
+        for runtime in runtimes:
+            answered(runtime)
         counts = [runtime.ledger.counts() for runtime in runtimes]
         taken = [(runtime.stats().resident_bytes, runtime.stats().staged_bytes) for runtime in runtimes]
         for call in (sleep, sleep, sleep):  # the host memory of the first is there for the others
@@ -134,6 +144,7 @@ def test_every_byte_is_back_at_its_address(config: DWDPConfig, tmp_path: Path) -
                 assert addresses(runtime) == before[runtime.rank]
         saved = len(OLD) * 2  # handles in host memory: one a shard
         for rank, runtime in enumerate(runtimes):
+            answered(runtime)
             assert (runtime.stats().resident_bytes, runtime.stats().staged_bytes) == taken[rank]
             assert runtime.ledger.counts() == {**counts[rank], "handles": counts[rank]["handles"] + saved}
             if config.resident_cache:
@@ -381,7 +392,9 @@ def beside(rendezvous: Path, script: Callable[[DWDPRuntime], None]) -> Iterator[
     child = os.fork()
     if not child:
         try:
-            script(join(CONFIG, 1, rendezvous, OLD))
+            runtime = join(CONFIG, 1, rendezvous, OLD)
+            script(runtime)
+            answered(runtime)
             os._exit(7)
         finally:
             os._exit(1)

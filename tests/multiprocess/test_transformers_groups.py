@@ -58,7 +58,10 @@ def run_families(rank: int, root: Path, config: DWDPConfig) -> list[str]:
         case = f"{family}, {how}, {assembly}, group of {config.group_size}"
         host_experts = config.host_experts if assembly == "vmm" else 0
         config_of_case = dataclasses.replace(config, assembly=assembly, host_experts=host_experts)
-        model = load(how, root / family, config_of_case, rank, root / case)
+        rendezvous = (
+            root / f"{list(FAMILIES).index(family)}{how[0]}{assembly[0]}{config.group_size}"
+        )  # short, for a socket
+        model = load(how, root / family, config_of_case, rank, rendezvous)
         reference = torch.load(root / f"{family}.logits")
         if not all(torch.equal(logits(model), reference) for _ in range(2)):
             wrong.append(f"rank {rank}: {case}: logits differ")

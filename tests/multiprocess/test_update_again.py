@@ -265,8 +265,10 @@ def test_a_rank_that_fails_to_publish_comes_again_to_who_still_waits(tmp_path: P
             pass
         with pytest.raises(ExchangeError, match="rank 2 did not come"):
             publish(1, 1.0)
-        runtimes = [pool.submit(publish, rank, 60) for rank in (1, 2)]
-        others = [runtime.result() for runtime in runtimes]
+        again = pool.submit(publish, 1, 60)
+        while not (tmp_path / "rank-1").exists():  # before rank 0 asks it again, which takes who is gone for left
+            pass
+        others = [publish(2, 60), again.result()]
         waiting.result()
     for runtime in (early, *others):
         check_pass(runtime, OLD)

@@ -167,7 +167,7 @@ def serving(place: Place, ledger: Ledger, rank: int = 0) -> Iterator[Exchange]:
         served.close()
 
 
-def request(place: Place, **changes: Any) -> dict[str, Any]:
+def request(place: Place, /, **changes: Any) -> dict[str, Any]:
     """What rank 1 asks; keys whose change is `...` are left out."""
     token = {"token": (place.directory / "token").read_bytes().hex()} if isinstance(place, UnixPlace) else {}
     asked: dict[str, Any] = {

@@ -136,7 +136,7 @@ class Update:
                 value = value[None]
         self._shards.require_fits(found, weight, owner, value, experts)
         experts = found.placement.experts(owner) if experts is None else experts
-        with self.touching(), self._driver.current():
+        with self.touching():
             if self._is_over:
                 raise StateError("the update is over: write in the block of runtime.updating()")
             self._shards.write(found, weight, owner, value, experts)
@@ -144,8 +144,9 @@ class Update:
 
     @contextmanager
     def touching(self) -> Iterator[None]:
-        """One thread at a time reads or writes shards; `close` waits for it. Raises `StateError` after it."""
-        with self._lock:
+        """One thread at a time reads or writes shards, with the device current; `close` waits for it. Raises
+        `StateError` after it."""
+        with self._lock, self._driver.current():
             if self._is_closed:
                 raise StateError("the runtime is closed")
             yield
@@ -163,7 +164,8 @@ class Update:
         """Raise `ConfigError` if something may be half written still."""
         whole = [
             (number, weight, owner)
-            for (number, weight, owner), experts in self._written.items()
-            if experts >= set(self._layers.numbered[number].placement.experts(owner))
+            for number, weight, owner in self._unfinished
+            if self._written.get((number, weight, owner), set())
+            >= set(self._layers.numbered[number].placement.experts(owner))
         ]
         self._shards.require_covered(self._unfinished, whole)

@@ -29,9 +29,9 @@ def given_stream(stream: StreamLike | None, driver: Driver) -> StreamId:
     """
     if stream is None:
         return driver.current_stream()
-    if isinstance(stream, torch.cuda.Stream):
-        if stream.device != driver.device:
-            raise StateError(f"the stream is of {stream.device}, but the weights are on {driver.device}")
+    if (device := getattr(stream, "device", None)) is not None and hasattr(stream, "cuda_stream"):  # torch's
+        if device != driver.device:
+            raise StateError(f"the stream is of {device}, but the weights are on {driver.device}")
         at = StreamId(stream.cuda_stream)
     else:
         at = StreamId(stream if isinstance(stream, int) else _asked(stream))

@@ -11,13 +11,14 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from vmm_dwdp.allocator.driver import Driver, IssuingThread, Lane, Ticket
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.errors import DriverError
-from vmm_dwdp.observe.stats import IssuedBy
+from vmm_dwdp.layout.copies import LayerPlan
+from vmm_dwdp.observe.stats import CopyPath, IssuedBy
 
 # Copies that the launching thread gives the driver itself rather than wake a thread of Python's: six take it 0.1 ms (on
 # an H200's host); where a thread gave them, acquire, release and 60 kernels took 0.5 ms longer than the kernels alone
@@ -98,6 +99,23 @@ def open_issuer(driver: Driver, ledger: Ledger, num_copies: int) -> Issuer:
     if num_copies and (thread := driver.issuing_thread()) is not None:
         return NativeIssuer(thread, ledger)
     return ThreadIssuer(driver, ledger) if num_copies > _FEW else InlineIssuer()
+
+
+def copy_path(plan: LayerPlan, slice_bytes: int | Literal["auto"], issuer: Issuer) -> CopyPath:
+    """How the copies of ``plan``, which has most, get to the driver."""
+    if slice_bytes != "auto":
+        why = f"slice_bytes is {slice_bytes}"
+    elif len(plan.streams) > 1:
+        why = "long copies on a stream for each owner are few, and few copies do not hold up kernel launches"
+    else:
+        why = "there is one owner to copy from" if plan.streams else "nothing is remote"
+    return CopyPath(
+        plan="streams" if slice_bytes == "auto" else "slices",
+        why=why,
+        num_streams=len(plan.streams),
+        num_copies=plan.num_copies,
+        issued_by=issuer.issued_by,
+    )
 
 
 class InlineIssuer:

@@ -23,7 +23,7 @@ from vmm_dwdp.observe.tracer import Tracer
 from vmm_dwdp.schedule.capture import CapturedPasses
 from vmm_dwdp.schedule.given_stream import StreamLike, given_stream
 from vmm_dwdp.schedule.in_place import InPlace
-from vmm_dwdp.schedule.issue import Issuer, open_issuer
+from vmm_dwdp.schedule.issue import copy_path, open_issuer
 from vmm_dwdp.schedule.layer import Fetch, ScheduledLayer, StagedLayer
 from vmm_dwdp.schedule.mode_choice import ModeChooser
 from vmm_dwdp.schedule.staging import Staging
@@ -105,7 +105,7 @@ class Schedule:
         eager, captured = self._fetches(plans), self._fetches(whole)
         most = max(plans, key=lambda plan: plan.num_copies)
         issuer = open_issuer(self._driver, self._ledger, most.num_copies)
-        self._copy_path = _describe(most, self._config, issuer)
+        self._copy_path = copy_path(most, self._config.slice_bytes, issuer)
         self._staging = Staging(self._driver, self._ledger, issuer, eager, self._config.prefetch_depth)
         for each, staged in zip(self._layers.values(), self._staging.layers, strict=True):
             each.staged = staged
@@ -258,10 +258,22 @@ class Schedule:
     @contextmanager
     def suspended(self, refills: Callable[[], bool] = lambda: True) -> Iterator[None]:
         """Nothing is read or copied while the body runs, and slots and cache hold nothing; afterwards they are filled
-        anew, whether it succeeds or not, if it ``refills``.
+        anew, whether it succeeds or not, if it ``refills``. In the body the caller's device is current.
 
         Raises `StateError` if a layer is acquired, or a stream is being captured.
         """
+        with self._driver.current():
+            self._forget()
+        try:
+            yield
+        except BaseException as error:
+            if refills():
+                undo_after(error, self._refill)
+            raise
+        if refills():
+            self._refill()
+
+    def _forget(self) -> None:
         if self._driver.capture(self._driver.current_stream()):
             raise StateError("what is in memory is changed between replays of a graph, not in a capture")
         if self._in_place is not None:
@@ -273,22 +285,15 @@ class Schedule:
             self._staging.forget()
         if self._assembly.cache is not None:
             self._assembly.cache.forget()
-        try:
-            yield
-        except BaseException as error:
-            if refills():
-                undo_after(error, self._refill)
-            raise
-        if refills():
-            self._refill()
 
     def _refill(self) -> None:
         if self._stopped:
             return
-        if self._staging is not None:
-            self._staging.reset(self._driver.current_stream())
-        if self._assembly.cache is not None:
-            self._assembly.cache.refill()
+        with self._driver.current():
+            if self._staging is not None:
+                self._staging.reset(self._driver.current_stream())
+            if self._assembly.cache is not None:
+                self._assembly.cache.refill()
 
     def refresh_cache(self) -> None:
         """See `DWDPRuntime.refresh_cache`."""
@@ -381,20 +386,3 @@ class Schedule:
                 with failures.noted():
                     part.close()
         failures.raise_first()
-
-
-def _describe(plan: LayerPlan, config: DWDPConfig, issuer: Issuer) -> CopyPath:
-    """How the copies of ``plan``, which has most, get to the driver."""
-    if config.slice_bytes != "auto":
-        why = f"slice_bytes is {config.slice_bytes}"
-    elif len(plan.streams) > 1:
-        why = "long copies on a stream for each owner are few, and few copies do not hold up kernel launches"
-    else:
-        why = "there is one owner to copy from" if plan.streams else "nothing is remote"
-    return CopyPath(
-        plan="streams" if config.slice_bytes == "auto" else "slices",
-        why=why,
-        num_streams=len(plan.streams),
-        num_copies=plan.num_copies,
-        issued_by=issuer.issued_by,
-    )

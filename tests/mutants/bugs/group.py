@@ -250,8 +250,8 @@ BUGS: Final = (
     Bug(
         "one expert of a half-written shard stands for all",
         "vmm_dwdp/group/update.py",
-        "if experts >= set(",
-        "if experts & set(",
+        "            >= set(self._layers",
+        "            & set(self._layers",
         _UPDATING,
     ),
     Bug(

@@ -149,8 +149,8 @@ BUGS: Final = (
     Bug(
         "a stream of another device is taken",
         "vmm_dwdp/schedule/given_stream.py",
-        "        if stream.device != driver.device:\n",
-        "        if stream.device is None:\n",
+        "        if device != driver.device:\n",
+        "        if device is None:\n",
         _CURRENT,
     ),
 )

@@ -109,6 +109,13 @@ def live(runtimes: list[Any]) -> None:
         shard = model[1]["w"][4:] if runtime.local_experts(1).start == 4 else model[1]["w"][:2]
         runtime.update({(1, "w", 0): shard})
         runtime.check_integrity(verify=True)
+        with runtime.updating() as update:
+            update.write(1, "w", model[1]["w"][0], experts=0) if 0 in runtime.local_experts(1) else None
+        with runtime.forward_pass(mode="staged"):
+            runtime.acquire(0)
+            runtime.release(0)
+        assert runtime.published
+        assert not runtime.closed
         runtime.sleep()
         assert runtime.asleep
         runtime.wake()

@@ -88,7 +88,7 @@ def test_what_the_note_says_is_what_is_done(tcp: TCPPlace, ledger: Ledger) -> No
         send(sock, nonces[NONCE_NBYTES:] + own + payload, deadline=soon())
         told, _ = receive(sock, max_bytes=1 << 16, max_fds=0, deadline=soon(), ledger=ledger)
     answer = told[PROOF_NBYTES:]
-    assert json.loads(answer) == {"error": None, "group": GROUP}
+    assert json.loads(answer) == {"error": None, "group": GROUP, "asleep": False}
     assert told[:PROOF_NBYTES] == proof(key, nonces, 0, answer, asked=own)
 
 
@@ -130,13 +130,13 @@ def test_a_stranger_is_not_answered_and_costs_nobody_anything(tcp: TCPPlace, led
                 sock.sendall(STRANGERS[stranger](tcp, nonce))
                 sock.shutdown(socket.SHUT_WR)
             assert ends_without_an_answer(sock)
-        assert answer_to(tcp, request(tcp), ledger) == {"error": None, "group": GROUP}
+        assert answer_to(tcp, request(tcp), ledger) == {"error": None, "group": GROUP, "asleep": False}
 
 
 def test_what_was_heard_on_the_wire_opens_no_door_again(tcp: TCPPlace, ledger: Ledger) -> None:
     """Neither at the rank it was said to, nor at another, nor at the one that said it; and it has no secret in it."""
     with serving(tcp, ledger), serving(tcp, ledger, 2) as other, listening_in(tcp, ledger, 1) as (door, heard):
-        assert door.collect(0, 0, 1, soon()) == [TOKEN]
+        assert door.collect(0, 0, {"device": 1}, soon()) == ("device", [TOKEN])
         assert other.alive(1, soon())
         for rank in 0, 1, 2:
             for said in list(heard):
@@ -216,12 +216,12 @@ def test_ranks_that_know_different_things_are_told_so(tcp: TCPPlace, ledger: Led
             ExchangeError,
             match=r"asking rank 0 for 'shares': .*: it was ended, or knows another secret or other addresses",
         ):
-            wrong.collect(0, 0, 1, soon())
+            wrong.collect(0, 0, {"device": 1}, soon())
         with pytest.raises(
             ExchangeError,
             match=r"rank 1 did not come: nobody listens at .*; but a process came that knows another secret",
         ):
-            door.collect(1, 1, 1, time.monotonic())
+            door.collect(1, 1, {"device": 1}, time.monotonic())
 
 
 @contextmanager
@@ -285,7 +285,7 @@ def test_a_rank_that_asks_itself_by_another_s_address_is_refused(tcp: TCPPlace, 
     with serving(tcp, ledger, 1) as door:
         door._transport._door._addresses = (tcp.addresses[1], *tcp.addresses[1:])
         with pytest.raises(ExchangeError, match="knows another secret or other addresses"):
-            door.collect(0, 0, 1, soon())
+            door.collect(0, 0, {"device": 1}, soon())
 
 
 def test_another_program_that_listens_there(tcp: TCPPlace, ledger: Ledger) -> None:
@@ -299,7 +299,7 @@ def test_another_program_that_listens_there(tcp: TCPPlace, ledger: Ledger) -> No
         greeting = threading.Thread(target=greet)
         greeting.start()
         with pytest.raises(ExchangeError, match=r"asking rank 0 for 'shares': a message begins with b'SSH-'"):
-            exchange(tcp.door(1), ledger, 1).collect(0, 0, 1, soon())
+            exchange(tcp.door(1), ledger, 1).collect(0, 0, {"device": 1}, soon())
         greeting.join()
 
 
@@ -310,7 +310,7 @@ def test_a_host_that_neither_takes_nor_refuses_is_waited_for_until_the_deadline(
     with tcp.listener(0, backlog=0), tcp.connect(0):
         begin = time.monotonic()
         with pytest.raises(ExchangeError, match=r"rank 0 takes no connections at .* \(its host is gone, packets are"):
-            door.collect(0, 0, 1, begin + 0.5)
+            door.collect(0, 0, {"device": 1}, begin + 0.5)
         assert time.monotonic() >= begin + 0.5
         assert door.listens(0), "nobody can tell"
         assert not door.alive(0, time.monotonic() + 0.1)
@@ -326,7 +326,7 @@ def test_who_takes_a_connection_and_says_nothing_is_waited_for_until_the_deadlin
     tcp: TCPPlace, ledger: Ledger
 ) -> None:
     with tcp.listener(0, backlog=1), pytest.raises(ExchangeError, match="the peer did not send a message in time"):
-        exchange(tcp.door(1), ledger, 1).collect(0, 0, 1, time.monotonic() + 0.2)
+        exchange(tcp.door(1), ledger, 1).collect(0, 0, {"device": 1}, time.monotonic() + 0.2)
 
 
 @pytest.mark.parametrize("code", ["EHOSTUNREACH", "ENETUNREACH", "ETIMEDOUT"])
@@ -343,7 +343,7 @@ def test_a_network_that_has_no_way_there_may_get_one(
     monkeypatch.setattr(tcp_door, "_await_connection", unreachable)
     door = exchange(tcp.door(1), ledger, 1)
     with pytest.raises(ExchangeError, match=r"rank 0 takes no connections at .*: no way there"):
-        door.collect(0, 0, 1, time.monotonic() + 0.1)
+        door.collect(0, 0, {"device": 1}, time.monotonic() + 0.1)
     assert len(tried) > 1
     assert door.listens(0)
 
@@ -365,7 +365,7 @@ def test_a_socket_that_is_connected_to_itself_is_nobody(
         patched.setattr(socket, "socket", Unlucky)
         assert not door.listens(0)
         with pytest.raises(ExchangeError, match="rank 0 did not come: nobody listens at"):
-            door.collect(0, 0, 1, time.monotonic())
+            door.collect(0, 0, {"device": 1}, time.monotonic())
     assert len(connected) == 2
     with serving(tcp, ledger):  # whose port it still is
         assert door.listens(0)
