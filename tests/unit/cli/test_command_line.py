@@ -181,8 +181,11 @@ def test_ctrl_c_while_torch_is_imported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("running", [0, 3], ids=["ranks start", "ranks run"])
-def test_ctrl_c_reaches_all_processes_of_a_group_and_leaves_nothing(running: int, tmp_path: Path) -> None:
+def test_ctrl_c_reaches_all_processes_of_a_group_and_leaves_nothing(
+    running: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """As a terminal sends it: to the command and to its ranks, which are importing, or have come to their group."""
+    tmp_path = tmp_path_factory.mktemp("at")  # short, as ranks listen at sockets below it
     with start("trace", "--group-size", "3", "--passes", "1000000", at=tmp_path) as process:
         try:
             while len(ranks := of_ranks(process.pid)) < 3 or len([*tmp_path.glob("*/group/rank-*")]) < running:

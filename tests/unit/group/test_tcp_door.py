@@ -317,7 +317,7 @@ def test_a_host_that_neither_takes_nor_refuses_is_waited_for_until_the_deadline(
         with (
             serving(tcp, ledger, 2),
             pytest.raises(ExchangeError, match="rank 0 takes no connections"),
-            door.attempt("together", time.monotonic() + 0.5),
+            door.attempt("update", "together", time.monotonic() + 0.5),
         ):
             pass
 
