@@ -26,6 +26,7 @@ from typing import Final
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
+from torch import library
 
 from vmm_dwdp.errors import StateError
 from vmm_dwdp.runtime import DWDPRuntime
@@ -65,10 +66,10 @@ def _nothing(x: torch.Tensor, runtime: int, layer: int) -> None:
     """What it is to a compiler, which has no bytes."""
 
 
-_library: Final = torch.library.Library("vmm_dwdp", "DEF")  # type: ignore[no-untyped-call]
+_operators: Final = library.Library("vmm_dwdp", "DEF")  # type: ignore[no-untyped-call]
 # Not in inductor's own CUDA graphs. A torch that does not know the tag captures none around operators that it does not.
 _tags: Final = [tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None]
 for _name, _call in ("acquire", _acquire), ("release", _release):
-    _library.define(f"{_name}(Tensor(a!) x, int runtime, int layer) -> ()", tags=_tags)  # type: ignore[no-untyped-call]
-    _library.impl(_name, _call, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"vmm_dwdp::{_name}", _nothing, lib=_library)
+    _operators.define(f"{_name}(Tensor(a!) x, int runtime, int layer) -> ()", tags=_tags)  # type: ignore[no-untyped-call]
+    _operators.impl(_name, _call, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    library.register_fake(f"vmm_dwdp::{_name}", _nothing, lib=_operators)

@@ -140,5 +140,5 @@ class Together(Rank):
         self._assembly.require_can_sleep()
         with self._driver.current(), self._lifecycle.undisturbed():
             self._lifecycle.ask_again()  # so that the next acquire asks whether it may
-            with self._schedule.suspended(lambda: self._lifecycle.is_running and not self.asleep):
+            with self._schedule.suspended(lambda: not self.asleep):
                 yield

@@ -205,6 +205,22 @@ def test_other_calls_in_its_block(runtime: DWDPRuntime, call: str) -> None:
     check(runtime, expected)
 
 
+def test_another_thread_in_its_block(runtime: DWDPRuntime) -> None:
+    """Whatever it asks for in the middle, from whichever thread it will pass next."""
+
+    def ask(call: str) -> str:
+        with pytest.raises(StateError) as raised:
+            CALLS[call](runtime)
+        return str(raised.value)
+
+    with ThreadPoolExecutor(1) as pool:
+        with runtime.updating() as update:
+            update.write(0, "a", NEW[0]["a"][:7])
+            told = {call: pool.submit(ask, call).result() for call in CALLS}
+        pool.submit(check, runtime, {**OLD, 0: {**OLD[0], "a": torch.cat([NEW[0]["a"][:7], OLD[0]["a"][7:]])}}).result()
+    assert all("an update is under way" in sentence for sentence in told.values()), told
+
+
 def test_what_does_not_fit(runtime: DWDPRuntime) -> None:
     good = NEW[0]["a"]
     with runtime.updating() as update:

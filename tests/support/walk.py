@@ -1,112 +1,27 @@
 """A random walk over everything that a group can be told, judged by what the documentation says, and by nothing else.
 
-One seed is one walk: the config, the layers, the steps and their bytes. `Walk` keeps a model of the group: which ranks
-are there, what is acquired, which bytes every layer has. What a call returns or refuses is compared with it.
+One seed is one walk: the config, the layers, the steps and their bytes. A model of the group is kept: which ranks are
+there, what is acquired, which bytes every layer has. What a call returns or refuses is compared with it.
 """
 
 from __future__ import annotations
 
-import ast
 import os
-import random
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Final
 
-from support.drivers import NativeDriver
-from support.groups import PAGE
-from support.ranks import Bytes, InProcess, InThread, Outcome, Shape, Side, digest
-from vmm_dwdp import HOST, DWDPConfig, ExpertPlacement
-from vmm_dwdp.allocator.native import HAS_NATIVE
+from support.ranks import Bytes, InProcess, Outcome, digest
+from support.walked_group import Rank, WalkedGroup, Wrong
+from vmm_dwdp import HOST, ExpertPlacement
 
 SOON: Final = 0.25  # seconds: how long is waited for a rank that does not come
 LATE: Final = 30.0  # seconds: for one that does
 REFUSED: Final = {"ConfigError", "StateError", "ExchangeError", "DriverError"}
-NUMBERS: Final = {"uint8": 1, "bfloat16": 2, "float32": 4}  # bytes an element
 
 
-class Wrong(AssertionError):
-    """The group did what the documentation does not say."""
-
-
-@dataclass
-class Rank:
-    """What is known of one rank.
-
-    Attributes:
-        acquired: by layer, the mode that was asked for: which one ``auto`` chose is not known.
-        barred: whether it must refuse to read, because an update broke off.
-        kept: whether somebody holds a tensor.
-        acquires: that succeeded since it was published.
-    """
-
-    number: int
-    there: InThread | InProcess
-    state: str = "set-up"  # then "running", then "closed" or "dead", and "gone" at the end
-    acquired: dict[int, str] = field(default_factory=dict)
-    barred: bool = False
-    kept: bool = False
-    acquires: int = 0
-
-
-class Walk:
-    """One group, from set-up to close."""
-
-    def __init__(self, seed: int, *, processes: bool = False) -> None:
-        self.chance = random.Random(seed)
-        self.seed = seed
-        self.processes = processes
-        self.steps: list[str] = []
-        self.config, self.layers = self._group()
-        self.numbers = list(self.layers)
-        self.model = self._bytes(list(self._weights()))
-        self.candidates: list[Bytes] = [self.model]  # one of these; several after an update that broke off
-        self.native = HAS_NATIVE and not processes and self.chance.random() < 0.3
-
-    # -- what is drawn -------------------------------------------------------------------------------------------------
-    def _group(self) -> tuple[DWDPConfig, dict[int, dict[str, Shape]]]:
-        chance = self.chance
-        size = chance.randint(2, 3) if self.processes else chance.randint(1, 3)
-        assembly: Any = "vmm" if self.processes or chance.random() < 0.85 else "tensor_list"
-        experts = chance.randint(1, 9)
-        hosted = chance.randint(0, experts) if assembly == "vmm" and chance.random() < 0.7 else 0
-        least = -(-(experts - hosted) // size)
-        mode: Any = chance.choice(["staged", "in_place", "auto"]) if assembly == "vmm" else "staged"
-        in_place = mode != "staged"
-        config = DWDPConfig(
-            group_size=size,
-            num_local_experts=chance.choice([None, chance.randint(least, experts - hosted)]),
-            prefetch_depth=chance.randint(0 if mode == "in_place" else 1, 3),
-            slice_bytes=chance.choice(["auto", 256, 4096]),
-            host_experts=hosted,
-            assembly=assembly,
-            mode=mode,
-            resident_cache=chance.choice([0, 4, 50]) * PAGE if in_place else 0,
-            checksums=chance.random() < 0.6,
-        )
-        weights = {
-            f"w{i}": (chance.randint(1, 2600), chance.choice(list(NUMBERS))) for i in range(chance.randint(1, 2))
-        }
-        growth = chance.choice([0, 0, 301])
-        layers = {
-            3 * index + 1: {
-                name: ((experts, count + index * growth), dtype) for name, (count, dtype) in weights.items()
-            }
-            for index in range(chance.randint(1, 5))
-        }
-        return config, layers  # type: ignore[return-value]
-
-    def _weights(self) -> list[tuple[int, str]]:
-        return [(number, name) for number, weights in self.layers.items() for name in weights]
-
-    def _bytes(self, keys: list[tuple[int, str]]) -> Bytes:
-        """Random ones."""
-
-        def nbytes(shape: tuple[int, ...], dtype: str) -> int:
-            return shape[0] * shape[1] * NUMBERS[dtype]
-
-        return {(number, name): self.chance.randbytes(nbytes(*self.layers[number][name])) for number, name in keys}
+class Walk(WalkedGroup):
+    """From set-up to close."""
 
     # -- the walk ------------------------------------------------------------------------------------------------------
     def run(self, steps: int) -> None:
@@ -124,55 +39,6 @@ class Walk:
             finally:
                 for rank in self.ranks:
                     self._abandon(rank)
-
-    def __str__(self) -> str:
-        """How it came to this."""
-        tail = "\n  ".join(self.steps[-12:])
-        return f"seed {self.seed}, {len(self.steps)} steps, {self.config}, layers {self.layers}; the latest:\n  {tail}"
-
-    def _side(self, number: int) -> Side:
-        return Side(self.config, number, self.directory, self.layers, NativeDriver if self.native else None)
-
-    def _enter(self, number: int) -> Rank:
-        side = self._side(number)
-        return Rank(number, InProcess(side) if self.processes else InThread(side))
-
-    def _abandon(self, rank: Rank) -> None:
-        if rank.state != "gone":
-            if rank.state != "dead":
-                rank.there.begin("forget")()
-                rank.there.begin("close")()
-            rank.there.end()
-            rank.state = "gone"
-
-    def _begin(self, rank: Rank, command: str, *arguments: Any, **options: Any) -> Callable[[], Outcome]:
-        stated = [repr(each) for each in arguments if not isinstance(each, dict)]
-        stated += [f"{name}={value!r}" for name, value in options.items() if value is not None]
-        step = f"rank {rank.number}: {command}({', '.join(stated)})"
-        self.steps.append(step)
-        place = len(self.steps) - 1
-        begun = rank.there.begin(command, *arguments, **options)
-
-        def result() -> Outcome:
-            outcome = begun()
-            self.steps[place] = f"{step} -> {outcome.kind} {str(outcome.told)[:300]}"
-            if outcome.kind == "raw":
-                raise Wrong(f"{step} ended in an exception that is none of the library's:\n{outcome.told}")
-            return outcome
-
-        return result
-
-    def tell(self, rank: Rank, command: str, *arguments: Any, **options: Any) -> Outcome:
-        return self._begin(rank, command, *arguments, **options)()
-
-    def _must(self, outcome: Outcome, *kinds: str) -> Any:
-        """What it returned or was refused by, if it ended in one of these ways."""
-        if outcome.kind not in kinds:
-            raise Wrong(f"expected {' or '.join(kinds)}, not {outcome.kind}: {outcome.told}")
-        return outcome.told
-
-    def _done(self, rank: Rank, command: str, *arguments: Any, **options: Any) -> Any:
-        return self._must(self.tell(rank, command, *arguments, **options), "done")
 
     def _set_up(self) -> None:
         for rank in self.ranks:
@@ -255,135 +121,6 @@ class Walk:
             self._death: 2 * self.processes,
         }
         self.chance.choices(list(steps), list(steps.values()))[0](rank)
-
-    # -- passes --------------------------------------------------------------------------------------------------------
-    def _modes(self) -> list[str]:
-        return ["staged"] * bool(self.config.prefetch_depth) + ["in_place"] * (self.config.mode != "staged")
-
-    def _offered(self, mode: str) -> bool:
-        return mode in self._modes() or (mode == "auto" and len(self._modes()) == 2)
-
-    def _pass(self, rank: Rank) -> None:
-        order = list(self.numbers)
-        if self.chance.random() < 0.4:
-            order = self.chance.choices(order, k=self.chance.randint(1, 2 * len(order)))
-        mode = self.chance.choice([None, *self._modes()])
-        tokens = self.chance.choice([1, 3, 50, 400])
-        for layer in order:
-            if self._acquired(rank, layer, mode, tokens=tokens, chosen=self._chosen()):
-                self._must(self.tell(rank, "release", layer), "done")
-                del rank.acquired[layer]
-
-    def _stated_pass(self, rank: Rank) -> None:
-        """The mode and the tokens are stated once; afterwards nothing is acquired, however it ended."""
-        mode = self.chance.choice([None, *self._modes(), "in_place"])
-        order = self.numbers[: self.chance.randint(0, len(self.numbers))]
-        raises = self.chance.random() < 0.3
-        outcome = self.tell(rank, "stated_pass", order, raises, mode=mode, tokens=self.chance.choice([1, 300]))
-        if rank.acquired or rank.barred:
-            self._must(outcome, "StateError", "ConfigError")
-            return
-        if not self._offered(mode or self.config.mode):
-            self._must(outcome, "ConfigError")
-            return
-        told = self._must(outcome, "DWDPError" if raises else "done")
-        for layer, found in zip(order, ast.literal_eval(told) if raises else told, strict=True):
-            self._compare(layer, found)
-            rank.acquires += 1
-
-    def _chosen(self) -> Any:
-        experts = next(iter(self.layers.values()))["w0"][0][0]
-        if self.chance.random() < 0.5:
-            return None
-        favourite = self.chance.randrange(experts)
-        return [[self.chance.choice([favourite, -1, self.chance.randrange(experts)])] for _ in range(20)]
-
-    def _acquire(self, rank: Rank) -> None:
-        layer = self.chance.choice(self.numbers * 4 + [99, -1, None])
-        mode = self.chance.choice([None, None, "staged", "in_place", "auto", "fast"])
-        tokens = self.chance.choice([None, 0, 1, 30, 500])
-        top_k = self.chance.choice([None, None, 0, 1, 2, 100])
-        keep = self.chance.random() < 0.02
-        self._acquired(rank, layer, mode, tokens=tokens, top_k=top_k, chosen=self._chosen(), keep=keep)
-
-    def _acquired(self, rank: Rank, layer: Any, mode: str | None, **options: Any) -> bool:
-        """Acquire, judged; whether it succeeded."""
-        outcome = self.tell(rank, "acquire", layer, mode=mode, **options)
-        asked = mode or self.config.mode
-        kinds = self._allowed(rank, layer, asked, options.get("tokens"))
-        found = self._must(outcome, *kinds)
-        if outcome.kind != "done":
-            return False
-        self._compare(layer, found)
-        rank.acquired[layer] = asked
-        rank.acquires += 1
-        rank.kept |= bool(options.get("keep"))
-        return True
-
-    def _allowed(self, rank: Rank, layer: Any, asked: str, tokens: int | None) -> set[str]:
-        """How an acquire may end."""
-        if rank.barred:
-            return {"StateError"} if layer in self.numbers else {"ConfigError", "StateError"}
-        if layer not in self.numbers:
-            return {"ConfigError"}
-        refusals = set()
-        if not self._offered(asked):
-            refusals.add("ConfigError")
-        if asked == "auto" and tokens is None and self.numbers.index(layer) == 0:
-            refusals.add("ConfigError")
-        if layer in rank.acquired:
-            refusals.add("StateError")
-        depth = min(self.config.prefetch_depth, len(self.numbers))
-        unsure = False
-        if depth and asked != "in_place":
-            slot = self.numbers.index(layer) % depth
-            for other, mode in rank.acquired.items():
-                if other != layer and self.numbers.index(other) % depth == slot and mode != "in_place":
-                    if "auto" in (mode, asked):
-                        unsure = True
-                    else:
-                        refusals.add("StateError")
-        if unsure:
-            return {*refusals, "StateError"} | (set() if refusals else {"done"})
-        return refusals or {"done"}
-
-    def _compare(self, layer: int, found: dict[str, str]) -> None:
-        """Every byte, with what the candidates have; those that do not fit are none any more."""
-        fitting = [
-            model
-            for model in self.candidates
-            if found == {name: digest(model[layer, name]) for name in self.layers[layer]}
-        ]
-        if not fitting:
-            raise Wrong(f"layer {layer} has other bytes than the model")
-
-    def _release(self, rank: Rank) -> None:
-        layer = self.chance.choice(list(rank.acquired) * 3 + [*self.numbers, 99])
-        kinds = ["done"] if layer in rank.acquired else ["StateError"] if layer in self.numbers else ["ConfigError"]
-        if rank.barred:
-            kinds.append("StateError")
-        if self.tell_kind(self.tell(rank, "release", layer), kinds) == "done":
-            del rank.acquired[layer]
-
-    def tell_kind(self, outcome: Outcome, kinds: list[str]) -> str:
-        self._must(outcome, *kinds)
-        return outcome.kind
-
-    def _reset(self, rank: Rank) -> None:
-        self._done(rank, "call", "reset")
-        rank.acquired.clear()
-
-    def _abandoned(self, rank: Rank) -> None:
-        """A forward pass that fails inside ``with runtime.layer``: its own exception, and the layer is released."""
-        layer = self.chance.choice(self.numbers)
-        outcome = self.tell(rank, "abandoned", layer, tokens=5)
-        allowed = self._allowed(rank, layer, self.config.mode, 5)
-        if outcome.kind == "DWDPError":
-            if "done" not in allowed:
-                raise Wrong("layer() began, which acquire must refuse")
-            rank.acquires += 1
-        else:
-            self._must(outcome, *(allowed - {"done"}))
 
     # -- between passes ------------------------------------------------------------------------------------------------
     def _refresh(self, rank: Rank) -> None:

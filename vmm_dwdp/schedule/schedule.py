@@ -220,17 +220,23 @@ class Schedule:
         """How a layer is acquired, on a stream that runs or in the capture of the current one; ``None``: not at all."""
         if layer.read_in_place:
             return "in_place"
+        return "staged" if layer.staged is not None and self._is_staged(layer, self._driver.capturing()) else None
+
+    def _is_staged(self, layer: ScheduledLayer, capturing: bool) -> bool:
+        """Whether a layer is acquired staged: in the capture of the current stream, or where there is none."""
         if (staged := layer.staged) is None:
-            return None
-        if self._driver.capturing():
+            return False
+        if capturing:
             assert self._captured is not None
-            return "staged" if self._captured.is_acquired(staged) else None
-        return "staged" if staged.slot.reader is staged else None
+            return self._captured.is_acquired(staged)
+        return staged.slot.reader is staged
 
     @property
     def held(self) -> int | None:
         """The number of a layer that is acquired, on a stream that runs or in the capture of the current one."""
-        return next((number for number, layer in self._layers.items() if self._mode_of(layer) is not None), None)
+        capturing = self._driver.capturing()
+        held = (each for each in self._layers.values() if each.read_in_place or self._is_staged(each, capturing))
+        return next((each.layer.number for each in held), None)
 
     def tensor_list(self, number: int, weight: str) -> list[torch.Tensor]:
         """See `DWDPRuntime.tensor_list`."""

@@ -257,3 +257,27 @@ def test_layers_that_all_fit_into_slots_are_captured_without_a_copy() -> None:
     rig = Rig(2, 2)
     rig.capture()
     assert not [op for op in rig.program.graphs[0] if op.kind == "copy"]
+
+
+def test_a_pass_that_is_stated_once_is_captured_whole(tmp_path: Path) -> None:
+    model = random_model({number: {"w": ((6, 1000), torch.float32)} for number in range(4)})
+    driver = Capturing()
+    runtime = join(DWDPConfig(group_size=1, host_experts=4), 0, tmp_path / "rendezvous", model, driver)
+    driver.captured = {driver.current_stream()}
+    with runtime.forward_pass(tokens=3):
+        for number in model:
+            runtime.acquire(number)
+            runtime.release(number)
+    with (  # noqa: PT012
+        pytest.raises(StateError, match="layer 3 was acquired, and was not released") as raised,
+        runtime.forward_pass(),
+    ):
+        for number in model:
+            runtime.acquire(number)
+            if number != 3:
+                runtime.release(number)
+    assert any("there is nothing to reset" in note for note in raised.value.__notes__), "a capture cannot be given up"
+    driver.captured = set()
+    runtime.reset()
+    runtime.check_integrity()  # not the bytes: this driver has made the copies that only a replay would make
+    assert runtime.close().open() == []
