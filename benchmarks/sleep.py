@@ -64,7 +64,7 @@ def forward(runtime: DWDPRuntime, layers: int, x: Tensor) -> Tensor:
 
 
 def replayed(runtime: DWDPRuntime, layers: int, x: Tensor) -> Callable[[], Tensor]:
-    """A pass: of a graph that is captured here, on a GPU."""
+    """A pass: of a graph that is captured here, on a GPU, and reads ``x`` where it is."""
     if x.device.type != "cuda":
         return lambda: forward(runtime, layers, x)
     forward(runtime, layers, x)  # what the first product takes is not taken in a capture
@@ -93,7 +93,8 @@ def measure(gb: float, layers: int, cycles: int, device: torch.device) -> list[R
     hidden = max(16, int((expert_nbytes / 2) ** 0.5) // 16 * 16)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder, made(layers, hidden, device, Path(folder) / "group") as runtime:
-        run = replayed(runtime, layers, torch.randn(8, hidden).to(device, torch.bfloat16))
+        x = torch.randn(8, hidden).to(device, torch.bfloat16)
+        run = replayed(runtime, layers, x)
         expected = run()
         for cycle in range(cycles + 1):
             keep = cycle < cycles

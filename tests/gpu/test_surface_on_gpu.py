@@ -29,7 +29,7 @@ def whole() -> dict[int, dict[str, torch.Tensor]]:
 
 @pytest.fixture
 def runtime(whole: dict[int, dict[str, torch.Tensor]], tmp_path: Path) -> Iterator[DWDPRuntime]:
-    config = DWDPConfig(group_size=1, host_experts=EXPERTS - 3, mode="in_place", resident_cache=8 << 20)
+    config = DWDPConfig(group_size=1, host_experts=EXPERTS - 3, mode="in_place", resident_cache=LAYERS << 21)
     runtime = DWDPRuntime(config, 0, "cuda", tmp_path / "rendezvous")
     add_layers(runtime, whole)
     fill_shards(runtime, whole)

@@ -187,8 +187,10 @@ class Walk(WalkedGroup):
 
     # -- together ------------------------------------------------------------------------------------------------------
     def _changed(self) -> tuple[Bytes, list[Any] | None]:
-        """New bytes of some weights, and whose of them are written."""
+        """New bytes of some weights, and whose of them are written; of all where one could be half of each."""
         keys = self._weights()
+        if any(each.barred for each in self.ranks):
+            return self._bytes(keys), None
         chosen = self.chance.sample(keys, self.chance.randint(0 if self.chance.random() < 0.2 else 1, len(keys)))
         new = self._bytes(chosen)
         experts = next(iter(self.layers.values()))["w0"][0][0]
@@ -216,8 +218,6 @@ class Walk(WalkedGroup):
             if self.chance.random() < 0.8 or len(self.ranks) > 1:
                 self._reset(each)
         new, owners = self._changed()
-        if any(each.barred for each in self.ranks):
-            new, owners = self._bytes(self._weights()), None  # a weight that is not written could be half of each
         if not everybody:
             self._together([each for each in self.ranks if each.state == "running"], new, owners, SOON)
             return
