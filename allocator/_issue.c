@@ -61,7 +61,7 @@ static int read_batch(PyObject *tuple, Batch *batch) {
     Py_ssize_t count, num_attributes;
     if (!PyArg_ParseTuple(tuple, "KKKnKKn", &dsts, &srcs, &sizes, &count, &attributes, &firsts, &num_attributes))
         return -1;
-    *batch = (Batch){(void *)dsts, (void *)srcs, (void *)sizes, (void *)attributes, (void *)firsts, count, num_attributes};
+    *batch = (Batch){(void *)dsts, (void *)srcs, (void *)sizes, (void *)attributes, (void *)firsts, count, num_attributes, 0};
     return 0;
 }
 
@@ -71,7 +71,7 @@ static int read_lane(PyObject *tuple, Lane *lane) {
     if (!PyArg_ParseTuple(tuple, "KKO!K", &stream, &after, &PyTuple_Type, &batches, &then))
         return -1;
     Py_ssize_t count = PyTuple_Size(batches);
-    *lane = (Lane){(void *)stream, (void *)after, (void *)then, PyMem_Calloc(count, sizeof(Batch)), count};
+    *lane = (Lane){(void *)stream, (void *)after, (void *)then, PyMem_Calloc(count, sizeof(Batch)), count, NOBODY, NULL, 0, 0};
     if (!lane->batches)
         return PyErr_NoMemory(), -1;
     for (Py_ssize_t i = 0; i < count; i++)

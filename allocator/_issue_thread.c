@@ -13,7 +13,10 @@
 #include <sys/prctl.h>
 #include <time.h>
 
+#include "_clock.h"
+
 #define NAP_NS 50000
+#define SHORT_NAP_NS 10000
 #ifndef LINGER_NS
 #define LINGER_NS 300000000 /* longer than a layer takes over a slow link: 8 GB over PCIe */
 #endif
@@ -38,17 +41,6 @@ int is_here(const Issuer *issuer) {
     return issuer->forks == forks;
 }
 
-static int64_t now_ns(void) {
-    struct timespec at;
-    clock_gettime(CLOCK_MONOTONIC, &at);
-    return at.tv_sec * INT64_C(1000000000) + at.tv_nsec;
-}
-
-static void nap(int64_t ns) {
-    const struct timespec length = {ns / 1000000000, ns % 1000000000};
-    nanosleep(&length, NULL);
-}
-
 /* Leave the driver alone for a while, unless somebody waits or begins to. */
 static void leave_alone(Issuer *issuer, int64_t ns) {
     const int64_t until = now_ns() + ns;
@@ -59,24 +51,32 @@ static void leave_alone(Issuer *issuer, int64_t ns) {
     pthread_mutex_unlock(&issuer->lock);
 }
 
-static const char *run(Issuer *issuer, const Job *job, int *result) {
-    for (size_t i = 0; i < job->num_lanes; i++) {
-        const Lane *lane = &job->lanes[i];
-        if ((*result = issuer->wait_event(lane->stream, lane->after, 0)))
-            return "cuStreamWaitEvent";
-        for (size_t j = 0; j < lane->num_batches; j++) {
-            const Batch *b = &lane->batches[j];
-            const int64_t start = now_ns();
-            if ((*result = issuer->copy_batch(b->dsts, b->srcs, b->sizes, b->count, b->attributes, b->firsts,
-                                              b->num_attributes, lane->stream)))
-                return "cuMemcpyBatchAsync";
-            if (j + 1 < lane->num_batches)
-                leave_alone(issuer, PAUSE * (now_ns() - start));
-        }
-        if ((*result = issuer->record_event(lane->then, lane->stream, 0)))
-            return "cuEventRecordWithFlags";
+static const char *give_lane(Issuer *issuer, const Lane *lane, int *result) {
+    if ((*result = issuer->wait_event(lane->stream, lane->after, 0)))
+        return "cuStreamWaitEvent";
+    for (size_t i = 0; i < lane->num_batches; i++) {
+        const Batch *b = &lane->batches[i];
+        const int64_t start = now_ns();
+        if ((*result = issuer->copy_batch(b->dsts, b->srcs, b->sizes, b->count, b->attributes, b->firsts,
+                                          b->num_attributes, lane->stream)))
+            return "cuMemcpyBatchAsync";
+        if (i + 1 < lane->num_batches)
+            leave_alone(issuer, PAUSE * (now_ns() - start));
     }
-    return NULL;
+    return (*result = issuer->record_event(lane->then, lane->stream, 0)) ? "cuEventRecordWithFlags" : NULL;
+}
+
+/* Whether some of its runs are to be chosen one by one. */
+static int has_choice(const Job *job) {
+    return job->num_chosen && !job->is_whole;
+}
+
+/* Give the lanes of which nothing is to be chosen. */
+static const char *give_whole(Issuer *issuer, const Job *job, int *result) {
+    const char *call = NULL;
+    for (size_t i = 0; i < job->num_lanes - (has_choice(job) ? job->num_chosen : 0) && !call; i++)
+        call = give_lane(issuer, &job->lanes[i], result);
+    return call;
 }
 
 /* See what was submitted, and tell whether there is anything to do. */
@@ -93,15 +93,16 @@ static int has_work(Issuer *issuer) {
     return issuer->first != NULL;
 }
 
-/* The next job, or NULL after close, with the lock held. */
-static Job *next_job(Issuer *issuer) {
+/* Wait for a job, with the lock held; until close, too. */
+static void await_work(Issuer *issuer) {
     int64_t until = now_ns() + LINGER_NS;
     while (!has_work(issuer) && !issuer->closing) {
         if (now_ns() < until) {
             pthread_mutex_unlock(&issuer->lock);
-            nap(NAP_NS);
+            nap(look_at_runs(&issuer->pulls) ? SHORT_NAP_NS : NAP_NS); /* others wait to hear that a run has ended */
             pthread_mutex_lock(&issuer->lock);
         } else {
+            leave_page(&issuer->pulls);
             /* Either this sees what was pushed, or who pushed it sees that this is asleep, and signals. */
             __atomic_store_n(&issuer->asleep, 1, __ATOMIC_SEQ_CST);
             if (!has_work(issuer))
@@ -109,10 +110,59 @@ static Job *next_job(Issuer *issuer) {
             __atomic_store_n(&issuer->asleep, 0, __ATOMIC_SEQ_CST);
         }
     }
+}
+
+/* The next job, or NULL: after close, or where some job is under way and the next has to wait for its end. */
+static Job *next_job(Issuer *issuer) {
+    if (!issuer->pulls.num_open) {
+        pthread_mutex_lock(&issuer->lock);
+        await_work(issuer);
+        pthread_mutex_unlock(&issuer->lock);
+    } else if (issuer->pulls.num_open == MAX_OPEN || !has_work(issuer) || !has_choice(issuer->first)) {
+        return NULL;
+    }
     Job *job = issuer->first;
     if (job)
         issuer->first = job->next;
     return job;
+}
+
+/* The driver was given all of it, or has refused `call`. */
+static void end_job(Issuer *issuer, Job *job, const char *call, int result) {
+    pthread_mutex_lock(&issuer->lock);
+    job->call = call;
+    job->result = result;
+    __atomic_store_n(&job->state, call ? FAILED : DONE, __ATOMIC_RELEASE);
+    issuer->ended++;
+    pthread_cond_broadcast(&issuer->progress);
+    pthread_mutex_unlock(&issuer->lock);
+}
+
+/* All jobs, until close. */
+static void work(Issuer *issuer) {
+    Pulls *pulls = &issuer->pulls;
+    Job *open[MAX_OPEN] = {NULL}; /* as those of `pulls` */
+    for (;;) {
+        Job *job = next_job(issuer);
+        if (job) {
+            int result = 0;
+            const char *call = give_whole(issuer, job, &result);
+            if (has_choice(job)) {
+                open[pulls->num_open] = job;
+                open_runs(pulls, job->lanes + job->num_lanes - job->num_chosen, job->num_chosen, call, result);
+            } else {
+                end_job(issuer, job, call, result);
+            }
+        } else if (!pulls->num_open) {
+            return;
+        } else if (give_runs(pulls)) {
+            job = open[0];
+            open[0] = open[1];
+            int result;
+            const char *call = close_runs(pulls, &result);
+            end_job(issuer, job, call, result);
+        }
+    }
 }
 
 static void *serve(void *argument) {
@@ -123,18 +173,9 @@ static void *serve(void *argument) {
     issuer->start_result = issuer->set_current(issuer->context);
     issuer->started = 1;
     pthread_cond_broadcast(&issuer->progress);
-    for (Job *job; (job = next_job(issuer));) {
-        pthread_mutex_unlock(&issuer->lock);
-        int result = 0;
-        const char *call = run(issuer, job, &result);
-        pthread_mutex_lock(&issuer->lock);
-        job->call = call;
-        job->result = result;
-        __atomic_store_n(&job->state, call ? FAILED : DONE, __ATOMIC_RELEASE);
-        issuer->ended++;
-        pthread_cond_broadcast(&issuer->progress);
-    }
     pthread_mutex_unlock(&issuer->lock);
+    work(issuer);
+    leave_page(&issuer->pulls);
     return NULL;
 }
 

@@ -14,51 +14,37 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "_pulls.h"
+
 #pragma GCC visibility push(hidden) /* or a function of the same name elsewhere in the process could take its place */
-
-/* cuCtxSetCurrent, cuStreamWaitEvent, cuMemcpyBatchAsync and cuEventRecordWithFlags; 0 is success */
-typedef int (*SetCurrent)(void *context);
-typedef int (*WaitEvent)(void *stream, void *event, unsigned flags);
-typedef int (*CopyBatch)(void *dsts, void *srcs, void *sizes, size_t count, void *attributes, void *firsts,
-                         size_t num_attributes, void *stream);
-typedef int (*RecordEvent)(void *event, void *stream, unsigned flags);
-
-typedef struct {
-    void *dsts, *srcs, *sizes, *attributes, *firsts;
-    size_t count, num_attributes;
-} Batch;
-
-typedef struct { /* one stream: wait for `after`, copy, record `then` */
-    void *stream, *after, *then;
-    Batch *batches;
-    size_t num_batches;
-} Lane;
 
 enum { READY, SUBMITTED, DONE, FAILED }; /* a job's states */
 
 typedef struct Job { /* its memory, and the lanes', is the caller's, and stays while the job is SUBMITTED */
-    Lane *lanes;
-    size_t num_lanes;
+    Lane *lanes;       /* first those that are given whole, then `num_chosen` whose runs are chosen one by one */
+    size_t num_lanes, num_chosen;
+    int is_whole;     /* for now nothing is chosen */
     struct Job *next; /* in a list of what was submitted */
     int state;        /* atomic */
     const char *call; /* the one that failed */
     int result;
 } Job;
 
-typedef struct { /* its memory is the caller's, who states the first five, and zero for the rest */
+typedef struct { /* its memory is the caller's, who states the first six, and zero for the rest */
     SetCurrent set_current;
     WaitEvent wait_event;
     CopyBatch copy_batch;
     RecordEvent record_event;
     void *context;
+    Pulls pulls;
     unsigned forks; /* as they were when this was started */
     pthread_t thread;
     Job *pushed;        /* what was submitted and not seen by the thread yet, the latest first; atomic */
     uint64_t submitted; /* jobs, so far; atomic */
     int asleep;         /* until `work` is signalled; atomic */
+    Job *first;         /* what the thread, whose own this is, has seen, the earliest first */
     pthread_mutex_t lock; /* of all below */
     pthread_cond_t work, hurry, progress;
-    Job *first;     /* what the thread has seen, the earliest first */
     uint64_t ended; /* jobs; they end in the order of submission */
     int started, waiting, closing;
     int start_result;
