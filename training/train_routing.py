@@ -192,7 +192,7 @@ def record(
 ) -> tuple[dict[str, np.ndarray], list[str], dict[str, str]]:
     """Of each kind so many prompts of ``length`` unseen tokens, and what the model writes after them, as long again.
 
-    Returns the choices in prefill and decode, each sequence's kind, and what follows the end of one prompt of each kind.
+    Returns the choices in prefill and decode, each sequence's kind, and of each kind a prompt's end and its sequel.
     """
     random = torch.Generator(corpus.train.device).manual_seed(1)
     torch.manual_seed(1)  # of the sampling
@@ -242,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path, help="what mixed_corpus.py wrote")
     parser.add_argument("output", type=Path, help="folder for traces and results")
-    parser.add_argument("--seconds", type=float, default=540, help="for everything together")
+    parser.add_argument("--seconds", type=float, default=540, help="of compiling, training and recording together")
     parser.add_argument("--balance", type=float, nargs="+", default=[0.01, 0.001], help="weights of the balancing loss")
     parser.add_argument("--batch", type=int, default=32, help="windows of the model's context a step")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
