@@ -57,21 +57,35 @@ static void job_dealloc(PyObject *object) {
 }
 
 static int read_batch(PyObject *tuple, Batch *batch) {
-    unsigned long long dsts, srcs, sizes, attributes, firsts;
+    unsigned long long dsts, srcs, sizes, attributes, firsts, nbytes = 0;
     Py_ssize_t count, num_attributes;
-    if (!PyArg_ParseTuple(tuple, "KKKnKKn", &dsts, &srcs, &sizes, &count, &attributes, &firsts, &num_attributes))
+    if (!PyArg_ParseTuple(tuple, "KKKnKKn|K", &dsts, &srcs, &sizes, &count, &attributes, &firsts, &num_attributes,
+                          &nbytes))
         return -1;
-    *batch = (Batch){(void *)dsts, (void *)srcs, (void *)sizes, (void *)attributes, (void *)firsts, count, num_attributes, 0};
+    *batch = (Batch){(void *)dsts, (void *)srcs, (void *)sizes, (void *)attributes, (void *)firsts, count, num_attributes, nbytes};
     return 0;
 }
 
+/* Whether a job's latest lane can be chosen: it is of another rank that no lane before is of, and no run is empty. */
+static int can_be_chosen(const Page *page, const Job *job) {
+    const Lane *lane = &job->lanes[job->num_lanes - 1];
+    int is_good = lane->owner >= 0 && lane->owner < page->num_ranks && lane->owner != page->rank && lane->words;
+    for (size_t i = 0; i < lane->num_batches; i++)
+        is_good = is_good && lane->batches[i].nbytes;
+    for (size_t i = 0; i + 1 < job->num_lanes; i++)
+        is_good = is_good && job->lanes[i].owner != lane->owner;
+    return is_good;
+}
+
 static int read_lane(PyObject *tuple, Lane *lane) {
-    unsigned long long stream, after, then;
+    unsigned long long stream, after, then, words = 0;
     PyObject *batches;
-    if (!PyArg_ParseTuple(tuple, "KKO!K", &stream, &after, &PyTuple_Type, &batches, &then))
+    int whose = NOBODY;
+    if (!PyArg_ParseTuple(tuple, "KKO!K|iK", &stream, &after, &PyTuple_Type, &batches, &then, &whose, &words))
         return -1;
     Py_ssize_t count = PyTuple_Size(batches);
-    *lane = (Lane){(void *)stream, (void *)after, (void *)then, PyMem_Calloc(count, sizeof(Batch)), count, NOBODY, NULL, 0, 0};
+    *lane = (Lane){(void *)stream, (void *)after, (void *)then, PyMem_Calloc(count, sizeof(Batch)), count, whose,
+                   (uint32_t *)words, 0};
     if (!lane->batches)
         return PyErr_NoMemory(), -1;
     for (Py_ssize_t i = 0; i < count; i++)
@@ -96,8 +110,16 @@ static PyObject *issuer_job(PyObject *object, PyObject *arguments) {
         return PyErr_NoMemory();
     }
     for (Py_ssize_t i = 0; i < count; i++) {
+        Lane *lane = &made->job.lanes[i];
+        lane->owner = NOBODY;
         made->job.num_lanes++; /* also if it is refused: it may have batches to free */
-        if (read_lane(PyTuple_GetItem(lanes, i), &made->job.lanes[i])) {
+        if (read_lane(PyTuple_GetItem(lanes, i), lane)) {
+            Py_DECREF(made);
+            return NULL;
+        }
+        made->job.num_chosen += lane->owner != NOBODY;
+        if (lane->owner == NOBODY ? made->job.num_chosen : !can_be_chosen(&made->owner->issuer.pulls.page, &made->job)) {
+            PyErr_SetString(PyExc_ValueError, "runs come last, each lane's of another rank, and none is empty");
             Py_DECREF(made);
             return NULL;
         }
@@ -119,12 +141,51 @@ static PyObject *job_done(PyObject *object, void *unused) {
     return PyBool_FromLong(is_given(object));
 }
 
+static PyObject *job_whole(PyObject *object, void *unused) {
+    return PyBool_FromLong(((JobObject *)object)->job.is_whole);
+}
+
+static int set_job_whole(PyObject *object, PyObject *value, void *unused) {
+    Job *job = &((JobObject *)object)->job;
+    const int is_whole = value ? PyObject_IsTrue(value) : 0;
+    if (is_whole >= 0 && job_state(job) != SUBMITTED)
+        return job->is_whole = is_whole, 0;
+    if (is_whole >= 0)
+        PyErr_SetString(PyExc_RuntimeError, "submitted already");
+    return -1;
+}
+
 /* -- Issuer -------------------------------------------------------------------------------------------------------- */
+
+/* By which lines runs are chosen, and the calls that this takes. */
+static int read_choosing(PyObject *tuple, Pulls *pulls) {
+    unsigned long long first, write_value, query_event;
+    Py_ssize_t line_nbytes;
+    int num_ranks, rank;
+    if (!PyArg_ParseTuple(tuple, "KniiKK", &first, &line_nbytes, &num_ranks, &rank, &write_value, &query_event))
+        return -1;
+    if (num_ranks < 1 || num_ranks > MAX_RANKS || rank < 0 || rank >= num_ranks ||
+        line_nbytes < (Py_ssize_t)(sizeof(Line) + num_ranks * sizeof(uint32_t)))
+        return PyErr_SetString(PyExc_ValueError, "no such rank, or lines too short"), -1;
+    pulls->page = (Page){(char *)first, line_nbytes, num_ranks, rank};
+    pulls->write_value = (WriteValue)write_value;
+    pulls->query_event = (QueryEvent)query_event;
+    return 0;
+}
 
 static PyObject *issuer_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
     unsigned long long set_current, wait_event, copy_batch, record_event, context;
     PyObject *failure;
-    if (!PyArg_ParseTuple(arguments, "KKKKKO", &set_current, &wait_event, &copy_batch, &record_event, &context, &failure))
+    PyObject *choosing = Py_None;
+    if (!PyArg_ParseTuple(arguments, "KKKKKO|O", &set_current, &wait_event, &copy_batch, &record_event, &context,
+                          &failure, &choosing))
+        return NULL;
+    Pulls pulls = {
+        .wait_event = (WaitEvent)wait_event,
+        .copy_batch = (CopyBatch)copy_batch,
+        .record_event = (RecordEvent)record_event,
+    };
+    if (choosing != Py_None && read_choosing(choosing, &pulls))
         return NULL;
     IssuerObject *self = PyObject_New(IssuerObject, type);
     if (!self)
@@ -135,6 +196,7 @@ static PyObject *issuer_new(PyTypeObject *type, PyObject *arguments, PyObject *k
         .copy_batch = (CopyBatch)copy_batch,
         .record_event = (RecordEvent)record_event,
         .context = (void *)context,
+        .pulls = pulls,
     };
     self->failure = Py_NewRef(failure);
     int failed;
@@ -201,6 +263,7 @@ static PyMethodDef job_methods[] = {
 };
 static PyGetSetDef job_members[] = {
     {"done", job_done, NULL, "Whether the driver was given everything.", NULL},
+    {"whole", job_whole, set_job_whole, "Whether nothing is chosen, though there are runs, when it is given next.", NULL},
     {NULL},
 };
 static PyType_Slot job_slots[] = {

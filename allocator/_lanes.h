@@ -30,7 +30,6 @@ typedef struct { /* one stream: wait for `after`, copy, record `then` */
     Batch *batches;
     size_t num_batches;
     int owner;         /* of the bytes, if they come in runs of which the next is chosen; else NOBODY */
-    uint32_t *words;   /* of the stream, as this process sees them; the rest is for lanes that have an owner */
-    uint64_t words_at; /* as the device does */
+    uint32_t *words;   /* of the stream, where the device sees them, too; this and the next for lanes with an owner */
     size_t next;       /* batch to be given */
 } Lane;

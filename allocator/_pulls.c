@@ -8,6 +8,7 @@
 
 #define LOOK_NS 2000     /* between two looks at a run, of which a nap takes some microseconds more, */
 #define SPIN_NS 20000    /* but for so long before it can end: then there are no naps */
+#define LEAD_NS 20000    /* before it can end, the next one is given */
 #define OVERLAP_NS 100000 /* of two runs, after which the later one tells nothing of how fast one can be */
 #define REST_NS 20000    /* between two looks where nothing is urgent: at a slot that is still read */
 #define QUERY_NS 5000000 /* between two questions whether the stream still runs: after a fault it writes nothing */
@@ -16,10 +17,12 @@ static Line *own_line(const Pulls *pulls) {
     return line_of(&pulls->page, pulls->page.rank);
 }
 
-/* A rank that sees nobody is seen by nobody. */
-static void say_under_way(const Pulls *pulls, int owner, int change) {
+/* Its flights, and `claimed`, which are about to be. A rank that sees nobody is seen by nobody. */
+static void say_under_way(const Pulls *pulls, int owner, uint32_t claimed) {
+    for (int i = 0; i < pulls->num_flights; i++)
+        claimed += pulls->flights[i].owner == owner;
     if (pulls->page.lines)
-        __atomic_fetch_add(&own_line(pulls)->under_way[owner], change, __ATOMIC_SEQ_CST);
+        __atomic_store_n(&own_line(pulls)->under_way[owner], claimed, __ATOMIC_SEQ_CST);
 }
 
 static void say_pulls(const Pulls *pulls, int is_pulling, int64_t now) {
@@ -30,8 +33,10 @@ static void say_pulls(const Pulls *pulls, int is_pulling, int64_t now) {
 }
 
 void leave_page(Pulls *pulls) {
-    while (pulls->num_flights)
-        say_under_way(pulls, pulls->flights[--pulls->num_flights].owner, -1);
+    while (pulls->num_flights) {
+        const int owner = pulls->flights[--pulls->num_flights].owner;
+        say_under_way(pulls, owner, 0);
+    }
     say_pulls(pulls, 0, now_ns());
 }
 
@@ -59,7 +64,7 @@ int look_at_runs(Pulls *pulls) {
         for (int j = 0; j < pulls->num_flights; j++)
             pulls->flights[j].begun_ns = now;
         learn(pulls, &ended, now);
-        say_under_way(pulls, ended.owner, -1);
+        say_under_way(pulls, ended.owner, 0);
     }
     say_pulls(pulls, pulls->num_flights || (pulls->num_open && pulls->open[0].is_read), now);
     return pulls->num_flights;
@@ -73,7 +78,7 @@ static int64_t can_end(const Pulls *pulls) {
 static int has_room(const Pulls *pulls, int64_t now) {
     if (pulls->num_flights == 0 || pulls->num_flights == MAX_FLIGHTS)
         return pulls->num_flights == 0;
-    return (pulls->lead_ns && now >= can_end(pulls) - pulls->lead_ns) || pulls_alone(&pulls->page, now);
+    return now >= can_end(pulls) - LEAD_NS || pulls_alone(&pulls->page, now);
 }
 
 /* -- a run --------------------------------------------------------------------------------------------------------- */
@@ -100,7 +105,7 @@ static Giving *claim_run(Pulls *pulls, int64_t now, int *owner) {
     *owner = settle_owner(&pulls->page, chosen, giving->left, before, now, pulls->pulled);
     if (*owner != chosen) {
         say_under_way(pulls, *owner, 1);
-        say_under_way(pulls, chosen, -1);
+        say_under_way(pulls, chosen, 0);
     }
     return giving;
 }
@@ -123,10 +128,10 @@ static void give_run(Pulls *pulls, Giving *giving, int owner, int64_t now) {
                                    lane->stream);
     if (!result) {
         call = "cuStreamWriteValue32";
-        result = pulls->write_value(lane->stream, lane->words_at, ++lane->words[TOLD], 0);
+        result = pulls->write_value(lane->stream, (uint64_t)lane->words, ++lane->words[TOLD], 0);
     }
     if (result) {
-        say_under_way(pulls, owner, -1);
+        say_under_way(pulls, owner, 0);
         return fail(giving, call, result);
     }
     pulls->flights[pulls->num_flights++] = (Flight){lane->words, lane->words[TOLD], owner, b->nbytes, now, now};
@@ -201,12 +206,8 @@ int give_runs(Pulls *pulls) {
         ask_whether_runs_end(pulls, first, now);
         if (!first->is_read)
             nap(REST_NS);
-        else if (pulls->num_flights == MAX_FLIGHTS || can_end(pulls) - pulls->lead_ns - now > SPIN_NS)
-#ifdef ALWAYS
-;
-#else
+        else if (pulls->num_flights == MAX_FLIGHTS || can_end(pulls) - LEAD_NS - now > SPIN_NS)
             nap(LOOK_NS);
-#endif
     }
     return !first->all;
 }

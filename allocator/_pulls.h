@@ -35,9 +35,8 @@ typedef struct { /* the lanes of a job, from its beginning until all its runs ar
 
 #define MAX_OPEN 2 /* jobs: where every owner of the first is pulled from by others, one of the second may not be */
 
-typedef struct { /* of one thread, which alone calls what is here; whoever makes it states the first eight */
+typedef struct { /* of one thread, which alone calls what is here; whoever makes it states the first six */
     Page page;
-    int64_t lead_ns;
     WaitEvent wait_event;
     CopyBatch copy_batch;
     RecordEvent record_event;

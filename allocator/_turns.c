@@ -2,8 +2,9 @@
 
 #include "_turns.h"
 
+/* In one order with what ranks claim: of two that claim at once, one sees the other. */
 static uint32_t word(const uint32_t *at) {
-    return __atomic_load_n(at, __ATOMIC_RELAXED);
+    return __atomic_load_n(at, __ATOMIC_SEQ_CST);
 }
 
 /* The line of another rank, if it counts. */

@@ -32,6 +32,7 @@ class CopyBatch:
 
     Attributes:
         arguments: of the call, but for the stream.
+        nbytes: of all copies.
     """
 
     def __init__(self, call: BatchCall, copies: Sequence[Copy]) -> None:
@@ -42,6 +43,7 @@ class CopyBatch:
             (ctypes.c_size_t * count)(*(copy.nbytes for copy in copies)),
         )
         self.arguments = (*(ctypes.addressof(array) for array in self._arrays), count, *call.attributes)
+        self.nbytes = sum(copy.nbytes for copy in copies)
         self._call = call  # which owns the attributes
 
     def give(self, stream: int) -> int:

@@ -25,6 +25,7 @@ from vmm_dwdp.allocator.driver import (
     EventId,
     HandleId,
     HandleType,
+    LinesAt,
     Location,
     NativeCalls,
     StreamId,
@@ -262,10 +263,10 @@ class CudaDriver:
             for dst, src, nbytes in prepared.copies:
                 check(attempt, cuda.cuMemcpyAsync, dst, src, nbytes, stream)
 
-    def issuing_thread(self) -> CudaIssuingThread | None:
+    def issuing_thread(self, lines: LinesAt | None = None) -> CudaIssuingThread | None:
         if self._batch_call is None or not HAS_NATIVE:
             return None
-        return CudaIssuingThread.start(self._context.address, self._events, self._batch_call)
+        return CudaIssuingThread.start(self._context.address, self._events, self._batch_call, lines)
 
     def capture(self, stream: StreamId) -> int:
         result, status = cuda.cuStreamIsCapturing(stream)

@@ -83,6 +83,17 @@ class Lane(NamedTuple):
     after: EventId
     copies: Any  # as `Driver.prepare` made them
     then: EventId
+    owner: int | None = None  # the rank of whose memory it copies ``runs``, if the next run is chosen among the lanes
+    runs: tuple[Any, ...] = ()  # the same copies, in parts, as `Driver.prepare` made them
+
+
+class LinesAt(NamedTuple):
+    """Where in this process the lines are by which runs are chosen; see `vmm_dwdp.memory.lines`."""
+
+    first: int  # address
+    nbytes: int  # from one line to the next
+    num_ranks: int
+    rank: int  # whose own line this process writes
 
 
 class Ticket(Protocol):
@@ -90,7 +101,11 @@ class Ticket(Protocol):
 
     Attributes:
         done: whether the driver has been given everything: then `result` has nothing to wait for and nothing to raise.
+        whole: whether its lanes are given one after another from now on, though they have runs to choose from: so
+            giving them waits for nothing.
     """
+
+    whole: bool
 
     @property
     def done(self) -> bool: ...
@@ -251,8 +266,12 @@ class Driver(Protocol):
         While ``stream`` is captured, each becomes a node of the graph.
         """
 
-    def issuing_thread(self) -> IssuingThread | None:
-        """A new one, or ``None`` where there is none: then a thread of Python's has to do."""
+    def issuing_thread(self, lines: LinesAt | None = None) -> IssuingThread | None:
+        """A new one, or ``None`` where there is none: then a thread of Python's has to do.
+
+        ``lines``: those by which it chooses runs; a job that has some waits for the event ``after`` of its lanes, which
+        is one and the same, before the driver is given the first.
+        """
 
     def capture(self, stream: StreamId) -> int:
         """Which capture into a graph ``stream`` takes part in, a number that no other capture has; 0 if none.

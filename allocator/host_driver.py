@@ -31,6 +31,7 @@ from vmm_dwdp.allocator.driver import (
     HandleId,
     HandleType,
     IssuingThread,
+    LinesAt,
     Location,
     NativeCalls,
     StreamId,
@@ -315,7 +316,7 @@ class HostDriver:
         uses = self._uses(prepared)
         self._stream("copy", stream).submit(functools.partial(_copy, prepared, uses))
 
-    def issuing_thread(self) -> IssuingThread | None:
+    def issuing_thread(self, lines: LinesAt | None = None) -> IssuingThread | None:
         return None
 
     def capture(self, stream: StreamId) -> int:

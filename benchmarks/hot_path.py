@@ -38,7 +38,7 @@ if PYTHON_ALONE in sys.argv:
 import torch  # noqa: E402
 
 from vmm_dwdp import DWDPConfig, DWDPRuntime, WeightSpec  # noqa: E402
-from vmm_dwdp.allocator.driver import Lane, NativeCalls  # noqa: E402
+from vmm_dwdp.allocator.driver import Lane, LinesAt, NativeCalls  # noqa: E402
 from vmm_dwdp.allocator.host_driver import HostDriver  # noqa: E402
 from vmm_dwdp.allocator.native import HAS_NATIVE  # noqa: E402
 from vmm_dwdp.schedule.issue import Job  # noqa: E402
@@ -95,7 +95,7 @@ class IdleDriver(HostDriver):
     def elapsed(self, start: int, end: int) -> float:
         return 0.0
 
-    def issuing_thread(self) -> Any:
+    def issuing_thread(self, lines: LinesAt | None = None) -> Any:
         return IdleThread() if HAS_NATIVE else IdleIssuer()
 
 

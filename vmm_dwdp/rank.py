@@ -219,7 +219,7 @@ class Rank:
 
     def _start(self) -> None:
         with uninterrupted():
-            self._schedule.start()
+            self._schedule.start(self._membership.lines)
             self._begin()
 
     def _begin(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Final, Self
 import pytest
 
 from support.groups import PAGE
-from vmm_dwdp.allocator.driver import DEVICE, Copy, Driver, HandleId, HandleType, Lane, Location
+from vmm_dwdp.allocator.driver import DEVICE, Copy, Driver, HandleId, HandleType, Lane, LinesAt, Location
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.allocator.native import HAS_NATIVE
 from vmm_dwdp.errors import DriverError
@@ -21,6 +21,9 @@ CALLS: Final = {name for name in vars(Driver) if not name.startswith("_") and ca
 _POINTER, _UNSIGNED, _SIZE = ctypes.c_void_p, ctypes.c_uint, ctypes.c_size_t
 _CONTEXT = ctypes.CFUNCTYPE(ctypes.c_int, _POINTER)
 _EVENT = ctypes.CFUNCTYPE(ctypes.c_int, _POINTER, _POINTER, _UNSIGNED)
+_WRITE = ctypes.CFUNCTYPE(ctypes.c_int, _POINTER, ctypes.c_uint64, ctypes.c_uint32, _UNSIGNED)
+_NOT_READY: Final = 600
+_WORDS: Final = 1024
 _BATCH = ctypes.CFUNCTYPE(ctypes.c_int, _POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _POINTER)
 
 
@@ -110,8 +113,8 @@ class NativeDriver(FailingDriver):
             pytest.skip("the native thread is not compiled here")
         super().__init__()
 
-    def issuing_thread(self) -> NativeThread:
-        return NativeThread(self)
+    def issuing_thread(self, lines: LinesAt | None = None) -> NativeThread:
+        return NativeThread(self, lines)
 
 
 class Refusal:
@@ -142,7 +145,7 @@ class Refusal:
 class NativeThread:
     """See `vmm_dwdp.allocator.driver.IssuingThread`: a batch for each copy, whose addresses are numbers of copies."""
 
-    def __init__(self, driver: NativeDriver) -> None:
+    def __init__(self, driver: NativeDriver, lines: LinesAt | None) -> None:
         from vmm_dwdp.allocator import _native
 
         self._driver = driver
@@ -158,22 +161,51 @@ class NativeThread:
             ),
             _EVENT(lambda event, stream, flags: self._call("record", lambda: driver.record(event, stream))),
         )
+        self._choosing = (
+            _WRITE(
+                lambda stream, address, value, flags: self._call("write", lambda: self._write(stream, address, value))
+            ),
+            _CONTEXT(self._query),
+        )
+        self._words = (ctypes.c_uint32 * _WORDS)()
+        self._places: dict[int, int] = {}  # of streams, in the words
         addresses = [ctypes.cast(function, _POINTER).value for function in self._functions]
-        self._thread = _native.Issuer(*addresses, 1, self._failure)  # type: ignore[arg-type]
+        choosing = None
+        if lines is not None:
+            choosing = (*lines, *(ctypes.cast(function, _POINTER).value for function in self._choosing))
+        self._thread = _native.Issuer(*addresses, 1, self._failure, choosing)  # type: ignore[arg-type]
         self.submit = self._thread.submit
         self.flush = self._thread.flush
         self.close = self._thread.close
 
     def job(self, lanes: Sequence[Lane]) -> Any:
-        stated = tuple(
-            (lane.stream, lane.after, tuple(self._batch(copy) for copy in lane.copies), lane.then) for lane in lanes
-        )
-        return self._thread.job(stated, self)
+        stated = [self._stated(lane) for lane in sorted(lanes, key=lambda lane: lane.owner is not None)]
+        return self._thread.job(tuple(stated), self)
 
-    def _batch(self, copy: Copy) -> tuple[int, int, int, int, int, int, int]:
+    def _stated(self, lane: Lane) -> tuple[Any, ...]:
+        if lane.owner is None:
+            return lane.stream, lane.after, tuple(self._batch([copy]) for copy in lane.copies), lane.then
+        place = 2 * self._places.setdefault(lane.stream, len(self._places))
+        words = ctypes.addressof(self._words) + ctypes.sizeof(ctypes.c_uint32) * place
+        return lane.stream, lane.after, tuple(map(self._batch, lane.runs)), lane.then, lane.owner, words
+
+    def _batch(self, copies: Sequence[Copy]) -> tuple[int, ...]:
         number = next(self._numbers)
-        self._copies[number] = (copy,)
-        return number, 1, 1, 1, 1, 1, 1
+        self._copies[number] = copies
+        return number, 1, 1, 1, 1, 1, 1, sum(copy.nbytes for copy in copies)
+
+    def _write(self, stream: int, address: int, value: int) -> None:
+        def write() -> None:
+            ctypes.c_uint32.from_address(address).value = value
+
+        self._driver._stream("write", stream or 0).submit(write)
+
+    def _query(self, event: int) -> int:
+        try:
+            with HostDriver.current(self._driver):
+                return 0 if self._driver.complete(event) else _NOT_READY
+        except DriverError:
+            return 1
 
     def _call(self, name: str, call: Callable[[], object]) -> int:
         refusal = self._driver.refusal

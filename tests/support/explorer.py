@@ -140,6 +140,8 @@ class RecordingIssuer:
 
     def close(self) -> None: ...
 
+    def free(self) -> None: ...
+
 
 @dataclass
 class _Ticket:

@@ -9,6 +9,7 @@ import torch
 
 from support.groups import PAGE
 from vmm_dwdp.allocator.cuda_driver import CudaDriver
+from vmm_dwdp.allocator.driver import LinesAt
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.errors import DriverError
 
@@ -77,5 +78,5 @@ class FaultyCudaDriver(_Faulty, CudaDriver):
         super().__init__(call, at, torch.device("cuda"))
         self.native_calls = None
 
-    def issuing_thread(self) -> None:
+    def issuing_thread(self, lines: LinesAt | None = None) -> None:
         return None

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, Literal, get_args
 
-from vmm_dwdp.allocator.handles import Ledger
+from vmm_dwdp.allocator.handles import Descriptor, Ledger
 from vmm_dwdp.errors import DriverError, DWDPError, ExchangeError
 from vmm_dwdp.group.agreement import Agreement, Answer, Purpose, Vector, Word, named
 from vmm_dwdp.group.door import Door, Message
@@ -27,14 +27,14 @@ from vmm_dwdp.group.transport import Refused, Transport
 from vmm_dwdp.layout.placement import HOST, Owner
 from vmm_dwdp.memory.assembly import Place, Share, close_shares
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 PUBLISHING: Final = ""  # in the place of a group's name
 _SHARE_NBYTES: Final = 1024  # generous for one token in an answer
 _VALUE_NBYTES: Final = 32  # for one checksum
 _NONCE_NBYTES: Final = 6
 _LOOK_SECONDS: Final = 0.25  # how often a rank that waits for others looks whether they are alive
 
-Ask = Literal["shares", "checksums", "say", "bind", "step", "alive"]
+Ask = Literal["shares", "checksums", "lines", "say", "bind", "step", "alive"]
 _WORDS: Final = ("say", "bind", "step")
 
 
@@ -50,6 +50,7 @@ class Exchange:
             and the place; descriptors in them become the exchange's.
         checksums: gives what `collect_checksums` of an owner returns to others.
         asleep: whether this rank sleeps.
+        lines: gives a descriptor of the lines by which runs are chosen, which becomes the exchange's.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Exchange:
         shares: Callable[[Owner, Place], tuple[Place, list[Share]]],
         checksums: Callable[[Owner], list[int]],
         asleep: Callable[[], bool],
+        lines: Callable[[], Descriptor],
     ) -> None:
         self._rank = rank
         self._others = [other for other in range(group_size) if other != rank]
@@ -72,6 +74,7 @@ class Exchange:
         self._shares = shares
         self._checksums = checksums
         self._asleep = asleep
+        self._lines = lines
         self._transport = Transport(door, ledger, rank, group_size, patience, self._answer)
         self._changed = threading.Condition()  # guards `_agreement` and `_group`
         self._agreement = Agreement(rank, group_size)
@@ -124,6 +127,13 @@ class Exchange:
         if not isinstance(checksums, list) or len(checksums) != count or not all(type(sum) is int for sum in checksums):
             raise ExchangeError(f"rank {holder} did not send {count} checksums of {owner}")
         return checksums
+
+    def collect_lines(self, holder: int, deadline: float) -> Descriptor:
+        """The lines by which runs are chosen, as rank ``holder`` has them; the caller's."""
+        _, descriptors = self._transport.ask(holder, self._request("lines"), deadline, max_shares=1)
+        if len(descriptors) != 1:
+            raise ExchangeError(f"rank {holder} did not send the lines by which runs are chosen")
+        return descriptors[0]
 
     def alive(self, rank: int, deadline: float) -> bool:
         """Whether ``rank`` is there and answers by the deadline."""
@@ -307,6 +317,8 @@ class Exchange:
                     answer["tokens"] = [share.hex() for share in shares if isinstance(share, bytes)]
                 case "checksums":
                     answer["checksums"] = self._checksums(request["owner"])
+                case "lines":
+                    shares = [self._lines()]
                 case kind:
                     vector = _vector_of(request["vector"], 1 + len(self._others))
                     assert vector is not None

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 import torch
 
 from vmm_dwdp.allocator.driver import Driver
-from vmm_dwdp.allocator.handles import Ledger, ResourceStack, Stream
+from vmm_dwdp.allocator.handles import Descriptor, Ledger, ResourceStack, Stream
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError, DriverError, ExchangeError, StateError
@@ -25,7 +25,9 @@ from vmm_dwdp.group.update import ShardKey, Shards, Update
 from vmm_dwdp.layout.layer import Layer, Layers
 from vmm_dwdp.layout.placement import HOST, Owner, in_words
 from vmm_dwdp.memory.assembly import Assembly, Place, Share
+from vmm_dwdp.memory.lines import SharedLines
 
+LINES_CREATOR: Final = 0  # the rank that makes the lines by which runs are chosen
 HOST_CREATOR: Final = 0  # the rank that creates, fills and serves the pool of host memory
 
 
@@ -52,7 +54,10 @@ class Membership:
 
     Attributes:
         shards: what this rank holds.
+        lines: what the ranks of this machine say of whom they pull from, from `publish` or `rejoin` on, if they do.
     """
+
+    lines: SharedLines | None = None
 
     def __init__(
         self,
@@ -112,9 +117,13 @@ class Membership:
             self._assembly.offer(owner)
         self._driver.synchronize()  # what the caller copied into the shards is there before anybody reads it
         self._sum_held_shards()
+        if self._chooses_runs and self._rank == LINES_CREATOR:
+            with uninterrupted():
+                self.lines = SharedLines.make(self._ledger, self._rank, self._config.group_size)
         self._exchange = exchange = self._make_exchange(timeout, revision)
         exchange.serve(deadline)
         with exchange.attempt("publish", "publish", deadline):
+            self._take_lines(exchange, LINES_CREATOR, deadline)
             for owner in self._other_owners():
                 self._take(exchange, owner, HOST_CREATOR if owner == HOST else owner, deadline)
             with uninterrupted():
@@ -140,6 +149,7 @@ class Membership:
         if joined is None:
             raise ExchangeError(f"no other rank is alive at {self._door.place}: the group must be loaded again")
         holder, asleep = joined
+        self._take_lines(exchange, holder, deadline)
         for owner in (*self.held_owners, *self._other_owners()):
             places: tuple[Place, ...] = ("host", "device", "nowhere") if asleep and owner != HOST else ("device",)
             self._take(exchange, owner, holder, deadline, places)
@@ -220,6 +230,8 @@ class Membership:
     def close(self) -> None:
         """Free what updates need; the device is idle."""
         self._resources.close()
+        if self.lines is not None:
+            self.lines.close()
         if self._descriptors is not None:
             self._descriptors.close()
 
@@ -249,6 +261,7 @@ class Membership:
         held = sum(map(self._assembly.num_shares, self.held_owners))
         count = received + len(self._others) * held if self._door.takes_descriptors else 0
         count += received if self._driver.name == "host" else 0
+        count += 1 + len(self._others) if self._chooses_runs else 0
         with uninterrupted():
             before, self._descriptors = self._descriptors, DescriptorReservation(count)
             if before is not None:
@@ -270,6 +283,7 @@ class Membership:
             self._shares,
             lambda owner: self._checksums.get(owner, []),
             lambda: self._state.is_asleep,
+            self._share_lines,
         )
 
     def _fingerprint(self) -> str:
@@ -286,6 +300,24 @@ class Membership:
         """Runs in a thread of the exchange."""
         with self._driver.current():
             return self._assembly.hand_over(owner, place)
+
+    @property
+    def _chooses_runs(self) -> bool:
+        """Whether the ranks, which are on one machine, tell each other from whom they pull."""
+        wanted = self._config.slice_bytes == "auto" and self._config.prefetch_depth > 0
+        return wanted and self._door.takes_descriptors and SharedLines.serves(self._config.group_size)
+
+    def _take_lines(self, exchange: Exchange, holder: int, deadline: float) -> None:
+        if self._chooses_runs and self.lines is None:
+            descriptor = exchange.collect_lines(holder, deadline)
+            with uninterrupted():
+                self.lines = SharedLines(descriptor, self._rank, self._config.group_size)
+
+    def _share_lines(self) -> Descriptor:
+        """Runs in a thread of the exchange."""
+        if self.lines is None:
+            raise ExchangeError(f"rank {self._rank} has no lines by which runs are chosen")
+        return self.lines.share()
 
     def _take(
         self, exchange: Exchange, owner: Owner, holder: int, deadline: float, places: Sequence[Place] = ("device",)

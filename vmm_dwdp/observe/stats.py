@@ -39,7 +39,8 @@ class CopyPath:
 
     Attributes:
         plan: ``"slices"``: pieces of at most ``slice_bytes``, the owners taking turns in one stream. ``"streams"``:
-            whole segments, a stream for each owner.
+            whole segments, a stream for each owner. ``"runs"``: parts of those, each given when the one before is about
+            to end, from the owner from which fewest other ranks pull.
         why: what decided it.
         num_streams: copy streams.
         num_copies: of the layer that has most.
@@ -48,7 +49,7 @@ class CopyPath:
             time than to give the copies to the driver itself; or else ``"launching thread"``.
     """
 
-    plan: Literal["slices", "streams"]
+    plan: Literal["slices", "streams", "runs"]
     why: str
     num_streams: int
     num_copies: int

@@ -3,7 +3,8 @@
 Giving the driver thousands of slices takes milliseconds, which the launching thread does not have. A thread of the
 driver's own needs no interpreter, and is best for any number of copies. Where there is none, a thread of Python's gives
 many; few take the launching thread less time than it loses to such a thread, which has to be woken and then takes the
-interpreter's lock, again and again, from a thread that launches kernels.
+interpreter's lock, again and again, from a thread that launches kernels. Where runs are chosen one by one, somebody has
+to wait for each: a thread.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, Literal, Protocol
 
 from vmm_dwdp.allocator.driver import Driver, IssuingThread, Lane, Ticket
@@ -18,7 +20,9 @@ from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.errors import DriverError
 from vmm_dwdp.layout.copies import LayerPlan
+from vmm_dwdp.memory.lines import SharedLines
 from vmm_dwdp.observe.stats import CopyPath, IssuedBy
+from vmm_dwdp.schedule.pulls import Puller
 
 # Copies that the launching thread gives the driver itself rather than wake a thread of Python's: six take it 0.1 ms (on
 # an H200's host); where a thread gave them, acquire, release and 60 kernels took 0.5 ms longer than the kernels alone
@@ -27,17 +31,24 @@ _FEW: Final = 32
 
 
 class Job:
-    """Work of Python's that an issuer runs, and how it ended: a `Ticket`."""
+    """Work of Python's that an issuer runs, and how it ended: a `Ticket`.
 
-    def __init__(self, work: Callable[[], None]) -> None:
-        self.work = work
+    Args:
+        work: gives the lanes whole.
+        choosing: gives them run by run, if they have runs.
+    """
+
+    def __init__(self, work: Callable[[], None], choosing: Callable[[], None] | None = None) -> None:
+        self.whole = False
         self.done = False
+        self.work = work
+        self._choosing = choosing
         self._error: Exception | None = None
 
     def run(self) -> None:
         self._error = None
         try:
-            self.work()
+            (self.work if self.whole else self._choosing or self.work)()
         except DriverError as error:
             # Without its traceback: the caller's frames in it would hold on to the caller's tensors.
             self._error = error.with_traceback(None)
@@ -52,8 +63,8 @@ class Job:
 class _Awaited(Job):
     """Work that another thread runs."""
 
-    def __init__(self, work: Callable[[], None]) -> None:
-        super().__init__(work)
+    def __init__(self, work: Callable[[], None], choosing: Callable[[], None] | None = None) -> None:
+        super().__init__(work, choosing)
         self._over = threading.Event()
 
     def submit(self, jobs: queue.SimpleQueue[_Awaited | None]) -> None:
@@ -93,24 +104,32 @@ class Issuer(Protocol):
     def close(self) -> None:
         """Finish what was submitted. A second call does nothing."""
 
+    def free(self) -> None:
+        """After `close`: free what copies that were given have needed. The device is idle."""
 
-def open_issuer(driver: Driver, ledger: Ledger, num_copies: int) -> Issuer:
-    """The one from which the launching thread has least to wait for, where a layer has ``num_copies``."""
-    if num_copies and (thread := driver.issuing_thread()) is not None:
+
+def open_issuer(driver: Driver, ledger: Ledger, num_copies: int, lines: SharedLines | None = None) -> Issuer:
+    """The one from which the launching thread has least to wait for, where a layer has ``num_copies``.
+
+    ``lines``: by which runs are chosen, if they are.
+    """
+    if num_copies and (thread := driver.issuing_thread(None if lines is None else lines.at)) is not None:
         return NativeIssuer(thread, ledger)
-    return ThreadIssuer(driver, ledger) if num_copies > _FEW else InlineIssuer()
+    return ThreadIssuer(driver, ledger, lines) if num_copies > _FEW or lines is not None else InlineIssuer()
 
 
-def copy_path(plan: LayerPlan, slice_bytes: int | Literal["auto"], issuer: Issuer) -> CopyPath:
-    """How the copies of ``plan``, which has most, get to the driver."""
+def copy_path(plan: LayerPlan, slice_bytes: int | Literal["auto"], issuer: Issuer, *, chooses: bool) -> CopyPath:
+    """How the copies of ``plan``, which has most, get to the driver; ``chooses``: run by run."""
     if slice_bytes != "auto":
         why = f"slice_bytes is {slice_bytes}"
+    elif chooses:
+        why = "several ranks pull, and each takes its next run from the owner from which fewest others do"
     elif len(plan.streams) > 1:
         why = "long copies on a stream for each owner are few, and few copies do not hold up kernel launches"
     else:
         why = "there is one owner to copy from" if plan.streams else "nothing is remote"
     return CopyPath(
-        plan="streams" if slice_bytes == "auto" else "slices",
+        plan="runs" if chooses else "streams" if slice_bytes == "auto" else "slices",
         why=why,
         num_streams=len(plan.streams),
         num_copies=plan.num_copies,
@@ -137,14 +156,18 @@ class InlineIssuer:
     def close(self) -> None:
         pass
 
+    def free(self) -> None:
+        pass
+
 
 class ThreadIssuer:
     """Runs jobs in a thread of its own, which the ledger counts."""
 
     issued_by: IssuedBy = "thread"
 
-    def __init__(self, driver: Driver, ledger: Ledger) -> None:
+    def __init__(self, driver: Driver, ledger: Ledger, lines: SharedLines | None = None) -> None:
         self._ledger = ledger
+        self._puller = None if lines is None else Puller(driver, ledger, lines)
         self._jobs: queue.SimpleQueue[_Awaited | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="vmm-dwdp-issue", daemon=True)
         self._thread.start()
@@ -160,7 +183,9 @@ class ThreadIssuer:
             job.run()
 
     def job(self, work: Callable[[], None], lanes: Sequence[Lane]) -> _Awaited:
-        return _Awaited(work)
+        if self._puller is None or not any(lane.runs for lane in lanes):
+            return _Awaited(work)
+        return _Awaited(work, partial(self._puller.give, lanes))
 
     def submit(self, job: _Awaited) -> Ticket:
         job.submit(self._jobs)
@@ -180,6 +205,10 @@ class ThreadIssuer:
             with uninterrupted():
                 self._ledger.remove(self._token)
                 self._token = None
+
+    def free(self) -> None:
+        if self._puller is not None:
+            self._puller.close()
 
 
 class NativeIssuer:
@@ -209,6 +238,9 @@ class NativeIssuer:
             with uninterrupted():
                 self._ledger.remove(self._token)
                 self._token = None
+
+    def free(self) -> None:
+        pass
 
 
 _LABEL: Final = "the thread that issues copies"

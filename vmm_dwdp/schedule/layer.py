@@ -35,18 +35,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from vmm_dwdp.allocator.driver import Driver, Lane, StreamId, Ticket
 from vmm_dwdp.allocator.handles import Event, Stream
 from vmm_dwdp.config import Mode
 from vmm_dwdp.errors import StateError
+from vmm_dwdp.layout.copies import MAX_STREAMS
 from vmm_dwdp.layout.layer import Layer
 from vmm_dwdp.memory.assembly import Weights
 from vmm_dwdp.observe.timing import PassTimer
 from vmm_dwdp.observe.tracer import Tracer
 from vmm_dwdp.schedule.hit_path import LayerState, PipelineState, SlotState
 from vmm_dwdp.schedule.issue import InlineIssuer, Issuer, Job
+
+
+class OwnerCopies(NamedTuple):
+    """The copies from one rank's memory, as `Driver.prepare` made them: all at once, and in runs."""
+
+    owner: int
+    copies: Any
+    runs: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -56,12 +65,18 @@ class Fetch:
     Attributes:
         number: the model's own number of the layer, for messages.
         streams: for each copy stream that takes part, what `Driver.prepare` made of its copies.
-        nbytes: bytes that they move.
+        nbytes: bytes that they move, and those of ``chosen``.
+        chosen: what else is copied, in runs of which the next is chosen; on the streams after those, in turn.
     """
 
     number: int
     streams: tuple[Any, ...]
     nbytes: int
+    chosen: tuple[OwnerCopies, ...] = ()
+
+    @property
+    def num_streams(self) -> int:
+        return min(len(self.streams) + len(self.chosen), max(MAX_STREAMS, len(self.streams)))
 
 
 class Pipeline(PipelineState):

@@ -12,19 +12,21 @@ from vmm_dwdp.allocator.handles import Failures, Ledger, ResourceStack, undo_aft
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.config import DWDPConfig, Mode, ModeSetting
 from vmm_dwdp.errors import ConfigError, StateError
-from vmm_dwdp.layout.copies import LayerPlan, plan_layer
+from vmm_dwdp.layout.copies import plan_layer
 from vmm_dwdp.layout.layer import ByNumber, Layer
 from vmm_dwdp.memory.assembly import Assembly, Weights
+from vmm_dwdp.memory.lines import SharedLines
 from vmm_dwdp.observe.guard import Guard
 from vmm_dwdp.observe.spans import Spans
 from vmm_dwdp.observe.stats import CopyPath, LayerStats, Stats
 from vmm_dwdp.observe.trace import Span, spans_of
 from vmm_dwdp.observe.tracer import Tracer
 from vmm_dwdp.schedule.capture import CapturedPasses
+from vmm_dwdp.schedule.fetches import Fetches
 from vmm_dwdp.schedule.given_stream import StreamLike, given_stream
 from vmm_dwdp.schedule.in_place import InPlace
 from vmm_dwdp.schedule.issue import copy_path, open_issuer
-from vmm_dwdp.schedule.layer import Fetch, ScheduledLayer, StagedLayer
+from vmm_dwdp.schedule.layer import ScheduledLayer, StagedLayer
 from vmm_dwdp.schedule.mode_choice import ModeChooser
 from vmm_dwdp.schedule.staging import Staging
 from vmm_dwdp.schedule.stated import Stated
@@ -69,13 +71,16 @@ class Schedule:
     def is_started(self) -> bool:
         return bool(self._layers)
 
-    def start(self) -> None:
-        """Make the weights of the built assembly, and fetch the first layers. If it raises, `close` undoes that."""
+    def start(self, lines: SharedLines | None) -> None:
+        """Make the weights of the built assembly, and fetch the first layers. If it raises, `close` undoes that.
+
+        ``lines``: what the ranks of this machine say of whom they pull from, if they do; they stay the caller's.
+        """
         self._layers.update({layer.number: ScheduledLayer(layer, place) for place, layer in enumerate(self._stated)})
         modes = self._modes = []
         if self._config.prefetch_depth:
             modes.append("staged")
-            self._stage()
+            self._stage(lines)
         if self._config.reads_in_place:
             modes.append("in_place")
             self._in_place = InPlace(self._driver, self._assembly.cache, list(self._layers.values()))
@@ -98,28 +103,23 @@ class Schedule:
             return {}
         return {number: layer.staged for number, layer in self._layers.items() if layer.staged is not None}
 
-    def _stage(self) -> None:
+    def _stage(self, lines: SharedLines | None) -> None:
         plans = [layer.plan for layer in self._stated]
         # A graph launches each copy as a node, which takes longer than a batch: so it has no slices.
         whole = [plan_layer(layer.layouts, self._assembly.rank, None) for layer in self._stated]
-        eager, captured = self._fetches(plans), self._fetches(whole)
+        given = Fetches(self._driver, self._assembly, self._stated)
+        eager, captured = given.planned(plans), given.planned(whole)
+        if lines is not None:
+            chosen = given.chosen(self._config.group_size)
+            lines = lines if any(len(fetch.chosen) > 1 for fetch in chosen) else None
+            eager = chosen if lines is not None else eager
         most = max(plans, key=lambda plan: plan.num_copies)
-        issuer = open_issuer(self._driver, self._ledger, most.num_copies)
-        self._copy_path = copy_path(most, self._config.slice_bytes, issuer)
+        issuer = open_issuer(self._driver, self._ledger, most.num_copies, lines)
+        self._copy_path = copy_path(most, self._config.slice_bytes, issuer, chooses=lines is not None)
         self._staging = Staging(self._driver, self._ledger, issuer, eager, self._config.prefetch_depth)
         for each, staged in zip(self._layers.values(), self._staging.layers, strict=True):
             each.staged = staged
         self._captured = CapturedPasses(self._driver, self._ledger, self._staging, captured)
-
-    def _fetches(self, plans: Sequence[LayerPlan]) -> list[Fetch]:
-        return [
-            Fetch(
-                layer.number,
-                tuple(self._driver.prepare(self._assembly.copies(layer, run)) for run in plan.streams),
-                plan.fetched_bytes,
-            )
-            for layer, plan in zip(self._stated, plans, strict=True)
-        ]
 
     # -- a pass ------------------------------------------------------------------------------------------------------
     def acquire(

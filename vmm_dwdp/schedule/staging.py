@@ -19,7 +19,7 @@ def open_streams_and_slots(
     slot: type[S], num_slots: int, driver: Driver, ledger: Ledger, fetches: Sequence[Fetch], owner: ResourceStack
 ) -> tuple[list[Stream], list[S]]:
     """As many copy streams as some fetch needs, and slots with their events; ``owner`` closes them."""
-    streams = [owner.push(Stream(driver, ledger, f"copies {i}")) for i in range(max(len(f.streams) for f in fetches))]
+    streams = [owner.push(Stream(driver, ledger, f"copies {i}")) for i in range(max(f.num_streams for f in fetches))]
 
     def event(label: str) -> Event:
         return owner.push(Event(driver, ledger, label))
@@ -67,10 +67,15 @@ class Staging:
         return self._layer(self.pipeline, slot, place, fetch, self._lanes(slot, fetch), is_first=is_first)
 
     def _lanes(self, slot: Slot, fetch: Fetch) -> list[Lane]:
-        return [
-            Lane(stream.stream, slot.consumed.event, copies, ready.event)
-            for stream, copies, ready in zip(self.pipeline.streams, fetch.streams, slot.ready, strict=False)
+        after, streams = slot.consumed.event, self.pipeline.streams
+        lanes = [
+            Lane(stream.stream, after, copies, ready.event)
+            for stream, copies, ready in zip(streams, fetch.streams, slot.ready, strict=False)
         ]
+        for place, (owner, copies, runs) in enumerate(fetch.chosen, len(lanes)):
+            at = place % fetch.num_streams
+            lanes.append(Lane(streams[at].stream, after, copies, slot.ready[at].event, owner, runs))
+        return lanes
 
     def reset(self, stream: StreamId) -> None:
         """Give up layers that were acquired on ``stream``, and make the slots as they are between passes."""
@@ -112,6 +117,7 @@ class Staging:
                 number = first.number
                 raise StateError(f"a graph capture begins between passes, with layer {number} in its slot: call reset")
             slot.await_issue(self.pipeline)
+            first.job.whole = True  # or a release would wait for compute, before its runs can be chosen
         self.pipeline.prompt = True
 
     def check_integrity(self) -> None:
@@ -128,6 +134,7 @@ class Staging:
 
     def close(self) -> None:
         """Free streams and events, after `stop`; the device is idle."""
+        self._issuer.free()
         self._resources.close()
 
     def abandon(self) -> None:

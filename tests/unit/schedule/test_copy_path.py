@@ -13,7 +13,7 @@ import torch
 from support.groups import PAGE, check_pass, in_threads, join, published, random_model, same_bytes
 
 from vmm_dwdp import DriverError, DWDPConfig
-from vmm_dwdp.allocator.driver import Copy, Lane
+from vmm_dwdp.allocator.driver import Copy, Lane, LinesAt
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.allocator.host_context import HostContext
 from vmm_dwdp.allocator.host_driver import HostDriver
@@ -107,7 +107,7 @@ class WithThread(HostDriver):
         super().__init__(PAGE)
         self.threads: list[FakeThread] = []
 
-    def issuing_thread(self) -> FakeThread | None:
+    def issuing_thread(self, lines: LinesAt | None = None) -> FakeThread | None:
         self.threads.append(FakeThread(self))
         return self.threads[-1]
 
@@ -176,8 +176,8 @@ class Failing(WithThread):
         self.calls_to_refusal = 0
         self._native = native
 
-    def issuing_thread(self) -> FakeThread | None:
-        return super().issuing_thread() if self._native else None
+    def issuing_thread(self, lines: LinesAt | None = None) -> FakeThread | None:
+        return super().issuing_thread(lines) if self._native else None
 
     def copy(self, prepared: Sequence[Copy], stream: int) -> None:
         self.calls_to_refusal -= 1
