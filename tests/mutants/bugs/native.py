@@ -13,9 +13,9 @@ BUGS: Final = (
     Bug(
         "the native thread goes on after a batch that the driver refused",
         "allocator/_issue_thread.c",
-        """                return "cuMemcpyBatchAsync";
+        """            return "cuMemcpyBatchAsync";
 """,
-        """                continue;
+        """            continue;
 """,
         _NATIVE,
     ),

@@ -17,8 +17,8 @@ BUGS: Final = (
     Bug(
         "copies wait for the event of another slot",
         "vmm_dwdp/schedule/staging.py",
-        "Lane(stream.stream, slot.consumed.event, copies, ready.event)",
-        "Lane(stream.stream, self.slots[0].consumed.event, copies, ready.event)",
+        "after, streams = slot.consumed.event, self.pipeline.streams",
+        "after, streams = self.slots[0].consumed.event, self.pipeline.streams",
         _EVENTS,
     ),
     Bug(
