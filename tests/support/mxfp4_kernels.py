@@ -200,7 +200,5 @@ def keeping_mxfp4(kernels: Any = KERNELS) -> Iterator[None]:
         for package in ("kernels", "triton"):
             patch.setattr(quantizer_mxfp4, f"is_{package}_available", lambda *_: True)
         patch.setattr(hub_kernels, "get_kernel", lambda *_, **__: kernels)
-        patch.setattr(
-            quantizer_mxfp4.Mxfp4HfQuantizer, "_process_model_before_weight_loading", prepare_with_kernels
-        )
+        patch.setattr(quantizer_mxfp4.Mxfp4HfQuantizer, "_process_model_before_weight_loading", prepare_with_kernels)
         yield

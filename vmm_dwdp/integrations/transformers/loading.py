@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 import transformers
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # that of its client
 from safetensors import SafetensorError
 from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
@@ -114,6 +115,9 @@ def load_without_experts(
         if kwargs.get("quantization_config") is None:
             kwargs = kwargs | {"quantization_config": loading_config(described)}
         model = loader.from_pretrained(directory, device_map={"": device}, **kwargs)
+    except HTTPError as error:  # for example of a quantiser that wants its kernels
+        wants = "it wants something of Hugging Face's hub, which it does not get"
+        raise ConfigError(f"transformers cannot load {directory}: {wants} ({error})") from error
     except (OSError, SafetensorError, ImportError) as error:
         raise ConfigError(f"transformers cannot load {directory}: {error}") from error
     if not loaded:
@@ -144,9 +148,7 @@ def _as_loaded(dtype_plan: Mapping[str, torch.dtype], experts: ExpertsModule) ->
     return replace(experts, weights={name: kept(name, spec) for name, spec in experts.weights.items()})
 
 
-def _into_kernels(
-    experts: ExpertsModule, quantizer: Any, device: torch.device
-) -> Iterator[tuple[str, OwnConversion]]:
+def _into_kernels(experts: ExpertsModule, quantizer: Any, device: torch.device) -> Iterator[tuple[str, OwnConversion]]:
     """By full name, how the weights of ``experts`` that are no parameters come about."""
     for name, weight in experts.in_kernels.items():
         conversion = IntoKernelLayout(name, weight.projection, experts.module, quantizer, device)

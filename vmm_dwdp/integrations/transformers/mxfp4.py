@@ -137,7 +137,7 @@ def _deserialize(quantizer: Any, module: Any, projection: str, blocks: Tensor, s
 
 def _in_memory_order(data: Tensor) -> Tensor:
     """``data`` with its dimensions after the first in the order in which they lie in memory."""
-    return data.permute(0, *sorted(range(1, data.dim()), key=lambda dim: -data.stride(dim)))
+    return data.permute(0, *sorted(range(1, data.dim()), key=lambda dim: data.stride()[dim], reverse=True))
 
 
 def _as_bytes(data: Tensor) -> Tensor:
