@@ -116,8 +116,10 @@ def load_without_experts(
             kwargs = kwargs | {"quantization_config": loading_config(described)}
         model = loader.from_pretrained(directory, device_map={"": device}, **kwargs)
     except HTTPError as error:  # for example of a quantiser that wants its kernels
-        wants = "it wants something of Hugging Face's hub, which it does not get"
-        raise ConfigError(f"transformers cannot load {directory}: {wants} ({error})") from error
+        raise ConfigError(
+            f"transformers cannot load {directory}: it wants something of Hugging Face's hub, which it does not get "
+            f"({error})"
+        ) from error
     except (OSError, SafetensorError, ImportError) as error:
         raise ConfigError(f"transformers cannot load {directory}: {error}") from error
     if not loaded:
