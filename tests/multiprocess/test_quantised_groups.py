@@ -74,7 +74,7 @@ def test_every_checkpoint_gives_the_logits_of_transformers_own_model(saved: Path
 GROUPS_OF_KEPT = [
     DWDPConfig(group_size=1, host_experts=3),
     DWDPConfig(group_size=2, num_local_experts=5, prefetch_depth=1),
-    DWDPConfig(group_size=3, mode="in_place", prefetch_depth=0),
+    DWDPConfig(group_size=3, host_experts=2, mode="in_place", prefetch_depth=0),
     DWDPConfig(group_size=2, assembly="tensor_list"),
 ]
 

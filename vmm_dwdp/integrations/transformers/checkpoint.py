@@ -60,10 +60,10 @@ class Conversion(Protocol):
     """What makes one expert's part of a weight out of the checkpoint's tensors of that expert."""
 
     def needs(self, pattern: str) -> bool:
-        """Whether the bytes of the tensors of this source pattern count, and not their shapes only."""
+        """Whether it wants the bytes of tensors of this source pattern; without, they are on the meta device."""
 
     def convert(self, tensors: Mapping[str, list[torch.Tensor]]) -> torch.Tensor:
-        """``[1, ...]``, of ``tensors`` by source pattern; without bytes if they are on the meta device."""
+        """``[1, ...]``, of ``tensors`` by source pattern; on the meta device if all of them are."""
 
 
 class OwnConversion(NamedTuple):
@@ -233,10 +233,10 @@ class ExpertSource:
         return converted.to(self._spec.dtype)
 
     def _tensor(self, pattern: str, part: _Part) -> torch.Tensor:
-        """The bytes of ``part``, or any bytes where they do not count."""
+        """``part`` for the conversion."""
         if self._conversion.needs(pattern):
             return self._cast(self._checkpoint.read(part.name, part.row), part)
-        return torch.empty_like(self._checkpoint.empty(part.name, part.row), device="cpu")
+        return self._checkpoint.empty(part.name, part.row)
 
     def _cast(self, tensor: torch.Tensor, part: _Part) -> torch.Tensor:
         """In the dtype in which transformers converts it: the parameter's, except for what has to be dequantised."""

@@ -211,8 +211,8 @@ class SpreadExperts:
             self._runtime.layer(self._layer, tokens=tokens, top_k=top_k, chosen=chosen) as weights,
         ):
             merged = {name: torch.cat(list(tensors)) for name, tensors in weights.items()} if self._merge else weights
-            self._show(merged)
             try:
+                self._show(merged)
                 output = self._own_forward(*args, **kwargs)
             finally:
                 self._hide()

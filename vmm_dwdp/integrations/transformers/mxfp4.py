@@ -117,16 +117,23 @@ class IntoKernelLayout:
 
     def convert(self, tensors: Mapping[str, list[Tensor]]) -> Tensor:
         """Bytes ``[1, N]``."""
-        blocks, scales = (self._only(tensors, f"{self._projection}_{kind}") for kind in ("blocks", "scales"))
+        blocks, scales = (_only(tensors, f"{self._projection}_{kind}") for kind in ("blocks", "scales"))
+        if not (blocks.is_meta and scales.is_meta):  # one of them: transformers wants both in one place
+            blocks, scales = self._with_bytes(blocks), self._with_bytes(scales)
         alone: Any = SimpleNamespace(_parameters={}, **self._sizes)
         _deserialize(self._quantizer, alone, self._projection, blocks, scales)
         return kernel_weights(alone)[self._name].whole()
 
-    def _only(self, tensors: Mapping[str, list[Tensor]], pattern: str) -> Tensor:
-        if pattern not in tensors:
-            raise ValueError(f"there is no tensor {pattern}")
-        (tensor,) = tensors[pattern]
-        return tensor if tensor.is_meta else tensor.to(self._device)
+    def _with_bytes(self, tensor: Tensor) -> Tensor:
+        """On the device; any bytes, if it has none."""
+        return torch.empty_like(tensor, device=self._device) if tensor.is_meta else tensor.to(self._device)
+
+
+def _only(tensors: Mapping[str, list[Tensor]], pattern: str) -> Tensor:
+    if pattern not in tensors:
+        raise ValueError(f"there is no tensor {pattern}")
+    (tensor,) = tensors[pattern]
+    return tensor
 
 
 def _deserialize(quantizer: Any, module: Any, projection: str, blocks: Tensor, scales: Tensor) -> None:
