@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.groups import PAGE, same_bytes
 from support.moe_models import NUM_EXPERTS, logits
+from support.mxfp4_kernels import TiledLayout, keeping_mxfp4
 from support.quantised_models import CHECKPOINTS, COMPRESSED, keeping_fp8, save, tensors_of, whole_model
 
 from vmm_dwdp import DWDPConfig
@@ -67,42 +69,68 @@ def test_every_checkpoint_gives_the_logits_of_transformers_own_model(saved: Path
     assert wrong == [[]] * config.group_size
 
 
-# -- where transformers keeps FP8: weights and scales are both spread ------------------------------------------------
+# -- where transformers keeps experts quantised: weights and scales are both spread -----------------------------------
 
-FP8 = "qwen3_moe fp8"
-KEPT = [
+GROUPS_OF_KEPT = [
     DWDPConfig(group_size=1, host_experts=3),
     DWDPConfig(group_size=2, num_local_experts=5, prefetch_depth=1),
-    DWDPConfig(group_size=3, mode="in_place", prefetch_depth=0),
+    DWDPConfig(group_size=3, host_experts=2, mode="in_place", prefetch_depth=0),
     DWDPConfig(group_size=2, assembly="tensor_list"),
 ]
 
 
-def run_kept(rank: int, folder: Path, meeting: Path, config: DWDPConfig) -> int:
-    """Bytes of this rank's experts, once all bytes and bits are as they should be."""
+def look_at_fp8(weights: Any, stored: dict[str, torch.Tensor]) -> None:
+    for expert in range(NUM_EXPERTS):
+        name = f"model.layers.1.mlp.experts.{expert}.down_proj.weight"
+        assert same_bytes(weights["down_proj"][expert], stored[name])
+        assert same_bytes(weights["down_proj_scale_inv"][expert], stored[f"{name}_scale_inv"])
+
+
+def look_at_mxfp4(weights: Any, stored: dict[str, torch.Tensor]) -> None:
+    """In the kernels' layout, which is undone here."""
+    name = "model.layers.1.mlp.experts.down_proj"
+    blocks, scales = stored[f"{name}_blocks"], stored[f"{name}_scales"]
+    layout = TiledLayout((NUM_EXPERTS, blocks[0, 0].numel(), blocks.shape[1]))
+    columns = layout.swizzle_data(torch.empty(layout.initial_shape)).shape[1]
+    tiled = weights["down_proj_blocks"].view(NUM_EXPERTS, -1, columns).mT
+    assert same_bytes(layout.unswizzle_data(tiled).mT.contiguous(), blocks.flatten(2))
+    assert same_bytes(weights["down_proj_scales"].view(scales.shape), scales)
+
+
+KEPT = {
+    "qwen3_moe fp8": (keeping_fp8, look_at_fp8, ("eager", "grouped_mm"), 1),
+    "gpt_oss mxfp4": (keeping_mxfp4, look_at_mxfp4, ("eager",), 2),
+}
+"""How transformers is made to keep it, what the weights are to be, experts implementations, and numbers in a byte."""
+
+
+def run_kept(rank: int, root: Path, meeting: Path, config: DWDPConfig) -> dict[str, int]:
+    """Bytes of this rank's experts by checkpoint, once all bytes and bits are as they should be."""
     torch.set_num_threads(1)
-    stored = tensors_of(folder)
-    for experts in ("eager", "grouped_mm"):
-        with keeping_fp8():
-            wanted = logits(whole_model(folder, experts_implementation=experts))
-            place = {"rendezvous": meeting / experts, "device": "cpu", "driver": HostDriver(PAGE), "dtype": "auto"}
-            model = from_pretrained(folder, config, rank=rank, experts_implementation=experts, **place)
-            assert torch.equal(logits(model), wanted), experts
+    resident = {}
+    for number, (name, (keeping, look, implementations, _)) in enumerate(KEPT.items()):
+        for experts in implementations:
+            place = {"rendezvous": meeting / f"{number}-{experts}", "device": "cpu", "driver": HostDriver(PAGE)}
+            with keeping():
+                wanted = logits(whole_model(root / name, experts_implementation=experts))
+                stated = {"experts_implementation": experts, "dtype": "auto", **place}
+                model = from_pretrained(root / name, config, rank=rank, **stated)
+                assert all(torch.equal(logits(model), wanted) for _ in range(2)), (name, experts)
             with model.dwdp as runtime:
-                for expert in range(NUM_EXPERTS) if config.assembly == "vmm" else ():
-                    name = f"model.layers.1.mlp.experts.{expert}.down_proj.weight"
+                if config.assembly == "vmm":
                     with runtime.layer(1) as weights:
-                        assert same_bytes(weights["down_proj"][expert], stored[name])
-                        assert same_bytes(weights["down_proj_scale_inv"][expert], stored[f"{name}_scale_inv"])
+                        look(weights, tensors_of(root / name))
                     del weights
-    return runtime.stats().resident_bytes
+        resident[name] = runtime.stats().resident_bytes
+    return resident
 
 
-@pytest.mark.parametrize("config", KEPT, ids=lambda config: f"{config.group_size}-{config.mode}-{config.assembly}")
+@pytest.mark.parametrize("config", GROUPS_OF_KEPT, ids=lambda c: f"{c.group_size}-{c.mode}-{c.assembly}")
 def test_weights_and_scales_that_transformers_keeps_are_spread(saved: Path, config: DWDPConfig, tmp_path: Path) -> None:
-    run = functools.partial(run_kept, folder=saved / FP8, meeting=tmp_path, config=config)
+    run = functools.partial(run_kept, root=saved, meeting=tmp_path, config=config)
     resident = run_group(run, config.group_size)
-    stored = tensors_of(saved / FP8)
-    in_bf16 = sum(2 * tensor.numel() for name, tensor in stored.items() if ".experts." in name)
     if config.group_size == 1:
-        assert resident[0] < 0.6 * in_bf16, "it takes half of what dequantised experts would"
+        for name, (*_, numbers) in KEPT.items():
+            experts = [tensor for key, tensor in tensors_of(saved / name).items() if ".experts." in key]
+            in_bf16 = sum(2 * numbers * tensor.numel() for tensor in experts if tensor.element_size() == 1)
+            assert resident[0][name] < 0.6 / numbers * in_bf16, f"{name}: a {2 * numbers}th of what bf16 would take"

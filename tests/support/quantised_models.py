@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import finegrained_fp8
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
+from support import mxfp4_kernels
 from support.moe_models import tiny_model
 from vmm_dwdp.checkpoint import INDEX_FILE, SINGLE_FILE
 from vmm_dwdp.integrations.transformers.experts import align_experts
@@ -69,7 +70,7 @@ def packed(name: str, weight: Tensor) -> Tensors:
     }
 
 
-E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])  # what the three bits beside the sign stand for
+E2M1 = torch.tensor(mxfp4_kernels.E2M1)
 
 
 def in_mxfp4(name: str, weight: Tensor) -> Tensors:
@@ -186,16 +187,17 @@ def tensors_of(folder: Path) -> Tensors:
 def keeping_fp8() -> Iterator[None]:
     """transformers as it is on a GPU, with kernels in torch's operations in the place of those that it downloads."""
 
-    def linear(rows: Tensor, weight: Tensor, scales: Tensor, block: Any, *_: Any, **__: Any) -> Tensor:
-        spread = scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    def linear(rows: Tensor, weight: Tensor, scales: Tensor, block_size: Any, *_: Any, **__: Any) -> Tensor:
+        spread = scales.repeat_interleave(block_size[0], 0).repeat_interleave(block_size[1], 1)
         return F.linear(rows.float(), weight.float() * spread).to(rows.dtype)
 
-    def grouped(rows: Tensor, weight: Tensor, scales: Tensor, offsets: Tensor, _: Tensor, block: Any) -> Tensor:
+    def grouped(rows: Tensor, weight: Tensor, scales: Tensor, offsets: Tensor, block_size: Any, **_: Any) -> Tensor:
         parts = rows.tensor_split(offsets[:-1].tolist())
-        return torch.cat([linear(part, w, s, block) for part, w, s in zip(parts, weight, scales, strict=True)])
+        return torch.cat([linear(part, w, s, block_size) for part, w, s in zip(parts, weight, scales, strict=True)])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
         patch.setattr(finegrained_fp8, "fp8_linear", linear)
-        patch.setattr(finegrained_fp8, "fp8_grouped_matmul", grouped)
+        kernels = finegrained_fp8.FineGrainedFP8(linear, linear, grouped)
+        patch.setattr(finegrained_fp8, "load_finegrained_fp8_kernel", lambda: kernels)
         yield

@@ -6,26 +6,33 @@ import json
 import logging
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import HTTPError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.groups import PAGE, same_bytes
 from support.moe_models import NUM_EXPERTS, logits, tiny_model
+from support.mxfp4_kernels import KERNELS, StridedLayout, keeping_mxfp4
 from support.quantised_models import BLOCK, CHECKPOINTS, E2M1, GROUP, keeping_fp8, save, tensors_of, whole_model
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.integrations import hub_kernels
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
-from vmm_dwdp import ConfigError, DWDPConfig, DWDPRuntime, ExchangeError
+from vmm_dwdp import ConfigError, DWDPConfig, DWDPRuntime, ExchangeError, StateError
 from vmm_dwdp import checkpoint as checkpoint_module
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.checkpoint import INDEX_FILE
 from vmm_dwdp.integrations.transformers import attach, from_pretrained
+from vmm_dwdp.integrations.transformers.quantization import require_spreadable
+from vmm_dwdp.integrations.transformers.routing import routing_of
 
 ALONE = DWDPConfig(group_size=1, host_experts=3)
 FP8, MXFP4 = "qwen3_moe fp8", "gpt_oss mxfp4"
@@ -138,9 +145,19 @@ class CountedSlice:
 
 
 @pytest.mark.parametrize(("rank", "own"), [(0, {0, 1, 2, 3, 5, 6}), (1, {1, 2, 3, 4})])
-@pytest.mark.parametrize("name", [FP8, MXFP4])
+@pytest.mark.parametrize(
+    ("name", "keeping"),
+    [(FP8, nullcontext), (MXFP4, nullcontext), (MXFP4, keeping_mxfp4)],
+    ids=["fp8", "mxfp4", "kept"],
+)
 def test_of_the_experts_a_rank_reads_its_own_and_each_once(
-    published: Path, name: str, rank: int, own: set[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    published: Path,
+    name: str,
+    keeping: Callable[[], AbstractContextManager[None]],
+    rank: int,
+    own: set[int],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """Counted where safetensors hands bytes out, to transformers and to this library. Rank 0 reads the host pool's."""
     taken: dict[str, int] = {}
@@ -151,7 +168,7 @@ def test_of_the_experts_a_rank_reads_its_own_and_each_once(
     monkeypatch.setattr(checkpoint_module, "safe_open", counting)
     monkeypatch.setattr(transformers.modeling_utils, "safe_open", counting)
     config = DWDPConfig(group_size=2, num_local_experts=4, host_experts=2)
-    with pytest.raises(ExchangeError, match=f"rank {1 - rank}"):
+    with keeping(), pytest.raises(ExchangeError, match=f"rank {1 - rank}"):
         load(published / name, config, rank, timeout=0.1, rendezvous=tmp_path / "group")
     stored = tensors_of(published / name)
     assert taken.keys() <= stored.keys()
@@ -176,6 +193,49 @@ def test_a_whole_model_in_fp8_is_spread(published: Path, tmp_path: Path) -> None
         attach(model, DWDPRuntime(ALONE, 0, "cpu", tmp_path / "group", driver=HostDriver(PAGE)))
         with model.dwdp:
             assert torch.equal(logits(model), wanted)
+
+
+# -- where it keeps MXFP4 ----------------------------------------------------------------------------------------------
+
+
+def test_a_whole_model_in_mxfp4_is_spread(published: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with keeping_mxfp4():
+        model = whole_model(published / MXFP4)
+        wanted = logits(model)
+        dequantised = logits(whole_model(published / MXFP4, quantization_config=transformers.Mxfp4Config(True)))
+        torch.testing.assert_close(wanted, dequantised, rtol=0.05, atol=0.05)  # so the kernels compute what they should
+        attach(model, DWDPRuntime(ALONE, 0, "cpu", tmp_path / "group", driver=HostDriver(PAGE)))
+        with model.dwdp:
+            assert torch.equal(logits(model), wanted)
+    assert "become" not in caplog.text, "nothing is dequantised"
+
+
+def test_what_kernels_hold_of_a_spread_model(published: Path) -> None:
+    """Between passes their objects have no bytes to give, and they keep none of a pass, which would keep it mapped."""
+    with keeping_mxfp4():
+        model = load(published / MXFP4)
+        experts = model.model.layers[1].mlp.experts
+        held = [experts.gate_up_proj.storage, experts.down_proj_precision_config.weight_scale.storage]
+        for _ in range(2):
+            for storage in held:
+                assert storage.data.dtype == torch.uint8
+                with pytest.raises(StateError, match=r"layers\.1\.mlp\.experts\.\w+ is spread over the group"):
+                    storage.data.sum()
+            logits(model)
+        with pytest.raises(StateError, match="in no state dict"):
+            model.state_dict()
+        assert not model.dwdp.close().open()
+
+
+def test_the_routing_that_kernels_want_tells_which_experts_are_chosen() -> None:
+    of_token = torch.tensor([[4, 1], [1, 0], [2, 4]])
+    scores = torch.zeros(3, 5).scatter(1, of_token, torch.tensor([[3.0, 2.0]]).expand(3, 2))
+    data, gather, scatter = KERNELS.routing.routing(scores, 2)
+    tokens, top_k, chosen = routing_of((torch.zeros(3, 8), data, gather), {"scatter_idx": scatter}, counted=True)
+    assert (tokens, top_k) == (3, 2)
+    assert chosen is not None
+    assert torch.equal(chosen, of_token)
+    assert routing_of((torch.zeros(3, 8), data, gather, scatter), {}, counted=False) == (3, 2, None)
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
@@ -225,17 +285,41 @@ def test_a_checkpoint_that_cannot_be_spread(tmp_path: Path, spoil: Callable[[Pat
         load(tmp_path / "model")
 
 
-def test_mxfp4_that_stays_in_the_layout_of_kernels(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
+def test_mxfp4_whose_kernels_cannot_be_had(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def get_kernel(*_: Any, **__: Any) -> NoReturn:
+        raise HTTPError("Name or service not known")
 
-    for name in ("validate_environment", "_process_model_before_weight_loading"):
-        monkeypatch.setattr(Mxfp4HfQuantizer, name, lambda *_, **__: None)
-    with pytest.raises(ConfigError, match=r"kernels' own layout here.*Mxfp4Config\(dequantize=True\)"):
+    with keeping_mxfp4():
+        monkeypatch.setattr(hub_kernels, "get_kernel", get_kernel)
+        with pytest.raises(ConfigError, match=r"something of Hugging Face's hub.*\(Name or service not known\)"):
+            load(published / MXFP4)
+        config = transformers.Mxfp4Config(dequantize=True)
+        model = load(published / MXFP4, quantization_config=config)
+        with model.dwdp:
+            assert torch.equal(logits(model), logits(whole_model(published / MXFP4, quantization_config=config)))
+
+
+def test_mxfp4_on_another_device_than_its_kernels(tmp_path: Path) -> None:
+    stated = SimpleNamespace(dequantize=False, quant_method="mxfp4")
+    quantizer = SimpleNamespace(pre_quantized=True, quantization_config=stated)
+    with pytest.raises(ConfigError, match=r"here, not for meta.*Mxfp4Config\(dequantize=True\)"):
+        require_spreadable(tmp_path, {}, quantizer, torch.device("meta"))
+
+
+class MixingLayout(StridedLayout):
+    """Experts side by side in every row."""
+
+    def swizzle_data(self, data: Tensor) -> Tensor:
+        return data.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
+def test_kernels_in_whose_layout_experts_are_not_apart(published: Path) -> None:
+    layout = SimpleNamespace(
+        StridedLayout=StridedLayout, make_default_matmul_mxfp4_w_layout=lambda mx_axis: (MixingLayout, {})
+    )
+    kernels = SimpleNamespace(**{**vars(KERNELS), "tensor_details": SimpleNamespace(layout=layout)})
+    with keeping_mxfp4(kernels), pytest.raises(ConfigError, match="the bytes of an expert are not together"):
         load(published / MXFP4)
-    config = transformers.Mxfp4Config(dequantize=True)
-    model = load(published / MXFP4, quantization_config=config)
-    with model.dwdp:
-        assert torch.equal(logits(model), logits(whole_model(published / MXFP4, quantization_config=config)))
 
 
 def test_a_model_is_not_quantised_while_it_is_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ That this is so is checked for every parameter, on the shapes in the files' head
     checkpoint has, its experts modules have parameters for the quantised weights and for their scales, both stacked by
     expert, and each has a converter. Elsewhere the modules stay as they are, and the converter of a parameter begins by
     dequantising: it collects the scales beside the weights. Either way an expert's bytes and its scales come through
-    its converter alone, so both are spread like other experts, and nothing here knows a format.
+    its converter alone, so both are spread like other experts, and nothing here knows a format. What its converter
+    leaves in no parameter brings a conversion of its own: see [Note: Kernel layouts].
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from __future__ import annotations
 import re
 import sys
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -55,20 +56,47 @@ class _Part(NamedTuple):
     row: int | None
 
 
+class Conversion(Protocol):
+    """What makes one expert's part of a weight out of the checkpoint's tensors of that expert."""
+
+    def needs(self, pattern: str) -> bool:
+        """Whether it wants the bytes of tensors of this source pattern; without, they are on the meta device."""
+
+    def convert(self, tensors: Mapping[str, list[torch.Tensor]]) -> torch.Tensor:
+        """``[1, ...]``, of ``tensors`` by source pattern; on the meta device if all of them are."""
+
+
+class OwnConversion(NamedTuple):
+    """How a weight that is no parameter comes about.
+
+    Attributes:
+        target: the full name of the parameter for which transformers takes its tensors.
+        conversion: what is made of them.
+    """
+
+    target: str
+    conversion: Conversion
+
+
 def expert_sources(
-    model: Any, specs: Mapping[str, WeightSpec], checkpoint: Checkpoint, quantizer: Any = None
+    model: Any,
+    specs: Mapping[str, WeightSpec],
+    checkpoint: Checkpoint,
+    quantizer: Any = None,
+    own: Mapping[str, OwnConversion] = MappingProxyType({}),
 ) -> dict[str, ExpertSource]:
-    """Where each stacked parameter of ``model`` comes from; nothing is read but headers, and shapes that are tensors.
+    """Where each stacked weight of ``model`` comes from; nothing is read but headers, and shapes that are tensors.
 
     Args:
         model: a ``PreTrainedModel``; it may be on the meta device.
-        specs: the stacked parameters, by full name, in the dtypes in which they are wanted.
+        specs: the stacked weights, by full name, in the dtypes in which they are wanted.
         checkpoint: stays open for as long as the sources are read.
         quantizer: transformers' ``HfQuantizer`` of the checkpoint, which has prepared ``model``; see
             [Note: Quantised experts].
+        own: those of ``specs`` that are no parameters.
 
     Returns:
-        By parameter. Parameters that are tied, of which the checkpoint has one, have the same source.
+        By weight. Parameters that are tied, of which the checkpoint has one, have the same source.
 
     Raises:
         ConfigError: an expert is missing, or what is there does not give an expert of the parameter's shape; or it is
@@ -76,22 +104,26 @@ def expert_sources(
     """
     if quantizer is None:
         _require_unquantised(checkpoint)
-    groups = _groups(model, checkpoint, quantizer)
+    targets = {name: own[name].target if name in own else name for name in specs}
+    groups = _groups(model, {*model.state_dict(), *targets.values()}, checkpoint, quantizer)
     group_of = {parameter: group for group in groups for parameter in group.parameters}
     tied_to = getattr(model, "all_tied_weights_keys", {})
-    stored: dict[str, str] = {}  # by parameter, the one that the checkpoint has
-    for parameter in specs:
+    stored: dict[str, str] = {}  # by weight, the one whose tensors the checkpoint has
+    for weight, parameter in targets.items():
         first = tied_to.get(parameter, parameter)
         tied = [parameter, first, *(other for other in specs if tied_to.get(other) == first)]
         found = next((name for name in tied if name in group_of), None)
         if found is None:
             raise ConfigError(f"{checkpoint.directory} has no tensor for {parameter}")
-        stored[parameter] = found
-    sources = {
-        name: ExpertSource(name, specs, group_of[name], checkpoint, model.config, quantizer)
-        for name in dict.fromkeys(stored.values())
-    }
-    return {parameter: sources[name] for parameter, name in stored.items()}
+        stored[weight] = weight if weight in own else found
+
+    def source(weight: str) -> ExpertSource:
+        group = group_of[targets[weight]]
+        converter = own[weight].conversion if weight in own else _ByConverter(weight, specs, group, model.config)
+        return ExpertSource(weight, specs[weight], group, checkpoint, converter, quantizer)
+
+    sources = {name: source(name) for name in dict.fromkeys(stored.values())}
+    return {weight: sources[name] for weight, name in stored.items()}
 
 
 def _require_unquantised(checkpoint: Checkpoint) -> None:
@@ -114,17 +146,17 @@ def _require_unquantised(checkpoint: Checkpoint) -> None:
             )
 
 
-def _groups(model: Any, checkpoint: Checkpoint, quantizer: Any) -> list[_Group]:
-    """Every tensor of the checkpoint in its group, found as transformers finds it."""
+def _groups(model: Any, parameters: Iterable[str], checkpoint: Checkpoint, quantizer: Any) -> list[_Group]:
+    """Every tensor of the checkpoint in its group, found as transformers finds it among ``parameters``."""
     transforms = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    parameters = model.state_dict()
+    known = dict.fromkeys(parameters, True)
     groups: dict[str, _Group] = {}
     for name in sorted(checkpoint.names, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
-        if target not in parameters and name in parameters:
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if target not in known and name in known:
             target, pattern = name, None  # a pattern matched a name that is the model's own already
         group = groups.setdefault(target, _Group(target, converter_of.get(pattern)))
         group.names.setdefault(pattern or name, []).append(name)
@@ -146,43 +178,75 @@ class _OneExpert:
         return SimpleNamespace(**{name.rpartition(".")[2]: self.get_parameter(name) for name in names})
 
 
+class _ByConverter:
+    """By transformers' own converter of a group of tensors."""
+
+    def __init__(self, parameter: str, specs: Mapping[str, WeightSpec], group: _Group, config: Any) -> None:
+        self._parameter = parameter
+        self._group = group
+        self._one_expert = _OneExpert(config, specs)
+
+    def needs(self, pattern: str) -> bool:
+        return True
+
+    def convert(self, tensors: Mapping[str, list[torch.Tensor]]) -> torch.Tensor:
+        converter, target = self._group.converter, self._group.target
+        if converter is None:
+            return next(iter(tensors.values()))[0]
+        for pattern, found in tensors.items():
+            for tensor in found:
+                converter.add_tensor(target, target, pattern, tensor)
+        model = self._one_expert
+        converted = converter.convert(target, model=model, config=model.config)[self._parameter]
+        expert: torch.Tensor = converted[0] if isinstance(converted, list) else converted
+        return expert
+
+
 class ExpertSource:
-    """Where one stacked parameter ``[E, ...]`` comes from, expert by expert."""
+    """Where one stacked weight ``[E, ...]`` comes from, expert by expert."""
 
     def __init__(
         self,
-        parameter: str,
-        specs: Mapping[str, WeightSpec],
+        weight: str,
+        spec: WeightSpec,
         group: _Group,
         checkpoint: Checkpoint,
-        config: Any,
+        conversion: Conversion,
         quantizer: Any,
     ) -> None:
-        self._parameter = parameter
-        self._spec = specs[parameter]
+        self._weight = weight
+        self._spec = spec
         self._group = group
         self._checkpoint = checkpoint
-        self._config = config
+        self._conversion = conversion
         self._quantizer = quantizer
-        self._one_expert = _OneExpert(config, specs)
         self._check_every_expert()
 
     def read(self, expert: int) -> torch.Tensor:
-        """The part of ``expert`` in the parameter's dtype, on the CPU."""
+        """The part of ``expert`` in the weight's dtype."""
         tensors = {
-            pattern: [self._cast(self._checkpoint.read(part.name, part.row)) for part in parts]
-            for pattern, parts in self._parts(expert).items()
+            pattern: [self._tensor(pattern, part) for part in parts] for pattern, parts in self._parts(expert).items()
         }
-        converted = self._convert(tensors)[0].detach()
+        converted = self._conversion.convert(tensors)[0].detach()
         if converted.dtype == torch.uint8:  # scales that are exponents, and are stored as bytes
             return converted.view(self._spec.dtype)
         return converted.to(self._spec.dtype)
 
-    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _tensor(self, pattern: str, part: _Part) -> torch.Tensor:
+        """``part`` for the conversion."""
+        if self._conversion.needs(pattern):
+            return self._cast(self._checkpoint.read(part.name, part.row), part)
+        return self._checkpoint.empty(part.name, part.row)
+
+    def _cast(self, tensor: torch.Tensor, part: _Part) -> torch.Tensor:
         """In the dtype in which transformers converts it: the parameter's, except for what has to be dequantised."""
         if self._quantizer is None:
             return tensor.to(self._spec.dtype)
-        dtype = self._quantizer.get_new_dtype(self._group.converter, tensor, self._spec.dtype)
+        if hasattr(self._quantizer, "get_new_dtype"):
+            dtype = self._quantizer.get_new_dtype(self._group.converter, tensor, self._spec.dtype)
+        else:  # transformers 5.17 and before
+            kept = part.name != self._group.target or not tensor.is_floating_point()
+            dtype = None if kept else self._spec.dtype
         return tensor if dtype is None else tensor.to(dtype)
 
     def _parts(self, expert: int) -> dict[str, list[_Part]]:
@@ -197,24 +261,12 @@ class ExpertSource:
     def _is_stacked(self, names: list[str]) -> bool:
         return len(names) == 1 and self._checkpoint.shape(names[0])[:1] == (self._spec.num_experts,)
 
-    def _convert(self, tensors: dict[str, list[torch.Tensor]]) -> torch.Tensor:
-        """``[1, ...]``: what transformers makes of the tensors of one expert."""
-        converter, target = self._group.converter, self._group.target
-        if converter is None:
-            return next(iter(tensors.values()))[0]
-        for pattern, found in tensors.items():
-            for tensor in found:
-                converter.add_tensor(target, target, pattern, tensor)
-        converted = converter.convert(target, model=self._one_expert, config=self._config)[self._parameter]
-        expert: torch.Tensor = converted[0] if isinstance(converted, list) else converted
-        return expert
-
     def _check_every_expert(self) -> None:
         for names in self._group.names.values():
             if not self._is_stacked(names) and len(names) % self._spec.num_experts:
                 found = f"has {names[0]} {list(self._checkpoint.shape(names[0]))}"
                 raise ConfigError(
-                    f"{self._parameter} has {self._spec.num_experts} experts, but {self._checkpoint.directory} "
+                    f"{self._weight} has {self._spec.num_experts} experts, but {self._checkpoint.directory} "
                     f"{_missing(names, self._spec.num_experts) or found}"
                 )
         fitting: set[str] = set()  # the combinations of shapes that gave one expert's part
@@ -226,7 +278,7 @@ class ExpertSource:
             if problem := self._misfit(parts):
                 tensors = [f"{part.name} {list(self._shape(part))}" for found in parts.values() for part in found]
                 raise ConfigError(
-                    f"expert {expert} of {self._parameter} must have the shape {list(self._spec.shape[1:])}, but "
+                    f"expert {expert} of {self._weight} must have the shape {list(self._spec.shape[1:])}, but "
                     f"{problem}; {self._checkpoint.directory} has {', '.join(tensors)}"
                 )
             fitting.add(str(shapes))
@@ -239,7 +291,7 @@ class ExpertSource:
         """Why tensors like these do not give one expert's part, found out by converting tensors without bytes."""
         tensors = {pattern: [self._without_bytes(part) for part in found] for pattern, found in parts.items()}
         try:
-            shape = tuple(self._convert(tensors).shape)
+            shape = tuple(self._conversion.convert(tensors).shape)
         except Exception as error:  # each conversion has its own way to say that it cannot
             return f"conversion fails ({error})"
         return None if shape == self._spec.of(1) else f"conversion gives {list(shape[1:])}"
@@ -249,7 +301,7 @@ class ExpertSource:
         like = self._checkpoint.empty(part.name, part.row)
         if like.dim() <= 1 and not like.is_floating_point():
             return self._checkpoint.read(part.name, part.row)
-        return self._cast(like)
+        return self._cast(like, part)
 
 
 def _missing(names: list[str], num_experts: int) -> str | None:

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
 
 import torch
@@ -23,6 +23,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vmm_dwdp.errors import ConfigError, StateError
 from vmm_dwdp.integrations.spread_tensor import SpreadTensor
+from vmm_dwdp.integrations.transformers.mxfp4 import KernelWeight, kernel_weights
+from vmm_dwdp.integrations.transformers.routing import routing_of
 from vmm_dwdp.integrations.transformers.turns import Turns
 from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.runtime import DWDPRuntime
@@ -35,12 +37,30 @@ class ExpertsModule:
     Attributes:
         path: the module's name in the model.
         module: it; a `torch.nn.Module`, whose methods torch leaves without annotations.
-        weights: its parameters that are stacked by expert, ``[E, ...]``, by their name in the module.
+        weights: what in it is stacked by expert, ``[E, ...]``, by name: its parameters, and ``in_kernels``.
+        in_kernels: those that are no parameters; see [Note: Kernel layouts].
     """
 
     path: str
     module: Any
     weights: Mapping[str, WeightSpec]
+    in_kernels: Mapping[str, KernelWeight] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of its weights that are parameters."""
+        return [name for name in self.weights if name not in self.in_kernels]
+
+    def whole(self, name: str) -> Tensor:
+        """A weight ``[E, ...]`` of a model that is whole, in its own memory."""
+        if name in self.in_kernels:
+            return self.in_kernels[name].whole()
+        parameter: Tensor = self.module.get_parameter(name).detach()
+        return parameter
+
+    def identity(self, name: str) -> int:
+        """Of a weight of a model that is whole: equal for two that are tied."""
+        return id(self.module.get_parameter(name) if name in self.parameters else self.in_kernels[name].storage)
 
     def is_in(self, path: str) -> bool:
         """Whether the module of this name, ``""`` for the model, contains it."""
@@ -56,7 +76,8 @@ def find_experts(model: Module) -> list[ExpertsModule]:
     weight smaller than a page costs every rank that page, and is never fetched.
 
     Raises:
-        ConfigError: there is none, or the parameters of one disagree on the number of experts.
+        ConfigError: there is none, or the weights of one disagree on the number of experts, or are in a layout of
+            kernels in which experts are not apart.
     """
     found = []
     for path, module in model.named_modules():
@@ -64,15 +85,17 @@ def find_experts(model: Module) -> list[ExpertsModule]:
         if not (own_name.endswith("experts") or "Experts" in class_name) or own_name.startswith("shared"):
             continue
         parameters = {name: p for name, p in module.named_parameters(recurse=False) if p.dim() >= 2}
-        counts = {p.shape[0] for p in parameters.values() if p.dim() >= 3}
+        in_kernels = kernel_weights(module)
+        kept = {name: weight.spec for name, weight in in_kernels.items()}
+        counts = {p.shape[0] for p in parameters.values() if p.dim() >= 3} | {s.num_experts for s in kept.values()}
         if not counts:
             continue
         if len(counts) > 1:
-            shapes = ", ".join(f"{name} {list(p.shape)}" for name, p in parameters.items())
+            shapes = ", ".join(f"{name} {list(p.shape)}" for name, p in (parameters | kept).items())
             raise ConfigError(f"the parameters of {path} are stacked by different numbers of experts: {shapes}")
         (count,) = counts
-        weights = {name: WeightSpec(tuple(p.shape), p.dtype) for name, p in parameters.items() if p.shape[0] == count}
-        found.append(ExpertsModule(path, module, weights))
+        stacked = {name: WeightSpec(tuple(p.shape), p.dtype) for name, p in parameters.items() if p.shape[0] == count}
+        found.append(ExpertsModule(path, module, kept | stacked, in_kernels))
     if not found:
         raise ConfigError(f"{type(model).__name__} has no module of experts whose parameters are stacked by expert")
     return found
@@ -99,7 +122,7 @@ def align_experts(model: Module) -> None:
     round in another way at such an address than at the start of a page, where an assembled tensor is.
     """
     for experts in find_experts(model):
-        for name in experts.weights:
+        for name in experts.parameters:
             parameter = experts.module.get_parameter(name)
             parameter.data = parameter.data.clone()
 
@@ -156,6 +179,7 @@ class SpreadExperts:
         merge: bool,
     ) -> None:
         self.path = experts.path
+        self._experts = experts
         self._module = experts.module
         self._weights = experts.weights
         self._runtime = runtime
@@ -163,13 +187,16 @@ class SpreadExperts:
         self._schedule = schedule
         self._turns = turns
         self._merge = merge
-        self._own_forward = self._module.forward
+        # transformers' MXFP4 module is called at its second step, with the routing that its kernels want.
+        entry = "forward_routed" if hasattr(self._module, "forward_routed") else "forward"
+        self._own_forward = getattr(self._module, entry)
         self._placeholders = {
             name: SpreadTensor(f"{self.path}.{name}", spec.shape, None, spec.dtype, runtime.device)
             for name, spec in self._weights.items()
+            if name in experts.parameters
         }
-        self._module._parameters.update(self._placeholders)
-        self._module.__dict__.update(forward=turns.taking(self._forward), _apply=self._apply)
+        self._hide()
+        self._module.__dict__.update({entry: turns.taking(self._forward), "_apply": self._apply})
         self._module.register_state_dict_pre_hook(self._refuse_state_dict)
         self._module.register_load_state_dict_pre_hook(self._refuse_state_dict)
 
@@ -178,23 +205,34 @@ class SpreadExperts:
         if self._layer == 0:
             self._schedule.begin_pass()
         self._turns.reached = self._layer + 1
-        tokens, chosen = _routing(args, kwargs)
-        top_k = None if chosen is None else chosen.shape[-1]
+        tokens, top_k, chosen = routing_of(args, kwargs, counted=self._runtime.config.resident_cache > 0)
         with (
             torch.no_grad(),
             self._runtime.layer(self._layer, tokens=tokens, top_k=top_k, chosen=chosen) as weights,
         ):
             merged = {name: torch.cat(list(tensors)) for name, tensors in weights.items()} if self._merge else weights
-            self._module._parameters.update(merged)
             try:
+                self._show(merged)
                 output = self._own_forward(*args, **kwargs)
             finally:
-                self._module._parameters.update(self._placeholders)
+                self._hide()
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if torch.is_grad_enabled() and inputs:
             refusing: Any = _NoBackward.apply
             output = tree_map_only(Tensor, lambda tensor: refusing(self.path, tensor, *inputs), output)
         return output
+
+    def _show(self, weights: Mapping[str, Any]) -> None:
+        for name, weight in weights.items():
+            if name in self._placeholders:
+                self._module._parameters[name] = weight
+            else:
+                self._experts.in_kernels[name].show(weight)
+
+    def _hide(self) -> None:
+        self._module._parameters.update(self._placeholders)
+        for name, weight in self._experts.in_kernels.items():
+            weight.hide(f"{self.path}.{name}", self._runtime.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
         """What `Module.to` and its like call: whatever else the module holds may move, the experts may not."""
@@ -222,17 +260,6 @@ class SpreadExperts:
             f"the experts of {self.path} are spread over the group and in no state dict; "
             "save or load the whole model before they are spread"
         )
-
-
-def _routing(args: Any, kwargs: Any) -> tuple[int, Tensor | None]:
-    """How many tokens an experts module is given, and which experts each of them uses, if that is among its inputs.
-
-    transformers' experts take hidden states ``[T, H]`` first, and most take the chosen experts ``[T, k]`` beside them.
-    """
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    tokens = tensors[0].shape[:-1].numel()
-    chosen = [tensor for tensor in tensors if not tensor.is_floating_point()]
-    return tokens, chosen[0] if chosen else None
 
 
 def _refuse_adapter(wrapper: Module, name: str, module: Module | None) -> None:

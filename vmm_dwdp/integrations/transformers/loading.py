@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,14 +12,16 @@ from typing import Any, Final
 
 import torch
 import transformers
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # that of its client
 from safetensors import SafetensorError
 from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
 from vmm_dwdp.checkpoint import Checkpoint, revision_of
 from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.integrations.transformers.checkpoint import ExpertSource, expert_sources
+from vmm_dwdp.integrations.transformers.checkpoint import ExpertSource, OwnConversion, expert_sources
 from vmm_dwdp.integrations.transformers.experts import ExpertsModule, by_layer, find_experts
+from vmm_dwdp.integrations.transformers.mxfp4 import IntoKernelLayout, lay_out_experts
 from vmm_dwdp.integrations.transformers.quantization import (
     dequantised,
     loading_config,
@@ -88,15 +90,18 @@ def load_without_experts(
 
     def load(model: Any, state_dict: Any, files: list[str] | None, load_config: Any, *others: Any) -> Any:
         quantizer = load_config.hf_quantizer
-        require_spreadable(directory, described, quantizer)
+        require_spreadable(directory, described, quantizer, device)
         checkpoint = opened.enter_context(Checkpoint(directory, _safetensors(files)))
+        lay_out_experts(model, quantizer)
         experts = [_as_loaded(load_config.dtype_plan, found) for found in find_experts(model)]
         specs = {f"{found.path}.{name}": spec for found in experts for name, spec in found.weights.items()}
-        sources = expert_sources(model, specs, checkpoint, quantizer)
+        own = {name: conversion for found in experts for name, conversion in _into_kernels(found, quantizer, device)}
+        sources = expert_sources(model, specs, checkpoint, quantizer, own)
         layers = by_layer(experts, lambda found, name: sources[f"{found.path}.{name}"])
-        hiding.extend(found.module.register_state_dict_post_hook(_without(found.weights)) for found in experts)
+        hiding.extend(found.module.register_state_dict_post_hook(_without(found.parameters)) for found in experts)
         # The checkpoint has tensors for what is hidden; transformers is not to warn of them.
-        expected = {re.escape(name.removeprefix(f"{model.base_model_prefix}.")) for name in specs}
+        targets = {own[name].target if name in own else name for name in specs}
+        expected = {re.escape(target.removeprefix(f"{model.base_model_prefix}.")) for target in targets}
         model._keys_to_ignore_on_load_unexpected |= expected
         if sentence := dequantised(directory, quantizer, [spec.dtype for spec in specs.values()]):
             _log.warning(sentence)
@@ -110,6 +115,11 @@ def load_without_experts(
         if kwargs.get("quantization_config") is None:
             kwargs = kwargs | {"quantization_config": loading_config(described)}
         model = loader.from_pretrained(directory, device_map={"": device}, **kwargs)
+    except HTTPError as error:  # for example of a quantiser that wants its kernels
+        raise ConfigError(
+            f"transformers cannot load {directory}: it wants something of Hugging Face's hub, which it does not get "
+            f"({error})"
+        ) from error
     except (OSError, SafetensorError, ImportError) as error:
         raise ConfigError(f"transformers cannot load {directory}: {error}") from error
     if not loaded:
@@ -135,9 +145,16 @@ def _as_loaded(dtype_plan: Mapping[str, torch.dtype], experts: ExpertsModule) ->
 
     def kept(name: str, spec: WeightSpec) -> WeightSpec:
         dtypes = [dtype for pattern, dtype in plan.items() if pattern.search(f"{experts.path}.{name}")]
-        return WeightSpec(spec.shape, dtypes[0]) if dtypes else spec
+        return WeightSpec(spec.shape, dtypes[0]) if dtypes and name not in experts.in_kernels else spec
 
     return replace(experts, weights={name: kept(name, spec) for name, spec in experts.weights.items()})
+
+
+def _into_kernels(experts: ExpertsModule, quantizer: Any, device: torch.device) -> Iterator[tuple[str, OwnConversion]]:
+    """By full name, how the weights of ``experts`` that are no parameters come about."""
+    for name, weight in experts.in_kernels.items():
+        conversion = IntoKernelLayout(name, weight.projection, experts.module, quantizer, device)
+        yield f"{experts.path}.{name}", OwnConversion(f"{experts.path}.{weight.projection}", conversion)
 
 
 def _without(names: Iterable[str]) -> Callable[[Module, dict[str, Any], str, Any], None]:

@@ -35,7 +35,7 @@ from vmm_dwdp.integrations.transformers.turns import Turns
 from vmm_dwdp.model_folder import find_folder
 from vmm_dwdp.runtime import DWDPRuntime
 
-ReadExpert = Callable[[str, int], Tensor]  # a parameter's full name and an expert -> the expert's part
+ReadExpert = Callable[[str, int], Tensor]  # a weight's full name and an expert -> the expert's part
 
 REFUSED_ARGUMENTS = (
     *("device_map", "device_mesh", "distributed_config", "max_memory", "offload_folder", "tp_plan", "tp_size"),
@@ -97,7 +97,7 @@ def from_pretrained(
     with _closed_on_failure(runtime), ExitStack() as opened:
         loaded = load_without_experts(model_class, directory, described, runtime.device, kwargs, opened)
         sources = loaded.sources
-        read = lambda parameter, expert: sources[parameter].read(expert)  # noqa: E731
+        read = lambda weight, expert: sources[weight].read(expert)  # noqa: E731
         _spread(loaded.model, loaded.layers, runtime, read, timeout, loaded.revision)
     return loaded.model
 
@@ -120,14 +120,16 @@ def attach(model: transformers.PreTrainedModel, runtime: DWDPRuntime, *, timeout
         DriverError: see `DWDPRuntime.publish`.
     """
 
-    def read(parameter: str, expert: int) -> Tensor:
-        whole: Tensor = model.get_parameter(parameter).detach()
+    def read(weight: str, expert: int) -> Tensor:
+        path, _, name = weight.rpartition(".")
+        whole = modules[path].whole(name)
         if whole.is_meta:
-            raise ConfigError(f"{parameter} is on the meta device: there are no bytes to spread")
+            raise ConfigError(f"{weight} is on the meta device: there are no bytes to spread")
         return whole[expert]
 
     with _closed_on_failure(runtime):
-        layers = by_layer(find_experts(model), lambda found, name: id(found.module.get_parameter(name)))
+        modules = {found.path: found for found in find_experts(model)}
+        layers = by_layer(modules.values(), lambda found, name: found.identity(name))
         _spread(model, layers, runtime, read, timeout, _revision_of(model))
 
 

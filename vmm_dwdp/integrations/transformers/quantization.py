@@ -38,12 +38,13 @@ def _methods(config: Mapping[str, Any]) -> list[str]:
     return own + [method for part in parts for method in _methods(part)]
 
 
-def require_spreadable(directory: Path, config: Mapping[str, Any], quantizer: Any) -> None:
+def require_spreadable(directory: Path, config: Mapping[str, Any], quantizer: Any, device: torch.device) -> None:
     """Raise `ConfigError` if transformers' ``quantizer``, or its lack, makes of experts what cannot be spread.
 
     Args:
         config: the ``config.json`` of ``directory``.
         quantizer: the ``HfQuantizer`` that has prepared the model, if any.
+        device: where the model is run.
     """
     if quantizer is None:
         if _methods(config):
@@ -53,10 +54,11 @@ def require_spreadable(directory: Path, config: Mapping[str, Any], quantizer: An
         raise ConfigError(f"{directory} is not quantised, and what is spread cannot be quantised while it is loaded")
     if quantizer.quantization_config.dequantize:
         return
-    if _method(quantizer) == "mxfp4":
+    accelerator = torch.accelerator.current_accelerator() or torch.device("cpu")
+    if _method(quantizer) == "mxfp4" and device.type != accelerator.type:
         raise ConfigError(
-            f"{directory} is in MXFP4, whose experts transformers keeps in its kernels' own layout here, not stacked: "
-            "give quantization_config=Mxfp4Config(dequantize=True)"
+            f"{directory} is in MXFP4, whose kernels transformers takes for {accelerator.type} here, not for "
+            f"{device.type}: give that device, or quantization_config=Mxfp4Config(dequantize=True)"
         )
     if _method(quantizer) == "compressed-tensors":
         raise ConfigError(
