@@ -59,6 +59,7 @@ class StatsCollector:
             ("fetched_bytes", "fetched_bytes", "Bytes that fetches of a layer moved."),
             ("exposed_wait_seconds", "exposed_wait_s", "Time for which the compute stream waited for a layer."),
             ("in_place", "in_place", "Acquires of a layer to be read in place."),
+            ("node_wait_seconds", "node_wait_s", "Time in exchanges with ranks of other nodes."),
         ):
             counter = CounterMetricFamily(f"vmm_dwdp_{name}", documentation, labels=["rank", "layer"])
             for number, layer in stats.layers.items():
