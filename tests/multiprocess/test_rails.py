@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from datetime import timedelta
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,21 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.groups import PAGE, same_bytes
-from support.ranks import processes, start_server
+from support.nodes import Shape, rail_of, run
 
 from vmm_dwdp import ConfigError, DWDPConfig, DWDPError, DWDPRuntime, WeightSpec
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.layout.nodes import NodeShare
-from vmm_dwdp.nodes.rail import NOT_HERE, TorchRail
+from vmm_dwdp.nodes.rail import NOT_HERE
 
 EXPERTS, WIDTH, TOP_K = 11, 24, 3
 DTYPE = torch.bfloat16
 PASSES = 3  # the last is of tokens on the first rail only
-
-
-class Shape(NamedTuple):
-    nodes: int
-    ranks: int  # of a node
 
 
 SHAPES = [Shape(2, 2), Shape(2, 3), Shape(3, 2)]
@@ -73,47 +66,10 @@ def reference(share: NodeShare, tokens: Tokens, nodes: list[int]) -> torch.Tenso
     return out
 
 
-def run(shape: Shape, function: Any) -> list[Any]:
-    """What ``function`` returns for each rank of each node, each in a process; ``None`` if it dies."""
-    start_server()
-    started = []
-    for place in range(shape.nodes * shape.ranks):
-        ours, theirs = processes.Pipe()
-        process = processes.Process(target=_send, args=(theirs, function, shape, place), daemon=True)
-        process.start()
-        theirs.close()
-        started.append((process, ours))
-    results = []
-    for process, ours in started:
-        try:
-            results.append(ours.recv())
-        except EOFError:
-            results.append(None)
-        process.join()
-        process.close()
-        ours.close()
-    return results
-
-
-def _send(connection: Connection, function: Any, shape: Shape, place: int) -> None:
-    torch.set_num_threads(1)
-    connection.send(function(shape, *divmod(place, shape.ranks)))
-
-
-def rail_of(store: Path, shape: Shape, node: int, rank: int) -> dist.ProcessGroup:
-    place = node * shape.ranks + rank
-    world = shape.nodes * shape.ranks
-    dist.init_process_group("gloo", store.as_uri(), rank=place, world_size=world, timeout=timedelta(seconds=60))
-    rails = [dist.new_group(range(each, world, shape.ranks)) for each in range(shape.ranks)]
-    rail = rails[rank]
-    assert isinstance(rail, dist.ProcessGroup)
-    return rail
-
-
 def passes(directory: Path, shape: Shape, node: int, rank: int) -> list[torch.Tensor]:
     """What a rank gets of its tokens in every pass."""
     share = NodeShare(EXPERTS, shape.nodes)
-    rail = TorchRail(rail_of(directory / "store", shape, node, rank))
+    rail = rail_of(directory / "store", shape, node, rank)
     own, found = share.experts(node), []
     config, driver = DWDPConfig(group_size=shape.ranks), HostDriver(PAGE)
     with DWDPRuntime(config, rank, driver.device, directory / f"node-{node}", driver=driver) as runtime:
@@ -152,7 +108,7 @@ def test_ranks_of_all_nodes_get_what_one_process_computes(shape: Shape, tmp_path
 
 def lonely(directory: Path, shape: Shape, node: int, rank: int) -> list[Any]:
     """A layer of which node 0 has no expert; then what cannot be."""
-    way = TorchRail(rail_of(directory / "store", shape, node, rank))
+    way = rail_of(directory / "store", shape, node, rank)
     sent = way.dispatch(torch.full((2, 4), 1.0 + node), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1), 1)
     out = way.combine(sent.hidden * 10, sent)
     told = []
@@ -179,7 +135,7 @@ def test_a_node_without_experts_and_what_cannot_be(tmp_path: Path) -> None:
 
 def with_a_death(directory: Path, shape: Shape, node: int, rank: int) -> str:
     """Rank 0 of node 1 dies after a pass."""
-    rail = TorchRail(rail_of(directory / "store", shape, node, rank))
+    rail = rail_of(directory / "store", shape, node, rank)
     for number in range(2):
         if (number, node, rank) == (1, 1, 0):
             os._exit(1)

@@ -28,6 +28,11 @@ from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.runtime import DWDPRuntime
 
 
+Compute = Callable[[Any, Any, int, Tensor | None], Any]
+"""An experts module's own forward pass on its layer: of its arguments, for so many tokens, and the experts that each of
+them uses ``[tokens, K]``, where known."""
+
+
 @dataclass(frozen=True)
 class ExpertsModule:
     """A module that holds the experts of one MoE layer.
@@ -36,11 +41,18 @@ class ExpertsModule:
         path: the module's name in the model.
         module: it; a `torch.nn.Module`, whose methods torch leaves without annotations.
         weights: its parameters that are stacked by expert, ``[E, ...]``, by their name in the module.
+        first: the first of the ``E`` experts in the model, where these are a node's.
     """
 
     path: str
     module: Any
     weights: Mapping[str, WeightSpec]
+    first: int = 0
+
+    @property
+    def num_experts(self) -> int:
+        """``E``."""
+        return next(iter(self.weights.values())).num_experts
 
     def is_in(self, path: str) -> bool:
         """Whether the module of this name, ``""`` for the model, contains it."""
@@ -142,7 +154,8 @@ class SpreadExperts:
     Takes effect when it is made, and stays for the life of the module. Its forward pass is part of a turn of ``turns``.
     The first layer tells ``schedule``, which all layers of the model share, that a pass begins. ``merge`` is for
     modules whose own code wants tensors although the runtime assembles lists: they are concatenated before every
-    forward pass.
+    forward pass. ``across`` stands between the module and its callers, where it has the experts of one node: it is
+    given the arguments, and what computes.
     """
 
     def __init__(
@@ -154,6 +167,7 @@ class SpreadExperts:
         turns: Turns,
         *,
         merge: bool,
+        across: Callable[[Any, Any, Compute], Any] | None,
     ) -> None:
         self.path = experts.path
         self._module = experts.module
@@ -163,7 +177,10 @@ class SpreadExperts:
         self._schedule = schedule
         self._turns = turns
         self._merge = merge
+        self._across = across
         self._own_forward = self._module.forward
+        if hasattr(self._module, "num_experts"):  # by which transformers' own code counts rows of the weights
+            self._module.num_experts = experts.num_experts
         self._placeholders = {
             name: SpreadTensor(f"{self.path}.{name}", spec.shape, None, spec.dtype, runtime.device)
             for name, spec in self._weights.items()
@@ -178,23 +195,28 @@ class SpreadExperts:
         if self._layer == 0:
             self._schedule.begin_pass()
         self._turns.reached = self._layer + 1
-        tokens, chosen = _routing(args, kwargs)
-        top_k = None if chosen is None else chosen.shape[-1]
-        with (
-            torch.no_grad(),
-            self._runtime.layer(self._layer, tokens=tokens, top_k=top_k, chosen=chosen) as weights,
-        ):
-            merged = {name: torch.cat(list(tensors)) for name, tensors in weights.items()} if self._merge else weights
-            self._module._parameters.update(merged)
-            try:
-                output = self._own_forward(*args, **kwargs)
-            finally:
-                self._module._parameters.update(self._placeholders)
+        with torch.no_grad():
+            if self._across is None:
+                output = self._compute(args, kwargs, *_routing(args, kwargs))
+            else:
+                output = self._across(args, kwargs, self._compute)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if torch.is_grad_enabled() and inputs:
             refusing: Any = _NoBackward.apply
             output = tree_map_only(Tensor, lambda tensor: refusing(self.path, tensor, *inputs), output)
         return output
+
+    def _compute(self, args: Any, kwargs: Any, tokens: int, chosen: Tensor | None) -> Any:
+        top_k = None if chosen is None else chosen.shape[-1]
+        with self._runtime.layer(self._layer, tokens=tokens, top_k=top_k, chosen=chosen) as weights:
+            merged = {name: torch.cat(list(tensors)) for name, tensors in weights.items()} if self._merge else weights
+            if self._across is not None and not args[0].numel():
+                return args[0]  # nobody's tokens came to this node
+            self._module._parameters.update(merged)
+            try:
+                return self._own_forward(*args, **kwargs)
+            finally:
+                self._module._parameters.update(self._placeholders)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
         """What `Module.to` and its like call: whatever else the module holds may move, the experts may not."""
