@@ -259,8 +259,8 @@ class DWDPRuntime(Together):
             with runtime.exchange(layer):
                 dispatched = rail.dispatch(hidden, chosen, weights, num_experts)
 
-        What ``stream`` (default: the current one) takes for it is timed: in `LayerStats.node_wait_s`, in a trace, and in
-        `Stats.advice` where a quarter of a pass and more are such waits. What is captured into a graph is not seen.
+        What ``stream`` (default: the current one) takes for it is timed: in `LayerStats.node_wait_s`, in a trace, and
+        in `Stats.advice` where a quarter of a pass and more are such waits. What is captured into a graph is not seen.
 
         Raises:
             ConfigError: no such layer or stream.
@@ -354,7 +354,10 @@ class DWDPRuntime(Together):
             error = raised
             raise
         finally:
-            tracer.recording, self._exchanges.tracer = False, None  # so that another trace may begin, whatever comes now
+            tracer.recording, self._exchanges.tracer = (
+                False,
+                None,
+            )  # so that another trace may begin, whatever comes now
             undo_after(error, lambda: self._finish_trace(trace))
 
     def _finish_trace(self, trace: Trace) -> None:

@@ -201,8 +201,9 @@ def _print_nodes(estimate: Estimate) -> None:
     )
     print(
         f"One group of all {about['ranks']} ranks would fetch {size(about['one_group_fetched_bytes'])} for a layer, "
-        f"{about['one_group_over_fetched']:.2f} times as much. A token goes to {about['nodes_that_a_token_goes_to']:.2f} "
-        f"nodes, its own counted. The network: {about['network']}, {about['network_bytes_per_s'] / 1e9:g} GB/s."
+        f"{about['one_group_over_fetched']:.2f} times as much. A token goes to "
+        f"{about['nodes_that_a_token_goes_to']:.2f} nodes, its own counted. "
+        f"The network: {about['network']}, {about['network_bytes_per_s'] / 1e9:g} GB/s."
     )
 
 
@@ -232,7 +233,10 @@ def _print(estimate: Estimate, best: Estimate | None) -> None:
         [
             (f"prefetch of a layer, {size(estimate.plan.fetched_bytes)}", _ms(estimate.prefetch_seconds)),
             ("the same while the other ranks pull, too", _ms(estimate.copying_seconds)),
-            (f"compute of a layer{', and its exchanges' * (estimate.nodes.count > 1)}, alone", _ms(estimate.work.seconds)),
+            (
+                f"compute of a layer{', and its exchanges' * (estimate.nodes.count > 1)}, alone",
+                _ms(estimate.work.seconds),
+            ),
             ("from one layer to the next", _ms(estimate.layer_seconds)),
             ("  of which compute waits for copies", _ms(estimate.exposed_seconds)),
             ("forward pass", _ms(estimate.dwdp_seconds)),
@@ -251,8 +255,9 @@ def _print(estimate: Estimate, best: Estimate | None) -> None:
     else:
         verdict = "Best for these tokens" if best.speedup >= 1 else "No group pays for these tokens; the closest"
         print(
-            f"{verdict}: a group of {best.config.group_size}{_on_nodes(best)}, {best.config.num_local_experts} experts a rank, "
-            f"prefetch depth {best.config.prefetch_depth}: {_ms(best.dwdp_seconds)} ms a forward pass, "
+            f"{verdict}: a group of {best.config.group_size}{_on_nodes(best)}, "
+            f"{best.config.num_local_experts} experts a rank, prefetch depth {best.config.prefetch_depth}: "
+            f"{_ms(best.dwdp_seconds)} ms a forward pass, "
             f"{best.speedup:.2f} times expert parallelism on as many GPUs."
         )
 

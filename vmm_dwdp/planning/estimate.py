@@ -16,7 +16,7 @@ from vmm_dwdp.planning.contention import chosen_share, contended_share, reached_
 from vmm_dwdp.planning.gpus import GpuSpec
 from vmm_dwdp.planning.memory import RankMemory, rank_memory
 from vmm_dwdp.planning.models import ModelSpec
-from vmm_dwdp.planning.nodes import Nodes
+from vmm_dwdp.planning.nodes import ONE_NODE, Nodes
 from vmm_dwdp.planning.pulling import Turns
 from vmm_dwdp.planning.roofline import Batch, Operation, dense_layer_operations, total
 from vmm_dwdp.planning.simulator import LayerWork
@@ -30,8 +30,8 @@ class Estimate:
     """One group, with forward passes of ``batch`` on every rank. Times in seconds.
 
     Attributes:
-        config: of the group; with one node, ``group_size`` is the size of the expert-parallel group it is compared with,
-            too, and with several, all their ranks are.
+        config: of the group; the expert-parallel group that it is compared with has as many ranks, or with several
+            nodes all of theirs.
         imbalance: by how much the slowest rank's compute exceeds the mean, for which expert parallelism waits, and so
             does a rail of several nodes.
         turns: how owners are chosen as copies go; ``None``: copies in an order that is fixed ahead.
@@ -44,7 +44,7 @@ class Estimate:
     batch: Batch
     imbalance: float = 0.0
     turns: Turns | None = None
-    nodes: Nodes = Nodes()
+    nodes: Nodes = ONE_NODE
 
     def __post_init__(self) -> None:
         if self.config.group_size > self.gpu.max_group:
@@ -123,7 +123,7 @@ class Estimate:
         own = average_operations(self.model, self.gpu, self.batch, experts=held)
         if self.nodes.count > 1:
             own = [dataclasses.replace(each, seconds=each.seconds * (1 + self.imbalance)) for each in own]
-        summed, sent = self.nodes.exchanges(self.model, self.gpu, self.batch.tokens)
+        summed, sent = self.nodes.exchanges(self.model, self.batch.tokens)
         return [*summed, *own[:-1], *sent, own[-1]]
 
     @cached_property
@@ -268,7 +268,7 @@ def recommend(estimate: Estimate) -> Estimate | None:
 
 def _candidates(estimate: Estimate) -> Iterable[Estimate]:
     """Groups of every power of two, depths of 1 to 3, with experts spread exactly or held by several ranks."""
-    model, gpu = estimate.model, estimate.gpu
+    gpu = estimate.gpu
     experts = estimate.share.num_experts - estimate.config.host_experts
     size = 2
     while size <= min(gpu.max_group, experts):

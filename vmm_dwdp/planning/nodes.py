@@ -62,18 +62,15 @@ class Nodes:
         """What a rank with ``tokens`` sends to other nodes for a layer, in bf16; as much comes back as sums."""
         return tokens * self.visits(model) * (self.count - 1) / self.count * model.hidden * ACTIVATION
 
-    def exchanges(self, model: ModelSpec, gpu: GpuSpec, tokens: int) -> tuple[list[Operation], list[Operation]]:
-        """Of a layer, what combining the layer before takes ahead of all else, and what dispatching takes before the
-        experts: the network, and the moves of rows in memory. Nothing for one node."""
+    def exchanges(self, model: ModelSpec, tokens: int) -> tuple[list[Operation], list[Operation]]:
+        """What is before all else of a layer, the sums of the layer before, and what is before its experts.
+
+        Nothing for one node. Moves of rows within memory are left out, as they are of expert parallelism.
+        """
         if self.count == 1:
             return [], []
         seconds = self.sent_bytes(model, tokens) / self.network.rate
-        rows = tokens * self.visits(model) * model.hidden * ACTIVATION / (gpu.memory_bandwidth * gpu.efficiency.elementwise)
-        # Gather there: read, write. Sums that come back: read, and a float32 is read and written.
-        return (
-            [Operation("sums from nodes", "network", seconds), Operation("add sums", "memory", 5 * rows)],
-            [Operation("gather tokens", "memory", 2 * rows), Operation("tokens to nodes", "network", seconds)],
-        )
+        return [Operation("sums from nodes", "network", seconds)], [Operation("tokens to nodes", "network", seconds)]
 
     def expert_parallel_exchange(self, model: ModelSpec, gpu: GpuSpec, tokens: int, group_size: int) -> float:
         """Seconds of a layer in which expert parallelism over all ranks of all nodes moves tokens and results.
@@ -86,3 +83,6 @@ class Nodes:
             return within
         both = (model.expert_format.activation_bytes + ACTIVATION) / ACTIVATION
         return max(within, self.sent_bytes(model, tokens) * both / self.network.rate)
+
+
+ONE_NODE: Final = Nodes()

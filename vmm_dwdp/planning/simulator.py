@@ -126,8 +126,8 @@ def simulate(group: Group, work: Sequence[Sequence[LayerWork]]) -> Outcome:
     """Run ``work[rank][pass]``, every layer of a pass alike, and say what happened.
 
     Raises:
-        ConfigError: ``work`` is not for every rank, or ranks that meet have not as many phases; a config that cannot be,
-            or a choice of owners by fetches.
+        ConfigError: ``work`` is not for every rank, or ranks that meet do not meet equally often; a config that cannot
+            be, or a choice of owners by fetches.
     """
     size = group.config.group_size
     if len(work) != group.ranks:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
 from transformers import PreTrainedModel
 
 from vmm_dwdp.errors import ConfigError
@@ -145,6 +144,6 @@ def _partial_sums(there: Dispatched, compute: Compute) -> Tensor:
     outputs = compute(pairs, {}, len(there.hidden), there.experts)
     sums = torch.zeros(there.hidden.shape, dtype=torch.float32, device=there.hidden.device)
     counts = here.sum(1).tolist()
-    for rows, found in zip(row.split(counts), outputs.split(counts), strict=True):
+    for rows, found in zip(torch.split(row, counts), torch.split(outputs, counts), strict=True):
         sums.index_add_(0, rows, found.float())
     return sums.to(there.hidden.dtype)

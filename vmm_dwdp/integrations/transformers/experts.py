@@ -27,7 +27,6 @@ from vmm_dwdp.integrations.transformers.turns import Turns
 from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.runtime import DWDPRuntime
 
-
 Compute = Callable[[Any, Any, int, Tensor | None], Any]
 """An experts module's own forward pass on its layer: of its arguments, for so many tokens, and the experts that each of
 them uses ``[tokens, K]``, where known."""
