@@ -49,6 +49,7 @@ from moe_stack import (
     route,
     tensor_parallel,
 )
+from nodes import predictions as predicted_over_nodes
 from nodes import tables as over_nodes
 from rank_copies import prefetch, slowdown
 from ranks import Place, Together, collectives, steady
@@ -188,7 +189,9 @@ def main() -> None:
         help="balanced: every expert gets as many tokens, which favours expert parallelism (default)",
     )
     options.add_argument("--only", nargs="*", choices=PARTS, default=None)
-    options.add_argument("--nodes", type=int, default=1, metavar="N", help="the GPUs as N nodes, and no other part")
+    options.add_argument(
+        "--nodes", type=int, default=1, metavar="N", help="the GPUs as N nodes; no other part but predicted"
+    )
     options.add_argument("--stacks", nargs="*", choices=STACKS, help="with --nodes (default: gpt-oss-120b)")
     given: argparse.Namespace = options.parse_args()
     os.environ["NCCL_NVLS_ENABLE"] = "0"  # no NVLink multicast
@@ -201,14 +204,12 @@ def main() -> None:
     chosen = [STACKS["tiny"]] if given.tiny else [STACKS["deepseek-r1"], STACKS["gpt-oss-120b"]]
     per_rank = [32] if given.tiny else [4096, 8192, 16384, 32768]
     preset = given.preset or (preset_of(torch.cuda.get_device_name()) if present else None)
-    if given.nodes > 1 and (count % given.nodes or count < 2 * given.nodes or given.only):
-        options.error(
-            f"--nodes {given.nodes} needs as many GPUs on each, two at least, not {count} in all; and no --only"
-        )
+    if given.nodes > 1 and (count % given.nodes or count < 2 * given.nodes or given.only not in (None, ["predicted"])):
+        options.error(f"--nodes {given.nodes} needs as many GPUs on each, two at least, not {count} in all")
     tables: dict[str, list[Row]] = {}
     link = None
     if given.nodes > 1:
-        wanted = ["links"] if present >= count else []
+        wanted = ["links"] if present >= count and not given.only else []
     if present > 1 and {"links", "prefetch"} & set(wanted):
         tables["links"] = links(min(present, count))
         link = max(row["GB/s"] for row in tables["links"])
@@ -216,7 +217,10 @@ def main() -> None:
         raise SystemExit("there are no links: this machine does not have two GPUs")
     if given.nodes > 1:
         stacks_over_nodes = [STACKS[name] for name in given.stacks or ["tiny" if given.tiny else "gpt-oss-120b"]]
-        tables |= over_nodes(place, stacks_over_nodes, given.nodes, count, preset, link)
+        if given.only and preset:
+            tables["predicted over nodes"] = predicted_over_nodes(stacks_over_nodes, given.nodes, count, preset)
+        else:
+            tables |= over_nodes(place, stacks_over_nodes, given.nodes, count, preset, link)
     if "tests" in wanted:
         tables["tests"] = gpu_tests()
     if "prefetch" in wanted:

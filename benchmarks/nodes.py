@@ -298,7 +298,7 @@ def crossing(rows: list[Row]) -> list[Row]:
         of = [row for row in rows if row["network"] == network]
         for way in ("dwdp staged", "over nodes"):
             names = {f"{source}{way} ms": f"{source}dwdp staged ms" for source in ("", "predicted ")}
-            if f"{way} ms" in of[0]:
+            if not names.keys().isdisjoint(of[0]):
                 kept = [{k: v for k, v in row.items() if k in names or k not in names.values()} for row in of]
                 renamed = [{names.get(name, name): value for name, value in row.items()} for row in kept]
                 found += [
@@ -312,7 +312,7 @@ def _hidden(rows: list[Row], of: Row) -> Row:
     same = [row for row in rows if (row["stack"], row["spread"]) == (of["stack"], of["spread"])]
     found = {}
     for source in ("", "predicted "):
-        if f"{source}dwdp staged ms" in same[0]:
+        if f"{source}dwdp staged ms" in same[0] and len({row["mean tokens"] for row in same}) > 1:
             by_tokens = {
                 tokens: statistics.mean(row[f"{source}dwdp staged ms"] for row in same if row["mean tokens"] == tokens)
                 for tokens in dict.fromkeys(row["mean tokens"] for row in same)
@@ -359,12 +359,23 @@ def tables(
             if gpu is not None and not place.tiny:
                 require_within_peak(found, gpu.peak("bf16") / 1e12)
             rows += map(seen, found)
+    by_network = {name: [row for row in rows if row["network"] == name] for name in _networks(rows)}
     return {
-        **{f"nodes, {network}": [row for row in rows if row["network"] == network] for network in _networks(rows)},
+        **{f"nodes, {name}": of for name, of in by_network.items()},
         "bytes": [row for stack in stacks for row in bytes_table(stack, nodes, count, granularity)],
-        "nodes crossover": crossing(rows),
+        **{f"nodes crossover, {name}": crossing(of) for name, of in by_network.items()},
         **({"not run": failed} if failed else {}),
     }
+
+
+def predictions(stacks: list[Stack], nodes: int, count: int, preset: str) -> list[Row]:
+    """What the planner says of the GPU ``preset``, its links between nodes, too; needs no GPU."""
+    rows: list[Row] = []
+    for stack in stacks:
+        for (tokens, spread), shares in spread_tokens(count, NVLINK.per_rank).items():
+            about = {"stack": stack.name, "network": NVLINK.name, "mean tokens": tokens, "spread": spread}
+            rows += [about | said for said in predict_nodes(stack, load_gpu(preset), shares, nodes)]
+    return crossing(rows)
 
 
 def _networks(rows: list[Row]) -> list[str]:

@@ -260,7 +260,7 @@ class DWDPRuntime(Together):
                 dispatched = rail.dispatch(hidden, chosen, weights, num_experts)
 
         What ``stream`` (default: the current one) takes for it is timed: in `LayerStats.node_wait_s`, in a trace, and
-        in `Stats.advice` where a quarter of a pass and more are such waits. What is captured into a graph is not seen.
+        in `Stats.node_advice` where a quarter of a pass and more are such waits. What is captured is not seen.
 
         Raises:
             ConfigError: no such layer or stream.

@@ -36,7 +36,7 @@ def test_over_nodes_the_bytes_fall_and_the_results_stay(monkeypatch: pytest.Monk
         assert 0 < row["sent bytes"] <= row["tokens"] * 64 * 2, "each token at most once, and 64 values of it"
     (of_layer,) = tables["bytes"]
     assert of_layer["ratio"] == 3.0
-    assert [(row["way"], row["spread"]) for row in tables["nodes crossover"]] == [
+    assert [(row["way"], row["spread"]) for row in tables["nodes crossover, gloo"]] == [
         (way, spread) for way in ("dwdp staged", "over nodes") for spread in ("equal", "unequal")
     ]
 

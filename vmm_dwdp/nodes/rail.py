@@ -104,15 +104,18 @@ class TorchRail:
 
     @property
     def node(self) -> int:
+        """The node of this rank, from 0."""
         return self._group.rank()
 
     @property
     def num_nodes(self) -> int:
+        """How many nodes there are."""
         return self._group.size()
 
     def dispatch(
         self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, num_experts: int
     ) -> Dispatched:
+        """See `Rail.dispatch`."""
         self._require_fits(hidden, chosen, weights)
         starts = torch.tensor(NodeShare(num_experts, self.num_nodes).starts, device=chosen.device)
         nodes = torch.arange(self.num_nodes, device=chosen.device)
@@ -135,6 +138,7 @@ class TorchRail:
         )
 
     def combine(self, partial: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
+        """See `Rail.combine`."""
         if len(partial) != sum(dispatched.received):
             raise ConfigError(f"partial sums of {len(partial)} tokens were given for {sum(dispatched.received)}")
         back = self._exchange(partial, dispatched.received, dispatched.sent)

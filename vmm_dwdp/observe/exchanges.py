@@ -132,7 +132,7 @@ class Exchanges(Owned):
         advice = stats.advice
         if advice is not None and self._latest_s:
             advice += f"; of what is called compute, {self._latest_s * 1e3:.3g} ms are exchanges with other nodes"
-        return replace(stats, layers=layers, advice="; ".join(filter(None, (advice, self.advice))) or None)
+        return replace(stats, layers=layers, advice=advice, node_advice=self.advice)
 
     def close(self) -> None:
         self._pending.clear()

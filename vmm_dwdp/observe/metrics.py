@@ -44,6 +44,7 @@ class StatsCollector:
             ("cache_used_bytes", "Of that, what holds copies of remote experts.", cache.used_bytes),
             ("cache_served_ratio", "The part of the remote bytes used that was in the cache.", cache.served),
             ("held_up_by_copies", "1 once passes were held up by their copies.", stats.advice is not None),
+            ("held_up_by_nodes", "1 once passes were held up by other nodes.", stats.node_advice is not None),
         )
         for name, documentation, value in gauges:
             if value is not None:

@@ -101,10 +101,10 @@ class Stats:
         staged_bytes: physical memory of the slots.
         layers: by layer number, in the order of a pass. Passes that a graph replays are not counted.
         copy_path: ``None`` if nothing is staged.
-        advice: what to know if passes are held up by their copies or by other nodes, with numbers; ``None`` if they are
-            not.
+        advice: what to know if passes are held up by their copies, with numbers; ``None`` if they are not.
         mode_choice: what mode auto goes by; ``None`` if no pass was left to it.
         cache: ``None`` without a resident cache.
+        node_advice: as ``advice``, if they are held up by exchanges with ranks of other nodes.
     """
 
     resident_bytes: int
@@ -114,6 +114,7 @@ class Stats:
     advice: str | None
     mode_choice: ModeChoice | None
     cache: CacheStats | None = None
+    node_advice: str | None = None
 
     @property
     def hits(self) -> int:
