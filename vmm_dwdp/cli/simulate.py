@@ -116,7 +116,7 @@ def _report(outcome: Outcome, work: list[list[LayerWork]], together: float) -> d
         "slowest_rank_ms": float(ended.max()) / outcome.pass_end.shape[1] * 1e3,
         "fastest_rank_ms": float(ended.min()) / outcome.pass_end.shape[1] * 1e3,
         "exposed_wait_share": float(outcome.exposed.sum()) / spent,
-        **({"waited_for_nodes_share": met / spent} if met else {}),
+        "waited_for_nodes_share": met / spent,
         "slowed_by_copies_share": 1 - (compute + met + float(outcome.exposed.sum())) / spent,
         "copying_share": float(outcome.copying.sum()) / spent,
         "pulls_that_met_others_share": 1 - meetings[0] / meetings.total() if meetings else 0.0,
