@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,15 @@ def test_of_a_pass_that_ends_early_nothing_is_said(runtime: DWDPRuntime, clock: 
     for _ in range(3 * PASSES):
         run_pass(runtime, clock, 0.5, 0.5, LAYERS[:2])
     assert runtime.stats().node_advice is None
+
+
+def test_of_passes_that_copies_hold_up_it_is_said_what_is_not_compute(runtime: DWDPRuntime, clock: Clock) -> None:
+    for _ in range(2):
+        run_pass(runtime, clock, 0.5, 2.0)
+    stats = runtime.stats()
+    assert stats.advice is None
+    told = runtime._exchanges.added_to(replace(stats, advice="compute takes 9 ms")).advice
+    assert told == "compute takes 9 ms; of what is called compute, 3e+03 ms are exchanges with other nodes"
 
 
 def test_an_exchange_that_fails_is_not_timed(runtime: DWDPRuntime, clock: Clock) -> None:
