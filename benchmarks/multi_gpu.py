@@ -14,6 +14,8 @@
     slowdown   a dense and a grouped product on each rank, alone and beside the copies of all ranks, and the SMs' clock
     predicted  the planner's crossovers alone, for any GPU with a preset; needs none: --only predicted --preset h200
 
+``--nodes 2`` takes the GPUs for nodes, joined by rails, and runs that part alone: nodes.py says what.
+
 Passes follow one another without a stop, and ranks go on until all have measured: [Note: Clocks] in ranks.py. Where
 copies seem to be faster than one large copy of the same run, the command ends with an error and prints no figure.
 
@@ -47,6 +49,8 @@ from moe_stack import (
     route,
     tensor_parallel,
 )
+from nodes import predictions as predicted_over_nodes
+from nodes import tables as over_nodes
 from rank_copies import prefetch, slowdown
 from ranks import Place, Together, collectives, steady
 from stack_prediction import predict
@@ -185,6 +189,10 @@ def main() -> None:
         help="balanced: every expert gets as many tokens, which favours expert parallelism (default)",
     )
     options.add_argument("--only", nargs="*", choices=PARTS, default=None)
+    options.add_argument(
+        "--nodes", type=int, default=1, metavar="N", help="the GPUs as N nodes; no other part but predicted"
+    )
+    options.add_argument("--stacks", nargs="*", choices=STACKS, help="with --nodes (default: gpt-oss-120b)")
     given: argparse.Namespace = options.parse_args()
     os.environ["NCCL_NVLS_ENABLE"] = "0"  # no NVLink multicast
     if given.device.type != "cuda" and not given.tiny and given.only != ["predicted"]:
@@ -196,13 +204,23 @@ def main() -> None:
     chosen = [STACKS["tiny"]] if given.tiny else [STACKS["deepseek-r1"], STACKS["gpt-oss-120b"]]
     per_rank = [32] if given.tiny else [4096, 8192, 16384, 32768]
     preset = given.preset or (preset_of(torch.cuda.get_device_name()) if present else None)
+    if given.nodes > 1 and (count % given.nodes or count < 2 * given.nodes or given.only not in (None, ["predicted"])):
+        options.error(f"--nodes {given.nodes} needs as many GPUs on each, two at least, not {count} in all")
     tables: dict[str, list[Row]] = {}
     link = None
+    if given.nodes > 1:
+        wanted = ["links"] if present >= count and not given.only else []
     if present > 1 and {"links", "prefetch"} & set(wanted):
         tables["links"] = links(min(present, count))
         link = max(row["GB/s"] for row in tables["links"])
     elif "links" in wanted:
         raise SystemExit("there are no links: this machine does not have two GPUs")
+    if given.nodes > 1:
+        stacks_over_nodes = [STACKS[name] for name in given.stacks or ["tiny" if given.tiny else "gpt-oss-120b"]]
+        if given.only and preset:
+            tables["predicted over nodes"] = predicted_over_nodes(stacks_over_nodes, given.nodes, count, preset)
+        else:
+            tables |= over_nodes(place, stacks_over_nodes, given.nodes, count, preset, link)
     if "tests" in wanted:
         tables["tests"] = gpu_tests()
     if "prefetch" in wanted:

@@ -29,12 +29,12 @@ def predict(
     waits for the one with most tokens, while the experts see an even mix. Tensor parallelism: all tokens everywhere,
     and a ring.
     """
-    size, model = len(shares), _model(stack)
+    size, model = len(shares), model_of(stack)
     dwdp = _dwdp(stack, model, gpu, shares, turns, stops)
     mean, most = sum(shares) // size, max(shares)
-    sorted_again = 4 * stack.top_k * mean * stack.hidden * DTYPE.itemsize / _elementwise_rate(gpu)
+    sorted_again = 4 * stack.top_k * mean * stack.hidden * DTYPE.itemsize / elementwise_rate(gpu)
     expert_parallel = (
-        total(_around_experts(stack, gpu, most))
+        total(around_experts(stack, gpu, most))
         + sorted_again
         + _experts(model, gpu, mean, held=stack.num_experts // size).seconds
         + all_to_all(model, gpu, most, size)
@@ -42,7 +42,7 @@ def predict(
     part = dataclasses.replace(stack, intermediate=stack.intermediate // size)
     ring = 2 * (size - 1) / size * sum(shares) * stack.hidden * DTYPE.itemsize / gpu.exchange_rate(size)
     tensor_parallel = (
-        total(_around_experts(part, gpu, sum(shares))) + _experts(_model(part), gpu, sum(shares)).seconds + ring
+        total(around_experts(part, gpu, sum(shares))) + _experts(model_of(part), gpu, sum(shares)).seconds + ring
     )
     milliseconds = 1e3 * stack.num_layers
     return [
@@ -73,12 +73,12 @@ def _dwdp(
         start=[alone * chance.random() for _ in shares],
         stops=stops,
     )
-    works = [layer_work([*_around_experts(stack, gpu, n), _experts(model, gpu, n)], gpu) for n in shares]
+    works = [layer_work([*around_experts(stack, gpu, n), _experts(model, gpu, n)], gpu) for n in shares]
     ends = simulate(group, [[work] * PASSES for work in works]).pass_end
     return [float(row[-1] - row[0]) / (PASSES - 1) for row in ends]
 
 
-def _model(stack: Stack) -> ModelSpec:
+def model_of(stack: Stack) -> ModelSpec:
     config = {
         "num_hidden_layers": stack.num_layers, "hidden_size": stack.hidden, "num_experts": stack.num_experts,
         "num_experts_per_tok": stack.top_k, "moe_intermediate_size": stack.intermediate,
@@ -88,7 +88,7 @@ def _model(stack: Stack) -> ModelSpec:
     return model_from_config(stack.name, config)
 
 
-def _around_experts(stack: Stack, gpu: GpuSpec, tokens: int) -> list[Operation]:
+def around_experts(stack: Stack, gpu: GpuSpec, tokens: int) -> list[Operation]:
     """The dense product that stands for attention, and what moves or changes rows one by one."""
     flops = stack.attention_flops_per_token * tokens
     width = stack.attention_flops_per_token // (2 * stack.hidden)
@@ -100,11 +100,11 @@ def _around_experts(stack: Stack, gpu: GpuSpec, tokens: int) -> list[Operation]:
     # Of each routed row: gather, and put back in order (a read and a write each), silu and product (five of I), the
     # mean's read. Of each token: the mean's write, and the sum after the dense product (two reads, a write).
     values = tokens * (stack.top_k * (5 * stack.hidden + 5 * stack.intermediate) + 4 * stack.hidden)
-    moved = values * DTYPE.itemsize / _elementwise_rate(gpu)
+    moved = values * DTYPE.itemsize / elementwise_rate(gpu)
     return [Operation("dense", "dense_gemm", product), Operation("rows", "memory", moved)]
 
 
-def _elementwise_rate(gpu: GpuSpec) -> float:
+def elementwise_rate(gpu: GpuSpec) -> float:
     return gpu.memory_bandwidth * gpu.efficiency.elementwise
 
 

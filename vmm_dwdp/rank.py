@@ -28,6 +28,7 @@ from vmm_dwdp.layout.placement import Owner
 from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.memory.choice import make_assembly
 from vmm_dwdp.memory.room import told_of_room
+from vmm_dwdp.observe.exchanges import Exchanges
 from vmm_dwdp.schedule.lifecycle import Lifecycle
 from vmm_dwdp.schedule.schedule import Schedule
 from vmm_dwdp.temporary import sweep
@@ -71,6 +72,7 @@ class Rank:
             taking = (self._driver, self.ledger, rendezvous, self._assembly, self._layers, self._lifecycle)
             self._membership = SleepingMembership(config, rank, *taking)
             self._schedule = Schedule(self._driver, self.ledger, self._assembly, layers, config)
+            self._exchanges = Exchanges(self._driver, self.ledger, layers)
         self._last_layer: int | None = None  # the number of the one that a pass ends with
         _open.add(self)
 
@@ -272,7 +274,7 @@ class Rank:
                 need_no_device()
         with failures.noted(), self._driver.current():
             self._driver.synchronize()
-            for free in (self._schedule.close, self._membership.close, self._assembly.close):
+            for free in (self._schedule.close, self._exchanges.close, self._membership.close, self._assembly.close):
                 with failures.noted():
                     free()
             if not failures:

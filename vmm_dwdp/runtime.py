@@ -15,7 +15,7 @@ from vmm_dwdp.memory.assembly import Weights
 from vmm_dwdp.observe.stats import Stats
 from vmm_dwdp.observe.trace import Trace
 from vmm_dwdp.schedule.compiled_models import between_regions, warn_of_with
-from vmm_dwdp.schedule.given_stream import StreamLike
+from vmm_dwdp.schedule.given_stream import StreamLike, given_stream
 from vmm_dwdp.schedule.hit_path import HitPath, this_thread
 from vmm_dwdp.schedule.stated import Stated
 from vmm_dwdp.together import Together
@@ -252,6 +252,32 @@ class DWDPRuntime(Together):
             raise
         self.release(layer, stream=stream)
 
+    @contextmanager
+    def exchange(self, layer: int, *, stream: StreamLike | None = None) -> Iterator[None]:
+        """A block for what a rank says to ranks of other nodes for ``layer``: its wait for them is named.
+
+            with runtime.exchange(layer):
+                dispatched = rail.dispatch(hidden, chosen, weights, num_experts)
+
+        What ``stream`` (default: the current one) takes for it is timed: in `LayerStats.node_wait_s`, in a trace, and
+        in `Stats.node_advice` where a quarter of a pass and more are such waits. What is captured is not seen.
+
+        Raises:
+            ConfigError: no such layer or stream.
+            StateError: not published, or another thread is in the middle of a pass.
+            DriverError: a call failed.
+        """
+        with self._undisturbed():
+            number, at = self._layers.numbered[layer].number, given_stream(stream, self._driver)
+            begins = self._exchanges.begin(number, at)
+        try:
+            yield
+        except BaseException:
+            self._exchanges.abandon(begins)
+            raise
+        with self._undisturbed():
+            self._exchanges.end(number, begins, at)
+
     def reset(self, *, stream: StreamLike | None = None) -> None:
         """Give up a pass that ended early: release what is acquired and refetch the first layers.
 
@@ -301,7 +327,9 @@ class DWDPRuntime(Together):
         """
         own = self._lifecycle.latest_runner == this_thread() and self._lifecycle.is_running
         with self._driver.current() if own else nullcontext():
-            return self._schedule.stats(read=own)
+            if own:
+                self._exchanges.read()
+            return self._exchanges.added_to(self._schedule.stats(read=own))
 
     @contextmanager
     def trace(self) -> Iterator[Trace]:
@@ -320,13 +348,16 @@ class DWDPRuntime(Together):
             tracer = self._schedule.start_trace()
         error: BaseException | None = None
         try:
-            tracer.recording = True
+            tracer.recording, self._exchanges.tracer = True, tracer
             yield trace
         except BaseException as raised:
             error = raised
             raise
         finally:
-            tracer.recording = False  # so that another trace may begin, whatever comes now
+            tracer.recording, self._exchanges.tracer = (
+                False,
+                None,
+            )  # so that another trace may begin, whatever comes now
             undo_after(error, lambda: self._finish_trace(trace))
 
     def _finish_trace(self, trace: Trace) -> None:

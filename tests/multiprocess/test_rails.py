@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from datetime import timedelta
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,21 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.groups import PAGE, same_bytes
-from support.ranks import processes, start_server
+from support.nodes import Shape, rail_of, run
 
 from vmm_dwdp import ConfigError, DWDPConfig, DWDPError, DWDPRuntime, WeightSpec
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.layout.nodes import NodeShare
-from vmm_dwdp.nodes.rail import NOT_HERE, TorchRail
+from vmm_dwdp.nodes.rail import NOT_HERE
 
 EXPERTS, WIDTH, TOP_K = 11, 24, 3
 DTYPE = torch.bfloat16
 PASSES = 3  # the last is of tokens on the first rail only
-
-
-class Shape(NamedTuple):
-    nodes: int
-    ranks: int  # of a node
 
 
 SHAPES = [Shape(2, 2), Shape(2, 3), Shape(3, 2)]
@@ -73,47 +66,10 @@ def reference(share: NodeShare, tokens: Tokens, nodes: list[int]) -> torch.Tenso
     return out
 
 
-def run(shape: Shape, function: Any) -> list[Any]:
-    """What ``function`` returns for each rank of each node, each in a process; ``None`` if it dies."""
-    start_server()
-    started = []
-    for place in range(shape.nodes * shape.ranks):
-        ours, theirs = processes.Pipe()
-        process = processes.Process(target=_send, args=(theirs, function, shape, place), daemon=True)
-        process.start()
-        theirs.close()
-        started.append((process, ours))
-    results = []
-    for process, ours in started:
-        try:
-            results.append(ours.recv())
-        except EOFError:
-            results.append(None)
-        process.join()
-        process.close()
-        ours.close()
-    return results
-
-
-def _send(connection: Connection, function: Any, shape: Shape, place: int) -> None:
-    torch.set_num_threads(1)
-    connection.send(function(shape, *divmod(place, shape.ranks)))
-
-
-def rail_of(store: Path, shape: Shape, node: int, rank: int) -> dist.ProcessGroup:
-    place = node * shape.ranks + rank
-    world = shape.nodes * shape.ranks
-    dist.init_process_group("gloo", store.as_uri(), rank=place, world_size=world, timeout=timedelta(seconds=60))
-    rails = [dist.new_group(range(each, world, shape.ranks)) for each in range(shape.ranks)]
-    rail = rails[rank]
-    assert isinstance(rail, dist.ProcessGroup)
-    return rail
-
-
 def passes(directory: Path, shape: Shape, node: int, rank: int) -> list[torch.Tensor]:
     """What a rank gets of its tokens in every pass."""
     share = NodeShare(EXPERTS, shape.nodes)
-    rail = TorchRail(share, rail_of(directory / "store", shape, node, rank))
+    rail = rail_of(directory / "store", shape, node, rank)
     own, found = share.experts(node), []
     config, driver = DWDPConfig(group_size=shape.ranks), HostDriver(PAGE)
     with DWDPRuntime(config, rank, driver.device, directory / f"node-{node}", driver=driver) as runtime:
@@ -122,7 +78,7 @@ def passes(directory: Path, shape: Shape, node: int, rank: int) -> list[torch.Te
         runtime.local_shard(0, "w").copy_(experts()[own.start + held.start : own.start + held.stop])
         runtime.publish()
         for number in range(PASSES):
-            dispatched = rail.dispatch(*tokens_of(number, node, rank))
+            dispatched = rail.dispatch(*tokens_of(number, node, rank), EXPERTS)
             with runtime.layer(0) as weights:
                 sums = [
                     partial_sum(row, numbers, factors, weights["w"])
@@ -152,15 +108,13 @@ def test_ranks_of_all_nodes_get_what_one_process_computes(shape: Shape, tmp_path
 
 def lonely(directory: Path, shape: Shape, node: int, rank: int) -> list[Any]:
     """A layer of which node 0 has no expert; then what cannot be."""
-    rail = rail_of(directory / "store", shape, node, rank)
-    way = TorchRail(NodeShare(1, shape.nodes), rail)
-    sent = way.dispatch(torch.full((2, 4), 1.0 + node), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1))
+    way = rail_of(directory / "store", shape, node, rank)
+    sent = way.dispatch(torch.full((2, 4), 1.0 + node), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1), 1)
     out = way.combine(sent.hidden * 10, sent)
     told = []
     for wrong in (
-        lambda: TorchRail(NodeShare(1, 3), rail),
         lambda: way.combine(torch.zeros(99, 4), sent),
-        lambda: way.dispatch(torch.zeros(2, 4), torch.zeros(3, 1), torch.zeros(3, 1)),
+        lambda: way.dispatch(torch.zeros(2, 4), torch.zeros(3, 1), torch.zeros(3, 1), 1),
     ):
         try:
             wrong()
@@ -171,25 +125,22 @@ def lonely(directory: Path, shape: Shape, node: int, rank: int) -> list[Any]:
 
 
 def test_a_node_without_experts_and_what_cannot_be(tmp_path: Path) -> None:
-    told = [
-        "a rail over 3 nodes has a rank of each, not 2",
-        "tokens, their experts and weights are [T, H], [T, K] and [T, K], not (2, 4), (3, 1), (3, 1)",
-    ]
+    told = "tokens, their experts and weights are [T, H], [T, K] and [T, K], not (2, 4), (3, 1), (3, 1)"
     results = run(Shape(2, 1), partial(lonely, tmp_path))
     assert [received for received, _, _ in results] == [0, 4]
     for node, (received, out, found) in enumerate(results):
         assert out == [[10.0 + 10 * node] * 4] * 2
-        assert found == [told[0], f"partial sums of 99 tokens were given for {received}", told[1]]
+        assert found == [f"partial sums of 99 tokens were given for {received}", told]
 
 
 def with_a_death(directory: Path, shape: Shape, node: int, rank: int) -> str:
     """Rank 0 of node 1 dies after a pass."""
-    rail = TorchRail(NodeShare(EXPERTS, shape.nodes), rail_of(directory / "store", shape, node, rank))
+    rail = rail_of(directory / "store", shape, node, rank)
     for number in range(2):
         if (number, node, rank) == (1, 1, 0):
             os._exit(1)
         try:
-            dispatched = rail.dispatch(*tokens_of(0, node, rank))
+            dispatched = rail.dispatch(*tokens_of(0, node, rank), EXPERTS)
             rail.combine(dispatched.hidden, dispatched)
         except DWDPError as error:
             return str(error)

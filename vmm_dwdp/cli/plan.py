@@ -15,6 +15,7 @@ from vmm_dwdp.planning.estimate import Estimate, recommend
 from vmm_dwdp.planning.gpus import load_gpu
 from vmm_dwdp.planning.memory import CONTEXT
 from vmm_dwdp.planning.models import load_model
+from vmm_dwdp.planning.nodes import NDR, Network, Nodes
 from vmm_dwdp.planning.presets import preset_names
 from vmm_dwdp.planning.pulling import Turns
 from vmm_dwdp.planning.roofline import Batch
@@ -26,6 +27,19 @@ def add_group_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=f"a Hugging Face config.json, a directory with one, or one of {models}")
     parser.add_argument("--gpu", required=True, help=f"a YAML file (see `bench --calibrate`), or one of {gpus}")
     parser.add_argument("--group-size", type=int, required=True, metavar="N", help="ranks that share the experts")
+    parser.add_argument(
+        "--nodes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="nodes of --group-size ranks each, over which the experts are spread; tokens go between them (default: 1)",
+    )
+    parser.add_argument(
+        "--network",
+        type=float,
+        metavar="GB/S",
+        help=f"with --nodes: what each GPU reaches to other nodes (default: {NDR.rate / 1e9:g}, {NDR.name})",
+    )
     parser.add_argument("--tokens", type=int, required=True, metavar="T", help="tokens of one rank's forward pass")
     parser.add_argument("--request-tokens", type=int, metavar="T", help="tokens of a request (default: all)")
     parser.add_argument("--local-experts", type=int, metavar="N", help="experts that a rank holds (default: the least)")
@@ -55,11 +69,17 @@ def estimate_from(arguments: argparse.Namespace, imbalance: float = 0.0) -> Esti
         slice_bytes="auto" if arguments.slice_bytes is None else arguments.slice_bytes,
         host_experts=arguments.host_experts,
     )
+    if arguments.nodes < 1:
+        raise ConfigError(f"--nodes must be at least 1, not {arguments.nodes}")
+    if arguments.network is not None and arguments.nodes == 1:
+        raise ConfigError("--network needs --nodes: within one node nothing goes over it")
+    network = NDR if arguments.network is None else Network("as stated", arguments.network * 1e9)
+    nodes = Nodes(arguments.nodes, network)
     batch = Batch.of(arguments.tokens, arguments.request_tokens)
     turns = None
     if arguments.run_bytes is not None:
         turns = Turns(run_bytes=arguments.run_bytes, gap=arguments.run_gap * 1e-6)
-    return Estimate(load_model(arguments.model), load_gpu(arguments.gpu), config, batch, imbalance, turns)
+    return Estimate(load_model(arguments.model), load_gpu(arguments.gpu), config, batch, imbalance, turns, nodes)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,6 +142,7 @@ def _as_json(estimate: Estimate, best: Estimate | None) -> dict[str, Any]:
             "speedup": estimate.speedup,
         },
         "pays_from_tokens": estimate.pays_from,
+        "nodes": _nodes_as_json(estimate) if estimate.nodes.count > 1 else None,
         "recommended": best
         and {
             "group_size": best.config.group_size,
@@ -132,11 +153,65 @@ def _as_json(estimate: Estimate, best: Estimate | None) -> dict[str, Any]:
     }
 
 
+def _nodes_as_json(estimate: Estimate) -> dict[str, Any]:
+    """Bytes are of one rank for a layer."""
+    nodes = estimate.nodes
+    counts = sorted({nodes.count, *(2**power for power in range(nodes.count.bit_length()))})
+    return {
+        "ranks": estimate.world_size,
+        "network": nodes.network.name,
+        "network_bytes_per_s": nodes.network.rate,
+        "nodes_that_a_token_goes_to": nodes.visits(estimate.model),
+        "one_group_fetched_bytes": estimate.one_group_bytes,
+        "one_group_over_fetched": estimate.one_group_bytes / max(1, estimate.plan.fetched_bytes),
+        "by_number_of_nodes": [_on_as_json(estimate.on_nodes(count)) for count in counts],
+    }
+
+
+def _on_as_json(estimate: Estimate) -> dict[str, Any]:
+    sent = 2 * estimate.nodes.sent_bytes(estimate.model, estimate.batch.tokens)
+    return {
+        "nodes": estimate.nodes.count,
+        "fetched_bytes": estimate.plan.fetched_bytes,
+        "network_bytes_sent": sent,
+        "network_s": sent / estimate.nodes.network.rate,
+        "dwdp_s": estimate.dwdp_seconds,
+        "expert_parallel_s": estimate.expert_parallel_seconds,
+        "pays_from_tokens": estimate.pays_from,
+    }
+
+
+def _print_nodes(estimate: Estimate) -> None:
+    about = _nodes_as_json(estimate)
+    print_table(
+        f"By number of nodes of {estimate.config.group_size} ranks, a rank's bytes for a layer, and passes",
+        ("nodes", "by NVLink", "by network", "network, ms", "pass, ms", "expert parallel, ms", "pays from"),
+        [
+            (
+                str(row["nodes"]),
+                size(row["fetched_bytes"]),
+                size(row["network_bytes_sent"]),
+                _ms(row["network_s"]),
+                _ms(row["dwdp_s"]),
+                _ms(row["expert_parallel_s"]),
+                "never" if row["pays_from_tokens"] is None else f"{row['pays_from_tokens']:,}",
+            )
+            for row in about["by_number_of_nodes"]
+        ],
+    )
+    print(
+        f"One group of all {about['ranks']} ranks would fetch {size(about['one_group_fetched_bytes'])} for a layer, "
+        f"{about['one_group_over_fetched']:.2f} times as much. A token goes to "
+        f"{about['nodes_that_a_token_goes_to']:.2f} nodes, its own counted. "
+        f"The network: {about['network']}, {about['network_bytes_per_s'] / 1e9:g} GB/s."
+    )
+
+
 def _print(estimate: Estimate, best: Estimate | None) -> None:
     model, gpu, memory, config = estimate.model, estimate.gpu, estimate.memory, estimate.config
     experts = memory.experts
     print_table(
-        f"Memory of one {gpu.name}, {model.name}, group of {config.group_size}",
+        f"Memory of one {gpu.name}, {model.name}, group of {config.group_size}{_on_nodes(estimate)}",
         ("what", "size"),
         [
             ("all but the routed experts", size(memory.replicated)),
@@ -150,13 +225,18 @@ def _print(estimate: Estimate, best: Estimate | None) -> None:
             *([("host memory, once for the group", size(experts.host))] if experts.host else []),
         ],
     )
+    if estimate.nodes.count > 1:
+        _print_nodes(estimate)
     print_table(
         f"Time, {estimate.batch.tokens} tokens a rank, requests: {len(estimate.batch.lengths)}",
         ("what", "ms"),
         [
             (f"prefetch of a layer, {size(estimate.plan.fetched_bytes)}", _ms(estimate.prefetch_seconds)),
             ("the same while the other ranks pull, too", _ms(estimate.copying_seconds)),
-            ("compute of a layer, alone", _ms(estimate.work.seconds)),
+            (
+                f"compute of a layer{', and its exchanges' * (estimate.nodes.count > 1)}, alone",
+                _ms(estimate.work.seconds),
+            ),
             ("from one layer to the next", _ms(estimate.layer_seconds)),
             ("  of which compute waits for copies", _ms(estimate.exposed_seconds)),
             ("forward pass", _ms(estimate.dwdp_seconds)),
@@ -175,10 +255,15 @@ def _print(estimate: Estimate, best: Estimate | None) -> None:
     else:
         verdict = "Best for these tokens" if best.speedup >= 1 else "No group pays for these tokens; the closest"
         print(
-            f"{verdict}: a group of {best.config.group_size}, {best.config.num_local_experts} experts a rank, "
-            f"prefetch depth {best.config.prefetch_depth}: {_ms(best.dwdp_seconds)} ms a forward pass, "
+            f"{verdict}: a group of {best.config.group_size}{_on_nodes(best)}, "
+            f"{best.config.num_local_experts} experts a rank, prefetch depth {best.config.prefetch_depth}: "
+            f"{_ms(best.dwdp_seconds)} ms a forward pass, "
             f"{best.speedup:.2f} times expert parallelism on as many GPUs."
         )
+
+
+def _on_nodes(estimate: Estimate) -> str:
+    return f" on each of {estimate.nodes.count} nodes" if estimate.nodes.count > 1 else ""
 
 
 def _ms(seconds: float) -> str:

@@ -14,7 +14,6 @@ from vmm_dwdp.cli.console import print_table
 from vmm_dwdp.cli.plan import add_group_arguments, estimate_from
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.planning.estimate import Estimate
-from vmm_dwdp.planning.roofline import all_to_all
 from vmm_dwdp.planning.simulator import Group, LayerWork, Outcome, Phase, simulate
 from vmm_dwdp.planning.work import average_operations, layer_work, link_rates
 
@@ -51,18 +50,19 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.sees is not None and not turns:
         raise ConfigError("--sees needs --run-bytes: only ranks that choose as they go look at each other")
     random = np.random.default_rng(arguments.seed)
-    shape = (arguments.group_size, arguments.passes)
+    shape = (estimate.world_size, arguments.passes)
     tokens = np.rint(arguments.tokens * random.uniform(1 - arguments.spread, 1 + arguments.spread, shape)).astype(int)
     slow = {0: arguments.slow_rank} if arguments.slow_rank is not None else {}
     group = Group(
         config=estimate.config,
-        weights=estimate.model.expert_weights,
+        weights=estimate.share.expert_weights,
         num_layers=len(estimate.model.moe_layers),
         granularity=estimate.gpu.granularity,
         rates=link_rates(estimate.gpu),
         turns=turns,
         in_flight=arguments.in_flight,
         resolution=resolution,
+        nodes=estimate.nodes.count,
     )
     began = time.perf_counter()
     work = [
@@ -75,21 +75,22 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(report))
     else:
-        title = f"{estimate.model.name} on {arguments.group_size} x {estimate.gpu.name}, {arguments.passes} passes"
+        title = f"{estimate.model.name} on {estimate.world_size} x {estimate.gpu.name}, {arguments.passes} passes"
         print_table(title, ("what", ""), [(name.replace("_", " "), f"{value:.4g}") for name, value in report.items()])
     return 0
 
 
 def _slowed(work: LayerWork, factor: float) -> LayerWork:
     def longer(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
-        return tuple(dataclasses.replace(phase, seconds=phase.seconds * factor) for phase in phases)
+        slowed = (phase.seconds * (1.0 if phase.meets else factor) for phase in phases)
+        return tuple(dataclasses.replace(phase, seconds=each) for phase, each in zip(phases, slowed, strict=True))
 
     return LayerWork(longer(work.before), longer(work.experts))
 
 
 def _expert_parallel(estimate: Estimate, tokens: Any, slow: dict[int, float]) -> float:
     """Seconds of all passes when every layer waits for the rank with most to do, before its experts and after."""
-    model, gpu, size = estimate.model, estimate.gpu, estimate.config.group_size
+    model, gpu, size = estimate.model, estimate.gpu, estimate.world_size
     held = max(1, model.num_experts // size)
     total = 0.0
     for column in tokens.T:
@@ -99,7 +100,8 @@ def _expert_parallel(estimate: Estimate, tokens: Any, slow: dict[int, float]) ->
             before = max(before, slow.get(rank, 1.0) * sum(phase.seconds for phase in work.before))
             experts += sum(phase.seconds for phase in work.experts) / size
         experts *= max(slow.values(), default=1.0)
-        total += len(model.moe_layers) * (before + experts + all_to_all(model, gpu, int(column.max()), size))
+        exchange = estimate.nodes.expert_parallel_exchange(model, gpu, int(column.max()), estimate.config.group_size)
+        total += len(model.moe_layers) * (before + experts + exchange)
     return total
 
 
@@ -108,13 +110,14 @@ def _report(outcome: Outcome, work: list[list[LayerWork]], together: float) -> d
     compute = sum(item.seconds for row in work for item in row) * layers
     ended = outcome.pass_end[:, -1]
     spent = float(ended.sum())
-    meetings = outcome.meetings()
+    meetings, met = outcome.meetings(), float(outcome.meeting.sum())
     return {
         "pass_ms": outcome.seconds_per_pass * 1e3,
         "slowest_rank_ms": float(ended.max()) / outcome.pass_end.shape[1] * 1e3,
         "fastest_rank_ms": float(ended.min()) / outcome.pass_end.shape[1] * 1e3,
         "exposed_wait_share": float(outcome.exposed.sum()) / spent,
-        "slowed_by_copies_share": 1 - (compute + float(outcome.exposed.sum())) / spent,
+        "waited_for_nodes_share": met / spent,
+        "slowed_by_copies_share": 1 - (compute + met + float(outcome.exposed.sum())) / spent,
         "copying_share": float(outcome.copying.sum()) / spent,
         "pulls_that_met_others_share": 1 - meetings[0] / meetings.total() if meetings else 0.0,
         "expert_parallel_pass_ms": together / outcome.pass_end.shape[1] * 1e3,

@@ -57,13 +57,24 @@ class Dispatched(NamedTuple):
 class Rail(Protocol):
     """One rank's way to the ranks of its place on the other nodes. See [Note: Rails]."""
 
-    def dispatch(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> Dispatched:
+    @property
+    def node(self) -> int:
+        """The node of this rank, from 0."""
+
+    @property
+    def num_nodes(self) -> int:
+        """How many nodes there are."""
+
+    def dispatch(
+        self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, num_experts: int
+    ) -> Dispatched:
         """Send this rank's tokens to the nodes of their experts, and get those of the others.
 
         Args:
             hidden: ``[T, H]``; there may be no tokens.
             chosen: ``[T, K]``, whole numbers: each token's experts, as the whole layer numbers them, or -1 for none.
             weights: ``[T, K]``, floating point: by which their results are to be multiplied.
+            num_experts: of the layer, on all nodes together: `NodeShare` says which node owns which.
 
         Raises `ExchangeError`, with the nodes whose rank is gone, if one is.
         """
@@ -84,22 +95,30 @@ class TorchRail:
     """A `Rail` by torch.distributed's ``all_to_all_single``. The launching thread waits for the numbers of tokens.
 
     Args:
-        share: of the layers that it is used for.
-        group: the rail: rank ``n`` in it is of node ``n``. It stays the caller's.
-
-    Raises `ConfigError` if the group is not of as many ranks as there are nodes.
+        group: the rail: rank ``n`` in it is of node ``n``, so it has as many ranks as there are nodes. It stays the
+            caller's. Its timeout is how long a rank is waited for.
     """
 
-    def __init__(self, share: NodeShare, group: dist.ProcessGroup) -> None:
-        if group.size() != share.num_nodes:
-            raise ConfigError(f"a rail over {share.num_nodes} nodes has a rank of each, not {group.size()}")
-        self._share = share
+    def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
 
-    def dispatch(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> Dispatched:
+    @property
+    def node(self) -> int:
+        """The node of this rank, from 0."""
+        return self._group.rank()
+
+    @property
+    def num_nodes(self) -> int:
+        """How many nodes there are."""
+        return self._group.size()
+
+    def dispatch(
+        self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, num_experts: int
+    ) -> Dispatched:
+        """See `Rail.dispatch`."""
         self._require_fits(hidden, chosen, weights)
-        starts = torch.tensor(self._share.starts, device=chosen.device)
-        nodes = torch.arange(self._share.num_nodes, device=chosen.device)
+        starts = torch.tensor(NodeShare(num_experts, self.num_nodes).starts, device=chosen.device)
+        nodes = torch.arange(self.num_nodes, device=chosen.device)
         owner = torch.bucketize(chosen, starts[1:], right=True)  # [T, K]
         there = (owner == nodes[:, None, None]) & (chosen >= 0)  # [N, T, K]
         node, tokens = there.any(-1).nonzero(as_tuple=True)  # [S] each, by node and then by token
@@ -119,6 +138,7 @@ class TorchRail:
         )
 
     def combine(self, partial: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
+        """See `Rail.combine`."""
         if len(partial) != sum(dispatched.received):
             raise ConfigError(f"partial sums of {len(partial)} tokens were given for {sum(dispatched.received)}")
         back = self._exchange(partial, dispatched.received, dispatched.sent)

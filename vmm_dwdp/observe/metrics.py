@@ -44,6 +44,7 @@ class StatsCollector:
             ("cache_used_bytes", "Of that, what holds copies of remote experts.", cache.used_bytes),
             ("cache_served_ratio", "The part of the remote bytes used that was in the cache.", cache.served),
             ("held_up_by_copies", "1 once passes were held up by their copies.", stats.advice is not None),
+            ("held_up_by_nodes", "1 once passes were held up by other nodes.", stats.node_advice is not None),
         )
         for name, documentation, value in gauges:
             if value is not None:
@@ -59,6 +60,7 @@ class StatsCollector:
             ("fetched_bytes", "fetched_bytes", "Bytes that fetches of a layer moved."),
             ("exposed_wait_seconds", "exposed_wait_s", "Time for which the compute stream waited for a layer."),
             ("in_place", "in_place", "Acquires of a layer to be read in place."),
+            ("node_wait_seconds", "node_wait_s", "Time in exchanges with ranks of other nodes."),
         ):
             counter = CounterMetricFamily(f"vmm_dwdp_{name}", documentation, labels=["rank", "layer"])
             for number, layer in stats.layers.items():

@@ -24,6 +24,8 @@ class LayerStats:
             pass count once `DWDPRuntime.stats` sees them over, or the next that is measured begins. A pass that is
             launched before the latest measured one is over is not measured.
         in_place: how often the layer was acquired to be read in place.
+        node_wait_s: seconds that the compute stream spent in exchanges with ranks of other nodes
+            (`DWDPRuntime.exchange`), by the device's clock; of an exchange, once it is seen over.
     """
 
     hits: int = 0
@@ -31,6 +33,7 @@ class LayerStats:
     fetched_bytes: int = 0
     exposed_wait_s: float = 0.0
     in_place: int = 0
+    node_wait_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class Stats:
         advice: what to know if passes are held up by their copies, with numbers; ``None`` if they are not.
         mode_choice: what mode auto goes by; ``None`` if no pass was left to it.
         cache: ``None`` without a resident cache.
+        node_advice: as ``advice``, if they are held up by exchanges with ranks of other nodes.
     """
 
     resident_bytes: int
@@ -111,6 +115,7 @@ class Stats:
     advice: str | None
     mode_choice: ModeChoice | None
     cache: CacheStats | None = None
+    node_advice: str | None = None
 
     @property
     def hits(self) -> int:
@@ -136,3 +141,8 @@ class Stats:
     def in_place(self) -> int:
         """The sum over all layers."""
         return sum(layer.in_place for layer in self.layers.values())
+
+    @property
+    def node_wait_s(self) -> float:
+        """The sum over all layers."""
+        return sum(layer.node_wait_s for layer in self.layers.values())

@@ -17,6 +17,7 @@ from vmm_dwdp.observe.tracer import Mark
 
 COMPUTE: Final = "compute"
 WAITING: Final = "waiting for copies"
+NODES: Final = "waiting for other nodes"
 COLOURS: Final = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 
 
@@ -25,7 +26,7 @@ class Span:
     """Something that took time.
 
     Attributes:
-        track: ``"compute"``, ``"waiting for copies"`` or ``"copies from ..."``.
+        track: ``"compute"``, ``"waiting for copies"``, ``"waiting for other nodes"`` or ``"copies from ..."``.
         layer: the model's own number of the layer; ``None`` for compute between two layers' experts.
         slot: of the layer.
         start_s, seconds: on the device's clock; 0 is when the trace began.
@@ -80,10 +81,13 @@ def spans_of(marks: Iterable[Mark], layers: Sequence[Layer], num_slots: int) -> 
                 spans.append(Span(f"copies from {', '.join(owners)}", layer, slot, start, seconds - start, nbytes))
             continue
         began[what, layer, lane] = seconds
-        if what == "arrived" and released is not None:
+        if what in ("arrived", "exchange begins") and released is not None:
             spans.append(Span(COMPUTE, None, None, released, seconds - released))
         elif what == "resumed" and (start := began.get(("arrived", layer, lane))) is not None:
             spans.append(Span(WAITING, layer, slot, start, seconds - start))
+        elif what == "exchange ends" and (start := began.get(("exchange begins", layer, lane))) is not None:
+            spans.append(Span(NODES, layer, slot, start, seconds - start))
+            released = seconds  # compute goes on
         elif what == "released":
             released = seconds
             if (start := began.get(("resumed", layer, lane))) is not None:
@@ -131,12 +135,15 @@ def plot_traces(traces: Sequence[Trace], path: str | os.PathLike[str]) -> None:
         for span in trace.spans:
             if span.track == track:
                 colour = "lightgrey" if span.slot is None else COLOURS[span.slot % len(COLOURS)]
-                colour = "tab:red" if track == WAITING else colour
+                colour = {WAITING: "tab:red", NODES: "gold"}.get(track, colour)
                 bar = [((origin + span.start_s) * 1e3, span.seconds * 1e3)]
                 axes.broken_barh(bar, (height - 0.4, 0.8), facecolors=colour, edgecolor="white", linewidth=0.3)
     axes.set_yticks(range(len(lines)), [f"rank {trace.rank}: {track}" for trace, _, track in lines])
     axes.invert_yaxis()
-    axes.set(xlabel="ms", title="A colour a slot; grey: between two layers' experts; red: waiting for copies")
+    title = "A colour a slot; grey: between two layers' experts; red: waiting for copies"
+    if any(track == NODES for _, _, track in lines):
+        title += "; yellow: for other nodes"
+    axes.set(xlabel="ms", title=title)
     figure.savefig(Path(path), dpi=110, format="png")
 
 
@@ -151,8 +158,8 @@ def _aligned(traces: Sequence[Trace]) -> list[tuple[Trace, float]]:
 
 
 def _tracks(trace: Trace) -> list[str]:
-    copies = {span.track for span in trace.spans} - {COMPUTE, WAITING}
-    return [COMPUTE, WAITING, *sorted(copies)]
+    found = {span.track for span in trace.spans}
+    return [COMPUTE, WAITING, *sorted(found & {NODES}), *sorted(found - {COMPUTE, WAITING, NODES})]
 
 
 def _named(what: str, process: int, thread: int, name: str) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from vmm_dwdp.allocator.driver import Driver, StreamId
 from vmm_dwdp.allocator.handles import Event, Ledger, Owned, ResourceStack
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
 
-What = Literal["arrived", "resumed", "released", "copies begin", "copies end"]
+What = Literal["arrived", "resumed", "released", "copies begin", "copies end", "exchange begins", "exchange ends"]
 
 READ_AFTER: Final = 512  # marks, so that few events wait to be read
 

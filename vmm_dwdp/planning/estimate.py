@@ -16,8 +16,9 @@ from vmm_dwdp.planning.contention import chosen_share, contended_share, reached_
 from vmm_dwdp.planning.gpus import GpuSpec
 from vmm_dwdp.planning.memory import RankMemory, rank_memory
 from vmm_dwdp.planning.models import ModelSpec
+from vmm_dwdp.planning.nodes import ONE_NODE, Nodes
 from vmm_dwdp.planning.pulling import Turns
-from vmm_dwdp.planning.roofline import Batch, all_to_all, dense_layer_operations, total
+from vmm_dwdp.planning.roofline import Batch, Operation, dense_layer_operations, total
 from vmm_dwdp.planning.simulator import LayerWork
 from vmm_dwdp.planning.work import average_operations, layer_work, link_rates
 
@@ -29,9 +30,12 @@ class Estimate:
     """One group, with forward passes of ``batch`` on every rank. Times in seconds.
 
     Attributes:
-        config: of the group; ``group_size`` is the size of the expert-parallel group it is compared with, too.
-        imbalance: by how much the slowest rank's compute exceeds the mean, for which expert parallelism waits.
+        config: of the group; the expert-parallel group that it is compared with has as many ranks, or with several
+            nodes all of theirs.
+        imbalance: by how much the slowest rank's compute exceeds the mean, for which expert parallelism waits, and so
+            does a rail of several nodes.
         turns: how owners are chosen as copies go; ``None``: copies in an order that is fixed ahead.
+        nodes: over which the experts are spread; the group is one node's.
     """
 
     model: ModelSpec
@@ -40,6 +44,7 @@ class Estimate:
     batch: Batch
     imbalance: float = 0.0
     turns: Turns | None = None
+    nodes: Nodes = ONE_NODE
 
     def __post_init__(self) -> None:
         if self.config.group_size > self.gpu.max_group:
@@ -54,10 +59,25 @@ class Estimate:
         size = self.config.group_size
         # In an even spread all ranks fetch alike but for their edges; the two ends and the middle show the extremes.
         ranks = sorted({0, size // 2, size - 1})
-        plans = [
-            describe_layer(0, self.model.expert_weights, self.config, rank, self.gpu.granularity).plan for rank in ranks
-        ]
+        weights = self.share.expert_weights
+        plans = [describe_layer(0, weights, self.config, rank, self.gpu.granularity).plan for rank in ranks]
         return max(plans, key=lambda plan: plan.fetched_bytes)
+
+    @cached_property
+    def share(self) -> ModelSpec:
+        """The model with the experts that are spread over this group."""
+        return self.nodes.share(self.model)
+
+    @property
+    def world_size(self) -> int:
+        """The ranks of all nodes."""
+        return self.nodes.count * self.config.group_size
+
+    @property
+    def one_group_bytes(self) -> int:
+        """What a layer's fetch would be, were all ranks of all nodes one group, with exactly as many experts each."""
+        layer = self.model.layer_expert_bytes
+        return layer - layer // self.world_size
 
     @cached_property
     def prefetch_seconds(self) -> float:
@@ -94,8 +114,17 @@ class Estimate:
     @cached_property
     def work(self) -> LayerWork:
         """A mean MoE layer's compute, with what the copies cost it."""
-        operations = average_operations(self.model, self.gpu, self.batch)
-        return layer_work(operations, self.gpu, from_host=self.config.host_experts > 0)
+        return layer_work(self.operations, self.gpu, from_host=self.config.host_experts > 0)
+
+    @cached_property
+    def operations(self) -> list[Operation]:
+        """A mean MoE layer's, with the exchanges between nodes; ranks of a rail wait for the slowest."""
+        held = None if self.nodes.count == 1 else self.share.num_experts
+        own = average_operations(self.model, self.gpu, self.batch, experts=held)
+        if self.nodes.count > 1:
+            own = [dataclasses.replace(each, seconds=each.seconds * (1 + self.imbalance)) for each in own]
+        summed, sent = self.nodes.exchanges(self.model, self.batch.tokens)
+        return [*summed, *own[:-1], *sent, own[-1]]
 
     @cached_property
     def layer_seconds(self) -> float:
@@ -126,10 +155,11 @@ class Estimate:
     @cached_property
     def expert_parallel_seconds(self) -> float:
         """A forward pass under expert parallelism with data-parallel attention: tokens travel, weights do not."""
-        size, tokens = self.config.group_size, self.batch.tokens
+        size, tokens = self.world_size, self.batch.tokens
         held = max(1, self.model.num_experts // size)
         compute = total(average_operations(self.model, self.gpu, self.batch, experts=held))
-        layer = compute * (1 + self.imbalance) + all_to_all(self.model, self.gpu, tokens, size)
+        exchange = self.nodes.expert_parallel_exchange(self.model, self.gpu, tokens, self.config.group_size)
+        layer = compute * (1 + self.imbalance) + exchange
         return len(self.model.moe_layers) * layer + self.dense_seconds
 
     @property
@@ -139,7 +169,8 @@ class Estimate:
 
     @cached_property
     def memory(self) -> RankMemory:
-        return rank_memory(self.model, self.gpu, self.config, self.batch.tokens)
+        own = rank_memory(self.share, self.gpu, self.config, self.batch.tokens)
+        return dataclasses.replace(own, replicated=self.model.replicated_bytes)  # routers know all experts
 
     def require_fit(self) -> None:
         """Raise `ConfigError` if the model does not fit, with what is missing and what would fit."""
@@ -156,6 +187,10 @@ class Estimate:
             f"{self.model.name} does not fit on {self.gpu.name} in a group of {self.config.group_size}: a GPU needs "
             f"{self.memory.needed / gib:.1f} GiB, {-self.memory.left / gib:.1f} GiB more than it has; {remedy}"
         )
+
+    def on_nodes(self, count: int) -> Estimate:
+        """The same group on so many nodes."""
+        return dataclasses.replace(self, nodes=dataclasses.replace(self.nodes, count=count))
 
     def with_tokens(self, tokens: int) -> Estimate:
         """The same group with forward passes of another length, in requests like the longest one's."""
@@ -233,8 +268,8 @@ def recommend(estimate: Estimate) -> Estimate | None:
 
 def _candidates(estimate: Estimate) -> Iterable[Estimate]:
     """Groups of every power of two, depths of 1 to 3, with experts spread exactly or held by several ranks."""
-    model, gpu = estimate.model, estimate.gpu
-    experts = model.num_experts - estimate.config.host_experts
+    gpu = estimate.gpu
+    experts = estimate.share.num_experts - estimate.config.host_experts
     size = 2
     while size <= min(gpu.max_group, experts):
         least = -(-experts // size)

@@ -14,7 +14,7 @@ from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.planning.gpus import GpuSpec
 from vmm_dwdp.planning.models import ModelSpec
 
-Kind = Literal["dense_gemm", "attention", "memory", "grouped_gemm"]
+Kind = Literal["dense_gemm", "attention", "memory", "grouped_gemm", "network"]
 
 ACTIVATION = 2  # bytes of a value between operations: bf16
 

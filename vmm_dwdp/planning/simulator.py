@@ -37,10 +37,12 @@ class Phase:
         seconds: with no copy under way.
         slowdown: how many times longer it takes while the rank's own copies use all of its link; by less where they
             use less, so that what copies cost depends on their bytes and not on how long they take.
+        meets: it begins when the ranks of the same number on all nodes have come to it.
     """
 
     seconds: float
     slowdown: float = 1.0
+    meets: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Group:
         in_flight: how many copies of one stream are under way at once: a batch's copies are not ordered.
         resolution: follow every copy, or every fetch as one; see `links`.
         start: when each rank begins, in seconds; all at 0 by default.
+        nodes: of ``config.group_size`` ranks each, a group and links of its own; ranks are numbered node after node.
+            ``weights`` are one node's.
         stops: a rank begins a pass only when all its copies have ended, those for the next pass too, as where the host
             waits for the device between passes; a pass ends then.
     """
@@ -79,7 +83,13 @@ class Group:
     in_flight: int = 1
     resolution: Literal["copies", "fetches"] = "copies"
     start: Sequence[float] | None = None
+    nodes: int = 1
     stops: bool = False
+
+    @property
+    def ranks(self) -> int:
+        """Of all nodes."""
+        return self.nodes * self.config.group_size
 
 
 @dataclass
@@ -89,12 +99,14 @@ class Outcome:
     Attributes:
         pass_end: ``[ranks, passes]``: when each pass ended, from time 0.
         exposed: ``[ranks, layers]``: time that compute waited for a layer, over all passes.
+        meeting: ``[ranks]``: time that compute waited for ranks of other nodes.
         copying: ``[ranks]``: time during which the rank's copies ran.
         pulls: of each copy, when it began and how many others read from the same owner then; none for ``"fetches"``.
     """
 
     pass_end: NDArray[np.float64]
     exposed: NDArray[np.float64]
+    meeting: NDArray[np.float64]
     copying: NDArray[np.float64]
     pulls: list[tuple[float, int]] = field(default_factory=list)
 
@@ -114,15 +126,22 @@ def simulate(group: Group, work: Sequence[Sequence[LayerWork]]) -> Outcome:
     """Run ``work[rank][pass]``, every layer of a pass alike, and say what happened.
 
     Raises:
-        ConfigError: ``work`` is not for every rank of the group, a config that cannot be, or a choice of owners by
-            fetches.
+        ConfigError: ``work`` is not for every rank, or ranks that meet do not meet equally often; a config that cannot
+            be, or a choice of owners by fetches.
     """
     size = group.config.group_size
-    if len(work) != size:
-        raise ConfigError(f"there is work for {len(work)} ranks, but the group has {size}")
+    if len(work) != group.ranks:
+        raise ConfigError(f"there is work for {len(work)} ranks, but the group has {group.ranks}")
+    for rail in range(size):
+        if len({tuple(map(_meetings, passes)) for passes in work[rail::size]}) > 1:
+            raise ConfigError(f"the ranks of number {rail} do not meet equally often on all nodes")
     if group.turns and group.resolution == "fetches":
         raise ConfigError("owners are chosen copy by copy; that needs the resolution of copies")
     return _Simulation(group, work).run()
+
+
+def _meetings(work: LayerWork) -> int:
+    return sum(phase.meets for phase in work.before + work.experts)
 
 
 class _Rank:
@@ -138,6 +157,7 @@ class _Rank:
         self.remaining = 0.0  # seconds of the phase, without copies
         self.computed_until = start  # when `remaining` was brought up to date
         self.waiting_since: float | None = None
+        self.meeting_since: float | None = None
         self.compute_version = 0  # an event on the heap with an older one is void
 
         self.pulls = pulls
@@ -154,19 +174,24 @@ class _Simulation:
         self._layers = group.num_layers
         self._stops = group.stops
         self._depth = min(config.prefetch_depth, group.num_layers)
-        starts = group.start or [0.0] * size
-        page = Page(size, group.turns.sees if group.turns else None)
+        self._size = size
+        starts = group.start or [0.0] * group.ranks
+        pages = [Page(size, group.turns.sees if group.turns else None) for _ in range(group.nodes)]
         self._ranks = [
-            _Rank(rank, _pulls(group, rank, page), work[rank], self._depth, starts[rank]) for rank in range(size)
+            _Rank(rank, _pulls(group, rank % size, pages[rank // size]), work[rank], self._depth, starts[rank])
+            for rank in range(group.ranks)
         ]
         self._exact = group.resolution == "copies"
         self._lanes = max(1, *(rank.pulls.lanes for rank in self._ranks))
         contended = contended_share(size) if group.rates.switched else 1.0
-        self._links: Links = (
+        self._links: list[Links] = [
             CopyLinks(size, self._lanes, group.rates) if self._exact else FetchLinks(size, group.rates, contended)
+            for _ in range(group.nodes)
+        ]
+        passes, ranks = max(len(passes) for passes in work), group.ranks
+        self._outcome = Outcome(
+            np.full((ranks, passes), np.nan), np.zeros((ranks, self._layers)), np.zeros(ranks), np.zeros(ranks)
         )
-        passes = max(len(passes) for passes in work)
-        self._outcome = Outcome(np.full((size, passes), np.nan), np.zeros((size, self._layers)), np.zeros(size))
         self._phase_ends: list[tuple[float, int, int]] = []  # time, rank, version
         self._pauses: list[tuple[float, int]] = []  # when the next copy of a lane begins
 
@@ -175,12 +200,13 @@ class _Simulation:
             rank.queue.extend(range(self._depth))
             # Ranks begin at different times, and the links must see them in order.
             heapq.heappush(self._phase_ends, (rank.computed_until, rank.index, 0))
-        phase_ends, pauses, links = self._phase_ends, self._pauses, self._links
+        phase_ends, pauses = self._phase_ends, self._pauses
         now = 0.0
         while True:
-            copy_end, lane = links.next_end()
-            for index, share in links.changes().items():
-                self._disturb(self._ranks[index], share, now)
+            copy_end, lane = self._next_end()
+            for node, links in enumerate(self._links):
+                for index, share in links.changes().items():
+                    self._disturb(self._ranks[node * self._size + index], share, now)
             if pauses and pauses[0][0] <= min(copy_end, phase_ends[0][0] if phase_ends else inf):
                 now, lane = heapq.heappop(pauses)
                 self._begin_copy(lane, now)
@@ -195,6 +221,20 @@ class _Simulation:
             else:
                 return self._outcome
 
+    def _next_end(self) -> tuple[float, int]:
+        """When the next copy of all nodes ends, and its lane."""
+        first, lane = inf, -1
+        for node, links in enumerate(self._links):
+            when, of_node = links.next_end()
+            if when < first:
+                first, lane = when, node * self._size * self._lanes + of_node
+        return first, lane
+
+    def _links_of(self, lane: int) -> tuple[Links, int]:
+        """The links of a lane's node, and the lane's number there."""
+        node, own = divmod(lane, self._size * self._lanes)
+        return self._links[node], own
+
     # -- compute -----------------------------------------------------------------------------------------------------
     def _begin_layer(self, rank: _Rank, now: float) -> None:
         work = rank.work[rank.pass_index]
@@ -207,6 +247,18 @@ class _Simulation:
         if acquires and rank.holds[rank.layer % self._depth] != rank.pass_index * self._layers + rank.layer:
             rank.waiting_since = now
             return
+        if not rank.phases[rank.phase].meets:
+            self._begin_compute(rank, now)
+            return
+        rank.meeting_since = now
+        rail = self._ranks[rank.index % self._size :: self._size]
+        if all(other.meeting_since is not None for other in rail):
+            for other in rail:
+                self._outcome.meeting[other.index] += now - (other.meeting_since or 0.0)
+                other.meeting_since = None
+                self._begin_compute(other, now)
+
+    def _begin_compute(self, rank: _Rank, now: float) -> None:
         rank.remaining = rank.phases[rank.phase].seconds
         rank.computed_until = now
         self._schedule_phase(rank)
@@ -276,14 +328,16 @@ class _Simulation:
         index, own = divmod(lane, self._lanes)
         flow = self._ranks[index].pulls.take(own)
         if flow:
-            others = self._links.start(lane, flow, now)
+            links, of_node = self._links_of(lane)
+            others = links.start(of_node, flow, now)
             if self._exact:
                 self._outcome.pulls.append((now, others))
 
     def _end_copy(self, lane: int, now: float) -> None:
         index, own = divmod(lane, self._lanes)
         rank = self._ranks[index]
-        self._links.stop(lane, now)
+        links, of_node = self._links_of(lane)
+        links.stop(of_node, now)
         if rank.pulls.end(own):
             self._end_fetch(rank, now)
         else:
@@ -308,7 +362,7 @@ class _Simulation:
     def _disturb(self, rank: _Rank, share: float, now: float) -> None:
         """Copies use another share of the link from now on: the phase under way goes on at another speed."""
         idle = rank.layer == self._layers or rank.pass_index == len(rank.work) or not rank.phases
-        computes = rank.waiting_since is None and not idle
+        computes = rank.waiting_since is None and rank.meeting_since is None and not idle
         if not computes or rank.phases[rank.phase].slowdown == 1.0:
             rank.link_share = share
             return

@@ -33,6 +33,8 @@ def slowdown(kind: Kind, gpu: GpuSpec, *, from_host: bool) -> float:
     in which everyone pulls it is read from as fast; operations limited by memory are left the rest of the bandwidth
     that can be reached, and matrix products suffer by `GEMM_SENSITIVITY`.
     """
+    if kind == "network":
+        return 1.0
     if kind in gpu.copy_slowdown:
         return gpu.copy_slowdown[kind]
     traffic = gpu.host_rate if from_host else 2 * gpu.pull_rate
@@ -47,11 +49,11 @@ def layer_work(operations: Sequence[Operation], gpu: GpuSpec, *, from_host: bool
     experts: list[Phase] = []
     for operation in operations:
         phases = experts if operation.kind == "grouped_gemm" else before
-        factor = slowdown(operation.kind, gpu, from_host=from_host)
-        if phases and phases[-1].slowdown == factor:
+        factor, meets = slowdown(operation.kind, gpu, from_host=from_host), operation.kind == "network"
+        if phases and phases[-1].slowdown == factor and not meets and not phases[-1].meets:
             phases[-1] = Phase(phases[-1].seconds + operation.seconds, factor)
         else:
-            phases.append(Phase(operation.seconds, factor))
+            phases.append(Phase(operation.seconds, factor, meets))
     return LayerWork(tuple(before), tuple(experts))
 
 

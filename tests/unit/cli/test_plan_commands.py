@@ -41,6 +41,39 @@ def test_plan_prints_tables_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_plan_over_nodes_by_network_and_by_nvlink(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "qwen3-30b-a3b", "--gpu", "h100", "--group-size", "2", "--tokens", "4096", "--json"]
+    reports = []
+    for options in ([], ["--nodes", "4", "--network", "100"]):
+        assert cli.main([*command, *options]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    one, four = reports
+    assert one["nodes"] is None
+    about = four["nodes"]
+    assert (about["ranks"], about["network_bytes_per_s"]) == (8, 100e9)
+    rows = about["by_number_of_nodes"]
+    assert [row["nodes"] for row in rows] == [1, 2, 4]
+    assert rows[0]["dwdp_s"] == one["pass"]["dwdp_s"]
+    assert rows[0]["pays_from_tokens"] == one["pays_from_tokens"]
+    assert rows[-1]["dwdp_s"] == four["pass"]["dwdp_s"]
+    fetched = [row["fetched_bytes"] for row in rows]
+    assert [fetched[0] / each for each in fetched] == pytest.approx([1, 2, 4], rel=0.03), "but for shared pages"
+    assert [row["network_s"] for row in rows] == [row["network_bytes_sent"] / 100e9 for row in rows]
+    assert rows[0]["network_bytes_sent"] == 0 < rows[1]["network_bytes_sent"] < rows[2]["network_bytes_sent"]
+    assert rows[1]["network_bytes_sent"] * 2.02 > 4096 * 2 * 2048 * 2, "nearly every token, there and back, to one node"
+    assert cli.main([*command[:-1], "--nodes", "4", "--network", "100"]) == 0
+    assert "By number of nodes of 2 ranks" in capsys.readouterr().out
+
+
+def test_simulated_rails_wait_for_the_slowest(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["simulate", "qwen3-30b-a3b", "--gpu", "h100", "--group-size", "2", "--tokens", "16384", "--nodes", "2"]
+    waited = []
+    for spread in ("0", "0.5"):
+        assert cli.main([*command, "--passes", "2", "--spread", spread, "--json"]) == 0
+        waited.append(json.loads(capsys.readouterr().out)["waited_for_nodes_share"])
+    assert waited[0] < 0.01 < waited[1]
+
+
 def test_plan_refuses_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "kimi-k2", "--gpu", "h100", "--group-size", "8", "--tokens", "1000"]) == 2
 
@@ -54,6 +87,10 @@ def test_plan_refuses_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> N
         (["plan", *GROUP, "--request-tokens", "0"], "needs at least one token, and so does a request"),
         (["simulate", *GROUP, "--passes", "0"], "--passes and --in-flight must be at least 1"),
         (["plan", *GROUP, "--slice-bytes", "0"], "slice_bytes must be at least 16, not 0"),
+        (["plan", *GROUP, "--nodes", "0"], "--nodes must be at least 1, not 0"),
+        (["plan", *GROUP, "--nodes", "200"], "qwen3-30b-a3b has 128 experts, fewer than 200 nodes"),
+        (["plan", *GROUP, "--network", "43"], "--network needs --nodes"),
+        (["plan", *GROUP, "--nodes", "2", "--network", "0"], "more than 0 bytes a second, not 0"),
         (["plan", *GROUP, "--imbalance", "-1"], "--imbalance must be at least 0, not -1.0"),
         (["simulate", *GROUP, "--slow-rank", "0"], "--slow-rank must be more than 0, not 0.0"),
         (["simulate", *GROUP, "--sees", "4"], "--sees needs --run-bytes"),

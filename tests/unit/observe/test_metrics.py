@@ -26,6 +26,8 @@ def stats(tmp_path: Path) -> Stats:
             for number in MODEL:
                 with runtimes[1].layer(number, mode="in_place", chosen=torch.tensor([[0], [1]])):
                     pass
+            with runtimes[1].exchange(3):
+                pass
             runtimes[1].refresh_cache()
         return runtimes[1].stats()
 
@@ -53,6 +55,7 @@ def test_a_scrape_gives_what_stats_says(stats: Stats) -> None:
     assert stats.fetched_bytes > 0
     assert stats.cache is not None
     assert stats.cache.served
+    assert stats.node_wait_s > 0
     layers = {
         (f"vmm_dwdp_{name}_total", str(number)): value
         for number, layer in stats.layers.items()
@@ -62,6 +65,7 @@ def test_a_scrape_gives_what_stats_says(stats: Stats) -> None:
             ("fetched_bytes", layer.fetched_bytes),
             ("exposed_wait_seconds", layer.exposed_wait_s),
             ("in_place", layer.in_place),
+            ("node_wait_seconds", layer.node_wait_s),
         )
     }
     assert scraped(stats) == layers | {
@@ -72,6 +76,7 @@ def test_a_scrape_gives_what_stats_says(stats: Stats) -> None:
         ("vmm_dwdp_cache_served_ratio", None): stats.cache.served,
         ("vmm_dwdp_cache_refreshes_total", None): 2,
         ("vmm_dwdp_held_up_by_copies", None): 0,
+        ("vmm_dwdp_held_up_by_nodes", None): 0,
     }
 
 

@@ -57,6 +57,10 @@ weights = [weight[:1], weight[1:]]
 """
 
 
+INIT = 'init_process_group("gloo", "file://" + os.path.abspath("store"), rank=int(os.environ["RANK"]), world_size=2)'
+CUDA = "f\"cuda:{os.environ['LOCAL_RANK']}\""
+
+
 class Around(NamedTuple):
     """What a piece of code needs to be a program, and what the program prints; as it stands it is one already."""
 
@@ -111,6 +115,19 @@ AROUND = {
         ),
         ranks=2,
         printed=("rank 0 sees experts of ranks [0, 1]",),
+    ),
+    ("several-nodes.md", 0): Around(
+        before=MODEL,
+        after="print(tokens.shape[0], model.dwdp.stats().node_wait_s > 0)",
+        instead=(("init_process_group()", INIT), ('"cuda"', '"cpu"'), (CUDA, '"cpu"'), ("=32", "=2")),
+        ranks=2,
+        printed=("1 True",),
+    ),
+    ("several-nodes.md", 1): Around(
+        before="import os",
+        instead=(("init_process_group()", INIT), ('"cuda"', '"cpu"')),
+        ranks=2,
+        printed=("node 0 of 2, ",),
     ),
     ("transformers.md", 0): Around(
         before=MODEL,

@@ -38,7 +38,7 @@ ROOMS: Final = {  # from the bottom up: what it is about, in a word, and all tha
     "planning": ("paper", "errors config layout allocator observe memory schedule runtime"),
     "integrations": (
         "engines",
-        "errors config model_folder layout allocator kernels observe memory schedule group runtime checkpoint",
+        "errors config model_folder layout nodes allocator kernels observe memory schedule group runtime checkpoint",
     ),
     "cli": (
         "commands",

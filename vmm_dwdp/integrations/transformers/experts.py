@@ -29,6 +29,10 @@ from vmm_dwdp.integrations.transformers.turns import Turns
 from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.runtime import DWDPRuntime
 
+Compute = Callable[[Any, Any, int, int | None, Tensor | None], Any]
+"""An experts module's own forward pass on its layer: of its arguments, for so many tokens, and the experts that each of
+them uses ``[tokens, K]``, where known."""
+
 
 @dataclass(frozen=True)
 class ExpertsModule:
@@ -39,12 +43,19 @@ class ExpertsModule:
         module: it; a `torch.nn.Module`, whose methods torch leaves without annotations.
         weights: what in it is stacked by expert, ``[E, ...]``, by name: its parameters, and ``in_kernels``.
         in_kernels: those that are no parameters; see [Note: Kernel layouts].
+        first: the first of the ``E`` experts in the model, where these are a node's.
     """
 
     path: str
     module: Any
     weights: Mapping[str, WeightSpec]
     in_kernels: Mapping[str, KernelWeight] = field(default_factory=dict)
+    first: int = 0
+
+    @property
+    def num_experts(self) -> int:
+        """``E``."""
+        return next(iter(self.weights.values())).num_experts
 
     @property
     def parameters(self) -> list[str]:
@@ -165,7 +176,8 @@ class SpreadExperts:
     Takes effect when it is made, and stays for the life of the module. Its forward pass is part of a turn of ``turns``.
     The first layer tells ``schedule``, which all layers of the model share, that a pass begins. ``merge`` is for
     modules whose own code wants tensors although the runtime assembles lists: they are concatenated before every
-    forward pass.
+    forward pass. ``across`` stands between the module and its callers, where it has the experts of one node: it is
+    given the arguments, and what computes.
     """
 
     def __init__(
@@ -177,6 +189,7 @@ class SpreadExperts:
         turns: Turns,
         *,
         merge: bool,
+        across: Callable[[Any, Any, Compute], Any] | None,
     ) -> None:
         self.path = experts.path
         self._experts = experts
@@ -190,6 +203,9 @@ class SpreadExperts:
         # transformers' MXFP4 module is called at its second step, with the routing that its kernels want.
         entry = "forward_routed" if hasattr(self._module, "forward_routed") else "forward"
         self._own_forward = getattr(self._module, entry)
+        self._across = across
+        if hasattr(self._module, "num_experts"):  # by which transformers' own code counts rows of the weights
+            self._module.num_experts = experts.num_experts
         self._placeholders = {
             name: SpreadTensor(f"{self.path}.{name}", spec.shape, None, spec.dtype, runtime.device)
             for name, spec in self._weights.items()
@@ -205,22 +221,28 @@ class SpreadExperts:
         if self._layer == 0:
             self._schedule.begin_pass()
         self._turns.reached = self._layer + 1
-        tokens, top_k, chosen = routing_of(args, kwargs, counted=self._runtime.config.resident_cache > 0)
-        with (
-            torch.no_grad(),
-            self._runtime.layer(self._layer, tokens=tokens, top_k=top_k, chosen=chosen) as weights,
-        ):
-            merged = {name: torch.cat(list(tensors)) for name, tensors in weights.items()} if self._merge else weights
-            try:
-                self._show(merged)
-                output = self._own_forward(*args, **kwargs)
-            finally:
-                self._hide()
+        with torch.no_grad():
+            if self._across is None:
+                counted = self._runtime.config.resident_cache > 0
+                output = self._compute(args, kwargs, *routing_of(args, kwargs, counted=counted))
+            else:
+                output = self._across(args, kwargs, self._compute)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if torch.is_grad_enabled() and inputs:
             refusing: Any = _NoBackward.apply
             output = tree_map_only(Tensor, lambda tensor: refusing(self.path, tensor, *inputs), output)
         return output
+
+    def _compute(self, args: Any, kwargs: Any, tokens: int, top_k: int | None, chosen: Tensor | None) -> Any:
+        with self._runtime.layer(self._layer, tokens=tokens, top_k=top_k, chosen=chosen) as weights:
+            merged = {name: torch.cat(list(tensors)) for name, tensors in weights.items()} if self._merge else weights
+            if self._across is not None and not args[0].numel():
+                return args[0]  # nobody's tokens came to this node
+            try:
+                self._show(merged)
+                return self._own_forward(*args, **kwargs)
+            finally:
+                self._hide()
 
     def _show(self, weights: Mapping[str, Any]) -> None:
         for name, weight in weights.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import traceback
@@ -21,6 +20,7 @@ from vmm_dwdp.checkpoint import fill_shards
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError, DWDPError
 from vmm_dwdp.group.doors import Where
+from vmm_dwdp.integrations.transformers.across_nodes import NodeExperts, NodesOfModel
 from vmm_dwdp.integrations.transformers.experts import (
     ExpertsModule,
     RefreshSchedule,
@@ -33,6 +33,7 @@ from vmm_dwdp.integrations.transformers.room import announce_memory, told_of_rea
 from vmm_dwdp.integrations.transformers.tensor_list import IMPLEMENTATION, takes_lists
 from vmm_dwdp.integrations.transformers.turns import Turns
 from vmm_dwdp.model_folder import find_folder
+from vmm_dwdp.nodes.rail import Rail
 from vmm_dwdp.runtime import DWDPRuntime
 
 ReadExpert = Callable[[str, int], Tensor]  # a weight's full name and an expert -> the expert's part
@@ -55,6 +56,7 @@ def from_pretrained(
     rendezvous: Where,
     model_class: type[transformers.PreTrainedModel] | None = None,
     driver: Driver | None = None,
+    rail: Rail | None = None,
     timeout: float = 600.0,
     **kwargs: Any,
 ) -> transformers.PreTrainedModel:
@@ -74,6 +76,9 @@ def from_pretrained(
         rendezvous: where the ranks of the group find each other.
         model_class: by default the class that ``config.json`` names first.
         driver: an open driver of ``device`` to use instead of a new one.
+        rail: to the ranks of the same number on other nodes, over which the experts are spread: ``config``, ``rank``
+            and ``rendezvous`` are of this node's group, which has its node's experts only. Then every rank of the rail
+            runs as many passes as the others: see `join_pass`. It stays the caller's.
         timeout: seconds to wait for the other ranks, which may take longer to read their experts.
         kwargs: for transformers' ``from_pretrained``: ``dtype``, ``attn_implementation`` and so on.
 
@@ -98,11 +103,13 @@ def from_pretrained(
         loaded = load_without_experts(model_class, directory, described, runtime.device, kwargs, opened)
         sources = loaded.sources
         read = lambda weight, expert: sources[weight].read(expert)  # noqa: E731
-        _spread(loaded.model, loaded.layers, runtime, read, timeout, loaded.revision)
+        _spread(loaded.model, loaded.layers, runtime, read, timeout, loaded.revision, rail)
     return loaded.model
 
 
-def attach(model: transformers.PreTrainedModel, runtime: DWDPRuntime, *, timeout: float = 60.0) -> None:
+def attach(
+    model: transformers.PreTrainedModel, runtime: DWDPRuntime, *, rail: Rail | None = None, timeout: float = 60.0
+) -> None:
     """Spread the experts of a model that is whole in ordinary memory, and give that memory back.
 
     Every rank calls it with an equal model. What is replicated stays where it is; a model on the CPU whose runtime is
@@ -112,6 +119,7 @@ def attach(model: transformers.PreTrainedModel, runtime: DWDPRuntime, *, timeout
     Args:
         model: afterwards ``model.dwdp`` is the runtime.
         runtime: new, without layers; closing it stays the caller's.
+        rail: as `from_pretrained` takes it.
         timeout: seconds to wait for the other ranks.
 
     Raises:
@@ -130,7 +138,7 @@ def attach(model: transformers.PreTrainedModel, runtime: DWDPRuntime, *, timeout
     with _closed_on_failure(runtime):
         modules = {found.path: found for found in find_experts(model)}
         layers = by_layer(modules.values(), lambda found, name: found.identity(name))
-        _spread(model, layers, runtime, read, timeout, _revision_of(model))
+        _spread(model, layers, runtime, read, timeout, _revision_of(model), rail)
 
 
 def _class_named_by(config: dict[str, Any], directory: Path) -> type[transformers.PreTrainedModel]:
@@ -167,8 +175,14 @@ def _spread(
     read: ReadExpert,
     timeout: float,
     revision: str,
+    rail: Rail | None,
 ) -> None:
     """Make a layer of each list of ``layers``, whose modules share their weights, fill it and publish it."""
+    whole = [found for sharing in layers for found in sharing]
+    nodes = None if rail is None else NodesOfModel(rail)
+    if nodes is not None:
+        layers = nodes.own(layers)
+        revision += f", node {nodes.rail.node} of {nodes.rail.num_nodes}"
     for layer, (found, *_) in enumerate(layers):
         runtime.add_layer(layer, found.weights)
     num_experts = min(spec.num_experts for found, *_ in layers for spec in found.weights.values())
@@ -176,7 +190,7 @@ def _spread(
     with told_of_reading(runtime, [found.weights for found, *_ in layers]) as told:
         for layer, (found, *_) in enumerate(layers):
             for name in found.weights:
-                fill_shards(runtime, layer, name, told(functools.partial(read, f"{found.path}.{name}")))
+                fill_shards(runtime, layer, name, told(_reader(read, found, name)))
     runtime.publish(timeout, revision=revision)
     experts = [found for sharing in layers for found in sharing]
     lists = runtime.config.assembly == "tensor_list"
@@ -185,10 +199,18 @@ def _spread(
         model.set_experts_implementation(IMPLEMENTATION)
     schedule = RefreshSchedule(runtime)
     turns = Turns(runtime, len(layers))
+    numbers = [layer for layer, sharing in enumerate(layers) for _ in sharing]
     spread = [
-        SpreadExperts(found, runtime, layer, schedule, turns, merge=merge)
-        for layer, sharing in enumerate(layers)
-        for found in sharing
+        SpreadExperts(
+            found,
+            runtime,
+            layer,
+            schedule,
+            turns,
+            merge=merge,
+            across=None if nodes is None else NodeExperts(nodes, before, runtime, layer).run,
+        )
+        for layer, found, before in zip(numbers, experts, whole, strict=True)
     ]
     for path, module in model.named_modules():  # whichever is called from outside: the model, or one without a head
         if isinstance(module, transformers.PreTrainedModel) and any(found.is_in(path) for found in experts):
@@ -203,6 +225,13 @@ def _spread(
 
     model.__dict__.update(_apply=turns.taking(apply))
     model.dwdp = runtime
+    if nodes is not None:
+        model.dwdp_join = nodes.joiner(model, turns)
+
+
+def _reader(read: ReadExpert, experts: ExpertsModule, name: str) -> Callable[[int], Tensor]:
+    """By the number of an expert among those of ``experts``, its part of a parameter."""
+    return lambda expert: read(f"{experts.path}.{name}", experts.first + expert)
 
 
 @contextmanager
