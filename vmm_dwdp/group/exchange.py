@@ -17,11 +17,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.errors import DriverError, DWDPError, ExchangeError
-from vmm_dwdp.group.agreement import Agreement, Answer, Purpose, Vector, Word, named
+from vmm_dwdp.group.agreement import Agreement, Answer, Purpose, Vector, Word, named, offer_of, purpose_of
 from vmm_dwdp.group.door import Door, Message
 from vmm_dwdp.group.transport import Refused, Transport
 from vmm_dwdp.layout.placement import HOST, Owner
@@ -29,6 +29,7 @@ from vmm_dwdp.memory.assembly import Place, Share, close_shares
 
 PROTOCOL_VERSION: Final = 3
 PUBLISHING: Final = ""  # in the place of a group's name
+UNSTATED: Final = ""  # in the place of a revision, before `publish`
 _SHARE_NBYTES: Final = 1024  # generous for one token in an answer
 _VALUE_NBYTES: Final = 32  # for one checksum
 _NONCE_NBYTES: Final = 6
@@ -38,18 +39,28 @@ Ask = Literal["shares", "checksums", "say", "bind", "step", "alive"]
 _WORDS: Final = ("say", "bind", "step")
 
 
+class Joined(NamedTuple):
+    """What the living ranks tell one that comes back."""
+
+    holder: int  # who can hand over its memory
+    asleep: bool  # whether any of them sleeps
+    settled: int | None  # how many experts each rank holds, if that was left to them
+
+
 class Exchange:
     """What one rank asks of the others, and answers them.
 
     Args:
         fingerprint: equal on two ranks exactly if their configs and layers are.
-        revision: equal on two ranks exactly if they were given the same checkpoint, as far as is known.
         group_size: how many ranks there are, this one included.
         patience: seconds; a client that takes longer to ask, or to take the answer, is dropped.
         shares: gives the shares of an owner whose memory this rank holds, at the place that is asked for if it can,
             and the place; descriptors in them become the exchange's.
         checksums: gives what `collect_checksums` of an owner returns to others.
         asleep: whether this rank sleeps.
+
+    Attributes:
+        settled: how many experts each rank holds, once all have settled on it.
     """
 
     def __init__(
@@ -60,7 +71,6 @@ class Exchange:
         group_size: int,
         patience: float,
         fingerprint: str,
-        revision: str | None,
         shares: Callable[[Owner, Place], tuple[Place, list[Share]]],
         checksums: Callable[[Owner], list[int]],
         asleep: Callable[[], bool],
@@ -68,7 +78,8 @@ class Exchange:
         self._rank = rank
         self._others = [other for other in range(group_size) if other != rank]
         self._fingerprint = fingerprint
-        self._revision = None if revision is None else hashlib.sha256(revision.encode()).hexdigest()
+        self._revision: str | None = UNSTATED
+        self.settled: int | None = None
         self._shares = shares
         self._checksums = checksums
         self._asleep = asleep
@@ -86,6 +97,11 @@ class Exchange:
     def forget(self) -> None:
         """In a forked child, which answers nobody."""
         self._transport.forget()
+
+    def state(self, revision: str | None, patience: float) -> None:
+        """What `publish` or `rejoin` is told. Ranks that say another ``revision`` are refused from now on."""
+        self._revision = None if revision is None else hashlib.sha256(revision.encode()).hexdigest()
+        self._transport.patience = patience
 
     # -- asking ------------------------------------------------------------------------------------------------------
     def collect(
@@ -145,19 +161,20 @@ class Exchange:
         return self._agreement.relied
 
     @contextmanager
-    def attempt(self, purpose: Purpose, what: str, deadline: float) -> Iterator[None]:
+    def attempt(self, purpose: Purpose, what: str, deadline: float, offer: str = "") -> Iterator[None]:
         """The body is run by every rank, or by none: it begins when every one is sure to go on.
 
         Args:
             purpose: the same on all ranks; see [Note: What an attempt is for].
             what: this rank has done before.
+            offer: what all are to know of it, see `offers`.
 
         Raises `ExchangeError` naming the rank that did not come. The body calls `step` for each step; if it ends well,
         this rank is in doubt no more.
         """
         try:
             with self._changed:
-                self._agreement.begin(named(purpose, secrets.token_hex(_NONCE_NBYTES)))
+                self._agreement.begin(named(purpose, secrets.token_hex(_NONCE_NBYTES), offer))
             self._go_on(what, deadline)
             yield
         except BaseException as failure:
@@ -166,6 +183,11 @@ class Exchange:
             raise
         with self._changed:
             self._agreement.finish()
+
+    def offers(self) -> list[str]:
+        """In an attempt: by rank, what each has offered; the same on all."""
+        assert self._agreement.committed is not None
+        return list(map(offer_of, self._agreement.committed))
 
     def step(self, number: int, what: str, deadline: float) -> None:
         """In an attempt: say that this rank has done ``what``, step 1 or `LAST_STEP`, and wait until all say so."""
@@ -180,14 +202,13 @@ class Exchange:
             self._group = _digest(self._agreement.committed)
         self._transport.failure = None
 
-    def join(self, deadline: float, patience: float) -> tuple[int, bool] | None:
-        """Come back to a published group; returns a rank that can hand over its memory, and whether any of them
-        sleeps, or ``None`` if none lives.
+    def join(self, deadline: float, patience: float) -> Joined | None:
+        """Come back to a published group; ``None`` if nobody lives.
 
         Every rank that listens is asked, each for at most ``patience`` seconds. `doubt` is then what they know.
         """
         groups: dict[int, str] = {}
-        asleep = False
+        asleep, settled = False, None
         silent = []
         refusal: Refused | None = None
         for rank in filter(self.listens, self._others):
@@ -195,6 +216,7 @@ class Exchange:
                 answer, _ = self._transport.ask(rank, self._request("alive"), time.monotonic() + patience, retry=False)
                 groups[rank] = str(answer.get("group"))
                 asleep |= answer.get("asleep") is True
+                settled = answer.get("settled")
             except Refused as error:
                 refusal = error
             except ExchangeError:
@@ -218,7 +240,7 @@ class Exchange:
                 del groups[rank]
                 with self._changed:
                     self._agreement.silent(rank)
-        return (min(groups), asleep) if groups else None
+        return Joined(min(groups), asleep, settled if type(settled) is int else None) if groups else None
 
     def _go_on(self, what: str, deadline: float) -> None:
         """Send and wait until the agreement has passed what it waits for."""
@@ -302,6 +324,7 @@ class Exchange:
                 case "alive":
                     answer["group"] = self._group
                     answer["asleep"] = self._asleep()
+                    answer["settled"] = self.settled
                 case "shares":
                     answer["place"], shares = self._shares(request["owner"], request["place"])
                     answer["tokens"] = [share.hex() for share in shares if isinstance(share, bytes)]
@@ -329,7 +352,7 @@ class Exchange:
             return f"it speaks version {PROTOCOL_VERSION} of the protocol, not {request.get('version')!r}"
         if request.get("fingerprint") != self._fingerprint:
             return "the configs or the layers of the two ranks differ"
-        if request.get("revision") != self._revision:
+        if UNSTATED not in (request.get("revision"), self._revision) and request.get("revision") != self._revision:
             return "the two ranks were given different checkpoints: what they state as their revision differs"
         rank, ask = request.get("rank"), request.get("ask")
         if type(rank) is not int or rank not in self._others:
@@ -343,6 +366,8 @@ class Exchange:
             return f"there is no owner {request.get('owner')!r}"
         if ask == "shares" and request.get("place") not in get_args(Place):
             return f"there is no place {request.get('place')!r}"
+        if vector is not None and self.settled is not None and purpose_of(vector[rank]) == "settle":
+            return f"the others have settled on {self.settled} experts a rank already: start all anew, or rejoin"
         return None if ask == "alive" else self._refusal_of_group(request.get("group"), ask, vector)
 
     def _refusal_of_group(self, group: object, ask: object, name: Vector | None) -> str | None:

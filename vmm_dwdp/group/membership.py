@@ -21,7 +21,9 @@ from vmm_dwdp.group.agreement import GIVEN_UP, LAST_STEP
 from vmm_dwdp.group.doors import Where, open_door
 from vmm_dwdp.group.exchange import Exchange
 from vmm_dwdp.group.limits import DescriptorReservation
+from vmm_dwdp.group.settle import settle
 from vmm_dwdp.group.update import ShardKey, Shards, Update
+from vmm_dwdp.layout.auto import AutoExperts
 from vmm_dwdp.layout.layer import Layer, Layers
 from vmm_dwdp.layout.placement import HOST, Owner, in_words
 from vmm_dwdp.memory.assembly import Assembly, Place, Share
@@ -51,6 +53,7 @@ class Membership:
         state: of this rank.
 
     Attributes:
+        config: as it was given; once the ranks have settled on a number of experts, with that.
         shards: what this rank holds.
     """
 
@@ -65,7 +68,7 @@ class Membership:
         layers: Layers,
         state: RankState,
     ) -> None:
-        self._config = config
+        self.config = self._stated = config
         self._rank = rank
         self._driver = driver
         self._ledger = ledger
@@ -86,7 +89,7 @@ class Membership:
     @property
     def held_owners(self) -> tuple[Owner, ...]:
         """The owners whose memory this rank creates."""
-        hosts = self._config.host_experts > 0 and self._rank == HOST_CREATOR
+        hosts = self.config.host_experts > 0 and self._rank == HOST_CREATOR
         return (self._rank, HOST) if hosts else (self._rank,)
 
     @property
@@ -101,6 +104,19 @@ class Membership:
                 raise StateError(f"weights are gone: {why}; update all of them, or close")
             raise StateError(f"weights are partly old and partly new: {why}; update again, or close")
 
+    def settle(self, offer: int | ConfigError, timeout: float) -> None:
+        """Agree on how many experts each rank holds, and describe the layers for that. See `DWDPRuntime.settle`."""
+        deadline = time.monotonic() + timeout
+        self._exchange = self._make_exchange(timeout)
+        self._exchange.serve(deadline)
+        self._settle_on(settle(self._exchange, offer, deadline), self._exchange)
+
+    def _settle_on(self, number: int, exchange: Exchange) -> None:
+        auto = AutoExperts(self._stated, tuple(layer.placement.num_experts for layer in self._layers))
+        self._numbered.spread(auto.settled(number), self._rank, self._assembly.granularity)
+        self.config = auto.settled(number)
+        exchange.settled = number
+
     def publish(self, timeout: float, revision: str | None) -> None:
         """Serve this rank's shards, attach the others', and build the assembly; every rank has done so on return."""
         deadline = time.monotonic() + timeout
@@ -112,8 +128,11 @@ class Membership:
             self._assembly.offer(owner)
         self._driver.synchronize()  # what the caller copied into the shards is there before anybody reads it
         self._sum_held_shards()
-        self._exchange = exchange = self._make_exchange(timeout, revision)
-        exchange.serve(deadline)
+        if self._exchange is None:
+            self._exchange = self._make_exchange(timeout)
+            self._exchange.serve(deadline)
+        exchange = self._exchange
+        exchange.state(revision, timeout)
         with exchange.attempt("publish", "publish", deadline):
             for owner in self._other_owners():
                 self._take(exchange, owner, HOST_CREATOR if owner == HOST else owner, deadline)
@@ -131,15 +150,20 @@ class Membership:
         Returns whether the group sleeps: then this rank has what was saved, and builds nothing before it wakes.
         """
         deadline = time.monotonic() + timeout
-        self._check_limits()
-        exchange = self._make_exchange(timeout, revision)
+        exchange = self._make_exchange(timeout)
+        exchange.state(revision, timeout)
         if exchange.listens(self._rank):
             raise StateError(f"rank {self._rank} is alive: only a rank that has died can rejoin")
-        patience = timeout / self._config.group_size  # so that one that is stopped leaves time for another
+        patience = timeout / self.config.group_size  # so that one that is stopped leaves time for another
         joined = exchange.join(deadline, patience)
         if joined is None:
             raise ExchangeError(f"no other rank is alive at {self._door.place}: the group must be loaded again")
-        holder, asleep = joined
+        if self._stated.num_local_experts == "auto":
+            if joined.settled is None:
+                raise ExchangeError(f"rank {joined.holder} does not tell how many experts a rank holds")
+            self._settle_on(joined.settled, exchange)
+        self._check_limits()
+        holder, asleep = joined.holder, joined.asleep
         for owner in (*self.held_owners, *self._other_owners()):
             places: tuple[Place, ...] = ("host", "device", "nowhere") if asleep and owner != HOST else ("device",)
             self._take(exchange, owner, holder, deadline, places)
@@ -189,7 +213,7 @@ class Membership:
 
     def verify(self) -> None:
         """Raise `StateError` unless every shard has the bytes that its owner published."""
-        if not self._config.checksums:
+        if not self.config.checksums:
             raise ConfigError("check_integrity(verify=True) needs checksums: true in the config")
         for owner, published in self._checksums.items():
             for (layer, weight), expected in zip(self._weights(), published, strict=True):
@@ -230,7 +254,7 @@ class Membership:
 
     def _other_owners(self) -> list[Owner]:
         """The owners whose memory others create, in an order that differs from rank to rank."""
-        group_size = self._config.group_size
+        group_size = self.config.group_size
         owners: list[Owner] = [*((self._rank + turn) % group_size for turn in range(1, group_size)), HOST]
         return [owner for owner in owners if owner not in self.held_owners and self._assembly.num_shares(owner)]
 
@@ -258,15 +282,14 @@ class Membership:
         assert self._descriptors is not None
         self._descriptors.settle()
 
-    def _make_exchange(self, patience: float, revision: str | None) -> Exchange:
+    def _make_exchange(self, patience: float) -> Exchange:
         return Exchange(
             self._door,
             self._ledger,
             self._rank,
-            self._config.group_size,
+            self.config.group_size,
             patience,
             self._fingerprint(),
-            revision,
             self._shares,
             lambda owner: self._checksums.get(owner, []),
             lambda: self._state.is_asleep,
@@ -278,7 +301,7 @@ class Membership:
             (layer.number, [(name, spec.shape, str(spec.dtype)) for name, spec in layer.weights.items()])
             for layer in self._layers
         ]
-        config = dataclasses.asdict(self._config)
+        config = dataclasses.asdict(self._stated)
         agreed = json.dumps([config, self._assembly.granularity, self._driver.device.type, layers])
         return hashlib.sha256(agreed.encode()).hexdigest()
 
@@ -321,13 +344,13 @@ class Membership:
             self._driver.synchronize(self._edge_stream.stream)
 
     def _sum_held_shards(self) -> None:
-        if self._config.checksums:
+        if self.config.checksums:
             for owner in self.held_owners:
                 shards = (self._assembly.shard(layer, weight, owner) for layer, weight in self._weights())
                 self._checksums[owner] = [checksum(shard) for shard in shards]
 
     def _learn_checksums(self, exchange: Exchange, owner: Owner, holder: int, deadline: float) -> None:
-        if self._config.checksums:
+        if self.config.checksums:
             count = sum(1 for _ in self._weights())
             self._checksums[owner] = exchange.collect_checksums(owner, holder, count, deadline)
 
