@@ -79,7 +79,8 @@ class Rank:
 
     @property
     def config(self) -> DWDPConfig:
-        """As it was given; with ``num_local_experts="auto"``, once the ranks have settled on a number, with that."""
+        """As it was given; with ``num_local_experts="auto"``, once the ranks have settled on a number, with that, which
+        is ``None`` where it is an equal share."""
         return self._membership.config
 
     @property
