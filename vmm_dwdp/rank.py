@@ -183,9 +183,10 @@ class Rank:
 
         Raises `ConfigError` if there is no such, and what `settle` raises, which comes first.
         """
-        if layer in self._layers.numbered:
-            self._settle_first()
-        return self._layers.numbered[layer].placement.experts(self.rank if owner is None else owner)
+        owner = self.rank if owner is None else owner
+        self._layers.numbered[layer].placement.experts(owner)  # what cannot be is refused before others are waited for
+        self._settle_first()
+        return self._layers.numbered[layer].placement.experts(owner)
 
     def local_shard(self, layer: int, weight: str, owner: Owner | None = None) -> torch.Tensor:
         """A tensor ``[n, ...]`` over this rank's own pages of a weight: fill it with the experts `local_experts`.

@@ -95,7 +95,7 @@ def test_one_of_four_dies(tmp_path: Path, death: str) -> None:
         try:
             read(runtime, OLD)
         except StateError as error:
-            assert death != "a pass"  # noqa: PT017
+            assert death != "a pass"
             assert "the group sleeps" in str(error)  # noqa: PT017
 
     back = ranks[DEAD] = DWDPRuntime(CONFIG, DEAD, "cpu", tmp_path, driver=HostDriver(PAGE))
