@@ -39,7 +39,11 @@ class DWDPConfig:
     Attributes:
         group_size: number of ranks that share one copy of the experts, at least 1.
         num_local_experts: experts that each rank holds of every layer; ``None`` is the least that covers them.
-            More than that makes neighbours overlap, so that fewer bytes are fetched.
+            More than that makes neighbours overlap, so that fewer bytes are fetched. ``"auto"`` is as many as fit into
+            ``memory_bytes`` on every rank, and that least at any rate; ranks agree on it before they take memory.
+        memory_bytes: how much of a device's memory a rank's experts may take with ``num_local_experts="auto"``: shards,
+            slots and resident cache. ``None`` is half of what is free when ranks agree; on the CPU, whose memory they
+            share, half of an equal part of it.
         prefetch_depth: number of slots, each with room for the remote experts of one layer; at least 1, or 0 with
             ``mode="in_place"``, which stages nothing.
         slice_bytes: how long a run of one owner's bytes may be before the copies turn to the next owner, a multiple of
@@ -62,7 +66,8 @@ class DWDPConfig:
     """
 
     group_size: int
-    num_local_experts: int | None = None
+    num_local_experts: int | Literal["auto"] | None = None
+    memory_bytes: int | None = None
     prefetch_depth: int = 2
     slice_bytes: int | Literal["auto"] = "auto"
     host_experts: int = 0
@@ -74,8 +79,12 @@ class DWDPConfig:
 
     def __post_init__(self) -> None:
         self._require_int("group_size", self.group_size, least=1)
-        if self.num_local_experts is not None:
+        if self.num_local_experts not in (None, "auto"):
             self._require_int("num_local_experts", self.num_local_experts, least=0)
+        if self.memory_bytes is not None:
+            self._require_int("memory_bytes", self.memory_bytes, least=1)
+            if self.num_local_experts != "auto":
+                raise ConfigError("memory_bytes needs num_local_experts: auto, which says what it is for")
         self._require_one_of("mode", self.mode, get_args(ModeSetting))
         self._require_int("prefetch_depth", self.prefetch_depth, least=0 if self.mode == "in_place" else 1)
         if self.slice_bytes != "auto":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import reprlib
+import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -18,16 +19,17 @@ from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Failures, Ledger, undo_after
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.config import DWDPConfig
-from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.errors import ConfigError, StateError
 from vmm_dwdp.group.addresses import TCPRendezvous
 from vmm_dwdp.group.doors import Where
 from vmm_dwdp.group.sleep import SleepingMembership
+from vmm_dwdp.layout.auto import AutoExperts, with_local_experts
 from vmm_dwdp.layout.layer import Layers, describe_layer
 from vmm_dwdp.layout.needs import MemoryNeeded, memory_needed
 from vmm_dwdp.layout.placement import Owner
 from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.memory.choice import make_assembly
-from vmm_dwdp.memory.room import told_of_room
+from vmm_dwdp.memory.room import as_many_as_fit, told_of_room
 from vmm_dwdp.observe.exchanges import Exchanges
 from vmm_dwdp.schedule.lifecycle import Lifecycle
 from vmm_dwdp.schedule.schedule import Schedule
@@ -55,13 +57,14 @@ class Rank:
             raise ConfigError(f"rank must be a whole number, not {reprlib.repr(rank)}")
         if not 0 <= rank < config.group_size:
             raise ConfigError(f"rank {rank} is not in a group of {config.group_size}")
-        self.config = config
         self.rank = rank
         self.ledger = Ledger()
         self._driver = driver or open_driver(torch.device(device))
         self._current_device = self._driver.current_device
         self._index = self._driver.index
         self._lifecycle = Lifecycle()
+        self._is_auto = config.num_local_experts == "auto"
+        self._settling = threading.Lock()
         self._layers = Layers()
         layers = self._layers.in_order
         if rank == 0:
@@ -75,6 +78,16 @@ class Rank:
             self._exchanges = Exchanges(self._driver, self.ledger, layers)
         self._last_layer: int | None = None  # the number of the one that a pass ends with
         _open.add(self)
+
+    @property
+    def config(self) -> DWDPConfig:
+        """As it was given; with ``num_local_experts="auto"``, once the ranks have settled on a number, with that, which
+        is ``None`` where it is an equal share."""
+        return self._membership.config
+
+    @property
+    def _is_settled(self) -> bool:
+        return self.config.num_local_experts != "auto"
 
     @property
     def device(self) -> torch.device:
@@ -104,18 +117,58 @@ class Rank:
 
         Raises:
             ConfigError: the layer was added already, its weights disagree, or its experts cannot be spread like this.
-            StateError: after `publish`.
+            StateError: after `publish`, or after `settle`.
         """
         self._lifecycle.require_setup("add_layer")
+        if self._is_auto and self._is_settled:
+            raise StateError("add_layer after settle: with num_local_experts: auto all layers are added before it")
+        config = self.config if self._is_settled else with_local_experts(self.config, None)
         with self._driver.current():
-            described = describe_layer(layer, weights, self.config, self.rank, self._assembly.granularity)
+            described = describe_layer(layer, weights, config, self.rank, self._assembly.granularity)
         self._layers.add(described)
+
+    def settle(self, timeout: float = 60.0) -> None:
+        """With ``num_local_experts="auto"``: agree with the other ranks on how many experts each of them holds.
+
+        Every rank of the group calls it, once it has added its layers, and offers as many as it has room for (see
+        `DWDPConfig.memory_bytes`); the least offer is what all hold, and what `config` says from then on. Where
+        nobody has called it, `local_experts`, `local_shard` and `publish` do. A second call, and one without
+        ``"auto"``, changes nothing. If it raises, the runtime is closed, and no memory was taken.
+
+        Args:
+            timeout: seconds to wait for the other ranks.
+
+        Raises:
+            ConfigError: there is no layer; or a rank, which is named, has no room for an equal share.
+            ExchangeError: a rank, which is named, did not come in time, or left; it has a different config or different
+                layers; or the others have settled before, without this process.
+            StateError: after `publish`, or after `close`.
+        """
+        self._lifecycle.require_setup("settle")
+        with self._settling:
+            if self._is_settled:
+                return
+            self._lifecycle.require_setup("settle")  # still, after waiting for another thread
+            if not self._layers.in_order:
+                raise ConfigError("settle needs at least one layer")
+            counts = tuple(layer.placement.num_experts for layer in self._layers.in_order)
+            with self._closed_on_failure(), self._driver.current():
+                auto = AutoExperts(self.config, counts)
+                offer = as_many_as_fit(auto, self.rank, self.memory_needed, self.device)
+                self._membership.settle(offer, timeout)
+        held = "an equal share" if self.config.num_local_experts is None else f"{self.config.num_local_experts} each"
+        _log.info("rank %d: the ranks hold %s of every layer's experts, and %s fit here", self.rank, held, offer)
+
+    def _settle_first(self, timeout: float = 60.0) -> None:
+        if not self._is_settled:
+            self.settle(timeout)
 
     def memory_needed(self, config: DWDPConfig | None = None) -> MemoryNeeded:
         """What this rank takes for the layers added so far, in bytes; nothing is taken by asking.
 
         Args:
-            config: of a group in which it would be the same rank, with the same ``assembly``; by default its own.
+            config: of a group in which it would be the same rank, with the same ``assembly``; by default its own, and
+                an equal share as long as the ranks have not settled on more.
 
         Raises `ConfigError` if ``config`` cannot spread these layers.
         """
@@ -128,8 +181,14 @@ class Rank:
         return memory_needed(described, config, self.rank)
 
     def local_experts(self, layer: int, owner: Owner | None = None) -> range:
-        """The experts that this rank, or ``owner``, holds of ``layer``; raises `ConfigError` if there is no such."""
-        return self._layers.numbered[layer].placement.experts(self.rank if owner is None else owner)
+        """The experts that this rank, or ``owner``, holds of ``layer``.
+
+        Raises `ConfigError` if there is no such, and what `settle` raises, which comes first.
+        """
+        owner = self.rank if owner is None else owner
+        self._layers.numbered[layer].placement.experts(owner)  # what cannot be is refused before others are waited for
+        self._settle_first()
+        return self._layers.numbered[layer].placement.experts(owner)
 
     def local_shard(self, layer: int, weight: str, owner: Owner | None = None) -> torch.Tensor:
         """A tensor ``[n, ...]`` over this rank's own pages of a weight: fill it with the experts `local_experts`.
@@ -142,11 +201,14 @@ class Rank:
             ConfigError: no such layer, weight or owner here.
             DriverError: memory could not be had; the runtime is closed then.
             StateError: after `publish`.
+            DWDPError: what `settle` raises, which comes first.
         """
         self._lifecycle.require_setup("local_shard")
-        described = self._layers.with_weight(layer, weight)
+        self._layers.with_weight(layer, weight)
         owner = self.rank if owner is None else owner
         self._membership.shards.require_held(owner)
+        self._settle_first()
+        described = self._layers.numbered[layer]
         with self._closed_on_failure(), self._driver.current(), self._told_of_room(), uninterrupted():
             return self._assembly.shard(described, weight, owner)
 
@@ -175,6 +237,7 @@ class Rank:
             StateError: published before.
         """
         with self._ready_afterwards("publish"):
+            self._settle_first(timeout)
             self._membership.publish(timeout, revision)
             self._start()
 
@@ -300,7 +363,7 @@ class Rank:
             raise
 
     def _told_of_room(self) -> AbstractContextManager[None]:
-        return told_of_room(self._assembly, self._layers.in_order, self.device, self.config, self.memory_needed)
+        return told_of_room(self._assembly, self._layers.in_order, self.device, lambda: self.config, self.memory_needed)
 
     @contextmanager
     def _undisturbed(self) -> Iterator[bool]:

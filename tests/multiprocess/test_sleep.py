@@ -17,6 +17,7 @@ from support.groups import (
     PAGE,
     Model,
     add_layers,
+    answered,
     check_pass,
     in_threads,
     join,
@@ -44,14 +45,6 @@ def check(runtime: DWDPRuntime, model: Model) -> None:
     for mode in modes(runtime.config):
         check_pass(runtime, model, mode=mode, tokens=7)
     runtime.check_integrity(verify=runtime.config.checksums)
-
-
-def answered(runtime: DWDPRuntime) -> None:
-    """Whoever has asked it something by now has been told."""
-    exchange = runtime._membership._exchange
-    assert exchange is not None
-    for thread in list(exchange._transport._clients)[1:]:  # the first accepts others
-        thread.join()
 
 
 def together(runtimes: list[DWDPRuntime], call: Callable[[DWDPRuntime], None]) -> None:

@@ -25,6 +25,7 @@ from support.subjects import (
     Publish,
     Refresh,
     Reset,
+    Settle,
     Sleep,
     StatedPass,
     Traced,
@@ -40,6 +41,8 @@ from vmm_dwdp.config import Mode
 IN_ORDER, OUT_OF_ORDER = [0, 1, 2, 3, 4], [1, 0, 4, 2, 3]
 HOST = DWDPConfig(group_size=1, host_experts=4, checksums=True)
 PAIR = DWDPConfig(group_size=2, num_local_experts=4, host_experts=1, checksums=True)  # which overlap
+FOUR = replace(PAIR, group_size=4, num_local_experts=2)
+AUTO = replace(PAIR, num_local_experts="auto")
 ISSUERS: dict[str, tuple[DWDPConfig, MakeDriver]] = {
     "launching thread": (HOST, FailingDriver),
     "thread": (replace(PAIR, slice_bytes=64), FailingDriver),  # so short that a layer has many
@@ -76,8 +79,9 @@ def test_acquire_and_release_by_signals(issuer: tuple[DWDPConfig, MakeDriver]) -
     sweep(lambda: Pass(config, driver, IN_ORDER, None), lambda at: Interrupter(at, "signal"), most=60)
 
 
-def test_acquire_and_release_in_a_group() -> None:
-    sweep(lambda: Pass(PAIR, FailingDriver, OUT_OF_ORDER, None), lambda at: Interrupter(at), most=60)
+@pytest.mark.parametrize(("config", "most"), [(PAIR, 60), (FOUR, 20)], ids=["two", "four"])
+def test_acquire_and_release_in_a_group(config: DWDPConfig, most: int) -> None:
+    sweep(lambda: Pass(config, FailingDriver, OUT_OF_ORDER, None), lambda at: Interrupter(at), most=most)
 
 
 @pytest.mark.parametrize("mode", ["staged", "in_place"])
@@ -125,6 +129,16 @@ def test_sleep_and_wake(subject: type[Any], how: How) -> None:
 @pytest.mark.parametrize("subject", [Sleep, Wake])
 def test_sleep_and_wake_of_a_group(subject: type[Any]) -> None:
     sweep(lambda: subject(PAIR, FailingDriver), lambda at: Interrupter(at), most=3)
+
+
+@pytest.mark.parametrize("subject", [Updating, Sleep, Wake])
+def test_a_group_of_four(subject: type[Any]) -> None:
+    sweep(lambda: subject(FOUR, FailingDriver), lambda at: Interrupter(at), most=1)
+
+
+@pytest.mark.parametrize("how", ["line", "signal"])
+def test_settle_of_a_group(how: How) -> None:
+    sweep(lambda: Settle(AUTO, FailingDriver), lambda at: Interrupter(at, how), most=3)
 
 
 @pytest.mark.parametrize("how", ["line", "signal"])

@@ -150,8 +150,9 @@ def exchange(door: Door, ledger: Ledger, rank: int) -> Exchange:
         return place, [Descriptor(ledger, os.memfd_create(f"of {owner}", os.MFD_CLOEXEC)), TOKEN]
 
     made = Exchange(
-        *(door, ledger, rank, GROUP_SIZE, PATIENCE, FINGERPRINT, None, shares), lambda owner: CHECKSUMS, lambda: False
+        *(door, ledger, rank, GROUP_SIZE, PATIENCE, FINGERPRINT, shares), lambda owner: CHECKSUMS, lambda: False
     )
+    made.state(None, PATIENCE)
     made._group = GROUP
     return made
 

@@ -86,6 +86,14 @@ def check_pass(
                 assert same_bytes(whole.view(reference.dtype), reference), (runtime.rank, number, name)
 
 
+def answered(runtime: DWDPRuntime) -> None:
+    """Whoever has asked it something by now has been told."""
+    exchange = runtime._membership._exchange
+    assert exchange is not None
+    for thread in list(exchange._transport._clients)[1:]:  # the first accepts others
+        thread.join()
+
+
 def in_threads(function: Callable[[int], T], group_size: int) -> list[T]:
     """All ranks of a group in this process, for tests that would start too many processes."""
     with ThreadPoolExecutor(group_size) as pool:

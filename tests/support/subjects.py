@@ -455,6 +455,59 @@ class Publish:
         self.directory.cleanup()
 
 
+class Settle(Publish):
+    """`settle`: if it raises, the runtime is closed; all who settled have one number, and publish if all have."""
+
+    def prepare(self) -> None:
+        self.before = in_use()
+        self.runtime = self.set_up(0, self.driver)
+        self.pending = [self.pool.submit(self.join, rank) for rank in range(1, self.config.group_size)]
+
+    def set_up(self, rank: int, driver: FailingDriver) -> DWDPRuntime:
+        runtime = DWDPRuntime(self.config, rank, "cpu", self.directory.name, driver=driver)
+        add_layers(runtime, OLD)
+        return runtime
+
+    def join(self, rank: int) -> DWDPRuntime:
+        runtime = self.set_up(rank, FailingDriver())
+        runtime.settle(timeout=A_WHILE)
+        return runtime
+
+    def operate(self) -> None:
+        assert self.runtime is not None
+        self.runtime.settle(timeout=LATE)
+
+    def recover(self) -> None:
+        runtime, self.runtime = self.runtime, None
+        assert runtime is not None
+        came = []
+        for future in self.pending:
+            with suppress(ExchangeError):
+                came.append(future.result())
+        self.pending.clear()
+        group = [runtime, *came]
+        numbers = {each.config.num_local_experts for each in group} - {"auto"}
+        assert len(numbers) <= 1, numbers
+        if runtime.closed:
+            left = runtime.ledger.open()
+            assert left == [], f"it raised and left {left}"
+        elif numbers and len(group) == self.config.group_size:
+
+            def load(rank: int) -> None:
+                fill_shards(group[rank], OLD)
+                group[rank].publish(timeout=LATE)
+
+            in_threads(load, len(group))
+            for each in group:
+                check_every_byte(each, OLD)
+        for each in group:
+            left = each.close().open()
+            assert left == [], f"left after another close: {left}"
+        files = os.listdir(self.directory.name)
+        assert not files, f"left in the rendezvous: {files}"
+        nothing_left(self.before)
+
+
 class Close(Publish):
     """`close`: the next `close` finishes what this one did not."""
 

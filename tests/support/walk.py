@@ -49,7 +49,12 @@ class Walk(WalkedGroup):
                 self._done(rank, "add_layer", number)
             for _ in range(self.chance.choice([0, 0, 2])):
                 self._early(rank)
-            self._done(rank, "fill", self.model)
+        filling = [self._begin(rank, "fill", self.model) for rank in self.ranks]  # for which they may settle first
+        for rank, filled in zip(self.ranks, filling, strict=True):
+            self._must(filled(), "done")
+            held = ExpertPlacement(self._experts, self.placed).experts(rank.number)
+            if self._done(rank, "call", "local_experts", self.numbers[0]) != held:
+                raise Wrong(f"the rank does not hold {held}")
         publishing = [self._begin(rank, "call", "publish", timeout=LATE) for rank in self.ranks]
         for rank, published in zip(self.ranks, publishing, strict=True):
             self._must(published(), "done")
@@ -185,6 +190,10 @@ class Walk(WalkedGroup):
         calls += [("call", "publish", SOON), ("call", "rejoin", SOON)]
         self._must(self.tell(rank, *self.chance.choice(calls)), "StateError")
 
+    @property
+    def _experts(self) -> int:
+        return next(iter(self.layers.values()))["w0"][0][0]
+
     # -- together ------------------------------------------------------------------------------------------------------
     def _changed(self) -> tuple[Bytes, list[Any] | None]:
         """New bytes of some weights, and whose of them are written; of all where one could be half of each."""
@@ -193,8 +202,8 @@ class Walk(WalkedGroup):
             return self._bytes(keys), None
         chosen = self.chance.sample(keys, self.chance.randint(0 if self.chance.random() < 0.2 else 1, len(keys)))
         new = self._bytes(chosen)
-        experts = next(iter(self.layers.values()))["w0"][0][0]
-        placement = ExpertPlacement(experts, self.config)
+        experts = self._experts
+        placement = ExpertPlacement(experts, self.placed)
         owned = {owner: placement.experts(owner) for owner in [*range(self.config.group_size), HOST]}
         disjoint = sum(map(len, owned.values())) == experts
         if not disjoint or self.chance.random() < 0.5:

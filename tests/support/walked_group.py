@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from support.drivers import NativeDriver
 from support.groups import PAGE
 from support.ranks import Bytes, InProcess, InThread, Outcome, Shape, Side, digest
+from support.room import Counted
 from vmm_dwdp import DWDPConfig
 from vmm_dwdp.allocator.native import HAS_NATIVE
 
@@ -57,16 +58,18 @@ class WalkedGroup:
         self.seed = seed
         self.processes = processes
         self.steps: list[str] = []
-        self.config, self.layers = self._group()
+        self.config, self.layers, number = self._group()
+        self.placed = replace(self.config, num_local_experts=number, memory_bytes=None)
         self.numbers = list(self.layers)
         self.model = self._bytes(list(self._weights()))
         self.candidates: list[Bytes] = [self.model]  # one of these; several after an update that broke off
         self.native = HAS_NATIVE and not processes and self.chance.random() < 0.3
 
     # -- what is drawn -------------------------------------------------------------------------------------------------
-    def _group(self) -> tuple[DWDPConfig, dict[int, dict[str, Shape]]]:
+    def _group(self) -> tuple[DWDPConfig, dict[int, dict[str, Shape]], int | None]:
+        """The config, the layers, and how many experts a rank holds."""
         chance = self.chance
-        size = chance.randint(2, 3) if self.processes else chance.randint(1, 3)
+        size = chance.randint(2, 4) if self.processes else chance.randint(1, 4)
         assembly: Any = "vmm" if self.processes or chance.random() < 0.85 else "tensor_list"
         experts = chance.randint(1, 9)
         hosted = chance.randint(0, experts) if assembly == "vmm" and chance.random() < 0.7 else 0
@@ -75,7 +78,6 @@ class WalkedGroup:
         in_place = mode != "staged"
         config = DWDPConfig(
             group_size=size,
-            num_local_experts=chance.choice([None, chance.randint(least, experts - hosted)]),
             prefetch_depth=chance.randint(0 if mode == "in_place" else 1, 3),
             slice_bytes=chance.choice(["auto", 256, 4096]),
             host_experts=hosted,
@@ -94,7 +96,19 @@ class WalkedGroup:
             }
             for index in range(chance.randint(1, 5))
         }
-        return config, layers  # type: ignore[return-value]
+        number = chance.randint(least, experts - hosted)
+        if chance.random() < 0.7:
+            number = chance.choice([None, number])
+            return replace(config, num_local_experts=number), layers, number  # type: ignore[return-value]
+        auto = replace(config, num_local_experts="auto", memory_bytes=1 << 30)
+        if assembly == "tensor_list":  # which takes no pages
+            return auto, layers, experts - hosted  # type: ignore[return-value]
+        nbytes = [(experts, tuple(s[1] * NUMBERS[d] for s, d in weights.values())) for weights in layers.values()]
+        counted = Counted(nbytes, size, config.prefetch_depth, PAGE, hosted, config.resident_cache)
+        room = max(counted.takes(rank, number) for rank in range(size))
+        offers = [counted.most(rank, room, room) for rank in range(size)]
+        settled = None if "equal" in offers else min(offers)
+        return replace(auto, memory_bytes=room), layers, settled  # type: ignore[return-value]
 
     def _weights(self) -> list[tuple[int, str]]:
         return [(number, name) for number, weights in self.layers.items() for name in weights]

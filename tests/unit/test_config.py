@@ -20,6 +20,10 @@ from vmm_dwdp import ConfigError, DWDPConfig, ExpertPlacement, WeightSpec
         ({"group_size": True}, "group_size must be a whole number, not True"),
         ({"group_size": 2, "prefetch_depth": 0}, "prefetch_depth must be at least 1, not 0"),
         ({"group_size": 2, "num_local_experts": -1}, "num_local_experts must be at least 0, not -1"),
+        ({"group_size": 2, "num_local_experts": "many"}, "num_local_experts must be a whole number, not 'many'"),
+        ({"group_size": 2, "memory_bytes": 1 << 30}, "memory_bytes needs num_local_experts: auto"),
+        ({"group_size": 2, "num_local_experts": "auto", "memory_bytes": 0}, "memory_bytes must be at least 1, not 0"),
+        ({"group_size": 2, "num_local_experts": "auto", "memory_bytes": "8 GB"}, "memory_bytes must be a whole number"),
         ({"group_size": 2, "host_experts": -3}, "host_experts must be at least 0, not -3"),
         ({"group_size": 2, "host_numa_node": -1}, "host_numa_node must be at least 0, not -1"),
         ({"group_size": 2, "slice_bytes": 100}, "slice_bytes must be a multiple of 16, not 100"),
@@ -69,6 +73,9 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
     config = DWDPConfig(group_size=4, num_local_experts=9, prefetch_depth=3, slice_bytes=1 << 20, host_experts=2)
     config.to_yaml(tmp_path / "dwdp.yaml")
     assert DWDPConfig.from_yaml(tmp_path / "dwdp.yaml") == config
+    auto = DWDPConfig(group_size=4, num_local_experts="auto", memory_bytes=1 << 36)
+    auto.to_yaml(tmp_path / "dwdp.yaml")
+    assert DWDPConfig.from_yaml(tmp_path / "dwdp.yaml") == auto
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
+from typing import Literal
 
 from vmm_dwdp.errors import ConfigError, DWDPError
 from vmm_dwdp.model_folder import find_folder, read_config
+
+
+def number_or_auto(text: str) -> int | Literal["auto"]:
+    """The value of an option that takes either."""
+    try:
+        return "auto" if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a whole number or auto, not {text!r}") from None
 
 
 def why_no_gpu() -> str:

@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, get_args
 
-from vmm_dwdp.cli.checks import require_device, require_model
+from vmm_dwdp.cli.checks import number_or_auto, require_device, require_model
 from vmm_dwdp.cli.console import print_table, size
 from vmm_dwdp.config import DWDPConfig, ModeSetting
 from vmm_dwdp.errors import ConfigError
@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", type=Path, help="YAML file of a DWDPConfig; the options below override it")
     parser.add_argument("--group-size", type=int, help="number of ranks (4)")
-    parser.add_argument("--num-local-experts", type=int, help="experts each rank holds of every layer (just enough)")
+    parser.add_argument(
+        "--num-local-experts", type=number_or_auto, help="experts each rank holds of every layer, or auto (just enough)"
+    )
     parser.add_argument("--prefetch-depth", type=int, help="layers whose experts are fetched ahead (2)")
     parser.add_argument("--host-experts", type=int, help="experts of every layer that live in host memory (0)")
     parser.add_argument("--mode", choices=get_args(ModeSetting), help="how experts of other owners are read (staged)")

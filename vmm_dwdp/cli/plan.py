@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vmm_dwdp.cli.checks import require_writable
+from vmm_dwdp.cli.checks import number_or_auto, require_writable
 from vmm_dwdp.cli.console import print_table, size
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.planning.estimate import Estimate, recommend
 from vmm_dwdp.planning.gpus import load_gpu
+from vmm_dwdp.planning.local_experts import LocalExperts, more_experts, settled
 from vmm_dwdp.planning.memory import CONTEXT
 from vmm_dwdp.planning.models import load_model
 from vmm_dwdp.planning.nodes import NDR, Network, Nodes
@@ -42,7 +44,18 @@ def add_group_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokens", type=int, required=True, metavar="T", help="tokens of one rank's forward pass")
     parser.add_argument("--request-tokens", type=int, metavar="T", help="tokens of a request (default: all)")
-    parser.add_argument("--local-experts", type=int, metavar="N", help="experts that a rank holds (default: the least)")
+    parser.add_argument(
+        "--local-experts",
+        type=number_or_auto,
+        metavar="N",
+        help="experts that a rank holds, or auto: as many as fit (default: the least)",
+    )
+    parser.add_argument(
+        "--memory-bytes",
+        type=int,
+        metavar="N",
+        help="with --local-experts auto: of a GPU, for experts (default: half of what the rest of the model leaves)",
+    )
     parser.add_argument("--host-experts", type=int, default=0, metavar="N", help="experts in host memory (default: 0)")
     parser.add_argument("--depth", type=int, default=2, metavar="N", help="layers of room for prefetching (default: 2)")
     parser.add_argument("--slice-bytes", type=int, metavar="N", help="copy in slices (default: whole segments)")
@@ -65,6 +78,7 @@ def estimate_from(arguments: argparse.Namespace, imbalance: float = 0.0) -> Esti
     config = DWDPConfig(
         group_size=arguments.group_size,
         num_local_experts=arguments.local_experts,
+        memory_bytes=arguments.memory_bytes,
         prefetch_depth=arguments.depth,
         slice_bytes="auto" if arguments.slice_bytes is None else arguments.slice_bytes,
         host_experts=arguments.host_experts,
@@ -79,7 +93,8 @@ def estimate_from(arguments: argparse.Namespace, imbalance: float = 0.0) -> Esti
     turns = None
     if arguments.run_bytes is not None:
         turns = Turns(run_bytes=arguments.run_bytes, gap=arguments.run_gap * 1e-6)
-    return Estimate(load_model(arguments.model), load_gpu(arguments.gpu), config, batch, imbalance, turns, nodes)
+    model, gpu = load_model(arguments.model), load_gpu(arguments.gpu)
+    return Estimate(model, gpu, settled(model, gpu, config), batch, imbalance, turns, nodes)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,24 +113,25 @@ def run(arguments: argparse.Namespace) -> int:
     require_writable("--plot", arguments.plot)
     estimate = estimate_from(arguments, arguments.imbalance)
     estimate.require_fit()
-    best = recommend(estimate)
+    best, more = recommend(estimate), more_experts(estimate)
     if arguments.plot:
         from vmm_dwdp.planning.plots import plot_estimate
 
         plot_estimate(estimate, arguments.plot)
     if arguments.json:
-        print(json.dumps(_as_json(estimate, best)))
+        print(json.dumps(_as_json(estimate, best, more)))
     else:
-        _print(estimate, best)
+        _print(estimate, best, more)
     return 0
 
 
-def _as_json(estimate: Estimate, best: Estimate | None) -> dict[str, Any]:
+def _as_json(estimate: Estimate, best: Estimate | None, more: Sequence[LocalExperts]) -> dict[str, Any]:
     memory = estimate.memory
     return {
         "model": estimate.model.name,
         "gpu": estimate.gpu.name,
         "group_size": estimate.config.group_size,
+        "num_local_experts": estimate.config.num_local_experts,
         "tokens": estimate.batch.tokens,
         "memory_bytes": {
             "replicated": memory.replicated,
@@ -143,6 +159,7 @@ def _as_json(estimate: Estimate, best: Estimate | None) -> dict[str, Any]:
         },
         "pays_from_tokens": estimate.pays_from,
         "nodes": _nodes_as_json(estimate) if estimate.nodes.count > 1 else None,
+        "local_experts": [row._asdict() for row in more],
         "recommended": best
         and {
             "group_size": best.config.group_size,
@@ -207,7 +224,7 @@ def _print_nodes(estimate: Estimate) -> None:
     )
 
 
-def _print(estimate: Estimate, best: Estimate | None) -> None:
+def _print(estimate: Estimate, best: Estimate | None, more: Sequence[LocalExperts]) -> None:
     model, gpu, memory, config = estimate.model, estimate.gpu, estimate.memory, estimate.config
     experts = memory.experts
     print_table(
@@ -243,6 +260,8 @@ def _print(estimate: Estimate, best: Estimate | None) -> None:
             (f"forward pass, expert parallel, imbalance {estimate.imbalance:g}", _ms(estimate.expert_parallel_seconds)),
         ],
     )
+    if len(more) > 1:
+        _print_more(more)
     stated = ", ".join(f"{name} {value}" for name, value in vars(gpu.efficiency).items())
     print(f"Rates are these shares of the datasheet's peaks: {stated}.")
     print(f"Throughput is {estimate.speedup:.2f} times that of expert parallelism.", end=" ")
@@ -264,6 +283,29 @@ def _print(estimate: Estimate, best: Estimate | None) -> None:
 
 def _on_nodes(estimate: Estimate) -> str:
     return f" on each of {estimate.nodes.count} nodes" if estimate.nodes.count > 1 else ""
+
+
+def _print_more(more: Sequence[LocalExperts]) -> None:
+    """What more experts a rank take and save."""
+    print_table(
+        "Experts a rank holds of each layer, from an equal share to as many as fit",
+        ("experts", "shards and slots", "left for the KV cache", "copies of a layer", "ms", "forward pass, ms"),
+        [
+            (
+                str(row.number),
+                size(row.experts_bytes),
+                size(row.left_bytes),
+                size(row.fetched_bytes),
+                _ms(row.copying_s),
+                _ms(row.pass_s),
+            )
+            for row in more
+        ],
+    )
+    first, last = more[0], more[-1]
+    steps = last.number - first.number
+    takes, saves = last.experts_bytes - first.experts_bytes, first.fetched_bytes - last.fetched_bytes
+    print(f"One more expert takes {size(takes // steps)}, and saves {size(saves // steps)} of a layer's copies.")
 
 
 def _ms(seconds: float) -> str:

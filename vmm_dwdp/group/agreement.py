@@ -32,32 +32,40 @@ dead rank had promised. One that does not answer may be in doubt, so the rank th
 A nonce begins with what its rank attempts (`named`). A name can be committed only where all attempt the same: ranks of
 which one updates while another sleeps wait for each other until one of them gives up. Who moves memory writes nothing,
 so it neither brings anybody into doubt nor takes a doubt away; to give weights up is to write without ever finishing.
+Nor does who settles, before there is any memory: its nonce has an offer besides, and a name then has those of all.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection
-from typing import Final, Literal, NamedTuple, get_args
+from typing import Final, Literal, NamedTuple, cast, get_args
 
 Entry = tuple[int, str]  # its number among those of its rank; its nonce, or "" where nothing is under way
 Vector = tuple[Entry, ...]  # by rank
-Purpose = Literal["publish", "update", "give up", "sleep", "wake"]  # see [Note: What an attempt is for]
+Purpose = Literal["settle", "publish", "update", "give up", "sleep", "wake"]  # see [Note: What an attempt is for]
 
 LAST_STEP: Final = 2  # the first tells that all have committed: see `Agreement.lost`
 UNFINISHED: Final = "an update was begun, and not finished"
 GIVEN_UP: Final = "sleep(keep=False) gave them up"
-_MOVES: Final = ("sleep", "wake")
+_WRITES_NOTHING: Final = ("settle", "sleep", "wake")
 
 
-def named(purpose: Purpose, random: str) -> str:
-    """The nonce of an attempt; ``random`` is of no other."""
-    return f"{purpose}:{random}"
+def named(purpose: Purpose, random: str, offer: str = "") -> str:
+    """The nonce of an attempt; ``random`` is of no other, and has no colon, nor has ``offer``."""
+    return f"{purpose}:{offer}:{random}"
 
 
 def purpose_of(entry: Entry) -> Purpose | None:
     """What the rank of ``entry`` attempts; ``None``: nothing, or nothing that is known here."""
     told = entry[1].partition(":")[0]
-    return next((purpose for purpose in get_args(Purpose) if purpose == told), None)
+    return cast(Purpose, told) if told in get_args(Purpose) else None
+
+
+def offer_of(entry: Entry) -> str:
+    """What the rank of ``entry`` offers with its attempt."""
+    return entry[1].partition(":")[2].partition(":")[0]
 
 
 class Word(NamedTuple):
@@ -130,12 +138,12 @@ class Agreement:
         self._enter("")
         if purpose == "give up":
             self.doubt = GIVEN_UP
-        elif purpose not in _MOVES:
+        elif purpose not in _WRITES_NOTHING:
             self.doubt = None
 
     def give_up(self, why: str | None = None) -> None:
         """This attempt has failed, at whatever point, and ``why``. What was in doubt stays so."""
-        if why is not None and self.relied and purpose_of(self._own) not in (*_MOVES, "give up"):
+        if why is not None and self.relied and purpose_of(self._own) not in (*_WRITES_NOTHING, "give up"):
             self.doubt = why
         self._enter("")
 
@@ -279,5 +287,18 @@ class Agreement:
     def _doubt(self) -> None:
         self.relied = True
         purpose = purpose_of(self._own)
-        if purpose not in _MOVES:
+        if purpose not in _WRITES_NOTHING:
             self.doubt = GIVEN_UP if purpose == "give up" else self.doubt or UNFINISHED
+
+
+def vector_of(told: object, group_size: int) -> Vector | None:
+    """The vector in a message, if it is one."""
+    if not isinstance(told, list) or len(told) != group_size:
+        return None
+    if not all(isinstance(entry, list) and list(map(type, entry)) == [int, str] for entry in told):
+        return None
+    return tuple((number, nonce) for number, nonce in told)
+
+
+def digest(name: Vector) -> str:
+    return hashlib.sha256(json.dumps(name).encode()).hexdigest()[:16]

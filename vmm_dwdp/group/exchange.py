@@ -11,17 +11,27 @@ it one that failed to publish before, or was started anew where it should have r
 from __future__ import annotations
 
 import hashlib
-import json
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 from vmm_dwdp.allocator.handles import Descriptor, Ledger
 from vmm_dwdp.errors import DriverError, DWDPError, ExchangeError
-from vmm_dwdp.group.agreement import Agreement, Answer, Purpose, Vector, Word, named
+from vmm_dwdp.group.agreement import (
+    Agreement,
+    Answer,
+    Purpose,
+    Vector,
+    Word,
+    digest,
+    named,
+    offer_of,
+    purpose_of,
+    vector_of,
+)
 from vmm_dwdp.group.door import Door, Message
 from vmm_dwdp.group.transport import Refused, Transport
 from vmm_dwdp.layout.placement import HOST, Owner
@@ -29,6 +39,7 @@ from vmm_dwdp.memory.assembly import Place, Share, close_shares
 
 PROTOCOL_VERSION: Final = 4
 PUBLISHING: Final = ""  # in the place of a group's name
+UNSTATED: Final = ""  # in the place of a revision, before `publish`
 _SHARE_NBYTES: Final = 1024  # generous for one token in an answer
 _VALUE_NBYTES: Final = 32  # for one checksum
 _NONCE_NBYTES: Final = 6
@@ -38,12 +49,19 @@ Ask = Literal["shares", "checksums", "lines", "say", "bind", "step", "alive"]
 _WORDS: Final = ("say", "bind", "step")
 
 
+class Joined(NamedTuple):
+    """What the living ranks tell one that comes back."""
+
+    holder: int  # who can hand over its memory
+    asleep: bool  # whether any of them sleeps
+    settled: int | None  # how many experts each rank holds, if that was left to them
+
+
 class Exchange:
     """What one rank asks of the others, and answers them.
 
     Args:
         fingerprint: equal on two ranks exactly if their configs and layers are.
-        revision: equal on two ranks exactly if they were given the same checkpoint, as far as is known.
         group_size: how many ranks there are, this one included.
         patience: seconds; a client that takes longer to ask, or to take the answer, is dropped.
         shares: gives the shares of an owner whose memory this rank holds, at the place that is asked for if it can,
@@ -51,6 +69,9 @@ class Exchange:
         checksums: gives what `collect_checksums` of an owner returns to others.
         asleep: whether this rank sleeps.
         lines: gives a descriptor of the lines by which runs are chosen, which becomes the exchange's.
+
+    Attributes:
+        settled: how many experts each rank holds, once all have settled on it.
     """
 
     def __init__(
@@ -61,7 +82,6 @@ class Exchange:
         group_size: int,
         patience: float,
         fingerprint: str,
-        revision: str | None,
         shares: Callable[[Owner, Place], tuple[Place, list[Share]]],
         checksums: Callable[[Owner], list[int]],
         asleep: Callable[[], bool],
@@ -70,7 +90,8 @@ class Exchange:
         self._rank = rank
         self._others = [other for other in range(group_size) if other != rank]
         self._fingerprint = fingerprint
-        self._revision = None if revision is None else hashlib.sha256(revision.encode()).hexdigest()
+        self._revision: str | None = UNSTATED
+        self.settled: int | None = None
         self._shares = shares
         self._checksums = checksums
         self._asleep = asleep
@@ -89,6 +110,11 @@ class Exchange:
     def forget(self) -> None:
         """In a forked child, which answers nobody."""
         self._transport.forget()
+
+    def state(self, revision: str | None, patience: float) -> None:
+        """What `publish` or `rejoin` is told. Ranks that say another ``revision`` are refused from now on."""
+        self._revision = None if revision is None else hashlib.sha256(revision.encode()).hexdigest()
+        self._transport.patience = patience
 
     # -- asking ------------------------------------------------------------------------------------------------------
     def collect(
@@ -155,19 +181,20 @@ class Exchange:
         return self._agreement.relied
 
     @contextmanager
-    def attempt(self, purpose: Purpose, what: str, deadline: float) -> Iterator[None]:
+    def attempt(self, purpose: Purpose, what: str, deadline: float, offer: str = "") -> Iterator[None]:
         """The body is run by every rank, or by none: it begins when every one is sure to go on.
 
         Args:
             purpose: the same on all ranks; see [Note: What an attempt is for].
             what: this rank has done before.
+            offer: what all are to know of it, see `offers`.
 
         Raises `ExchangeError` naming the rank that did not come. The body calls `step` for each step; if it ends well,
         this rank is in doubt no more.
         """
         try:
             with self._changed:
-                self._agreement.begin(named(purpose, secrets.token_hex(_NONCE_NBYTES)))
+                self._agreement.begin(named(purpose, secrets.token_hex(_NONCE_NBYTES), offer))
             self._go_on(what, deadline)
             yield
         except BaseException as failure:
@@ -176,6 +203,11 @@ class Exchange:
             raise
         with self._changed:
             self._agreement.finish()
+
+    def offers(self) -> list[str]:
+        """In an attempt: by rank, what each has offered; the same on all."""
+        assert self._agreement.committed is not None
+        return list(map(offer_of, self._agreement.committed))
 
     def step(self, number: int, what: str, deadline: float) -> None:
         """In an attempt: say that this rank has done ``what``, step 1 or `LAST_STEP`, and wait until all say so."""
@@ -187,17 +219,16 @@ class Exchange:
         """At the end of the attempt to publish: the group has its name from now on."""
         with self._changed:
             assert self._agreement.committed is not None
-            self._group = _digest(self._agreement.committed)
+            self._group = digest(self._agreement.committed)
         self._transport.failure = None
 
-    def join(self, deadline: float, patience: float) -> tuple[int, bool] | None:
-        """Come back to a published group; returns a rank that can hand over its memory, and whether any of them
-        sleeps, or ``None`` if none lives.
+    def join(self, deadline: float, patience: float) -> Joined | None:
+        """Come back to a published group; ``None`` if nobody lives.
 
         Every rank that listens is asked, each for at most ``patience`` seconds. `doubt` is then what they know.
         """
         groups: dict[int, str] = {}
-        asleep = False
+        asleep, settled = False, None
         silent = []
         refusal: Refused | None = None
         for rank in filter(self.listens, self._others):
@@ -205,6 +236,7 @@ class Exchange:
                 answer, _ = self._transport.ask(rank, self._request("alive"), time.monotonic() + patience, retry=False)
                 groups[rank] = str(answer.get("group"))
                 asleep |= answer.get("asleep") is True
+                settled = answer.get("settled")
             except Refused as error:
                 refusal = error
             except ExchangeError:
@@ -228,7 +260,7 @@ class Exchange:
                 del groups[rank]
                 with self._changed:
                     self._agreement.silent(rank)
-        return (min(groups), asleep) if groups else None
+        return Joined(min(groups), asleep, settled if type(settled) is int else None) if groups else None
 
     def _go_on(self, what: str, deadline: float) -> None:
         """Send and wait until the agreement has passed what it waits for."""
@@ -278,7 +310,7 @@ class Exchange:
     def _send(self, rank: int, word: Word, deadline: float) -> None:
         request = self._request(word.kind, vector=word.vector, step=word.step)
         told, _ = self._transport.ask(rank, request, deadline)
-        vector = _vector_of(told.get("vector"), len(word.vector))
+        vector = vector_of(told.get("vector"), len(word.vector))
         doubt = told.get("doubt")
         if vector is None or not isinstance(doubt, str | None):
             raise ExchangeError(f"rank {rank} does not say what it knows of the others")
@@ -312,6 +344,7 @@ class Exchange:
                 case "alive":
                     answer["group"] = self._group
                     answer["asleep"] = self._asleep()
+                    answer["settled"] = self.settled
                 case "shares":
                     answer["place"], shares = self._shares(request["owner"], request["place"])
                     answer["tokens"] = [share.hex() for share in shares if isinstance(share, bytes)]
@@ -320,7 +353,7 @@ class Exchange:
                 case "lines":
                     shares = [self._lines()]
                 case kind:
-                    vector = _vector_of(request["vector"], 1 + len(self._others))
+                    vector = vector_of(request["vector"], 1 + len(self._others))
                     assert vector is not None
                     answer.update(self._hear(request["rank"], Word(kind, vector, request["step"]))._asdict())
         except DWDPError as error:
@@ -341,20 +374,22 @@ class Exchange:
             return f"it speaks version {PROTOCOL_VERSION} of the protocol, not {request.get('version')!r}"
         if request.get("fingerprint") != self._fingerprint:
             return "the configs or the layers of the two ranks differ"
-        if request.get("revision") != self._revision:
+        if UNSTATED not in (request.get("revision"), self._revision) and request.get("revision") != self._revision:
             return "the two ranks were given different checkpoints: what they state as their revision differs"
         rank, ask = request.get("rank"), request.get("ask")
         if type(rank) is not int or rank not in self._others:
             return f"the group has {1 + len(self._others)} ranks, and none of the others is {rank!r}"
         if ask not in get_args(Ask):
             return f"it does not know how to answer {ask!r}"
-        vector = _vector_of(request.get("vector"), 1 + len(self._others))
+        vector = vector_of(request.get("vector"), 1 + len(self._others))
         if ask in _WORDS and (vector is None or type(request.get("step")) is not int):
             return f"it does not say what it knows, but {request.get('vector')!r} and {request.get('step')!r}"
         if ask in ("shares", "checksums") and request.get("owner") not in (*self._others, self._rank, HOST):
             return f"there is no owner {request.get('owner')!r}"
         if ask == "shares" and request.get("place") not in get_args(Place):
             return f"there is no place {request.get('place')!r}"
+        if vector is not None and self.settled is not None and purpose_of(vector[rank]) == "settle":
+            return f"the others have settled on {self.settled} experts a rank already: start all anew, or rejoin"
         return None if ask == "alive" else self._refusal_of_group(request.get("group"), ask, vector)
 
     def _refusal_of_group(self, group: object, ask: object, name: Vector | None) -> str | None:
@@ -365,21 +400,8 @@ class Exchange:
                 if group != PUBLISHING or ask in _WORDS or (name is not None and self._agreement.took_part(name)):
                     return None
                 return f"rank {self._rank} is not in the attempt to publish that this is asked for"
-            if self._group == PUBLISHING and committed is not None and group == _digest(committed):
+            if self._group == PUBLISHING and committed is not None and group == digest(committed):
                 return None  # the other was told first that all have published
         if group == PUBLISHING:
             return "its group is published already: a rank that has died comes back by rejoin"
         return "it is not, or not yet, of the group that asks"
-
-
-def _vector_of(told: object, group_size: int) -> Vector | None:
-    """The vector in a message, if it is one."""
-    if not isinstance(told, list) or len(told) != group_size:
-        return None
-    if not all(isinstance(entry, list) and list(map(type, entry)) == [int, str] for entry in told):
-        return None
-    return tuple((number, nonce) for number, nonce in told)
-
-
-def _digest(name: Vector) -> str:
-    return hashlib.sha256(json.dumps(name).encode()).hexdigest()[:16]

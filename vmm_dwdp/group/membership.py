@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final, Protocol
 
-import torch
-
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.allocator.handles import Descriptor, Ledger, ResourceStack, Stream
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
@@ -21,10 +19,13 @@ from vmm_dwdp.group.agreement import GIVEN_UP, LAST_STEP
 from vmm_dwdp.group.doors import Where, open_door
 from vmm_dwdp.group.exchange import Exchange
 from vmm_dwdp.group.limits import DescriptorReservation
+from vmm_dwdp.group.settle import settle
 from vmm_dwdp.group.update import ShardKey, Shards, Update
+from vmm_dwdp.layout.auto import AutoExperts
 from vmm_dwdp.layout.layer import Layer, Layers
 from vmm_dwdp.layout.placement import HOST, Owner, in_words
 from vmm_dwdp.memory.assembly import Assembly, Place, Share
+from vmm_dwdp.memory.checksum import checksum
 from vmm_dwdp.memory.lines import SharedLines
 
 LINES_CREATOR: Final = 0  # the rank that makes the lines by which runs are chosen
@@ -53,6 +54,7 @@ class Membership:
         state: of this rank.
 
     Attributes:
+        config: as it was given; once the ranks have settled on a number of experts, with that.
         shards: what this rank holds.
         lines: what the ranks of this machine say of whom they pull from, from `publish` or `rejoin` on, if they do.
     """
@@ -70,7 +72,7 @@ class Membership:
         layers: Layers,
         state: RankState,
     ) -> None:
-        self._config = config
+        self.config = self._stated = config
         self._rank = rank
         self._driver = driver
         self._ledger = ledger
@@ -91,7 +93,7 @@ class Membership:
     @property
     def held_owners(self) -> tuple[Owner, ...]:
         """The owners whose memory this rank creates."""
-        hosts = self._config.host_experts > 0 and self._rank == HOST_CREATOR
+        hosts = self.config.host_experts > 0 and self._rank == HOST_CREATOR
         return (self._rank, HOST) if hosts else (self._rank,)
 
     @property
@@ -106,6 +108,19 @@ class Membership:
                 raise StateError(f"weights are gone: {why}; update all of them, or close")
             raise StateError(f"weights are partly old and partly new: {why}; update again, or close")
 
+    def settle(self, offer: int | ConfigError, timeout: float) -> None:
+        """Agree on how many experts each rank holds, and describe the layers for that. See `DWDPRuntime.settle`."""
+        deadline = time.monotonic() + timeout
+        self._exchange = self._make_exchange(timeout)
+        self._exchange.serve(deadline)
+        self._settle_on(settle(self._exchange, offer, deadline), self._exchange)
+
+    def _settle_on(self, number: int, exchange: Exchange) -> None:
+        auto = AutoExperts(self._stated, tuple(layer.placement.num_experts for layer in self._layers))
+        self._numbered.spread(auto.settled(number), self._rank, self._assembly.granularity)
+        self.config = auto.settled(number)
+        exchange.settled = number
+
     def publish(self, timeout: float, revision: str | None) -> None:
         """Serve this rank's shards, attach the others', and build the assembly; every rank has done so on return."""
         deadline = time.monotonic() + timeout
@@ -119,9 +134,12 @@ class Membership:
         self._sum_held_shards()
         if self._chooses_runs and self._rank == LINES_CREATOR:
             with uninterrupted():
-                self.lines = SharedLines.make(self._ledger, self._rank, self._config.group_size)
-        self._exchange = exchange = self._make_exchange(timeout, revision)
-        exchange.serve(deadline)
+                self.lines = SharedLines.make(self._ledger, self._rank, self.config.group_size)
+        if self._exchange is None:
+            self._exchange = self._make_exchange(timeout)
+            self._exchange.serve(deadline)
+        exchange = self._exchange
+        exchange.state(revision, timeout)
         with exchange.attempt("publish", "publish", deadline):
             self._take_lines(exchange, LINES_CREATOR, deadline)
             for owner in self._other_owners():
@@ -140,15 +158,20 @@ class Membership:
         Returns whether the group sleeps: then this rank has what was saved, and builds nothing before it wakes.
         """
         deadline = time.monotonic() + timeout
-        self._check_limits()
-        exchange = self._make_exchange(timeout, revision)
+        exchange = self._make_exchange(timeout)
+        exchange.state(revision, timeout)
         if exchange.listens(self._rank):
             raise StateError(f"rank {self._rank} is alive: only a rank that has died can rejoin")
-        patience = timeout / self._config.group_size  # so that one that is stopped leaves time for another
+        patience = timeout / self.config.group_size  # so that one that is stopped leaves time for another
         joined = exchange.join(deadline, patience)
         if joined is None:
             raise ExchangeError(f"no other rank is alive at {self._door.place}: the group must be loaded again")
-        holder, asleep = joined
+        if self._stated.num_local_experts == "auto":
+            if joined.settled is None:
+                raise ExchangeError(f"rank {joined.holder} does not tell how many experts a rank holds")
+            self._settle_on(joined.settled, exchange)
+        self._check_limits()
+        holder, asleep = joined.holder, joined.asleep
         self._take_lines(exchange, holder, deadline)
         for owner in (*self.held_owners, *self._other_owners()):
             places: tuple[Place, ...] = ("host", "device", "nowhere") if asleep and owner != HOST else ("device",)
@@ -199,7 +222,7 @@ class Membership:
 
     def verify(self) -> None:
         """Raise `StateError` unless every shard has the bytes that its owner published."""
-        if not self._config.checksums:
+        if not self.config.checksums:
             raise ConfigError("check_integrity(verify=True) needs checksums: true in the config")
         for owner, published in self._checksums.items():
             for (layer, weight), expected in zip(self._weights(), published, strict=True):
@@ -242,7 +265,7 @@ class Membership:
 
     def _other_owners(self) -> list[Owner]:
         """The owners whose memory others create, in an order that differs from rank to rank."""
-        group_size = self._config.group_size
+        group_size = self.config.group_size
         owners: list[Owner] = [*((self._rank + turn) % group_size for turn in range(1, group_size)), HOST]
         return [owner for owner in owners if owner not in self.held_owners and self._assembly.num_shares(owner)]
 
@@ -271,15 +294,14 @@ class Membership:
         assert self._descriptors is not None
         self._descriptors.settle()
 
-    def _make_exchange(self, patience: float, revision: str | None) -> Exchange:
+    def _make_exchange(self, patience: float) -> Exchange:
         return Exchange(
             self._door,
             self._ledger,
             self._rank,
-            self._config.group_size,
+            self.config.group_size,
             patience,
             self._fingerprint(),
-            revision,
             self._shares,
             lambda owner: self._checksums.get(owner, []),
             lambda: self._state.is_asleep,
@@ -292,7 +314,7 @@ class Membership:
             (layer.number, [(name, spec.shape, str(spec.dtype)) for name, spec in layer.weights.items()])
             for layer in self._layers
         ]
-        config = dataclasses.asdict(self._config)
+        config = dataclasses.asdict(self._stated)
         agreed = json.dumps([config, self._assembly.granularity, self._driver.device.type, layers])
         return hashlib.sha256(agreed.encode()).hexdigest()
 
@@ -304,14 +326,14 @@ class Membership:
     @property
     def _chooses_runs(self) -> bool:
         """Whether the ranks, which are on one machine, tell each other from whom they pull."""
-        wanted = self._config.slice_bytes == "auto" and self._config.prefetch_depth > 0
-        return wanted and self._door.takes_descriptors and SharedLines.serves(self._config.group_size)
+        wanted = self.config.slice_bytes == "auto" and self.config.prefetch_depth > 0
+        return wanted and self._door.takes_descriptors and SharedLines.serves(self.config.group_size)
 
     def _take_lines(self, exchange: Exchange, holder: int, deadline: float) -> None:
         if self._chooses_runs and self.lines is None:
             descriptor = exchange.collect_lines(holder, deadline)
             with uninterrupted():
-                self.lines = SharedLines(descriptor, self._rank, self._config.group_size)
+                self.lines = SharedLines(descriptor, self._rank, self.config.group_size)
 
     def _share_lines(self) -> Descriptor:
         """Runs in a thread of the exchange."""
@@ -353,37 +375,12 @@ class Membership:
             self._driver.synchronize(self._edge_stream.stream)
 
     def _sum_held_shards(self) -> None:
-        if self._config.checksums:
+        if self.config.checksums:
             for owner in self.held_owners:
                 shards = (self._assembly.shard(layer, weight, owner) for layer, weight in self._weights())
                 self._checksums[owner] = [checksum(shard) for shard in shards]
 
     def _learn_checksums(self, exchange: Exchange, owner: Owner, holder: int, deadline: float) -> None:
-        if self._config.checksums:
+        if self.config.checksums:
             count = sum(1 for _ in self._weights())
             self._checksums[owner] = exchange.collect_checksums(owner, holder, count, deadline)
-
-
-# A fingerprint of a tensor's bytes, computed where the tensor is.
-_CHUNK: Final = 32 << 20  # bytes at a time, so that the temporary memory is small
-_WORD: Final = 8
-
-
-def checksum(tensor: torch.Tensor) -> int:
-    """64 bits that change with any byte of a contiguous ``tensor``, and with the order of its 8-byte words.
-
-    Every word is multiplied by an odd number of its own, and all are added modulo 2**64: for accidents, not forgery.
-    """
-    data = tensor.reshape(-1).view(torch.uint8)
-    total = 0
-    for start in range(0, data.numel(), _CHUNK):
-        chunk = data[start : start + _CHUNK]
-        if chunk.numel() % _WORD or chunk.data_ptr() % _WORD:
-            padded = chunk.new_zeros(-(-chunk.numel() // _WORD) * _WORD)
-            padded[: chunk.numel()] = chunk
-            chunk = padded
-        words = chunk.view(torch.int64)
-        first = start // _WORD
-        factors = torch.arange(2 * first + 1, 2 * (first + words.numel()), 2, device=data.device)
-        total += int((words * factors).sum())
-    return total % 2**64

@@ -40,6 +40,7 @@ class Transport:
     Attributes:
         complaints: by rank, why the latest request of a process that came as this rank was refused. If it is not there
             any more, that is likely to be why.
+        patience: as it was given; whoever owns it may change it.
         failure: why this rank cannot go on, whatever others do: found in answering one of them.
     """
 
@@ -58,7 +59,7 @@ class Transport:
         self._ledger = ledger
         self._rank = rank
         self._ranks = range(group_size)
-        self._patience = patience
+        self.patience = patience
         self._answer_to = answer
         self._clients: dict[_CountedThread, socket.socket] = {}
         self._replying: set[socket.socket] = set()  # of clients that are told a few words, without waiting for them
@@ -197,7 +198,7 @@ class Transport:
         """One request. A client that is slow, foreign or mistaken costs its own connection and nothing else."""
         shares: list[Share] = []
         try:
-            by = time.monotonic() + min(self._patience, self._door.stranger_seconds)
+            by = time.monotonic() + min(self.patience, self._door.stranger_seconds)
             heard = self._door.hear(client, by, self._ledger)
             if heard is None:
                 return
@@ -209,7 +210,7 @@ class Transport:
                 with self._changed:
                     self._replying.discard(client)
             fds = [share.fd for share in shares if isinstance(share, Descriptor)]
-            heard.reply(json.dumps(answer).encode(), fds, time.monotonic() + self._patience)
+            heard.reply(json.dumps(answer).encode(), fds, time.monotonic() + self.patience)
         except ExchangeError:
             return
         finally:

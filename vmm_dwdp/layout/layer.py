@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 from vmm_dwdp.config import DWDPConfig
@@ -22,19 +23,27 @@ class Layer:
         number: the model's own number of the layer.
         placement: the same for all of the layer's weights.
         layouts: by the name of the weight, in the order in which they are copied.
+        rank: that sees it so.
+        slice_bytes: as `plan_layer` takes it.
     """
 
     number: int
     weights: Mapping[str, WeightSpec]
     placement: ExpertPlacement
     layouts: Mapping[str, RangeLayout]
-    plan: LayerPlan
+    rank: int
+    slice_bytes: int | None
+
+    @cached_property
+    def plan(self) -> LayerPlan:
+        """What the rank copies; worked out when it is asked for, as most configs are only asked what they take."""
+        return plan_layer(self.layouts, self.rank, self.slice_bytes)
 
 
 def describe_layer(
     number: int, weights: Mapping[str, WeightSpec], config: DWDPConfig, rank: int, granularity: int
 ) -> Layer:
-    """Work out placement, layouts and plan of rank ``rank``; raises `ConfigError` if the weights do not agree."""
+    """Work out placement and layouts for rank ``rank``; raises `ConfigError` if the weights do not agree."""
     counts = {name: spec.num_experts for name, spec in weights.items()}
     if not counts:
         raise ConfigError(f"layer {number} has no weights")
@@ -44,7 +53,7 @@ def describe_layer(
     placement = ExpertPlacement(next(iter(counts.values())), config)
     layouts = {name: RangeLayout(placement, spec.expert_nbytes, granularity) for name, spec in weights.items()}
     slice_bytes = None if config.slice_bytes == "auto" else config.slice_bytes
-    return Layer(number, dict(weights), placement, layouts, plan_layer(layouts, rank, slice_bytes))
+    return Layer(number, dict(weights), placement, layouts, rank, slice_bytes)
 
 
 T = TypeVar("T")
@@ -75,6 +84,13 @@ class Layers:
             raise ConfigError(f"layer {layer.number} was added already")
         self.numbered[layer.number] = layer
         self.in_order.append(layer)
+
+    def spread(self, config: DWDPConfig, rank: int, granularity: int) -> None:
+        """Describe all of them anew, for another config."""
+        self.in_order[:] = [
+            describe_layer(layer.number, layer.weights, config, rank, granularity) for layer in self.in_order
+        ]
+        self.numbered.update((layer.number, layer) for layer in self.in_order)
 
     def with_weight(self, number: int, weight: str) -> Layer:
         """The layer of this number. Raises `ConfigError` if there is none, or it has no such weight."""

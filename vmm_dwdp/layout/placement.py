@@ -40,7 +40,8 @@ class ExpertPlacement:
         config: of the group.
 
     Raises:
-        ConfigError: the owners together would not hold every expert, or a rank would hold more than there are.
+        ConfigError: the owners together would not hold every expert, or a rank would hold more than there are; or the
+            number of local experts is not known yet.
     """
 
     num_experts: int
@@ -50,6 +51,8 @@ class ExpertPlacement:
         host, per_rank, group_size = self.config.host_experts, self.config.num_local_experts, self.config.group_size
         if host > self.num_experts:
             raise ConfigError(f"host_experts is {host}, but a layer has only {self.num_experts} experts")
+        if per_rank == "auto":
+            raise ConfigError("num_local_experts: auto is a number once the ranks of a runtime have agreed: settle()")
         if per_rank is None:
             return
         if per_rank > self._on_ranks:
@@ -78,9 +81,8 @@ class ExpertPlacement:
         group_size = self.config.group_size
         if not 0 <= owner < group_size:
             raise ConfigError(f"there is no rank {owner} in a group of {group_size}")
-        per_rank = self.config.num_local_experts
-        if per_rank is None:
-            per_rank = -(-self._on_ranks // group_size)
+        stated = self.config.num_local_experts
+        per_rank = stated if isinstance(stated, int) else -(-self._on_ranks // group_size)
         start = owner * (self._on_ranks - per_rank) // max(1, group_size - 1)
         return range(start, start + per_rank)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from mutants.bugs import allocator, group, integrations, memory, native, runtime, schedule, sleep
+from mutants.bugs import allocator, group, integrations, memory, native, runtime, schedule, settling, sleep
 
 BUGS: Final = (
     *allocator.BUGS,
@@ -14,5 +14,6 @@ BUGS: Final = (
     *native.BUGS,
     *runtime.BUGS,
     *schedule.BUGS,
+    *settling.BUGS,
     *sleep.BUGS,
 )

@@ -45,8 +45,8 @@ BUGS: Final = (
     Bug(
         "two configs that differ count as equal",
         "vmm_dwdp/group/membership.py",
-        "config = dataclasses.asdict(self._config)",
-        "config = self._config.group_size",
+        "config = dataclasses.asdict(self._stated)",
+        "config = self._stated.group_size",
         ("tests/multiprocess/test_group.py::test_ranks_with_different_configs_are_refused",),
     ),
     Bug(
@@ -334,8 +334,8 @@ BUGS: Final = (
     Bug(
         "whatever revision ranks state, they share",
         "vmm_dwdp/group/exchange.py",
-        'if request.get("revision") != self._revision:',
-        'if request.get("revision") == id(self._revision):',
+        'and request.get("revision") != self._revision:',
+        'and request.get("revision") == id(self._revision):',
         ("tests/multiprocess/test_update_again.py::test_ranks_that_were_given_different_checkpoints_are_all_refused",),
     ),
     Bug(

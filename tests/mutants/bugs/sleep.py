@@ -69,9 +69,9 @@ BUGS: Final = (
     Bug(
         "to sleep takes away the doubt that an update has left",
         "vmm_dwdp/group/agreement.py",
-        "        elif purpose not in _MOVES:\n            self.doubt = None\n",
+        "        elif purpose not in _WRITES_NOTHING:\n            self.doubt = None\n",
         "        else:\n            self.doubt = None\n",
-        (f"{_PROTOCOL}::test_who_moves_memory_brings_nobody_into_doubt_nor_out_of_it",),
+        (f"{_PROTOCOL}::test_who_writes_nothing_brings_nobody_into_doubt_nor_out_of_it",),
     ),
     Bug(
         "whoever is interrupted while the group sleeps goes on unasked",

@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from support.room import Counted
 
 from vmm_dwdp import cli
 
@@ -74,6 +75,68 @@ def test_simulated_rails_wait_for_the_slowest(capsys: pytest.CaptureFixture[str]
     assert waited[0] < 0.01 < waited[1]
 
 
+# Qwen3-30B-A3B: 48 layers of 128 experts, 2048 wide, 768 inside, in bf16: gate and up are one weight, down the other.
+EXPERTS, WEIGHTS, PAGE = 128, (2 * 768 * 2048 * 2, 768 * 2048 * 2), 2 << 20
+COUNTED = Counted([(EXPERTS, WEIGHTS)] * 48, group_size=4, depth=2, page=PAGE)
+
+
+def most_taken(number: int) -> int:
+    """By the rank that takes most."""
+    return max(COUNTED.takes(rank, number) for rank in range(4))
+
+
+def test_plan_says_what_each_more_expert_takes_and_saves(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", *GROUP, "--local-experts", "40", "--json"]) == 0
+
+    report = json.loads(capsys.readouterr().out)
+    rows = report["local_experts"]
+    memory = report["memory_bytes"]
+    for_experts_and_cache = memory["resident_experts"] + memory["slots"] + memory["left_for_kv_cache"]
+    numbers = [row["number"] for row in rows]
+    assert numbers[0] == EXPERTS // 4
+    assert report["num_local_experts"] == 40
+    assert 40 in numbers
+    assert numbers == sorted(set(numbers))
+    for row in rows:
+        assert row["experts_bytes"] == most_taken(row["number"])
+        assert row["left_bytes"] == for_experts_and_cache - row["experts_bytes"] >= 0
+        remote = (EXPERTS - row["number"]) * sum(WEIGHTS)
+        assert remote - 2 * PAGE < row["fetched_bytes"] <= remote, "what shares a page with own experts stays"
+    assert numbers[-1] == EXPERTS or most_taken(numbers[-1] + 1) > for_experts_and_cache
+    (own,) = (row for row in rows if row["number"] == 40)
+    assert own["pass_s"] == report["pass"]["dwdp_s"]
+    assert own["copying_s"] == report["layer"]["prefetch_beside_others_s"]
+    assert own["fetched_bytes"] == report["layer"]["fetched_bytes"]
+
+    cli.main(["plan", *GROUP])
+    printed = capsys.readouterr().out
+    title = "Experts a rank holds of each layer, from an equal share to as many as fit"
+    lines = printed[printed.index(title) :].splitlines()
+    assert lines[1].split()[0] == "experts"
+    assert [int(line.split()[0]) for line in lines[2 : 2 + len(rows) - 1]] == [n for n in numbers if n != 40]
+    assert "One more expert takes 414.0 MiB, and saves 9.0 MiB of a layer's copies." in lines  # 46 and 1 times 9 MiB
+
+
+@pytest.mark.parametrize("command", ["plan", "simulate"])
+@pytest.mark.parametrize(("spare", "number"), [(0, 50), (-1, 49)])
+def test_as_many_as_fit(command: str, spare: int, number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    few = [*GROUP[:-1], "512", "--json"] + ["--passes", "1"] * (command == "simulate")
+    found = []
+    for options in (["auto", "--memory-bytes", str(most_taken(50) + spare)], [str(number)]):
+        assert cli.main([command, *few, "--local-experts", *options]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+        found[-1].pop("simulated_in_s", None)
+    assert found[0] == found[1]
+
+
+def test_as_many_as_fit_into_half_of_what_the_rest_of_the_model_leaves(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", *GROUP, "--local-experts", "auto", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    free = 80_000_000_000 - report["memory_bytes"]["replicated"] - report["memory_bytes"]["context"]
+    number = report["num_local_experts"]
+    assert most_taken(number) <= free // 2 < most_taken(number + 1)
+
+
 def test_plan_refuses_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "kimi-k2", "--gpu", "h100", "--group-size", "8", "--tokens", "1000"]) == 2
 
@@ -84,6 +147,11 @@ def test_plan_refuses_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> N
     ("command", "sentence"),
     [
         (["plan", *GROUP[:-1], "0"], "a forward pass needs at least one token"),
+        (["plan", *GROUP, "--memory-bytes", "1"], "memory_bytes needs num_local_experts: auto"),
+        (
+            ["plan", *GROUP, "--local-experts", "auto", "--memory-bytes", "1073741824"],
+            "an equal share of the experts of qwen3-30b-a3b takes 15.2 GiB of each H100 in a group of 4, and experts",
+        ),
         (["plan", *GROUP, "--request-tokens", "0"], "needs at least one token, and so does a request"),
         (["simulate", *GROUP, "--passes", "0"], "--passes and --in-flight must be at least 1"),
         (["plan", *GROUP, "--slice-bytes", "0"], "slice_bytes must be at least 16, not 0"),

@@ -78,8 +78,8 @@ def agreed(purposes: Sequence[Purpose], doubt: str | None = None) -> list[Agreem
 
 @pytest.mark.parametrize("before", [None, "an update was begun"])
 @pytest.mark.parametrize("purpose", get_args(Purpose))
-def test_who_moves_memory_brings_nobody_into_doubt_nor_out_of_it(purpose: Purpose, before: str | None) -> None:
-    moves = purpose in ("sleep", "wake")
+def test_who_writes_nothing_brings_nobody_into_doubt_nor_out_of_it(purpose: Purpose, before: str | None) -> None:
+    moves = purpose in ("settle", "sleep", "wake")
     for rank in agreed([purpose] * 3, before):
         assert rank.passed
         assert rank.relied

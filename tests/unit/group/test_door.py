@@ -290,7 +290,7 @@ def test_shares_are_given_to_those_who_publish_together(place: Place, ledger: Le
         assert told == {"error": "rank 0 is not in the attempt to publish that this is asked for"}
 
 
-ALIVE = {"error": None, "group": GROUP, "asleep": False}
+ALIVE = {"error": None, "group": GROUP, "asleep": False, "settled": None}
 ANSWERS: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "not JSON": (b"{", "not a JSON object"),
     "a list": (b"[]", "not a JSON object"),

@@ -88,7 +88,7 @@ def test_what_the_note_says_is_what_is_done(tcp: TCPPlace, ledger: Ledger) -> No
         send(sock, nonces[NONCE_NBYTES:] + own + payload, deadline=soon())
         told, _ = receive(sock, max_bytes=1 << 16, max_fds=0, deadline=soon(), ledger=ledger)
     answer = told[PROOF_NBYTES:]
-    assert json.loads(answer) == {"error": None, "group": GROUP, "asleep": False}
+    assert json.loads(answer) == {"error": None, "group": GROUP, "asleep": False, "settled": None}
     assert told[:PROOF_NBYTES] == proof(key, nonces, 0, answer, asked=own)
 
 
@@ -130,7 +130,7 @@ def test_a_stranger_is_not_answered_and_costs_nobody_anything(tcp: TCPPlace, led
                 sock.sendall(STRANGERS[stranger](tcp, nonce))
                 sock.shutdown(socket.SHUT_WR)
             assert ends_without_an_answer(sock)
-        assert answer_to(tcp, request(tcp), ledger) == {"error": None, "group": GROUP, "asleep": False}
+        assert answer_to(tcp, request(tcp), ledger) == {"error": None, "group": GROUP, "asleep": False, "settled": None}
 
 
 def test_what_was_heard_on_the_wire_opens_no_door_again(tcp: TCPPlace, ledger: Ledger) -> None:

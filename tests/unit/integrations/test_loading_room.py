@@ -154,6 +154,21 @@ def test_what_would_fit_is_said_where_memory_runs_out_and_it_is_true(
         assert taken(tmp_path / f"instead-{number}", instead)[0] <= free, words
 
 
+def test_as_many_experts_as_fit(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what the rank that needs most takes with a number of experts, one byte more or less decides."""
+    auto = DWDPConfig(group_size=2, num_local_experts="auto")
+    number = NUM_EXPERTS - 1
+    most = max(taken(tmp_path / "first", dataclasses.replace(auto, num_local_experts=number)))
+    has_free(monkeypatch, 4 * most)
+    for spare, expected in ((0, number), (-1, number - 1)):
+        place = tmp_path / str(expected)
+        config = dataclasses.replace(auto, memory_bytes=most + spare)
+        models = in_threads(lambda rank, args=(place, config): load(saved, *args, rank, HostDriver(PAGE)), 2)  # type: ignore[misc]
+        for model in models:
+            assert len(model.dwdp.local_experts(0)) == model.dwdp.config.num_local_experts == expected
+            model.dwdp.close()
+
+
 def test_where_nothing_fits(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     has_free(monkeypatch, PAGE)
     with pytest.raises(DriverError, match=r": no config of a group of this size fits$"):

@@ -186,6 +186,7 @@ def _spread(
     for layer, (found, *_) in enumerate(layers):
         runtime.add_layer(layer, found.weights)
     num_experts = min(spec.num_experts for found, *_ in layers for spec in found.weights.values())
+    runtime.settle(timeout)
     announce_memory(runtime, num_experts)
     with told_of_reading(runtime, [found.weights for found, *_ in layers]) as told:
         for layer, (found, *_) in enumerate(layers):
