@@ -149,9 +149,11 @@ def exchange(door: Door, ledger: Ledger, rank: int) -> Exchange:
             return place, [TOKEN]
         return place, [Descriptor(ledger, os.memfd_create(f"of {owner}", os.MFD_CLOEXEC)), TOKEN]
 
-    made = Exchange(
-        *(door, ledger, rank, GROUP_SIZE, PATIENCE, FINGERPRINT, shares), lambda owner: CHECKSUMS, lambda: False
-    )
+    def lines() -> Descriptor:
+        return Descriptor(ledger, os.memfd_create("lines", os.MFD_CLOEXEC))
+
+    stated = (door, ledger, rank, GROUP_SIZE, PATIENCE, FINGERPRINT)
+    made = Exchange(*stated, shares, lambda owner: CHECKSUMS, lambda: False, lines)
     made.state(None, PATIENCE)
     made._group = GROUP
     return made

@@ -20,18 +20,8 @@ from typing import Any, Final, Literal, NamedTuple, get_args
 
 from vmm_dwdp.allocator.handles import Descriptor, Ledger
 from vmm_dwdp.errors import DriverError, DWDPError, ExchangeError
-from vmm_dwdp.group.agreement import (
-    Agreement,
-    Answer,
-    Purpose,
-    Vector,
-    Word,
-    digest,
-    named,
-    offer_of,
-    purpose_of,
-    vector_of,
-)
+from vmm_dwdp.group import agreement
+from vmm_dwdp.group.agreement import Agreement, Answer, Purpose, Vector, Word, named
 from vmm_dwdp.group.door import Door, Message
 from vmm_dwdp.group.transport import Refused, Transport
 from vmm_dwdp.layout.placement import HOST, Owner
@@ -207,7 +197,7 @@ class Exchange:
     def offers(self) -> list[str]:
         """In an attempt: by rank, what each has offered; the same on all."""
         assert self._agreement.committed is not None
-        return list(map(offer_of, self._agreement.committed))
+        return list(map(agreement.offer_of, self._agreement.committed))
 
     def step(self, number: int, what: str, deadline: float) -> None:
         """In an attempt: say that this rank has done ``what``, step 1 or `LAST_STEP`, and wait until all say so."""
@@ -219,7 +209,7 @@ class Exchange:
         """At the end of the attempt to publish: the group has its name from now on."""
         with self._changed:
             assert self._agreement.committed is not None
-            self._group = digest(self._agreement.committed)
+            self._group = agreement.digest(self._agreement.committed)
         self._transport.failure = None
 
     def join(self, deadline: float, patience: float) -> Joined | None:
@@ -310,7 +300,7 @@ class Exchange:
     def _send(self, rank: int, word: Word, deadline: float) -> None:
         request = self._request(word.kind, vector=word.vector, step=word.step)
         told, _ = self._transport.ask(rank, request, deadline)
-        vector = vector_of(told.get("vector"), len(word.vector))
+        vector = agreement.vector_of(told.get("vector"), len(word.vector))
         doubt = told.get("doubt")
         if vector is None or not isinstance(doubt, str | None):
             raise ExchangeError(f"rank {rank} does not say what it knows of the others")
@@ -353,7 +343,7 @@ class Exchange:
                 case "lines":
                     shares = [self._lines()]
                 case kind:
-                    vector = vector_of(request["vector"], 1 + len(self._others))
+                    vector = agreement.vector_of(request["vector"], 1 + len(self._others))
                     assert vector is not None
                     answer.update(self._hear(request["rank"], Word(kind, vector, request["step"]))._asdict())
         except DWDPError as error:
@@ -381,14 +371,14 @@ class Exchange:
             return f"the group has {1 + len(self._others)} ranks, and none of the others is {rank!r}"
         if ask not in get_args(Ask):
             return f"it does not know how to answer {ask!r}"
-        vector = vector_of(request.get("vector"), 1 + len(self._others))
+        vector = agreement.vector_of(request.get("vector"), 1 + len(self._others))
         if ask in _WORDS and (vector is None or type(request.get("step")) is not int):
             return f"it does not say what it knows, but {request.get('vector')!r} and {request.get('step')!r}"
         if ask in ("shares", "checksums") and request.get("owner") not in (*self._others, self._rank, HOST):
             return f"there is no owner {request.get('owner')!r}"
         if ask == "shares" and request.get("place") not in get_args(Place):
             return f"there is no place {request.get('place')!r}"
-        if vector is not None and self.settled is not None and purpose_of(vector[rank]) == "settle":
+        if vector is not None and self.settled is not None and agreement.purpose_of(vector[rank]) == "settle":
             return f"the others have settled on {self.settled} experts a rank already: start all anew, or rejoin"
         return None if ask == "alive" else self._refusal_of_group(request.get("group"), ask, vector)
 
@@ -400,7 +390,7 @@ class Exchange:
                 if group != PUBLISHING or ask in _WORDS or (name is not None and self._agreement.took_part(name)):
                     return None
                 return f"rank {self._rank} is not in the attempt to publish that this is asked for"
-            if self._group == PUBLISHING and committed is not None and group == digest(committed):
+            if self._group == PUBLISHING and committed is not None and group == agreement.digest(committed):
                 return None  # the other was told first that all have published
         if group == PUBLISHING:
             return "its group is published already: a rank that has died comes back by rejoin"
