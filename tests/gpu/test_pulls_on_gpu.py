@@ -65,7 +65,7 @@ def _replayed(config: DWDPConfig, rendezvous: Path, rank: int) -> None:
             for number, copied in found.items():
                 assert same_bytes(copied, model[number]["w13"])
             check_pass(runtime, model)
-        del graph, found
+        del graph, found, weights
     assert runtime.close().open() == []
 
 
