@@ -1,12 +1,19 @@
-"""Which experts each token chose, recorded from a model and kept small."""
+"""Which experts each token chose, recorded from a model, and the file in which it is kept.
+
+A trace is an .npz file of four arrays: ``prefill`` and ``decode``, unsigned integers ``[sequences, tokens, layers,
+top_k]``, numbers of experts; ``kinds``, the kind of text of each sequence; ``facts``, JSON about the model.
+``vmm_dwdp/planning/routing.py`` reads it.
+"""
 
 import json
+import zipfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import GenerationConfig, PreTrainedModel
 
 
 class Recorder:
@@ -38,6 +45,34 @@ class Recorder:
         }
 
 
+def windows(text: torch.Tensor, count: int, length: int, random: torch.Generator) -> torch.Tensor:
+    """``count`` random runs of ``length`` tokens, int64 ``[count, length]``."""
+    starts = torch.randint(len(text) - length, (count, 1), generator=random, device=text.device)
+    return text[starts + torch.arange(length, device=text.device)].long()
+
+
+@torch.no_grad()
+def record(
+    model: PreTrainedModel, unseen: dict[str, torch.Tensor], sequences: int, length: int, temperature: float
+) -> tuple[dict[str, np.ndarray], list[str], torch.Tensor]:
+    """Of each kind of text so many prompts of ``length`` tokens, and what the model writes after them, as long again.
+
+    Returns the choices in prefill and decode, each sequence's kind, and the tokens, ``[sequences, 2 * length + 1]``.
+    """
+    random = torch.Generator(model.device).manual_seed(1)
+    torch.manual_seed(1)  # of the sampling
+    kinds = [kind for kind in unseen for _ in range(sequences)]
+    prompts = torch.cat([windows(text, sequences, length, random) for text in unseen.values()])
+    settings = GenerationConfig(do_sample=True, temperature=temperature, top_k=0, max_new_tokens=length + 1)
+    with Recorder(model) as recorder:
+        written = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=settings)
+    return recorder.phases(len(prompts), length), kinds, written
+
+
 def save_trace(path: Path, phases: dict[str, np.ndarray], kinds: list[str], facts: dict[str, Any]) -> None:
-    """Writes what ``Recorder.phases`` gives, the kind of text of each sequence, and what else is known of the model."""
-    np.savez_compressed(path, kinds=np.array(kinds), facts=np.array(json.dumps(facts)), **phases)
+    """Writes what ``record`` gives, and what else is known of the model. LZMA, a sixth smaller than numpy's own."""
+    arrays = {"kinds": np.array(kinds), "facts": np.array(json.dumps(facts)), **phases}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
