@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--decode", type=int, default=128, help="tokens of what follows, the first")
     given = parser.parse_args()
     with np.load(given.recorded) as trace:
-        kinds, facts = trace["kinds"], json.loads(str(trace["facts"]))
+        kinds, facts = trace["kinds"], json.loads(trace["facts"].item())
         kept = np.concatenate([np.flatnonzero(kinds == kind)[: given.sequences] for kind in dict.fromkeys(kinds)])
         phases = {
             "prefill": np.sort(trace["prefill"][kept, -given.prefill :], axis=-1),
