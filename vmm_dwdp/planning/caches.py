@@ -65,7 +65,8 @@ def replay(used: Used, room: int, policy: Policy) -> Replay:
 def first_uses(used: Used) -> Counts:
     """By step and lane, experts that no step before had used: what misses in an empty bank of any size."""
     before = np.logical_or.accumulate(used, axis=0)
-    return np.concatenate([used[:1], used[1:] & ~before[:-1]]).sum(-1, dtype=np.int64)
+    first: Counts = np.concatenate([used[:1], used[1:] & ~before[:-1]]).sum(-1, dtype=np.int64)
+    return first
 
 
 def least_recently_used(used: Used) -> Iterator[Scores]:

@@ -72,4 +72,5 @@ def asked(by_rank: Sequence[Used], owners: Owners) -> npt.NDArray[np.int64]:
 def busiest(given: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """The busiest owner's share over the mean, along the last axis; 1 where nothing is asked of anybody."""
     mean = given.mean(-1)
-    return np.divide(given.max(-1), mean, out=np.ones_like(mean), where=mean > 0)
+    ratio: npt.NDArray[np.float64] = np.divide(given.max(-1), mean, out=np.ones_like(mean), where=mean > 0)
+    return ratio

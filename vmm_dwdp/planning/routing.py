@@ -39,11 +39,11 @@ class RoutingTrace:
 
     @property
     def num_layers(self) -> int:
-        return self.decode.shape[2]
+        return int(self.decode.shape[2])
 
     @property
     def top_k(self) -> int:
-        return self.decode.shape[3]
+        return int(self.decode.shape[3])
 
 
 def read_trace(path: str | PathLike[str]) -> RoutingTrace:
