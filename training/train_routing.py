@@ -12,6 +12,7 @@ what the model writes. ``--save FOLDER`` keeps the models too.
 """
 
 import argparse
+import copy
 import json
 import math
 import tarfile
@@ -240,9 +241,10 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     corpus = read_corpus(arguments.corpus, device)
-    config = Qwen3MoeConfig(
-        **CONFIG.to_dict() | (SMALL if arguments.small else {}) | {"vocab_size": corpus.tokenizer.get_vocab_size()}
-    )
+    config = copy.deepcopy(CONFIG)
+    config.vocab_size = corpus.tokenizer.get_vocab_size()
+    for name, value in SMALL.items() if arguments.small else ():
+        setattr(config, name, value)  # as a dictionary the config has other names for some
     model = model_with_logits(config).to(device)
     first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if device == "cuda":

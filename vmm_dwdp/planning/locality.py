@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vmm_dwdp.config import DWDPConfig
+from vmm_dwdp.layout.placement import ExpertPlacement
 from vmm_dwdp.planning.routing import Used
 
 Owners = npt.NDArray[np.int64]  # by layer and expert, [layers, experts]: the rank that owns it
@@ -29,9 +31,9 @@ def reuse_distances(used: Used) -> npt.NDArray[np.int64]:
 
 
 def in_order(layers: int, experts: int, ranks: int) -> Owners:
-    """Owners of runs of experts, as a group places them: equal, or the first ranks have one more."""
-    sizes = [experts // ranks + (rank < experts % ranks) for rank in range(ranks)]
-    return np.tile(np.repeat(np.arange(ranks), sizes), (layers, 1))
+    """Owners of runs of experts, as a group of so many ranks places them by default."""
+    placement = ExpertPlacement(num_experts=experts, config=DWDPConfig(group_size=ranks))
+    return np.tile([placement.locate(expert)[0][0] for expert in range(experts)], (layers, 1))
 
 
 def dealt_by_load(load: npt.NDArray[Any], ranks: int) -> Owners:
