@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 from corpus import HELD_OUT, novels, plays
-from traces import record, save_trace
+from recorder import record
+from traces import save_trace
 from transformers import Qwen3MoeForCausalLM
 
 MODEL = Path(__file__).parents[1] / "vmm_dwdp/models/bytes-moe"

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from grouped_experts import grouped_experts
+from recorder import record, windows
 from tokenizers import Tokenizer
-from traces import record, save_trace, windows
+from traces import save_trace
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 

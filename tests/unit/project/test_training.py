@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -103,7 +104,7 @@ def test_the_corpus_has_what_was_held_out_and_ends_each_document(archive: Path) 
 def test_the_tiny_model_is_trained_and_its_trace_read(archive: Path, tmp_path: Path) -> None:
     program = [sys.executable, str(TRAINING / "train_routing.py"), str(archive), str(tmp_path)]
     options = ["--small", "--seconds", "1", "--batch", "4", "--sequences", "2", "--balance", "0.01"]
-    subprocess.run([*program, *options], check=True, capture_output=True)
+    subprocess.run([*program, *options], check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     trace = read_trace(tmp_path / "routing-0.01.npz")
     report = json.loads((tmp_path / "routing-0.01.json").read_text())
 
