@@ -151,7 +151,7 @@ def hits(trace: Recorded) -> Iterator[Row]:
 
 
 def together(trace: Recorded) -> Iterator[Row]:
-    for sequences in (1, 2, 4, 8, 16, 32):
+    for sequences in (several for several in (1, 2, 4, 8, 16, 32) if several <= len(trace.kinds)):
         for name, policy in POLICIES.items():
             found = warm(trace, QUARTER, policy, sequences)
             used = float(found.uses.mean() / trace.experts)
@@ -177,7 +177,7 @@ def topic(trace: Recorded) -> Iterator[Row]:
             used = lanes(np.concatenate([first, trace.decode]))
             done = replay(used, round(QUARTER * trace.experts), policy)
             found[which] = Replay(*(part[len(first) :] for part in done))
-        for start, end in itertools.pairwise(WINDOWS):
+        for start, end in itertools.pairwise([window for window in WINDOWS if window <= len(trace.decode)]):
             shares = {which: Replay(*(part[start:end] for part in done)).share() for which, done in found.items()}
             yield {"trace": trace.name, "policy": name, "tokens since": f"{start + 1} to {end}", **shares}
 
@@ -229,7 +229,7 @@ def owners(trace: Recorded) -> Iterator[Row]:
         placed = locality.in_order(layers, trace.experts, ranks)
         dealt = locality.dealt_by_load(prompts, ranks)
         loads = [np.stack([np.bincount(o, w, ranks) for o, w in zip(placed, load, strict=True)]) for load in of_kind]
-        for sequences in several:
+        for sequences in (each for each in several if each * ranks <= len(trace.kinds)):
             found, best, chance = (
                 given(which, ranks, sequences, by) for which, by in ((used, placed), (used, dealt), (evenly, placed))
             )

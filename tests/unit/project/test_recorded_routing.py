@@ -128,6 +128,39 @@ def test_what_is_kept_is_what_is_replayed_today() -> None:
             }
 
 
+def test_the_traces_page_has_what_was_seen_in_training() -> None:
+    page = (routing.TRACES / "README.md").read_text()
+    both = [read_trace(routing.TRACES / f"{name}.npz").facts for name in MIXED]
+    seen = [facts["training"][-1] for facts in both]
+    lines = [
+        ["parameters", *(f"{facts['parameters']:,}" for facts in both)],
+        ["seconds of training, steps", *(f"{last['seconds']:.0f}, {last['step']:,}" for last in seen)],
+        ["tokens seen", *(f"{last['tokens']:,}" for last in seen)],
+        ["loss of the last step, nats a token", *(f"{last['loss']:.3f}" for last in seen)],
+        ["balancing loss then, 1 if a layer chooses evenly", *(f"{last['imbalance']:.3f}" for last in seen)],
+    ]
+    for kind in both[0]["held_out_bits_per_byte"]:
+        name = kind if kind in {"prose", "manuals"} else kind.capitalize()
+        name = f"bits a byte, text not trained on: {name}" if kind == "prose" else name
+        lines.append([name, *(f"{facts['held_out_bits_per_byte'][kind]:.3f}" for facts in both)])
+
+    assert [line for line in lines if f"\n| {' | '.join(line)} |\n" not in page] == []
+
+
+def test_a_trace_of_few_sequences_has_the_rows_that_it_can_have(tmp_path: Path) -> None:
+    trace = read_trace(routing.TRACES / "demo.npz")
+    few, path = [0, 1, 16, 17], tmp_path / "few.npz"
+    facts, kinds = np.array(json.dumps(dict(trace.facts))), np.array(["novels"] * 2 + ["plays"] * 2)
+    np.savez(path, prefill=trace.prefill[few, :2], decode=trace.decode[few, :40], kinds=kinds, facts=facts)
+    found = routing.tables([path], list(routing.TABLES))
+
+    assert {row["sequences"] for row in found["together"]} == {1, 2, 4}
+    assert {row["tokens since"] for row in found["topic"]} == {"1 to 8", "9 to 32"}
+    assert {(row["ranks"], row["sequences a rank"]) for row in found["owners"]} == {(2, 1), (4, 1)}
+    numbers = [value for rows in found.values() for row in rows for value in row.values() if isinstance(value, float)]
+    assert np.isfinite(numbers).all()
+
+
 def test_traces_of_one_kind_of_text_are_refused(tmp_path: Path) -> None:
     trace = read_trace(routing.TRACES / "demo.npz")
     path = tmp_path / "one.npz"
