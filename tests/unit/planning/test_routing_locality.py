@@ -61,3 +61,9 @@ def test_experts_dealt_by_load_fill_the_same_room_more_evenly(experts: int, rank
         assert most[1] <= most[0] or most[1] <= heaviest + load[layer].sum() / ranks
     total = [sum(np.bincount(o[n], load[n], ranks).max() for n in range(20)) for o in (placed, dealt)]
     assert total[1] < total[0]
+
+
+def test_the_heaviest_experts_are_dealt_first() -> None:
+    load = np.array([[5, 9, 1, 7, 6, 4]])  # 9 to the first, 7 and 6 to the second, 5, then 4 as the last that fits, 1
+
+    assert dealt_by_load(load, 2).tolist() == [[0, 0, 0, 1, 1, 1]]
