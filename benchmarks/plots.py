@@ -9,6 +9,8 @@ prefill.png   a pass over MoE layers on four GPUs against the tokens of a GPU, b
               of tokens from which prefetching is no slower
 decode.png    tokens a second through MoE layers whose experts are in host memory: copied ahead, read in place, and in
               place with a cache for a quarter of them; beside experts in GPU memory
+routing.png   hits of cache policies over recorded routing, by room and by sequences decoded together; with what others
+              have published of larger models
 """
 
 from __future__ import annotations
@@ -22,7 +24,21 @@ from typing import Any, NamedTuple
 from vmm_dwdp.observe.figures import new_figure
 
 RESULTS = Path(__file__).parent / "results"
-PREFILL, DECODE = "multi_gpu-4-h200.json", "decode-cache-h100.json"
+PREFILL, DECODE, ROUTING = "multi_gpu-4-h200.json", "decode-cache-h100.json", "routing.json"
+ROUTED = "mixed-0.01"
+LINES = {  # by policy: colour, marker
+    "foresight": ("#8a8a8a", "^"),
+    "decayed frequency, half-life 16": ("#1f6fb4", "o"),
+    "least recently used": ("#d1603d", "s"),
+    "random": ("#b08a2e", "v"),
+    "static, the same kind": ("#7fb0da", "D"),
+    "static, another kind": ("#b9c6d2", "x"),
+}
+PUBLISHED = {  # hits of least recently used on other models, by the part of a layer's experts that there is room for
+    "Qwen3-30B-A3B (imp, 1359)": [(0.40, 0.947), (0.40, 0.900), (0.40, 0.953)],
+    "Qwen3.8-Flash-Next (imp, 2061)": [(93 / 512, 0.435), (186 / 512, 0.620), (279 / 512, 0.720), (372 / 512, 0.789)],
+    "OLMoE-1B-7B (colibri, 1092)": [(16 / 64, 0.514)],
+}
 OURS, THEIRS = "#1f6fb4", "#d1603d"  # also told apart by their markers, and named in the legends
 SHADES = ("#b9c6d2", "#7fb0da", OURS, "#8a8a8a")
 
@@ -48,6 +64,14 @@ class Decode(NamedTuple):
 
     name: str
     rates: dict[str, float]
+
+
+class Routing(NamedTuple):
+    """Hits by policy, of one model's routing: by the part of the experts in the bank, and by sequences at a quarter."""
+
+    by_room: dict[str, list[tuple[float, float]]]
+    by_sequences: dict[str, list[tuple[int, float]]]
+    published: dict[str, list[tuple[float, float]]]
 
 
 def prefill() -> list[Prefill]:
@@ -85,6 +109,16 @@ def decode() -> list[Decode]:
             name = f"{title.partition(':')[0]}\n{tokens} token{'s' * (tokens > 1)} a pass"
             cases.append(Decode(name, {where: 1e3 * tokens / ms for where, ms in eager.items()}))
     return cases
+
+
+def routing() -> Routing:
+    kept = json.loads((RESULTS / ROUTING).read_text())
+    points: dict[str, dict[str, list[Any]]] = {"room": {}, "sequences": {}}
+    for table, across in (("hits", "room"), ("together", "sequences")):
+        for row in kept[table]:
+            if row["trace"] == ROUTED and row["policy"] in LINES:
+                points[across].setdefault(row["policy"], []).append((row[across], row["hits"]))
+    return Routing(points["room"], points["sequences"], PUBLISHED)
 
 
 def draw_prefill() -> Any:
@@ -127,12 +161,39 @@ def draw_decode() -> Any:
     return figure
 
 
-PICTURES = {"prefill.png": (prefill, draw_prefill), "decode.png": (decode, draw_decode)}
+def draw_routing() -> Any:
+    shown = routing()
+    figure = new_figure(9, 3.8)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, lines in ((left, shown.by_room), (right, shown.by_sequences)):
+        for policy, (colour, marker) in LINES.items():
+            if policy in lines:
+                axes.plot(*zip(*lines[policy], strict=True), f"{marker}-", color=colour, markersize=4, label=policy)
+        axes.spines[["top", "right"]].set_visible(False)
+    for (model, points), marker in zip(shown.published.items(), "*Px", strict=True):
+        said = f"published, least recently used: {model}"
+        left.plot(*zip(*points, strict=True), marker, color="black", markersize=6, label=said)
+    left.set(xlabel="room in the cache, part of a layer's experts", ylabel="hits", ylim=(0, 1), xlim=(0, 0.8))
+    left.set_title("one sequence", fontsize=10)
+    right.set_xscale("log", base=2)
+    right.set_xticks([1, 2, 4, 8, 16, 32], [1, 2, 4, 8, 16, 32])
+    right.set(xlabel="sequences decoded together")
+    right.set_title("room for a quarter of the experts", fontsize=10)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=7, frameon=False, ncols=3, loc="outside lower center")
+    return figure
+
+
+PICTURES = {
+    "prefill.png": (prefill, draw_prefill),
+    "decode.png": (decode, draw_decode),
+    "routing.png": (routing, draw_routing),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where prefill.png and decode.png are written")
+    parser.add_argument("folder", type=Path, help="where they are written")
     folder = parser.parse_args().folder
     for name, (figures, draw) in PICTURES.items():
         about = {"Software": None, "Description": json.dumps(figures())}

