@@ -158,11 +158,12 @@ static int set_job_whole(PyObject *object, PyObject *value, void *unused) {
 /* -- Issuer -------------------------------------------------------------------------------------------------------- */
 
 /* By which lines runs are chosen, and the calls that this takes. */
-static int read_choosing(PyObject *tuple, Pulls *pulls) {
-    unsigned long long first, write_value, query_event;
+static int read_choosing(PyObject *tuple, Pulls *pulls, ExchangeMode *exchange_mode) {
+    unsigned long long first, write_value, query_event, exchange;
     Py_ssize_t line_nbytes;
     int num_ranks, rank;
-    if (!PyArg_ParseTuple(tuple, "KniiKK", &first, &line_nbytes, &num_ranks, &rank, &write_value, &query_event))
+    if (!PyArg_ParseTuple(tuple, "KniiKKK", &first, &line_nbytes, &num_ranks, &rank, &write_value, &query_event,
+                          &exchange))
         return -1;
     if (num_ranks < 1 || num_ranks > MAX_RANKS || rank < 0 || rank >= num_ranks ||
         line_nbytes < (Py_ssize_t)(sizeof(Line) + num_ranks * sizeof(uint32_t)))
@@ -170,6 +171,7 @@ static int read_choosing(PyObject *tuple, Pulls *pulls) {
     pulls->page = (Page){(char *)first, line_nbytes, num_ranks, rank};
     pulls->write_value = (WriteValue)write_value;
     pulls->query_event = (QueryEvent)query_event;
+    *exchange_mode = (ExchangeMode)exchange;
     return 0;
 }
 
@@ -185,7 +187,8 @@ static PyObject *issuer_new(PyTypeObject *type, PyObject *arguments, PyObject *k
         .copy_batch = (CopyBatch)copy_batch,
         .record_event = (RecordEvent)record_event,
     };
-    if (choosing != Py_None && read_choosing(choosing, &pulls))
+    ExchangeMode exchange_mode = NULL;
+    if (choosing != Py_None && read_choosing(choosing, &pulls, &exchange_mode))
         return NULL;
     IssuerObject *self = PyObject_New(IssuerObject, type);
     if (!self)
@@ -197,6 +200,7 @@ static PyObject *issuer_new(PyTypeObject *type, PyObject *arguments, PyObject *k
         .record_event = (RecordEvent)record_event,
         .context = (void *)context,
         .pulls = pulls,
+        .exchange_mode = exchange_mode,
     };
     self->failure = Py_NewRef(failure);
     int failed;
@@ -208,7 +212,7 @@ static PyObject *issuer_new(PyTypeObject *type, PyObject *arguments, PyObject *k
         errno = failed;
         PyErr_SetFromErrno(PyExc_OSError);
     } else if (self->issuer.start_result) {
-        raise_failure(self->failure, "cuCtxSetCurrent", self->issuer.start_result);
+        raise_failure(self->failure, self->issuer.start_call, self->issuer.start_result);
     } else {
         return (PyObject *)self;
     }

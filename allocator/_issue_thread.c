@@ -170,7 +170,13 @@ static void *serve(void *argument) {
     prctl(PR_SET_NAME, "vmm-dwdp-issue");
     prctl(PR_SET_TIMERSLACK, 1000); /* or a nap would take twice as long */
     pthread_mutex_lock(&issuer->lock);
+    int mode = RELAXED;
+    issuer->start_call = "cuCtxSetCurrent";
     issuer->start_result = issuer->set_current(issuer->context);
+    if (!issuer->start_result && issuer->exchange_mode) {
+        issuer->start_call = "cuThreadExchangeStreamCaptureMode";
+        issuer->start_result = issuer->exchange_mode(&mode);
+    }
     issuer->started = 1;
     pthread_cond_broadcast(&issuer->progress);
     pthread_mutex_unlock(&issuer->lock);

@@ -30,13 +30,14 @@ typedef struct Job { /* its memory, and the lanes', is the caller's, and stays w
     int result;
 } Job;
 
-typedef struct { /* its memory is the caller's, who states the first six, and zero for the rest */
+typedef struct { /* its memory is the caller's, who states the first seven, and zero for the rest */
     SetCurrent set_current;
     WaitEvent wait_event;
     CopyBatch copy_batch;
     RecordEvent record_event;
     void *context;
     Pulls pulls;
+    ExchangeMode exchange_mode; /* NULL where nothing is chosen */
     unsigned forks; /* as they were when this was started */
     pthread_t thread;
     Job *pushed;        /* what was submitted and not seen by the thread yet, the latest first; atomic */
@@ -47,6 +48,7 @@ typedef struct { /* its memory is the caller's, who states the first six, and ze
     pthread_cond_t work, hurry, progress;
     uint64_t ended; /* jobs; they end in the order of submission */
     int started, waiting, closing;
+    const char *start_call; /* that failed */
     int start_result;
 } Issuer;
 

@@ -15,6 +15,9 @@ typedef int (*RecordEvent)(void *event, void *stream, unsigned flags);
 typedef int (*WriteValue)(void *stream, uint64_t address, uint32_t value, unsigned flags); /* cuStreamWriteValue32 */
 typedef int (*QueryEvent)(void *event);
 
+typedef int (*ExchangeMode)(int *mode); /* cuThreadExchangeStreamCaptureMode */
+
+#define RELAXED 2     /* mode: no call of this thread ends what another one captures, as asking an event would */
 #define NOT_READY 600 /* of QueryEvent */
 
 typedef struct {

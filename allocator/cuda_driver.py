@@ -100,6 +100,10 @@ class CudaDriver:
         self.capturing = torch._C._cuda_isCurrentStreamCapturing  # of the current device: this one, as calls are made
         self.is_current()
 
+    def ignore_captures(self) -> None:
+        mode = cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        check("keep this thread out of captures", cuda.cuThreadExchangeStreamCaptureMode, mode)
+
     # -- physical memory ---------------------------------------------------------------------------------------------
     def granularity(self, location: Location = DEVICE) -> int:
         minimum = cuda.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM

@@ -27,21 +27,22 @@ class CudaIssuingThread:
         set_current: int,
         events: EventCalls,
         batch: BatchCall,
-        choosing: tuple[LinesAt, int, int] | None = None,
+        choosing: tuple[LinesAt, int, int, int] | None = None,
     ) -> None:
         """Raises `DriverError` if the thread cannot use ``context``.
 
         Args:
             set_current: where cuCtxSetCurrent is.
-            choosing: the lines by which runs are chosen, and where cuStreamWriteValue32 and cuEventQuery are.
+            choosing: the lines by which runs are chosen, and where cuStreamWriteValue32, cuEventQuery and
+                cuThreadExchangeStreamCaptureMode are.
         """
         self._batch_call = batch
         self._words: _Words | None = None
         pulls = None
         if choosing is not None:
-            lines, write_value, query_event = choosing
+            lines, *calls_of_choosing = choosing
             self._words = _Words()
-            pulls = (*lines, write_value, query_event)
+            pulls = (*lines, *calls_of_choosing)
         calls = set_current, events.wait_at, batch.address, events.record_at
         self._thread = _native.Issuer(*calls, context, _failure, pulls)
         self.submit = self._thread.submit
@@ -53,7 +54,9 @@ class CudaIssuingThread:
         """With the driver that is loaded."""
         choosing = None
         if lines is not None:
-            choosing = lines, address("cuStreamWriteValue32", 11070), address("cuEventQuery", 2000)
+            since = {"cuStreamWriteValue32": 11070, "cuEventQuery": 2000, "cuThreadExchangeStreamCaptureMode": 10010}
+            write_value, query_event, exchange_mode = (address(call, version) for call, version in since.items())
+            choosing = lines, write_value, query_event, exchange_mode
         return cls(context, address("cuCtxSetCurrent", 4000), events, batch, choosing)
 
     def job(self, lanes: Sequence[Lane]) -> _native.Job:

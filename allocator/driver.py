@@ -164,6 +164,9 @@ class Driver(Protocol):
         To be used once; bodies may be nested. A thread of our own may enter it and never leave.
         """
 
+    def ignore_captures(self) -> None:
+        """From now on no call of the calling thread, one of our own, ends what another thread captures into a graph."""
+
     def is_current(self) -> bool:
         """Whether calls may be made as things stand.
 

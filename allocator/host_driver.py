@@ -98,6 +98,9 @@ class HostDriver:
     def current(self) -> HostContext:
         return self._context
 
+    def ignore_captures(self) -> None:
+        pass  # the host has no graphs
+
     # -- physical memory ---------------------------------------------------------------------------------------------
     def granularity(self, location: Location = DEVICE) -> int:
         if location.numa_node is not None and location.numa_node not in numa_nodes():

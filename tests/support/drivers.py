@@ -166,6 +166,7 @@ class NativeThread:
                 lambda stream, address, value, flags: self._call("write", lambda: self._write(stream, address, value))
             ),
             _CONTEXT(self._query),
+            _CONTEXT(lambda mode: self._call("exchange_mode", lambda: None)),
         )
         self._words = (ctypes.c_uint32 * _WORDS)()
         self._places: dict[int, int] = {}  # of streams, in the words

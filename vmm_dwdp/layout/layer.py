@@ -52,7 +52,7 @@ def describe_layer(
         raise ConfigError(f"the weights of layer {number} disagree on the number of experts: {stated}")
     placement = ExpertPlacement(next(iter(counts.values())), config)
     layouts = {name: RangeLayout(placement, spec.expert_nbytes, granularity) for name, spec in weights.items()}
-    slice_bytes = None if config.slice_bytes == "auto" else config.slice_bytes
+    slice_bytes = config.slice_bytes if isinstance(config.slice_bytes, int) else None
     return Layer(number, dict(weights), placement, layouts, rank, slice_bytes)
 
 

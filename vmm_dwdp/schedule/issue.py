@@ -118,9 +118,11 @@ def open_issuer(driver: Driver, ledger: Ledger, num_copies: int, lines: SharedLi
     return ThreadIssuer(driver, ledger, lines) if num_copies > _FEW or lines is not None else InlineIssuer()
 
 
-def copy_path(plan: LayerPlan, slice_bytes: int | Literal["auto"], issuer: Issuer, *, chooses: bool) -> CopyPath:
+def copy_path(
+    plan: LayerPlan, slice_bytes: int | Literal["auto", "runs"], issuer: Issuer, *, chooses: bool
+) -> CopyPath:
     """How the copies of ``plan``, which has most, get to the driver; ``chooses``: run by run."""
-    if slice_bytes != "auto":
+    if isinstance(slice_bytes, int):
         why = f"slice_bytes is {slice_bytes}"
     elif chooses:
         why = "several ranks pull, and each takes its next run from the owner from which fewest others do"
@@ -129,7 +131,7 @@ def copy_path(plan: LayerPlan, slice_bytes: int | Literal["auto"], issuer: Issue
     else:
         why = "there is one owner to copy from" if plan.streams else "nothing is remote"
     return CopyPath(
-        plan="runs" if chooses else "streams" if slice_bytes == "auto" else "slices",
+        plan="runs" if chooses else "slices" if isinstance(slice_bytes, int) else "streams",
         why=why,
         num_streams=len(plan.streams),
         num_copies=plan.num_copies,
@@ -174,6 +176,8 @@ class ThreadIssuer:
         self._token: int | None = ledger.add("threads", _LABEL)
         try:
             self._run_now(lambda: driver.current().__enter__())  # for the life of the thread
+            if lines is not None:
+                self._run_now(driver.ignore_captures)  # it asks events while others may capture
         except BaseException:
             self.close()
             raise
