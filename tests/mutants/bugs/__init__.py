@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from mutants.bugs import allocator, group, integrations, memory, native, runtime, schedule, settling, sleep
+from mutants.bugs import allocator, group, integrations, memory, native, pulls, runtime, schedule, settling, sleep
 
 BUGS: Final = (
     *allocator.BUGS,
@@ -12,6 +12,7 @@ BUGS: Final = (
     *integrations.BUGS,
     *memory.BUGS,
     *native.BUGS,
+    *pulls.BUGS,
     *runtime.BUGS,
     *schedule.BUGS,
     *settling.BUGS,
