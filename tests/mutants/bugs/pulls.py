@@ -40,13 +40,6 @@ BUGS: Final = (
         _BYTES,
     ),
     Bug(
-        "the first run of an owner is given again and again",
-        "allocator/_pulls.c",
-        "&lane->batches[lane->next++]",
-        "&lane->batches[lane->next]",
-        _BYTES,
-    ),
-    Bug(
         "the last run of an owner is forgotten",
         "vmm_dwdp/schedule/fetches.py",
         "tuple(self._prepared(layer, pieces) for pieces in runs)",
