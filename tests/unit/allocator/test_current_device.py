@@ -134,6 +134,7 @@ def whole_life(folder: Path) -> None:
         assert set(runtime.held_owners) == {0, HOST}
         assert runtime.device == torch.device("cpu")
         assert runtime.memory_needed(SOME) == runtime.memory_needed()
+        runtime.settle()
         fill_shards(runtime, model)
         runtime.publish()
     live(runtimes)
@@ -142,6 +143,8 @@ def whole_life(folder: Path) -> None:
         with pytest.raises(StateError):
             runtime.acquire(2)
         check(runtime, {4: model[4]}, "in_place")
+        with runtime.exchange(4):
+            pass
         runtime.reset()
         assert runtime.close().open() == []
         assert runtime.close().open() == []
