@@ -80,7 +80,9 @@ class DWDPRuntime(Together):
         it is, in silence, where it ends before the last layer.
 
         Args:
-            mode, tokens, top_k: as `acquire` takes them, for every layer that is not told otherwise.
+            mode: as `acquire` takes it, for every layer that is not told otherwise.
+            tokens: likewise.
+            top_k: likewise.
 
         Raises:
             ConfigError: the config does not provide for ``mode``.
