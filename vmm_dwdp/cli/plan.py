@@ -94,7 +94,7 @@ def estimate_from(arguments: argparse.Namespace, imbalance: float = 0.0) -> Esti
     if arguments.run_bytes is not None:
         turns = Turns(run_bytes=arguments.run_bytes, gap=arguments.run_gap * 1e-6)
     model, gpu = load_model(arguments.model), load_gpu(arguments.gpu)
-    return Estimate(model, gpu, settled(model, gpu, config), batch, imbalance, turns, nodes)
+    return Estimate(model, gpu, settled(nodes.share(model), gpu, config), batch, imbalance, turns, nodes)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

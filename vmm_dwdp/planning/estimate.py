@@ -189,8 +189,11 @@ class Estimate:
         )
 
     def on_nodes(self, count: int) -> Estimate:
-        """The same group on so many nodes."""
-        return dataclasses.replace(self, nodes=dataclasses.replace(self.nodes, count=count))
+        """The same group on so many nodes; an equal share of a node's experts where those are others than here."""
+        if count == self.nodes.count:
+            return self
+        config = dataclasses.replace(self.config, num_local_experts=None, memory_bytes=None)
+        return dataclasses.replace(self, config=config, nodes=dataclasses.replace(self.nodes, count=count))
 
     def with_tokens(self, tokens: int) -> Estimate:
         """The same group with forward passes of another length, in requests like the longest one's."""

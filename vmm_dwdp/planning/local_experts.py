@@ -73,7 +73,7 @@ def needed(model: ModelSpec, gpu: GpuSpec, config: DWDPConfig) -> MemoryNeeded:
 
 def more_experts(estimate: Estimate) -> list[LocalExperts]:
     """From an equal share to as many as fit: some numbers, evenly spread, that of ``estimate`` among them."""
-    model, gpu, config = estimate.model, estimate.gpu, estimate.config
+    model, gpu, config = estimate.share, estimate.gpu, estimate.config
     equal = with_local_experts(config, None)
     auto = AutoExperts(dataclasses.replace(equal, num_local_experts="auto"), (model.num_experts,))
     room = estimate.memory.left + needed(model, gpu, config).on_device
@@ -88,7 +88,7 @@ def more_experts(estimate: Estimate) -> list[LocalExperts]:
 
 
 def _row(estimate: Estimate, number: int, room: int, config: DWDPConfig) -> LocalExperts:
-    takes = needed(estimate.model, estimate.gpu, config).on_device
+    takes = needed(estimate.share, estimate.gpu, config).on_device
     other = dataclasses.replace(estimate, config=config)
     seconds = other.copying_seconds, other.dwdp_seconds
     return LocalExperts(number, takes, room - takes, other.plan.fetched_bytes, *seconds)

@@ -66,6 +66,17 @@ def test_plan_over_nodes_by_network_and_by_nvlink(capsys: pytest.CaptureFixture[
     assert "By number of nodes of 2 ranks" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("local", ["auto", "20"])
+def test_experts_of_a_rank_are_of_its_node(local: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "qwen3-30b-a3b", "--gpu", "h100", "--group-size", "2", "--tokens", "4096", "--nodes", "4"]
+    assert cli.main([*command, "--local-experts", local, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["num_local_experts"] == (32 if local == "auto" else 20), "a node has 32, which all fit"
+    assert [row["number"] for row in report["local_experts"]][0] == 16
+    assert report["local_experts"][-1]["number"] == 32
+    assert report["local_experts"][-1]["fetched_bytes"] == 0
+
+
 def test_simulated_rails_wait_for_the_slowest(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["simulate", "qwen3-30b-a3b", "--gpu", "h100", "--group-size", "2", "--tokens", "16384", "--nodes", "2"]
     waited = []
