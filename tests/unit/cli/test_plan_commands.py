@@ -72,7 +72,7 @@ def test_experts_of_a_rank_are_of_its_node(local: str, capsys: pytest.CaptureFix
     assert cli.main([*command, "--local-experts", local, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["num_local_experts"] == (32 if local == "auto" else 20), "a node has 32, which all fit"
-    assert [row["number"] for row in report["local_experts"]][0] == 16
+    assert report["local_experts"][0]["number"] == 16
     assert report["local_experts"][-1]["number"] == 32
     assert report["local_experts"][-1]["fetched_bytes"] == 0
 

@@ -169,6 +169,33 @@ def test_eight_bits_without_scales_are_numbers_like_others(saved: Path) -> None:
         assert torch.equal(logits(model), logits(whole))
 
 
+def test_two_threads_load_one_after_the_other(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While transformers loads, no model of the process ties its weights."""
+    model_class = type(tiny_model("qwen3_moe"))
+    own_load, ties = model_class._load_pretrained_model, PreTrainedModel.tie_weights
+    inside: list[int] = []
+    most: list[int] = []
+
+    def load(*args: object) -> object:
+        inside.append(1)
+        most.append(len(inside))
+        try:
+            return own_load(*args)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(model_class, "_load_pretrained_model", staticmethod(load))
+    config = DWDPConfig(group_size=1)
+    models = in_threads(
+        lambda rank: from_pretrained(saved, config, rank=0, device="cpu", rendezvous=tmp_path / str(rank)), 4
+    )
+    for model in models:
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        model.dwdp.close()
+    assert most == [1] * 4
+    assert PreTrainedModel.tie_weights is ties
+
+
 # -- ranks that were given different weights -------------------------------------------------------------------------
 
 GROUP = DWDPConfig(group_size=2)

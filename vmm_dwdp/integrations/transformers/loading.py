@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -32,6 +33,9 @@ from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.model_folder import read_config
 
 _log = logging.getLogger("vmm_dwdp")
+# While transformers loads, it takes `tie_weights` from all models of the process, and then puts back what it found: of
+# two threads that did so at once, one could put back nothing, for good.
+_one_at_a_time: Final = threading.Lock()
 
 _ADAPTER_FILE: Final = "adapter_config.json"
 
@@ -114,7 +118,8 @@ def load_without_experts(
     try:
         if kwargs.get("quantization_config") is None:
             kwargs = kwargs | {"quantization_config": loading_config(described)}
-        model = loader.from_pretrained(directory, device_map={"": device}, **kwargs)
+        with _one_at_a_time:
+            model = loader.from_pretrained(directory, device_map={"": device}, **kwargs)
     except HTTPError as error:  # for example of a quantiser that wants its kernels
         raise ConfigError(
             f"transformers cannot load {directory}: it wants something of Hugging Face's hub, which it does not get "
