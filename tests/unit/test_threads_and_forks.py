@@ -63,6 +63,16 @@ def test_another_thread_is_refused_in_the_middle_of_a_pass(
     check_pass(runtime, MODEL)
 
 
+def test_a_pass_in_place_ends_with_its_last_layer(tmp_path: Path) -> None:
+    """No call of C ends it, as it does a staged one."""
+    config = DWDPConfig(group_size=1, host_experts=8, mode="in_place")
+    with join(config, 0, tmp_path / "rendezvous", MODEL) as runtime:
+        check_pass(runtime, MODEL)
+        in_another_thread(lambda: check_pass(runtime, MODEL))
+        in_another_thread(lambda: check_pass(runtime, MODEL, mode="staged"))
+        check_pass(runtime, MODEL)
+
+
 def test_what_is_refused_begins_no_pass(runtime: DWDPRuntime) -> None:
     with pytest.raises(Exception, match="there is no layer 99"):
         runtime.acquire(99)

@@ -101,7 +101,7 @@ BUGS: Final = (
         "vmm_dwdp/schedule/layer.py",
         "        slot.holds = None\n        if pipeline",
         "        slot.holds = self\n        if pipeline",
-        _INTERRUPTS,
+        ("tests/unit/schedule/test_copy_path.py",),
     ),
     Bug(
         "flush does not wait for the thread of Python's",

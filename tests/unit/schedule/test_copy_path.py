@@ -232,6 +232,29 @@ def test_while_a_trace_is_recorded_the_launching_thread_gives_the_copies(tmp_pat
     assert runtime.close().open() == []
 
 
+def test_a_slot_whose_job_was_not_handed_over_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C as the job of a layer that is missed is submitted: nobody may take the slot for that layer's."""
+    config = DWDPConfig(group_size=1, host_experts=6, prefetch_depth=1)
+    with join(config, 0, tmp_path / "rendezvous", MODEL) as runtime:
+        staging = runtime._schedule._staging
+        assert staging is not None
+        issuer, last = staging.pipeline.issuer, max(MODEL)
+        submit, interrupted = issuer.submit, []
+
+        def interrupt(job: object) -> object:
+            if interrupted:
+                return submit(job)
+            interrupted.append(job)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(issuer, "submit", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            runtime.acquire(last)
+        assert [slot.holds for slot in staging.slots] == [None]
+        runtime.reset()
+        check_pass(runtime, MODEL)
+
+
 # -- what is said ------------------------------------------------------------------------------------------------------
 
 
