@@ -9,7 +9,8 @@ segments, are copied for every pass.
 
 [Note: Copy plans]
 A rank that copied from one owner after another would use one link at a time, and ranks in step would meet at one owner.
-There are two ways to pull from all owners at once:
+There are two ways to plan ahead how to pull from all owners at once (for what is not planned ahead see
+``layout/turns.py``):
 
     slices     one stream: 0a 2a 3a 0b 2b 3b ...    pieces of the segments, the owners taking turns
     streams    owner 0:    0 ==============         whole segments, a stream for each owner; the copy engines take turns

@@ -23,10 +23,9 @@ Lines are advice. They may be late, torn, or of a rank that died; whatever they 
 left. All of it is integers: bytes fit into 64 bits, ranks and counts into 32.
 
 [Note: How long a run is]
-Between two runs a copy engine loses some microseconds, and a rank is with its owner for as long as a run takes. On four
-H200, all pulling 8.45 GB a layer, runs of 64, 128, 192 and 256 MiB reached 0.91, 0.92, 0.92 and 0.92 of the rate of one
-large copy, and 32 MiB 0.86. So runs have `RUN_BYTES`; but a layer that is short has a few of each owner all the same,
-or there would be nothing to choose.
+Between two runs a copy engine loses some microseconds, so they are not short; and a rank is with its owner for as long
+as a run takes, so they are not long (``benchmarks/pull_policies.py`` simulates both). They have `RUN_BYTES`; but a
+layer that is short has a few of each owner all the same, or there would be nothing to choose.
 """
 
 from __future__ import annotations

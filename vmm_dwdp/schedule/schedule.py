@@ -108,11 +108,10 @@ class Schedule:
         # A graph launches each copy as a node, which takes longer than a batch: so it has no slices.
         whole = [plan_layer(layer.layouts, self._assembly.rank, None) for layer in self._stated]
         given = Fetches(self._driver, self._assembly, self._stated)
-        eager, captured = given.planned(plans), given.planned(whole)
-        if lines is not None:
-            chosen = given.chosen(self._config.group_size)
-            lines = lines if any(len(fetch.chosen) > 1 for fetch in chosen) else None
-            eager = chosen if lines is not None else eager
+        captured = given.planned(whole)
+        eager = [] if lines is None else given.chosen(self._config.group_size)
+        if all(len(fetch.chosen) < 2 for fetch in eager):  # nothing to choose
+            lines, eager = None, given.planned(plans)
         most = max(plans, key=lambda plan: plan.num_copies)
         issuer = open_issuer(self._driver, self._ledger, most.num_copies, lines)
         self._copy_path = copy_path(most, self._config.slice_bytes, issuer, chooses=lines is not None)

@@ -242,6 +242,43 @@ def test_a_rank_that_stands_still_holds_up_nobody(tmp_path: Path) -> None:
         in_threads(lambda rank: [check_pass(runtimes[rank], OLD) for _ in range(3)], 2)
 
 
+def test_runs_are_taken_first_from_whom_nobody_pulls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 2 says that it pulls from rank 1: so rank 0 takes all that rank 2 has before anything of rank 1."""
+    said = [Line(0, (0, 0, 0)), Line(0, (0, 0, 0)), Line(1, (0, 1, 0))], [False, True, True]
+    with group(DWDPConfig(group_size=3, slice_bytes="runs"), tmp_path / "r", DRIVERS["twin"]) as runtimes:
+        runtime = runtimes[0]
+        staging = runtime._schedule._staging
+        assert staging is not None
+        staging.held()  # what publish asked for is not looked at
+        monkeypatch.setattr(lines_of(runtime), "read", lambda: said)
+        driver: Any = runtime._driver
+        own, given = driver.copy, list[int]()
+        monkeypatch.setattr(driver, "copy", lambda prepared, stream: (given.append(stream), own(prepared, stream)))
+        check_pass(runtime, OLD)
+        staging.held()
+        lanes = {lane.owner: lane for lane in staging.layers[2]._lanes}  # the first that the pass fetches
+        one, two = len(lanes[1].runs), len(lanes[2].runs)
+        assert min(one, two) > 1
+        assert given[: one + two] == [lanes[2].stream] * two + [lanes[1].stream] * one
+
+
+@pytest.mark.parametrize("comes_back", [0, 2])
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_rank_that_comes_back_has_the_lines_of_the_others(driver: str, comes_back: int, tmp_path: Path) -> None:
+    config, where = DWDPConfig(group_size=3, slice_bytes="runs"), tmp_path / "r"
+    with group(config, where, DRIVERS[driver]) as runtimes:
+        assert runtimes[comes_back].close().open() == []
+        runtime = DWDPRuntime(config, comes_back, "cpu", where, driver=DRIVERS[driver]())
+        add_layers(runtime, OLD)
+        runtime.rejoin()
+        runtimes[comes_back] = runtime
+        path = runtime.stats().copy_path
+        assert path is not None
+        assert path.plan == "runs"
+        in_threads(lambda rank: [check_pass(runtimes[rank], OLD) for _ in range(2)], 3)
+        assert len({os.fstat(lines_of(each)._descriptor.fd).st_ino for each in runtimes}) == 1, "it is the same memory"
+
+
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_an_update_is_read_by_all(driver: str, tmp_path: Path) -> None:
     with group(DWDPConfig(group_size=3, slice_bytes="runs"), tmp_path / "r", DRIVERS[driver]) as runtimes:
