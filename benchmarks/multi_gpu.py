@@ -5,12 +5,14 @@
     links      peer access, and the rate of one large copy between every pair
     tests      the GPU tests, each rank on its own GPU
     prefetch   copies alone, with 1, 2 and N-1 owners, over a pair's link: with and without slices, one rank or all
-               pulling, in step or at random moments; each rank, and the mean and the worst of them
+               pulling, or all but one, in step or at random moments; each rank, and the mean and the worst of them
     stack      a stack of MoE layers by DWDP, staged and in place, by expert parallelism (all-to-all) and by tensor
                parallelism (all-reduce), for equal and unequal numbers of tokens, beside what the planner predicts;
                every rank's DWDP results are compared, bit by bit, with a pass whose experts all lie in its own memory.
                "imbalance" is by how much the rank whose experts get most tokens has more than the mean
     crossover  from how many tokens on DWDP is no slower, measured and predicted
+    beside     kernel launches and all-reduces alone and beside the copies of all ranks, and what the issuing thread
+               takes of a core; and copies of the others while one rank is stopped or killed in the middle of a layer
     slowdown   a dense and a grouped product on each rank, alone and beside the copies of all ranks, and the SMs' clock
     predicted  the planner's crossovers alone, for any GPU with a preset; needs none: --only predicted --preset h200
 
@@ -37,6 +39,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from beside_pulls import beside, without_one
 from common import parser, report, require_within_link
 from crossovers import Row, crossovers, spread_tokens
 from moe_stack import (
@@ -51,7 +54,7 @@ from moe_stack import (
 )
 from nodes import predictions as predicted_over_nodes
 from nodes import tables as over_nodes
-from rank_copies import prefetch, slowdown
+from rank_copies import PLANS, prefetch, slowdown
 from ranks import Place, Together, collectives, steady
 from stack_prediction import predict
 
@@ -60,7 +63,7 @@ from vmm_dwdp.planning.calibrate import preset_of
 from vmm_dwdp.planning.gpus import load_gpu
 from vmm_dwdp.testing import run_group
 
-PARTS = ("links", "tests", "prefetch", "stack", "slowdown", "predicted")
+PARTS = ("links", "tests", "prefetch", "stack", "beside", "slowdown", "predicted")
 
 PASSES = 6  # that are timed together
 IN_A_ROW = 4  # large copies that are timed together, so that to wait for the device hardly counts
@@ -189,6 +192,7 @@ def main() -> None:
         help="balanced: every expert gets as many tokens, which favours expert parallelism (default)",
     )
     options.add_argument("--only", nargs="*", choices=PARTS, default=None)
+    options.add_argument("--plans", nargs="*", choices=PLANS, default=list(PLANS), help="of copies, with prefetch")
     options.add_argument(
         "--nodes", type=int, default=1, metavar="N", help="the GPUs as N nodes; no other part but predicted"
     )
@@ -200,7 +204,7 @@ def main() -> None:
     place = Place(given.device.type, given.tiny)
     present = torch.cuda.device_count() if place.device_type == "cuda" else 0
     count = given.gpus or max(2, present)
-    wanted = given.only or (["links", "tests"] if present > 1 else []) + ["prefetch", "stack", "slowdown"]
+    wanted = given.only or (["links", "tests"] if present > 1 else []) + ["prefetch", "stack", "beside", "slowdown"]
     chosen = [STACKS["tiny"]] if given.tiny else [STACKS["deepseek-r1"], STACKS["gpt-oss-120b"]]
     per_rank = [32] if given.tiny else [4096, 8192, 16384, 32768]
     preset = given.preset or (preset_of(torch.cuda.get_device_name()) if present else None)
@@ -210,7 +214,7 @@ def main() -> None:
     link = None
     if given.nodes > 1:
         wanted = ["links"] if present >= count and not given.only else []
-    if present > 1 and {"links", "prefetch"} & set(wanted):
+    if present > 1 and {"links", "prefetch", "beside"} & set(wanted):
         tables["links"] = links(min(present, count))
         link = max(row["GB/s"] for row in tables["links"])
     elif "links" in wanted:
@@ -223,12 +227,17 @@ def main() -> None:
             tables |= over_nodes(place, stacks_over_nodes, given.nodes, count, preset, link)
     if "tests" in wanted:
         tables["tests"] = gpu_tests()
+    link_of_all = (
+        link if count <= present else None
+    )  # ranks that share a GPU copy inside of it, and no link limits them
     if "prefetch" in wanted:
-        # Ranks that share a GPU copy inside of it, and no link limits them.
-        link_of_all = link if count <= present else None
-        tables["prefetch"], tables["prefetch, all ranks"] = prefetch(place, chosen[0], count, link_of_all)
-        if link_of_all is not None:
-            require_within_link(tables["prefetch"], link_of_all, ["GB/s"])
+        tables["prefetch"], tables["prefetch, all ranks"] = prefetch(place, chosen[0], count, link_of_all, given.plans)
+    if "beside" in wanted:
+        tables["beside"] = beside(place, chosen[0], count)
+        tables["without one"] = without_one(place, chosen[0], count, link_of_all)
+    if link_of_all is not None:
+        for name in {"prefetch", "without one"} & set(tables):
+            require_within_link(tables[name], link_of_all, ["GB/s"])
     if "stack" in wanted:
         balanced = given.routing == "balanced"
         tables["stack"] = [

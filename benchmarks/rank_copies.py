@@ -16,35 +16,44 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from crossovers import Row
 from moe_stack import DTYPE, Stack, dwdp
-from ranks import Place, Together, alone, begin_at_random, clock_while, collectives, steady
+from ranks import Place, Together, begin_at_random, clock_while, collectives, steady
 
 from vmm_dwdp import DWDPConfig, DWDPRuntime
 from vmm_dwdp.testing import run_group
 
-# By name, `slice_bytes`: whole segments, the owners one after another; slices in turn; the runtime's default.
-PLANS = {"segments in turn": 1 << 40, "slices of 2 MiB": 2 << 20, "auto": "auto"}
-PULLING = ("one rank", "all in step", "all at random moments")
-LAYERS = 200  # read while the clock runs, at least, so that the first and the last few do not count
+# By name, `slice_bytes`: whole segments, the owners one after another; slices in turn; a stream for each owner; and the
+# runtime's default, which chooses the owner of each run where there are two owners or more.
+PLANS = {"segments in turn": 1 << 40, "slices of 2 MiB": 2 << 20, "streams": "streams", "auto": "auto"}
+LAYERS = 100  # read while the clock runs, at least, so that the first and the last few do not count
 APART = 0.1  # seconds within which ranks begin at random moments
 EXPERTS = 32  # of the grouped product
 PRODUCTS = 20  # that are timed together
 
 
-def prefetch(place: Place, stack: Stack, count: int, link: float | None) -> tuple[list[Row], list[Row]]:
+def prefetch(
+    place: Place, stack: Stack, count: int, link: float | None, plans: Sequence[str]
+) -> tuple[list[Row], list[Row]]:
     """Copies alone, in groups of 2, 3 and ``count`` ranks: by rank, and the mean and the worst of each case.
 
     Args:
         link: GB/s of one large copy between two GPUs, where there are two.
+        plans: of `PLANS`.
     """
     rows: list[Row] = []
     for group_size in sorted({2, 3, count}):
         if group_size <= count:
             with tempfile.TemporaryDirectory() as folder:
-                run = partial(_prefetch_rank, place, stack, group_size, folder)
+                run = partial(_prefetch_rank, place, stack, group_size, plans, folder)
                 rows += [row for found in run_group(run, group_size, place.device_type) for row in found]
     if link is not None:
         rows = [row | {"of the link": row["GB/s"] / link} for row in rows]
     return rows, of_ranks(rows, ("owners", "plan", "pulling"))
+
+
+def _cases(group_size: int) -> dict[str, int]:
+    """Who pulls, and how many that are: the first of the group."""
+    few = {"one rank": 1} | ({"all but one at random moments": group_size - 1} if group_size > 2 else {})
+    return few | {"all in step": group_size, "all at random moments": group_size}
 
 
 def of_ranks(rows: Sequence[Row], case: Sequence[str]) -> list[Row]:
@@ -67,23 +76,25 @@ def moved(stack: Stack, passes: int, depth: int, fetched: int) -> int:
     return max(0, passes * stack.num_layers - min(depth, stack.num_layers)) * fetched
 
 
-def _prefetch_rank(place: Place, stack: Stack, group_size: int, folder: str, rank: int) -> list[Row]:
+def _prefetch_rank(
+    place: Place, stack: Stack, group_size: int, plans: Sequence[str], folder: str, rank: int
+) -> list[Row]:
     rows: list[Row] = []
     passes = 4 if place.tiny else -(-LAYERS // stack.num_layers)
     with collectives(rank, group_size, place, folder):
-        for plan, slice_bytes in PLANS.items():
+        for plan in plans:
+            slice_bytes = PLANS[plan]
             config = DWDPConfig(group_size=group_size, slice_bytes=slice_bytes)  # type: ignore[arg-type]
             rendezvous = Path(folder, f"prefetch-{slice_bytes}")
             with dwdp(stack, config, rank, place.device(rank), rendezvous, driver=place.driver(rank)) as (runtime, _):
-                fetched = _fetched(runtime, stack)
-                for pulling in PULLING:
+                fetched = fetched_nbytes(runtime, stack)
+                for pulling, pullers in _cases(group_size).items():
                     dist.barrier()
-                    if pulling != "one rank" or rank == 0:
-                        ground = Path(folder, f"{slice_bytes} {pulling}")
-                        together = alone(ground) if pulling == "one rank" else Together(ground, rank, group_size)
-                        if pulling == "all at random moments":
+                    if rank < pullers:
+                        together = Together(Path(folder, f"{slice_bytes} {pulling}"), rank, pullers)
+                        if pulling.endswith("at random moments"):
                             begin_at_random(rank, APART)
-                        seconds = steady(place, partial(_copies, runtime, stack), passes, together)
+                        seconds = steady(place, partial(copy_pass, runtime, stack), passes, together)
                         rate = moved(stack, passes, config.prefetch_depth, fetched) / (seconds * passes) / 1e9
                         about = {"owners": group_size - 1, "plan": plan, "pulling": pulling, "rank": rank}
                         rows.append(about | {"GB/s": rate})
@@ -91,13 +102,13 @@ def _prefetch_rank(place: Place, stack: Stack, group_size: int, folder: str, ran
     return rows
 
 
-def _fetched(runtime: DWDPRuntime, stack: Stack) -> int:
+def fetched_nbytes(runtime: DWDPRuntime, stack: Stack) -> int:
     """Bytes of a layer that are not this rank's own."""
     own = len(runtime.local_experts(0))
     return stack.layer_nbytes * (stack.num_experts - own) // stack.num_experts
 
 
-def _copies(runtime: DWDPRuntime, stack: Stack) -> None:
+def copy_pass(runtime: DWDPRuntime, stack: Stack) -> None:
     """A pass without compute."""
     for layer in range(stack.num_layers):
         runtime.acquire(layer)
@@ -181,7 +192,7 @@ def copying(place: Place, runtime: DWDPRuntime, stack: Stack, device: torch.devi
         try:
             with stream:
                 while not stop.is_set():
-                    _copies(runtime, stack)
+                    copy_pass(runtime, stack)
                     under_way.set()
                     place.mark().reach()  # of this stream: one pass is given at a time, and slots are filled meanwhile
         except BaseException as error:

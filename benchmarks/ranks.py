@@ -98,11 +98,6 @@ class Together:
         return all((self._folder / f"{word}-{rank}").exists() for rank in range(self._ranks))
 
 
-def alone(folder: Path) -> Together:
-    """One rank, while the others do nothing."""
-    return Together(folder, 0, 1)
-
-
 def steady(place: Place, run: Callable[[], object], passes: int, together: Together | None = None) -> float:
     """Seconds of a pass, the mean of ``passes`` that follow one another without a stop; see [Note: Clocks].
 

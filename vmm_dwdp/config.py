@@ -47,8 +47,9 @@ class DWDPConfig:
         prefetch_depth: number of slots, each with room for the remote experts of one layer; at least 1, or 0 with
             ``mode="in_place"``, which stages nothing.
         slice_bytes: how long a run of one owner's bytes may be before the copies turn to the next owner, a multiple of
-            16 bytes. ``"auto"``: whole segments, a stream for each owner. ``"runs"``: each run is taken from the owner
-            from which fewest other ranks of this machine pull just then; where there is nothing to choose, ``"auto"``.
+            16 bytes. ``"streams"``: whole segments, a stream for each owner. ``"auto"``: where a rank pulls from two
+            other ranks of this machine or more, each run is taken from the owner from which fewest others pull just
+            then; elsewhere ``"streams"``.
         host_experts: the last experts of every layer live in host memory instead of on a rank.
         host_numa_node: the NUMA node of that memory; ``None`` is the one nearest to the device of rank 0.
         assembly: ``"vmm"``: one tensor ``[E, ...]`` per weight, by virtual memory management.
@@ -70,7 +71,7 @@ class DWDPConfig:
     num_local_experts: int | Literal["auto"] | None = None
     memory_bytes: int | None = None
     prefetch_depth: int = 2
-    slice_bytes: int | Literal["auto", "runs"] = "auto"
+    slice_bytes: int | Literal["auto", "streams"] = "auto"
     host_experts: int = 0
     host_numa_node: int | None = None
     assembly: AssemblyKind = "vmm"
@@ -88,7 +89,7 @@ class DWDPConfig:
                 raise ConfigError("memory_bytes needs num_local_experts: auto, which says what it is for")
         self._require_one_of("mode", self.mode, get_args(ModeSetting))
         self._require_int("prefetch_depth", self.prefetch_depth, least=0 if self.mode == "in_place" else 1)
-        if self.slice_bytes not in ("auto", "runs"):
+        if self.slice_bytes not in ("auto", "streams"):
             self._require_int("slice_bytes", self.slice_bytes, least=COPY_ALIGNMENT)
             if self.slice_bytes % COPY_ALIGNMENT:
                 raise ConfigError(f"slice_bytes must be a multiple of {COPY_ALIGNMENT}, not {self.slice_bytes}")

@@ -72,5 +72,5 @@ def _replayed(config: DWDPConfig, rendezvous: Path, rank: int) -> None:
 @pytest.mark.parametrize("group_size", [3, 4])
 @pytest.mark.parametrize("run", [_eager, _replayed])
 def test_every_byte_is_right(run: object, group_size: int, tmp_path: Path) -> None:
-    config = DWDPConfig(group_size=group_size, slice_bytes="runs", host_experts=2 if group_size == 3 else 0)
+    config = DWDPConfig(group_size=group_size, host_experts=2 if group_size == 3 else 0)
     run_group(partial(run, config, tmp_path), group_size, "cuda")  # type: ignore[arg-type]

@@ -11,8 +11,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
-def printed(*options: str) -> dict[str, Any]:
-    always = ["--device", "cpu", "--tiny", "--gpus", "2", "--json"]
+def printed(*options: str, gpus: int = 2) -> dict[str, Any]:
+    always = ["--device", "cpu", "--tiny", "--gpus", str(gpus), "--json"]
     command = [sys.executable, "benchmarks/multi_gpu.py", *always, *options]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
@@ -37,7 +37,7 @@ def test_copies_and_products_are_of_every_rank_in_every_case() -> None:
     report = printed("--only", "prefetch", "slowdown")
     cases = [(row["plan"], row["pulling"], row["rank"]) for row in report["prefetch"]]
     every = {(plan, pulling) for plan, pulling, _ in cases}
-    assert len(every) == 9
+    assert len(every) == 12
     assert sorted(cases) == sorted(
         (plan, pulling, rank) for plan, pulling in every for rank in range(1 if pulling == "one rank" else 2)
     )
@@ -47,5 +47,16 @@ def test_copies_and_products_are_of_every_rank_in_every_case() -> None:
             of["GB/s"] for of in report["prefetch"] if all(of[name] == row[name] for name in ("plan", "pulling"))
         ]
         assert row["GB/s, worst"] == min(of_ranks)
+    assert {row["plan"] for row in printed("--only", "prefetch", "--plans", "auto")["prefetch"]} == {"auto"}
     assert [row["rank"] for row in report["slowdown"]] == [0, 0, 1, 1]
     assert {row["product"].partition(",")[0] for row in report["slowdown"]} == {"dense", "grouped"}
+
+
+def test_others_go_on_beside_a_rank_that_stops_or_dies() -> None:
+    report = printed("--only", "beside", gpus=3)
+    cases = [(row["the last rank"], row["rank"]) for row in report["without one"]]
+    assert cases == [(end, rank) for end in ("goes on", "is stopped", "is killed") for rank in (0, 1)]
+    assert all(row["GB/s"] > 0 for row in report["without one"])
+    assert sorted(row["rank"] for row in report["beside"]) == [0, 0, 1, 1, 2, 2]
+    for row in report["beside"]:
+        assert row["beside / alone"] == row["beside copies"] / row["alone"]

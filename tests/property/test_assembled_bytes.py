@@ -40,7 +40,7 @@ def groups(draw: st.DrawFn) -> tuple[DWDPConfig, Shapes]:
         num_local_experts=draw(st.one_of(st.none(), st.integers(least, most))),
         host_experts=host_experts,
         prefetch_depth=draw(st.integers(0 if mode == "in_place" else 1, 5)),
-        slice_bytes=draw(st.sampled_from(["auto", "runs", 1024, 8192])),
+        slice_bytes=draw(st.sampled_from(["auto", "streams", 1024, 8192])),
         assembly=assembly,
         mode=mode,
     )

@@ -79,7 +79,7 @@ class WalkedGroup:
         config = DWDPConfig(
             group_size=size,
             prefetch_depth=chance.randint(0 if mode == "in_place" else 1, 3),
-            slice_bytes=chance.choice(["auto", "runs", 256, 4096]),
+            slice_bytes=chance.choice(["auto", "streams", 256, 4096]),
             host_experts=hosted,
             assembly=assembly,
             mode=mode,

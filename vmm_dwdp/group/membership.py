@@ -326,7 +326,7 @@ class Membership:
     @property
     def _chooses_runs(self) -> bool:
         """Whether the ranks, which are on one machine, tell each other from whom they pull."""
-        wanted = self.config.slice_bytes == "runs" and self.config.prefetch_depth > 0
+        wanted = self.config.slice_bytes == "auto" and self.config.prefetch_depth > 0
         return wanted and self._door.takes_descriptors and SharedLines.serves(self.config.group_size)
 
     def _take_lines(self, exchange: Exchange, holder: int, deadline: float) -> None:

@@ -119,7 +119,7 @@ def open_issuer(driver: Driver, ledger: Ledger, num_copies: int, lines: SharedLi
 
 
 def copy_path(
-    plan: LayerPlan, slice_bytes: int | Literal["auto", "runs"], issuer: Issuer, *, chooses: bool
+    plan: LayerPlan, slice_bytes: int | Literal["auto", "streams"], issuer: Issuer, *, chooses: bool
 ) -> CopyPath:
     """How the copies of ``plan``, which has most, get to the driver; ``chooses``: run by run."""
     if isinstance(slice_bytes, int):

@@ -111,7 +111,7 @@ def test_ranks_hear_each_other_by_files(tmp_path: Path) -> None:
     assert first.is_said_by_all("begun")
     assert not first.is_said_by_all("done")
 
-    alone = ranks.alone(tmp_path / "alone")
+    alone = ranks.Together(tmp_path / "alone", 0, 1)
     alone.say("begun")
     assert alone.is_said_by_all("begun")
 

@@ -259,19 +259,19 @@ def test_a_slot_whose_job_was_not_handed_over_holds_nothing(tmp_path: Path, monk
 
 
 def test_stats_tell_the_plan_and_why(tmp_path: Path) -> None:
-    with published(DWDPConfig(group_size=3), tmp_path / "auto", MODEL) as runtimes:
+    with published(DWDPConfig(group_size=3, slice_bytes="streams"), tmp_path / "streams", MODEL) as runtimes:
         path = runtimes[0].stats().copy_path
         assert path is not None
         assert (path.plan, path.num_streams, path.num_copies) == ("streams", 2, 2)
         assert path.issued_by == "launching thread"
         assert "few copies do not hold up kernel launches" in path.why
-    with published(DWDPConfig(group_size=3, slice_bytes="runs"), tmp_path / "runs", MODEL) as runtimes:
+    with published(DWDPConfig(group_size=3), tmp_path / "runs", MODEL) as runtimes:
         path = runtimes[0].stats().copy_path
         assert path is not None
         assert (path.plan, path.num_streams, path.num_copies) == ("runs", 2, 2)
         assert path.issued_by == "thread"
         assert "from which fewest others do" in path.why
-    pair = DWDPConfig(group_size=2, host_experts=2, slice_bytes="runs")
+    pair = DWDPConfig(group_size=2, host_experts=2)
     with published(pair, tmp_path / "pair", MODEL) as runtimes:
         path = runtimes[0].stats().copy_path
         assert path is not None

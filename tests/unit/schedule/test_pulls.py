@@ -177,11 +177,11 @@ def lines_of(runtime: DWDPRuntime) -> SharedLines:
 @pytest.mark.parametrize(
     "config",
     [
-        DWDPConfig(group_size=3, slice_bytes="runs"),
-        DWDPConfig(group_size=4, prefetch_depth=1, slice_bytes="runs"),
-        DWDPConfig(group_size=3, host_experts=2, prefetch_depth=3, slice_bytes="runs"),
-        DWDPConfig(group_size=3, num_local_experts=4, slice_bytes="runs"),
-        DWDPConfig(group_size=3, assembly="tensor_list", slice_bytes="runs"),
+        DWDPConfig(group_size=3),
+        DWDPConfig(group_size=4, prefetch_depth=1),
+        DWDPConfig(group_size=3, host_experts=2, prefetch_depth=3),
+        DWDPConfig(group_size=3, num_local_experts=4),
+        DWDPConfig(group_size=3, assembly="tensor_list"),
     ],
     ids=["three", "four", "host memory", "overlap", "lists"],
 )
@@ -203,7 +203,7 @@ def test_every_rank_reads_every_byte(driver: str, config: DWDPConfig, tmp_path: 
 def test_whatever_lines_say_every_byte_is_right(driver: str, attack: str, tmp_path: Path) -> None:
     """Another thread writes into all lines, also into those that are not its own, while three ranks run passes."""
     chance = random.Random(attack)
-    with group(DWDPConfig(group_size=3, slice_bytes="runs"), tmp_path / "r", DRIVERS[driver]) as runtimes:
+    with group(DWDPConfig(group_size=3), tmp_path / "r", DRIVERS[driver]) as runtimes:
         memory = lines_of(runtimes[1])._memory
         over = threading.Event()
 
@@ -237,7 +237,7 @@ def test_whatever_lines_say_every_byte_is_right(driver: str, attack: str, tmp_pa
 
 def test_a_rank_that_stands_still_holds_up_nobody(tmp_path: Path) -> None:
     """It says for good that it pulls from everybody; so it is taken for dead, and the others go on."""
-    with group(DWDPConfig(group_size=3, slice_bytes="runs"), tmp_path / "r", DRIVERS["native"]) as runtimes:
+    with group(DWDPConfig(group_size=3), tmp_path / "r", DRIVERS["native"]) as runtimes:
         lines_of(runtimes[2]).say(Line(1, [1, 1, 0]))
         in_threads(lambda rank: [check_pass(runtimes[rank], OLD) for _ in range(3)], 2)
 
@@ -245,7 +245,7 @@ def test_a_rank_that_stands_still_holds_up_nobody(tmp_path: Path) -> None:
 def test_runs_are_taken_first_from_whom_nobody_pulls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 2 says that it pulls from rank 1: so rank 0 takes all that rank 2 has before anything of rank 1."""
     said = [Line(0, (0, 0, 0)), Line(0, (0, 0, 0)), Line(1, (0, 1, 0))], [False, True, True]
-    with group(DWDPConfig(group_size=3, slice_bytes="runs"), tmp_path / "r", DRIVERS["twin"]) as runtimes:
+    with group(DWDPConfig(group_size=3), tmp_path / "r", DRIVERS["twin"]) as runtimes:
         runtime = runtimes[0]
         staging = runtime._schedule._staging
         assert staging is not None
@@ -265,7 +265,7 @@ def test_runs_are_taken_first_from_whom_nobody_pulls(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("comes_back", [0, 2])
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_a_rank_that_comes_back_has_the_lines_of_the_others(driver: str, comes_back: int, tmp_path: Path) -> None:
-    config, where = DWDPConfig(group_size=3, slice_bytes="runs"), tmp_path / "r"
+    config, where = DWDPConfig(group_size=3), tmp_path / "r"
     with group(config, where, DRIVERS[driver]) as runtimes:
         assert runtimes[comes_back].close().open() == []
         runtime = DWDPRuntime(config, comes_back, "cpu", where, driver=DRIVERS[driver]())
@@ -281,7 +281,7 @@ def test_a_rank_that_comes_back_has_the_lines_of_the_others(driver: str, comes_b
 
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_an_update_is_read_by_all(driver: str, tmp_path: Path) -> None:
-    with group(DWDPConfig(group_size=3, slice_bytes="runs"), tmp_path / "r", DRIVERS[driver]) as runtimes:
+    with group(DWDPConfig(group_size=3), tmp_path / "r", DRIVERS[driver]) as runtimes:
 
         def changes(rank: int) -> None:
             check_pass(runtimes[rank], OLD)
@@ -299,7 +299,7 @@ def test_an_update_is_read_by_all(driver: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("at", range(0, 60, 7))
 def test_a_call_that_the_driver_refuses_costs_a_pass_and_no_byte(at: int, tmp_path: Path) -> None:
-    with group(DWDPConfig(group_size=3, slice_bytes="runs"), tmp_path / "r", DRIVERS["native"]) as runtimes:
+    with group(DWDPConfig(group_size=3), tmp_path / "r", DRIVERS["native"]) as runtimes:
         runtime = runtimes[0]
         driver: Any = runtime._driver
         with Refusal(driver, at) as refusal, suppress(DriverError):
