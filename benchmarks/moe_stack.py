@@ -150,6 +150,23 @@ def dwdp(
         yield runtime, lambda mode: lambda every: partial(run, mode, every[rank])
 
 
+def in_own_memory(stack: Stack, rank: int, device: torch.device) -> Bind:
+    """The compute of a pass: every layer reads the experts of the first, in ordinary memory. Results are of no use."""
+    every_expert = [weights(stack, 0, expert, device) for expert in range(stack.num_experts)]
+    w13, w2 = (torch.stack(parts) for parts in zip(*every_expert, strict=True))
+    attention = between(stack, device)
+
+    def run(routed: Routed) -> torch.Tensor:
+        x = routed.x
+        for _ in range(stack.num_layers):
+            x = attention(x)
+            rows = run_experts(x[routed.order // stack.top_k], routed.counts, w13, w2)
+            x = combine(stack, routed, rows)
+        return x
+
+    return lambda every: partial(run, every[rank])
+
+
 def expert_parallel(stack: Stack, rank: int, group_size: int, device: torch.device) -> Bind:
     """All-to-all there and back, in every layer, of as many rows as the routing sends. Experts divide evenly."""
     per_rank = stack.num_experts // group_size

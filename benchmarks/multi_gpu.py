@@ -8,7 +8,8 @@
                pulling, or all but one, in step or at random moments; each rank, and the mean and the worst of them
     stack      a stack of MoE layers by DWDP, staged and in place, by expert parallelism (all-to-all) and by tensor
                parallelism (all-reduce), for equal and unequal numbers of tokens, beside what the planner predicts;
-               every rank's DWDP results are compared, bit by bit, with a pass whose experts all lie in its own memory.
+               every rank's DWDP results are compared, bit by bit, with a pass whose experts all lie in its own memory,
+               and their time with the longer of its compute, beside copies, and its copies at the rate of the link.
                "imbalance" is by how much the rank whose experts get most tokens has more than the mean
     crossover  from how many tokens on DWDP is no slower, measured and predicted
     beside     kernel launches and all-reduces alone and beside the copies of all ranks, and what the issuing thread
@@ -48,13 +49,14 @@ from moe_stack import (
     Stack,
     dwdp,
     expert_parallel,
+    in_own_memory,
     reference,
     route,
     tensor_parallel,
 )
 from nodes import predictions as predicted_over_nodes
 from nodes import tables as over_nodes
-from rank_copies import PLANS, prefetch, slowdown
+from rank_copies import PLANS, copying, fetched_nbytes, prefetch, slowdown
 from ranks import Place, Together, collectives, steady
 from stack_prediction import predict
 
@@ -102,7 +104,14 @@ def _last_line(text: str) -> str:
 
 
 def _stack_rank(
-    place: Place, stack: Stack, group_size: int, cases: list[list[int]], balanced: bool, folder: str, rank: int
+    place: Place,
+    stack: Stack,
+    group_size: int,
+    cases: list[list[int]],
+    balanced: bool,
+    link: float | None,
+    folder: str,
+    rank: int,
 ) -> list[Row]:
     """The three parallelisms, one after another, each with every case: so many tokens on each rank."""
     device = place.device(rank)
@@ -124,9 +133,16 @@ def _stack_rank(
 
     with collectives(rank, group_size, place, folder):
         config = DWDPConfig(group_size=group_size, mode="in_place")
-        with dwdp(stack, config, rank, device, Path(folder, "dwdp"), driver=place.driver(rank)) as (_, run):
+        with dwdp(stack, config, rank, device, Path(folder, "dwdp"), driver=place.driver(rank)) as (runtime, run):
             staged = list(measure("dwdp staged ms", run("staged"), apart=True))
             in_place = list(measure("dwdp in_place ms", run("in_place"), apart=True))
+            compute = in_own_memory(stack, rank, device)
+            with copying(place, runtime, stack, device):
+                for _ in measure("compute beside copies ms", compute, apart=True):
+                    pass
+            del compute
+            nbytes = stack.num_layers * fetched_nbytes(runtime, stack)
+            rows = [row | {"copies ms": nbytes / link * 1e-6} for row in rows] if link else rows
         whole = reference(stack, device, [every[rank] for every in routings])
         for row, *results in zip(rows, whole, staged, in_place, strict=True):
             row["identical"] = all(torch.equal(found, results[0]) for found in results[1:])
@@ -138,6 +154,8 @@ def _stack_rank(
                 row[f"{name} parallel error"] = _error(found, expected)
             del bind
     for row, every in zip(rows, routings, strict=True):
+        if "copies ms" in row:
+            row["over the bound"] = row["dwdp staged ms"] / max(row["compute beside copies ms"], row["copies ms"])
         row["expert parallel imbalance"] = imbalance([routed.counts for routed in every], group_size)
     return rows
 
@@ -165,12 +183,24 @@ def predictions(stack: Stack, count: int, per_rank: list[int], preset: str) -> l
 
 
 def stacks(
-    place: Place, stack: Stack, count: int, per_rank: list[int], preset: str | None, *, balanced: bool
+    place: Place,
+    stack: Stack,
+    count: int,
+    per_rank: list[int],
+    preset: str | None,
+    link: float | None,
+    *,
+    balanced: bool,
 ) -> list[Row]:
-    """Measured passes, and those predicted for the GPU ``preset`` beside them. ``balanced``: see `route`."""
+    """Measured passes, and those predicted for the GPU ``preset`` beside them. ``balanced``: see `route`.
+
+    Args:
+        link: GB/s of one large copy between two GPUs, where each rank has one: how long copies take at least, and a
+            pass over the longer of that and its compute beside copies.
+    """
     spreads = spread_tokens(count, per_rank)
     with tempfile.TemporaryDirectory() as folder:
-        run = partial(_stack_rank, place, stack, count, list(spreads.values()), balanced, folder)
+        run = partial(_stack_rank, place, stack, count, list(spreads.values()), balanced, link, folder)
         found = run_group(run, count, place.device_type)
     rows: list[Row] = []
     for case, ((tokens, spread), shares) in enumerate(spreads.items()):
@@ -196,7 +226,9 @@ def main() -> None:
     options.add_argument(
         "--nodes", type=int, default=1, metavar="N", help="the GPUs as N nodes; no other part but predicted"
     )
-    options.add_argument("--stacks", nargs="*", choices=STACKS, help="with --nodes (default: gpt-oss-120b)")
+    options.add_argument(
+        "--stacks", nargs="*", choices=STACKS, help="default: deepseek-r1 and gpt-oss-120b; with --nodes the latter"
+    )
     given: argparse.Namespace = options.parse_args()
     os.environ["NCCL_NVLS_ENABLE"] = "0"  # no NVLink multicast
     if given.device.type != "cuda" and not given.tiny and given.only != ["predicted"]:
@@ -205,7 +237,8 @@ def main() -> None:
     present = torch.cuda.device_count() if place.device_type == "cuda" else 0
     count = given.gpus or max(2, present)
     wanted = given.only or (["links", "tests"] if present > 1 else []) + ["prefetch", "stack", "beside", "slowdown"]
-    chosen = [STACKS["tiny"]] if given.tiny else [STACKS["deepseek-r1"], STACKS["gpt-oss-120b"]]
+    usual = ["tiny"] if given.tiny else ["gpt-oss-120b"] if given.nodes > 1 else ["deepseek-r1", "gpt-oss-120b"]
+    chosen = [STACKS[name] for name in given.stacks or usual]
     per_rank = [32] if given.tiny else [4096, 8192, 16384, 32768]
     preset = given.preset or (preset_of(torch.cuda.get_device_name()) if present else None)
     if given.nodes > 1 and (count % given.nodes or count < 2 * given.nodes or given.only not in (None, ["predicted"])):
@@ -214,17 +247,16 @@ def main() -> None:
     link = None
     if given.nodes > 1:
         wanted = ["links"] if present >= count and not given.only else []
-    if present > 1 and {"links", "prefetch", "beside"} & set(wanted):
+    if present > 1 and {"links", "prefetch", "stack", "beside"} & set(wanted):
         tables["links"] = links(min(present, count))
         link = max(row["GB/s"] for row in tables["links"])
     elif "links" in wanted:
         raise SystemExit("there are no links: this machine does not have two GPUs")
     if given.nodes > 1:
-        stacks_over_nodes = [STACKS[name] for name in given.stacks or ["tiny" if given.tiny else "gpt-oss-120b"]]
         if given.only and preset:
-            tables["predicted over nodes"] = predicted_over_nodes(stacks_over_nodes, given.nodes, count, preset)
+            tables["predicted over nodes"] = predicted_over_nodes(chosen, given.nodes, count, preset)
         else:
-            tables |= over_nodes(place, stacks_over_nodes, given.nodes, count, preset, link)
+            tables |= over_nodes(place, chosen, given.nodes, count, preset, link)
     if "tests" in wanted:
         tables["tests"] = gpu_tests()
     link_of_all = (
@@ -241,7 +273,9 @@ def main() -> None:
     if "stack" in wanted:
         balanced = given.routing == "balanced"
         tables["stack"] = [
-            row for stack in chosen for row in stacks(place, stack, count, per_rank, preset, balanced=balanced)
+            row
+            for stack in chosen
+            for row in stacks(place, stack, count, per_rank, preset, link_of_all, balanced=balanced)
         ]
         tables["crossover"] = crossovers(tables["stack"])
     if "slowdown" in wanted:

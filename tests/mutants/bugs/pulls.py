@@ -7,7 +7,10 @@ from typing import Final
 from mutants.seeded import Bug
 
 _PULLS = ("tests/unit/schedule/test_pulls.py",)
-_RULE = ("tests/unit/schedule/test_pulls.py::test_c_has_the_same_rule",)
+_RULE = (
+    "tests/unit/schedule/test_pulls.py::test_c_has_the_same_rule",
+    "tests/unit/schedule/test_pulls.py::test_c_does_not_take_the_owner_itself_for_a_rank_that_is_nearer",
+)
 _BYTES = ("tests/unit/schedule/test_pulls.py::test_every_rank_reads_every_byte",)
 
 BUGS: Final = (

@@ -7,6 +7,7 @@ from typing import Final
 from mutants.seeded import Bug
 
 _EVENTS = ("tests/unit/schedule/test_event_protocol.py",)
+_PYTHON = ("tests/unit/schedule/test_without_native.py",)
 _UPDATE = ("tests/multiprocess/test_update.py",)
 _STATES = ("tests/unit/test_runtime_states.py",)
 _INTERRUPTS = ("tests/property/test_interrupts.py::test_acquire_and_release_by_signals",)
@@ -52,7 +53,7 @@ BUGS: Final = (
         """        self._driver.record(slot.consumed.event, stream)
         if pipeline.tracer""",
         "        if pipeline.tracer",
-        _EVENTS,
+        _PYTHON,
     ),
     Bug(
         "the end of a pass fetches the first layer into every slot",

@@ -30,7 +30,7 @@ from vmm_dwdp.allocator.handles import Descriptor, Ledger
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.errors import DriverError, ExchangeError
 from vmm_dwdp.layout import turns
-from vmm_dwdp.layout.turns import Line, choose, is_alone, pullers, settle
+from vmm_dwdp.layout.turns import NOBODY, Line, choose, is_alone, pullers, settle
 from vmm_dwdp.memory.lines import STALE_NS, VERSION, SharedLines
 
 ALLOCATOR = Path(__file__).parents[3] / "allocator"
@@ -88,7 +88,22 @@ def pages(draw: st.DrawFn) -> tuple[int, list[int], list[Line], list[bool], byte
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(pages(), st.integers(0, 6), st.data())
 def test_c_has_the_same_rule(rule: ctypes.CDLL, stated: Any, before: int, data: st.DataObject) -> None:
-    rank, left, lines, alive, memory = stated
+    left = stated[1]
+    owner = data.draw(st.sampled_from([owner for owner, nbytes in enumerate(left) if nbytes] or [NOBODY]))
+    _compare_rules(rule, *stated, owner, before)
+
+
+def _compare_rules(
+    rule: ctypes.CDLL,
+    rank: int,
+    left: list[int],
+    lines: list[Line],
+    alive: list[bool],
+    memory: bytes,
+    owner: int,
+    before: int,
+) -> None:
+    """``owner``, from whom something is left, was chosen when ``before`` pulled from it; or `NOBODY`."""
     size = len(left)
     held = ctypes.create_string_buffer(memory, len(memory))
     page = ctypes.byref(Page(ctypes.addressof(held), len(memory) // size, size, rank))
@@ -98,10 +113,16 @@ def test_c_has_the_same_rule(rule: ctypes.CDLL, stated: Any, before: int, data: 
     assert list(pulled) == pullers(rank, lines, alive)
     assert rule.chosen_of(page, bytes_left, pulled) == choose(rank, left, pullers(rank, lines, alive))
     assert bool(rule.alone_of(page, now)) == is_alone(rank, lines, alive)
-    if any(left):
-        owner = data.draw(st.sampled_from([owner for owner in range(size) if left[owner]]))
+    if owner != NOBODY:
         settled = rule.settled_of(page, owner, bytes_left, before, now, pulled)
         assert settled == settle(rank, owner, left, before, lines, alive)
+
+
+def test_c_does_not_take_the_owner_itself_for_a_rank_that_is_nearer(rule: ctypes.CDLL) -> None:
+    """Whatever its line says of itself."""
+    lines = [Line(1, [0, 0, 0]), Line(1, [0, 1, 0]), Line(1, [0, 0, 0])]
+    page = b"".join(struct.pack("=IIq3I", VERSION, line.pulls, NOW, *line.under_way) for line in lines)
+    _compare_rules(rule, 0, [0, 7, 7], lines, [False, True, True], page, 1, 0)
 
 
 # -- lines -------------------------------------------------------------------------------------------------------------
