@@ -85,11 +85,12 @@ class EngineProcess:
 
 
 def last_sentence(log: Path) -> str:
-    """Of the last exception that was printed into ``log``, or else its last line."""
+    """Of the last exception that was printed with one into ``log``; else the first exception, or the last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Failed)(: |$)", line)]
     # What an engine says of a scheduler that died names no reason; the scheduler said it before.
-    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Failed)(: |$)", line) and "died" not in line]
-    return (errors or lines or ["it died and said nothing"])[-1]
+    with_sentence = [line for line in named if ": " in line and "died" not in line]
+    return (with_sentence[-1:] or named[:1] or lines[-1:] or ["it died and said nothing"])[0]
 
 
 def _run(pipe: Connection, serve: Serve, log: Path) -> None:

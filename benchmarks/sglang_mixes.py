@@ -71,6 +71,13 @@ def least_decode_seconds(shape: Shape, ranks: int, gpu: GpuSpec, *, fp8: bool) -
     return numbers * (1 if fp8 else 2) / gpu.memory_bandwidth / ranks
 
 
+def chosen_remote_seconds(shape: Shape, ranks: int, sequences: int, gpu: GpuSpec, *, fp8: bool) -> float:
+    """A decode step's experts that are chosen and lie on another rank, at the rate of a link; routing is uniform."""
+    expert = sum(rows * columns for rows, columns in shape.expert.values()) * (1 if fp8 else 2)
+    chosen = shape.experts * (1 - (1 - shape.experts_per_token / shape.experts) ** sequences)
+    return shape.layers * chosen * expert * (ranks - 1) / ranks / gpu.pull_rate
+
+
 def tokens_at_once(every: Sequence[Lengths], more: int) -> int:
     """Of the rank with most: room for all its prompts of a mix, and ``more`` tokens after each."""
     return max(sum(count + more for count in of_rank) for wanted in every for of_rank in wanted)

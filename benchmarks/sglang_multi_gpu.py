@@ -19,7 +19,8 @@ digest      of all tokens of all prompts and 16 steps. "same tokens" is the shar
             too: where sums are rounded otherwise, as by expert parallelism or in decode graphs, a token may be another,
             and then those that follow it are
 compared    tokens a second over the others'; and of each rank over those of a GPU with all of the model and the same
-            prompts: of the rank for which that is least
+            prompts: of the rank for which that is least. Of decode, a step beside the others', and the time that the
+            chosen experts of other ranks take over a link
 engines     seconds to start, beside the others; GiB a GPU, the most that is given back at its end
 
 Where a figure is of more work than the GPUs' peaks allow, its variant ends with a sentence and has no more rows.
@@ -39,16 +40,16 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import sglang_checkpoint
 import torch
 from common import Row, parser, report, seen
 from engine_processes import EngineProcess, Failed
 from sglang_checkpoint import Shape
-from sglang_mixes import MIXES, least_decode_seconds, least_prefill_seconds, lengths
+from sglang_mixes import MIXES, chosen_remote_seconds, least_decode_seconds, least_prefill_seconds, lengths
 from sglang_variants import GRAPHS, Task, Variant, serve
 
 from vmm_dwdp.planning.calibrate import preset_of
@@ -94,11 +95,18 @@ class Tables:
             return least_prefill_seconds(task.shape, wanted, gpu, fp8=self._fp8), row["seconds"]
         return least_decode_seconds(task.shape, task.ranks, gpu, fp8=self._fp8), row["ms a step"] / 1e3
 
+    def _remote_ms(self, sequences: int) -> float | None:
+        if self._gpu is None:
+            return None
+        task = self._task
+        return 1e3 * chosen_remote_seconds(task.shape, task.ranks, sequences, self._gpu, fp8=self._fp8)
+
     def all(self, about: Row) -> dict[str, list[Row]]:
         """Those that have rows."""
         found: dict[str, list[Row]] = {"run": [about], "engines": self.engines}
         found |= {"prefill": [*self.prefill], "decode": [*self.decode]}
         found |= {"compared": compared(self.prefill), "drift": drift(self.prefill)}
+        found["decode compared"] = decode_compared(self.decode, self._remote_ms)
         return {name: rows for name, rows in found.items() if rows}
 
 
@@ -125,6 +133,20 @@ def compared(prefill: Iterable[Row]) -> list[Row]:
         row["each rank over one GPU, least"] = min(_of_each(ours, one)) if one else None
         row["tokens of one GPU"] = ours["digest"] == one["digest"] if one else None
         found.append(row)
+    return found
+
+
+def decode_compared(decode: Iterable[Row], remote_ms: Callable[[int], float | None]) -> list[Row]:
+    """A step with this library beside those of the others, and beside what certainly has to come over the link."""
+    rows = {(row["variant"], row["sequences a rank"]): row for row in decode}
+    found: list[Row] = []
+    for (variant, sequences), ours in rows.items():
+        if not str(variant).startswith("dwdp"):
+            continue
+        row = {"variant": variant, "sequences a rank": sequences, "ms a step": ours["ms a step"]}
+        for kind in ("one", "ep", "tp"):
+            row[f"{kind} ms"] = rows[kind, sequences]["ms a step"] if (kind, sequences) in rows else None
+        found.append(row | {"chosen remote bytes ms": remote_ms(cast(int, sequences))})
     return found
 
 

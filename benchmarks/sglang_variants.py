@@ -91,7 +91,8 @@ def set_environment(variant: Variant, task: Task, folder: Path) -> None:
     os.environ["NCCL_NVLS_ENABLE"] = "0"  # no NVLink multicast
     os.environ["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"  # other engines take memory meanwhile
     if task.device_type == "cpu":
-        os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank % 2) for rank in range(task.ranks))
+        cores = [str(rank % 2) for rank in range(1 if variant.kind == "one" else task.ranks)]
+        os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(cores)
         os.environ["SGLANG_NCCL_SO_PATH"] = "none"  # a CUDA build of torch brings it, and SGLang uses it on the CPU too
 
 

@@ -126,7 +126,8 @@ def test_what_hangs_is_ended_with_all_that_it_started(
             "torch.OutOfMemoryError: CUDA out of memory",
         ),
         ("ValueError: the first\nKeyError: 'the last'\nRuntimeError: Rank 0 scheduler died\n", "KeyError: 'the last'"),
-        ("    raise NotImplementedError()\nNotImplementedError\nSIGQUIT received\n", "NotImplementedError"),
+        ("AssertionError: no such cores\nraise EOFError\nEOFError\n", "AssertionError: no such cores"),
+        ("    raise NotImplementedError()\nNotImplementedError\nSIGQUIT\nEOFError\n", "NotImplementedError"),
     ],
 )
 def test_the_last_sentence_of_a_log(log: str, sentence: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from pathlib import Path
@@ -136,6 +137,22 @@ def test_this_library_is_compared_with_each_of_the_others() -> None:
     assert sglang_multi_gpu.drift(rows) == [about | {"drifting / in step": 0.75}]
 
 
+def test_decode_beside_the_others_and_what_comes_over_the_link() -> None:
+    rows = [
+        {"variant": variant, "sequences a rank": sequences, "ms a step": ms}
+        for variant, sequences, ms in (("one", 1, 2.0), ("dwdp auto auto", 1, 5.0), ("dwdp auto auto", 4, 6.0))
+    ]
+    found = sglang_multi_gpu.decode_compared(rows, lambda sequences: 10.0 * sequences)
+    assert [[*row.values()] for row in found] == [
+        ["dwdp auto auto", 1, 5.0, 2.0, None, None, 10.0],
+        ["dwdp auto auto", 4, 6.0, None, None, None, 40.0],
+    ]
+    one_token = sglang_mixes.chosen_remote_seconds(SMALL, 4, 1, H100, fp8=True)
+    assert one_token == pytest.approx(2 * 2 * 3 * 256 * 128 * 0.75 / H100.pull_rate), "two experts in each layer"
+    every = sglang_mixes.chosen_remote_seconds(SMALL, 4, 1000, H100, fp8=False)
+    assert every == pytest.approx(2 * 4 * 2 * 3 * 256 * 128 * 0.75 / H100.pull_rate), "all four"
+
+
 def test_figures_of_answers() -> None:
     runs = [[[(1.0, [5]), (2.0, [6])], [(4.0, [7])]], [[(2.0, [5]), (3.0, [6])], [(8.0, [7])]]]
     found = sglang_variants.prefill_figures([[10, 20], [60]], runs, Variant("ep"))
@@ -175,6 +192,42 @@ def test_blocks_of_fp8_have_a_scale_each() -> None:
     again = quantised.float() * scales.repeat_interleave(128, 1).repeat_interleave(128, 2)
     assert ((again - weights).abs() <= weights.abs() / 16 + 1e-3).all(), "three bits of mantissa"
     assert quantised[1, 128:, :128].float().abs().max() == 448
+
+
+class Engine:
+    """Answers each prompt with its sum, after all were given."""
+
+    def __init__(self, **about: int) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.given: list[tuple[int | None, list[int]]] = []
+        self._about = about
+
+    async def async_generate(
+        self, *, input_ids: list[int], sampling_params: dict[str, Any], routed_dp_rank: int | None = None
+    ) -> dict[str, Any]:
+        self.given.append((routed_dp_rank, input_ids))
+        await asyncio.sleep(0)
+        about = {"prompt_tokens": len(input_ids), "cached_tokens": 0} | self._about
+        return {"output_ids": [sum(input_ids)] * sampling_params["max_new_tokens"], "meta_info": about}
+
+
+@pytest.mark.parametrize("kind", ["ep", "tp"])
+def test_every_prompt_goes_to_its_rank_and_its_answer_comes_back_to_its_place(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sglang_variants, "IDLE_SECONDS", 0)
+    engine = Engine()
+    found = sglang_variants.answered(engine, [[[1], [2, 3]], [[4]]], 2, Variant(kind))
+    assert [[tokens for _, tokens in of_rank] for of_rank in found] == [[[1, 1], [5, 5]], [[4, 4]]]
+    ranks = [0, 1, 0] if kind == "ep" else [None] * 3
+    assert engine.given == list(zip(ranks, [[1], [4], [2, 3]], strict=True)), "the first of each rank first"
+    assert sglang_variants.last(found) == max(seconds for of_rank in found for seconds, _ in of_rank) > 0
+
+
+def test_an_answer_of_other_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang_variants, "IDLE_SECONDS", 0)
+    with pytest.raises(RuntimeError, match=r"\(1, 1\) tokens were computed and answered, not \(2, 1\)"):
+        sglang_variants.answered(Engine(cached_tokens=1), [[[1, 2]]], 1, Variant("ep"))
 
 
 @pytest.mark.parametrize("fp8", [False, True])
