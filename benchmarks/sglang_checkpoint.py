@@ -54,6 +54,8 @@ def write(folder: Path, shape: Shape, device: torch.device, *, fp8: bool = False
     for number, tensors in enumerate(_files(shape, device, fp8)):
         save_file(tensors, folder / f"model-{number:05d}.safetensors")
     write_config(folder, shape, fp8=fp8)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the engines will want it
 
 
 def write_config(folder: Path, shape: Shape, *, fp8: bool = False) -> None:

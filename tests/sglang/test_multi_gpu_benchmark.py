@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.timeout(900)
 def test_engines_are_measured_in_turns_and_one_that_fails_has_its_sentence(tmp_path: Path) -> None:
     options = ["--device", "cpu", "--tiny", "--gpus", "2", "--json", "--repeats", "1", "--limit", "400"]
-    options += ["--variants", "dwdp", "own", "one", "--mixes", "8 of 4K", "drifting", "--logs", str(tmp_path)]
+    options += ["--variants", "dwdp", "own", "one", "--mixes", "8 of 4K", "--logs", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "benchmarks/sglang_multi_gpu.py", *options],
         cwd=ROOT,
@@ -32,16 +32,15 @@ def test_engines_are_measured_in_turns_and_one_that_fails_has_its_sentence(tmp_p
     failures = {row["variant"]: row["failure"] for row in report["engines"]}
     assert failures.pop("own")
     assert failures == {"dwdp auto staged": None, "one": None}
-    cases = [(chunk, mix) for chunk in (64, 256) for mix in ("8 of 4K", "drifting")]
     assert [(row["variant"], row["chunk"], row["mix"]) for row in report["prefill"]] == [
-        (variant, *case) for variant in failures for case in cases
+        (variant, chunk, "8 of 4K") for variant in failures for chunk in (64, 256)
     ]
     assert [row["sequences a rank"] for row in report["decode"]] == [1, 4, 16] * 2
     assert all(row["same tokens"] == 1 for name in ("prefill", "decode") for row in report[name])
     assert all(row["tokens of one GPU"] is True and row["over own"] is None for row in report["compared"])
     printed = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
     assert [row for row in printed if "mix" in row] == report["prefill"]
-    assert {row["digest"] for row in report["prefill"] if row["mix"] == "8 of 4K"} == {report["prefill"][0]["digest"]}
+    assert len({row["digest"] for row in report["prefill"]}) == 1, "whatever the chunk"
 
     batches = (tmp_path / "dwdp-auto-staged.log").read_text().partition("#new-token: 256")
     assert "#new-token: 64," in batches[0], "chunks of the first size come first"
