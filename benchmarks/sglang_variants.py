@@ -18,7 +18,7 @@ from sglang_mixes import MIXES, Lengths, Prompts, lengths, prompts, tokens_at_on
 
 STEPS = 16  # of decode
 IDLE_SECONDS = 0.2  # longer than a decode step: SGLang's scheduler has begun one more than the last answer needed
-FIRST_PORT, PORTS = 31000, 700  # of an engine
+FIRST_PORT, PORTS = 20000, 1000  # of an engine, below those that the kernel gives to connections
 SEQUENCES = (1, 4, 16)  # a rank, of decode
 GRAPHS: dict[str, dict[str, Any]] = {
     "default": {"cuda_graph_max_bs_prefill": 8192},  # as without a larger chunk; else to capture them takes a minute
