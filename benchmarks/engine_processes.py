@@ -80,17 +80,17 @@ class EngineProcess:
             if self._pipe.poll(max(0.0, end - time.monotonic())):
                 return self._pipe.recv()
         except (EOFError, OSError):
-            raise Failed(last_sentence(self._log)) from None
+            raise Failed(reason(self._log)) from None
         raise Failed(f"not {what} after {seconds:.0f} s")
 
 
-def last_sentence(log: Path) -> str:
-    """Of the last exception that was printed with one into ``log``; else the first exception, or the last line."""
+def reason(log: Path) -> str:
+    """The first exception in ``log`` that has a sentence, of which those that follow come; else the first exception, or
+    the last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Failed)(: |$)", line)]
-    # What an engine says of a scheduler that died names no reason; the scheduler said it before.
-    with_sentence = [line for line in named if ": " in line and "died" not in line]
-    return (with_sentence[-1:] or named[:1] or lines[-1:] or ["it died and said nothing"])[0]
+    with_sentence = [line for line in named if ": " in line]
+    return (with_sentence[:1] or named[:1] or lines[-1:] or ["it died and said nothing"])[0]
 
 
 def _run(pipe: Connection, serve: Serve, log: Path) -> None:

@@ -4,7 +4,7 @@
 
 Writes a checkpoint of a few layers of Qwen3-235B-A22B's shapes with random weights, starts SGLang's offline engine once
 for each variant, all side by side, and asks one after another the same. Every row is also printed to stderr as soon as
-it is known. A variant that fails or hangs has a row with its last sentence.
+it is known. A variant that fails or hangs has a row that says why.
 
 Variants: ``dwdp`` SGLang with ``--dwdp-size`` and this library, for each plan of copies and each mode; ``ep`` expert
 parallelism, attention data parallel; ``tp`` tensor parallelism; ``own`` SGLang's own DWDP; ``one`` all of the model on

@@ -15,7 +15,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 
-from engine_processes import EngineProcess, Failed, Serve, last_sentence
+from engine_processes import EngineProcess, Failed, Serve, reason
 
 LONG = 60.0  # seconds that no test waits
 Rows = Generator[dict[str, Any]]
@@ -125,12 +125,12 @@ def test_what_hangs_is_ended_with_all_that_it_started(
             "torch.OutOfMemoryError: CUDA out of memory\nkill_process_tree called\n",
             "torch.OutOfMemoryError: CUDA out of memory",
         ),
-        ("ValueError: the first\nKeyError: 'the last'\nRuntimeError: Rank 0 scheduler died\n", "KeyError: 'the last'"),
+        ("EOFError\nValueError: the first\nRuntimeError: Rank 0 scheduler died\n", "ValueError: the first"),
         ("AssertionError: no such cores\nraise EOFError\nEOFError\n", "AssertionError: no such cores"),
         ("    raise NotImplementedError()\nNotImplementedError\nSIGQUIT\nEOFError\n", "NotImplementedError"),
     ],
 )
-def test_the_last_sentence_of_a_log(log: str, sentence: str, tmp_path: Path) -> None:
+def test_the_reason_in_a_log(log: str, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "log").write_text(log)
 
-    assert last_sentence(tmp_path / "log") == sentence
+    assert reason(tmp_path / "log") == sentence
