@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
-import json
 import multiprocessing
 import os
 import statistics
@@ -36,6 +35,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import sglang_checkpoint
+import sglang_plugins
 import torch
 from common import Row, parser, report, seen
 
@@ -79,74 +80,11 @@ def _arguments() -> argparse.Namespace:
 
 
 def _write_model(folder: Path, arguments: argparse.Namespace) -> None:
-    config = {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "hidden_size": arguments.hidden,
-        "intermediate_size": arguments.hidden,
-        "moe_intermediate_size": arguments.intermediate,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "num_hidden_layers": arguments.layers,
-        "num_experts": arguments.experts,
-        "num_experts_per_tok": 8,
-        "vocab_size": 32000,
-        "max_position_embeddings": 32768,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "norm_topk_prob": True,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "torch_dtype": "bfloat16",
-        "tie_word_embeddings": False,
-        "hidden_act": "silu",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    shape = sglang_checkpoint.Shape(arguments.layers, arguments.hidden, arguments.experts, arguments.intermediate)
     if arguments.load_format == "safetensors":
-        from safetensors.torch import save_file
-
-        torch.manual_seed(0)
-        for number, tensors in enumerate(_checkpoint(config, arguments.device)):
-            save_file(tensors, folder / f"model-{number:05d}.safetensors")
-
-
-def _checkpoint(config: dict[str, Any], device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-    """Random weights at a scale at which every layer matters, a file per layer."""
-    hidden, heads, kv_heads, dim = config["hidden_size"], 16, 4, 128
-
-    def matrix(rows: int, columns: int) -> torch.Tensor:
-        return matrices(1, rows, columns)[0]
-
-    def matrices(count: int, rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(count, rows, columns, device=device) / columns**0.5).to(torch.bfloat16).cpu()
-
-    def ones(size: int) -> torch.Tensor:
-        return torch.ones(size, dtype=torch.bfloat16)
-
-    yield {
-        "model.embed_tokens.weight": matrix(config["vocab_size"], hidden) * 30,
-        "lm_head.weight": matrix(config["vocab_size"], hidden),
-        "model.norm.weight": ones(hidden),
-    }
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}"
-        tensors = {
-            f"{prefix}.input_layernorm.weight": ones(hidden),
-            f"{prefix}.post_attention_layernorm.weight": ones(hidden),
-            f"{prefix}.self_attn.q_proj.weight": matrix(heads * dim, hidden),
-            f"{prefix}.self_attn.k_proj.weight": matrix(kv_heads * dim, hidden),
-            f"{prefix}.self_attn.v_proj.weight": matrix(kv_heads * dim, hidden),
-            f"{prefix}.self_attn.o_proj.weight": matrix(hidden, heads * dim),
-            f"{prefix}.self_attn.q_norm.weight": ones(dim),
-            f"{prefix}.self_attn.k_norm.weight": ones(dim),
-            f"{prefix}.mlp.gate.weight": matrix(config["num_experts"], hidden),
-        }
-        inner = config["moe_intermediate_size"]
-        for name, shape in {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}.items():
-            for expert, weight in enumerate(matrices(config["num_experts"], *shape)):
-                tensors[f"{prefix}.mlp.experts.{expert}.{name}_proj.weight"] = weight
-        yield tensors
+        sglang_checkpoint.write(folder, shape, arguments.device)
+    else:
+        sglang_checkpoint.write_config(folder, shape)
 
 
 @contextmanager
@@ -200,7 +138,7 @@ def _engine(pipe: Connection, folder: Path, variant: str, arguments: argparse.Na
     kind, _, graph = variant.partition("-")
     _set_environment(folder, variant, kind, arguments.experts)
     if arguments.load_format == "dummy":
-        _add_plugin(folder / variant)
+        sglang_plugins.add(folder / variant, "sglang_dummy_weights")
     from sglang import Engine
 
     all_tokens = arguments.prompts * max(arguments.prompt_tokens)
@@ -245,15 +183,6 @@ def _set_environment(folder: Path, variant: str, kind: str, num_experts: int) ->
         config = folder / f"{variant}.yaml"
         config.write_text(f"group_size: 1\nhost_experts: {num_experts // part}\nmode: {mode}\n")
         os.environ["VMM_DWDP_CONFIG"] = str(config)
-
-
-def _add_plugin(folder: Path) -> None:
-    """Let SGLang find sglang_dummy_weights.py, here and in the processes that it starts, as an installed plugin."""
-    about = folder / "sglang_dummy_weights-0.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang-dummy-weights\nVersion: 0\n")
-    (about / "entry_points.txt").write_text("[sglang.srt.plugins]\ndummy = sglang_dummy_weights:register\n")
-    sys.path.append(str(folder))
 
 
 def _measure(engine: Any, arguments: argparse.Namespace) -> tuple[dict[str, float], Tokens]:

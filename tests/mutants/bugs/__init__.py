@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from typing import Final
 
-from mutants.bugs import allocator, group, integrations, memory, native, pulls, runtime, schedule, settling, sleep
+from mutants.bugs import (
+    allocator,
+    benchmarks,
+    group,
+    integrations,
+    memory,
+    native,
+    pulls,
+    runtime,
+    schedule,
+    settling,
+    sleep,
+)
 
 BUGS: Final = (
     *allocator.BUGS,
+    *benchmarks.BUGS,
     *group.BUGS,
     *integrations.BUGS,
     *memory.BUGS,

@@ -1,0 +1,82 @@
+"""In the benchmark of SGLang on several GPUs."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mutants.seeded import Bug
+
+_FIGURES = ("tests/unit/project/test_sglang_multi_gpu.py",)
+
+BUGS: Final = (
+    Bug(
+        "what an engine started lives on",
+        "benchmarks/engine_processes.py",
+        "            os.killpg(self._group, signal.SIGKILL)\n",
+        "            pass\n",
+        ("tests/unit/project/test_engine_processes.py",),
+    ),
+    Bug(
+        "an engine that hangs is waited for",
+        "benchmarks/engine_processes.py",
+        "self._pipe.poll(max(0.0, end - time.monotonic()))",
+        "self._pipe.poll(None)",
+        ("tests/unit/project/test_engine_processes.py",),
+    ),
+    Bug(
+        "engines do not wait for their turn",
+        "benchmarks/engine_processes.py",
+        "        pipe.send(time.monotonic())  # all processes have this clock\n        pipe.recv()\n",
+        "        pipe.send(time.monotonic())  # all processes have this clock\n",
+        ("tests/unit/project/test_engine_processes.py",),
+    ),
+    Bug(
+        "a figure above the peaks is printed",
+        "benchmarks/sglang_multi_gpu.py",
+        "            if took < least:\n",
+        "            if took < 0:\n",
+        _FIGURES,
+    ),
+    Bug(
+        "ranks that drift are in step",
+        "benchmarks/sglang_mixes.py",
+        'pair[:: -1 if mix == "drifting" and rank % 2 else 1]',
+        "pair[::1]",
+        _FIGURES,
+    ),
+    Bug(
+        "ranks that drift have other prompts",
+        "benchmarks/sglang_mixes.py",
+        'name.replace("drifting", "in step").encode()',
+        "name.encode()",
+        _FIGURES,
+    ),
+    Bug(
+        "the least time leaves out attention's scores",
+        "benchmarks/sglang_mixes.py",
+        "(scores + rest) / gpu",
+        "rest / gpu",
+        _FIGURES,
+    ),
+    Bug(
+        "the best rank is compared with one GPU",
+        "benchmarks/sglang_multi_gpu.py",
+        "min(_of_each(ours, one))",
+        "max(_of_each(ours, one))",
+        _FIGURES,
+    ),
+    Bug(
+        "an answer whose prompt was in a cache is timed",
+        "benchmarks/sglang_variants.py",
+        'about["prompt_tokens"] - about["cached_tokens"]',
+        'about["prompt_tokens"]',
+        _FIGURES,
+    ),
+    Bug(
+        "prompts go to any rank",
+        "benchmarks/sglang_variants.py",
+        '{"routed_dp_rank": rank} if variant.has_queues else {}',
+        "{}",
+        _FIGURES,
+    ),
+)
