@@ -1,7 +1,7 @@
 """The planner of a bank, and the copy of what comes into it, in Triton; see [Note: The planner].
 
-The planner is one program: its steps depend on each other, and a layer has hundreds of experts. What one of its threads is
-to read of what others wrote goes through memory, with a barrier between.
+The planner is one program: its steps depend on each other, and a layer has hundreds of experts. What one of its threads
+is to read of what others wrote goes through memory, with a barrier between.
 """
 
 from __future__ import annotations
