@@ -1,94 +1,13 @@
-"""Which experts a bank of rows holds, planned where the router's choice is: on the device, for every pass anew.
-
-[Note: The planner]
-A layer has a bank of ``S`` rows before the ``E`` experts that its tensors have in place: ``[S + E, ...]``. A table on
-the device says which expert is in which row. `look_up` is given what the router chose, and works out, without the host:
-
-1. how often each expert was used lately: a score that is halved every `HALF_LIFE` passes, and gains one for a pass that
-   uses the expert. It is an integer, so that every device works out the same.
-2. who is to be in the bank: of the experts that are there and those that were just used, the ``S`` of the highest
-   score; of equal ones the lower number. What is there and was just used stays in any case, as it is read now. So an
-   expert may be left out that was just read: what the bank holds instead is used more often.
-3. who goes into which row. As long as the bank is not full nobody leaves, and rows are taken in their order: the rows
-   in use are always the first. Who comes takes the row of somebody who leaves, or the next.
-4. for every chosen expert the row in which it is read: in the bank, or ``S + e`` where it is in place.
-
-Then those who come are copied into their rows, from where they are in place, by as many programs as the device has
-multiprocessors; the product that follows on the same stream reads them there. So what is not in the bank crosses the
-link once, whether it comes into the bank or not. Where nobody is to be copied, who is in the bank is only read.
-
-The table says of an expert that it is in a row only once its bytes are there: `look_up` reads the table and writes a
-plan, and what copies the rows then makes the plan the table. Where one was launched and the other not, table and rows
-are as before.
-"""
+"""Looking up chosen experts in a bank: launched in Triton on a GPU, and in torch's own words on the CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor
 
-from vmm_dwdp.errors import ConfigError
-
-HALF_LIFE: Final = (
-    16  # passes, after which a use counts half: of those replayed in docs/routing.md the best at most sizes
-)
-ONE: Final = 1 << 24  # what a use counts in the pass that makes it
-DECAY: Final = round(2 ** (16 - 1 / HALF_LIFE))  # of 2**16, what is left of a score from pass to pass
-MOST_EXPERTS: Final = 4096  # of a layer, which one program of the planner goes through
-
-_PINNED: Final = 1 << 60  # more than the key of any expert that may leave
-
-
-@dataclass(frozen=True, eq=False)
-class BankTable:
-    """What the device knows of a layer's bank; see [Note: The planner].
-
-    Attributes:
-        num_rows: ``S``.
-        own: the experts that are read in place in any case, as they are this device's own.
-        rows: int32 ``[E]``, the row of each expert in the bank, or -1.
-        planned: int32 ``[E]``, the same once the experts in ``moves`` are copied.
-        scores: int32 ``[E]``, how often it was used lately.
-        moves: int32 ``[1 + S]``, how many experts are to be copied, and which.
-        counts: int64 ``[3]``, since the table was made: uses of experts that are not this device's own, each once a
-            pass; of these, those that were in the bank; and experts that were copied into it.
-        scratch: int64 ``[E]``.
-    """
-
-    num_rows: int
-    own: range
-    rows: Tensor
-    planned: Tensor
-    scores: Tensor
-    moves: Tensor
-    counts: Tensor
-    scratch: Tensor
-
-    @classmethod
-    def empty(cls, num_experts: int, num_rows: int, own: range, device: torch.device) -> BankTable:
-        """The table of an empty bank. Raises `ConfigError` if there are too many experts."""
-        if num_experts > MOST_EXPERTS:
-            raise ConfigError(f"a bank is planned for up to {MOST_EXPERTS} experts of a layer, not for {num_experts}")
-        with torch.inference_mode(False):  # what is made in that mode can be written to only in that mode
-            return cls(
-                num_rows,
-                own,
-                rows=torch.full((num_experts,), -1, dtype=torch.int32, device=device),
-                planned=torch.full((num_experts,), -1, dtype=torch.int32, device=device),
-                scores=torch.zeros(num_experts, dtype=torch.int32, device=device),
-                moves=torch.zeros(1 + num_rows, dtype=torch.int32, device=device),
-                counts=torch.zeros(3, dtype=torch.int64, device=device),
-                scratch=torch.zeros(num_experts, dtype=torch.int64, device=device),
-            )
-
-    @property
-    def num_experts(self) -> int:
-        """``E``."""
-        return len(self.rows)
+from vmm_dwdp.kernels.bank_table import DECAY, ONE, PINNED, BankTable
 
 
 def look_up(table: BankTable, chosen: Tensor, weights: Sequence[Tensor], *, copies: bool) -> Tensor:
@@ -117,7 +36,8 @@ def look_up(table: BankTable, chosen: Tensor, weights: Sequence[Tensor], *, copi
 
 
 def _look_up_on_cpu(table: BankTable, chosen: Tensor, weights: Sequence[Tensor], *, copies: bool) -> Tensor:
-    """The same in torch's own words, for the host driver."""
+    """The same in torch's own words, for the host driver. Wherever it is interrupted, no expert is said to be in a row
+    that has not its bytes."""
     num_experts, num_rows = table.num_experts, table.num_rows
     valid = (chosen >= 0) & (chosen < num_experts)
     known = chosen.where(valid, 0).long()
@@ -127,19 +47,24 @@ def _look_up_on_cpu(table: BankTable, chosen: Tensor, weights: Sequence[Tensor],
     remote[table.own.start : table.own.stop] = False
     held = table.rows >= 0
     table.scores.copy_((table.scores.long() * DECAY >> 16) + used * ONE)
-    key = (table.scores.long() << 16) - torch.arange(num_experts) + _PINNED * (used & held)
-    candidates = held | (used & remote)
-    order = key.where(candidates, torch.iinfo(torch.int64).min).argsort(descending=True)
-    kept = torch.zeros(num_experts, dtype=torch.bool)
-    kept[order[:num_rows]] = True
-    coming = (used & remote & ~held & kept & copies).nonzero().flatten()
-    leaving = (held & ~kept & copies).nonzero().flatten()
-    num_held = int(held.sum())
-    free = torch.cat([table.rows[leaving], torch.arange(num_held, num_rows, dtype=torch.int32)])
-    table.planned.copy_(table.rows).index_fill_(0, leaving, -1)[coming] = free[: len(coming)]
-    table.counts.add_(torch.tensor([(used & remote).sum(), (used & held).sum(), len(coming)]))
-    for weight in weights if copies else ():
-        weight[table.planned[coming]] = weight[num_rows + coming]
-    table.rows.copy_(table.planned)
+    if copies:
+        coming, leaving = _changes(table, used, used & remote, held)
+        unused = torch.ones(num_rows, dtype=torch.bool)
+        unused[table.rows[held].long()] = False
+        free = torch.cat([table.rows[leaving], unused.nonzero().flatten().int()])
+        table.rows[leaving] = -1
+        for weight in weights:
+            weight[free[: len(coming)].long()] = weight[num_rows + coming]
+        table.rows[coming] = free[: len(coming)]
+        table.counts[2] += len(coming)
+    table.counts[:2] += torch.stack([(used & remote).sum(), (used & held).sum()])
     row = table.rows.to(chosen.dtype)[known]
     return row.where(row >= 0, num_rows + known.to(chosen.dtype)).where(valid, -1)
+
+
+def _changes(table: BankTable, used: Tensor, wanted: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+    """The experts that come into the bank, and those that leave it, in ascending order."""
+    key = (table.scores.long() << 16) - torch.arange(table.num_experts) + PINNED * (used & held)
+    kept = torch.zeros(table.num_experts, dtype=torch.bool)
+    kept[key.where(held | wanted, -PINNED).argsort(descending=True)[: table.num_rows]] = True
+    return (wanted & ~held & kept).nonzero().flatten(), (held & ~kept).nonzero().flatten()

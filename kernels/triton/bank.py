@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmm_dwdp.kernels.bank import DECAY, ONE, BankTable
+from vmm_dwdp.kernels.bank_table import DECAY, ONE, PINNED, BankTable
 
-MOST_IDS: Final = 1024  # that the planner looks at in one step
+IDS: Final = 512  # that the planner looks at in one step, however many there are: one form of it for all
 COMPARED: Final = 32  # experts with which it compares all in one step
 BLOCK_BYTES: Final = 16 << 10  # that a program copies in one step
 WORDS: Final = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
@@ -45,6 +45,7 @@ def _plan(
     COPIES: tl.constexpr,
     DECAY: tl.constexpr,
     ONE: tl.constexpr,
+    PINNED: tl.constexpr,
     E: tl.constexpr,
     IDS: tl.constexpr,
     COMPARED: tl.constexpr,
@@ -63,8 +64,8 @@ def _plan(
     score = tl.load(scores + experts, real, 0).to(tl.int64)
     score = ((score * DECAY) >> 16) + tl.where(used, ONE, 0)
     held = row >= 0
-    key = (score << 16) - experts + tl.where(used & held, 1 << 60, 0)
-    tl.store(scratch + experts, tl.where(held | read, key, -(1 << 62)), real)
+    key = (score << 16) - experts + tl.where(used & held, PINNED, 0)
+    tl.store(scratch + experts, tl.where(held | read, key, -PINNED), real)
     tl.debug_barrier()  # all have read scores, too, of which several threads may hold one
     tl.store(scores + experts, score.to(tl.int32), real)
     num_used, num_hits = tl.sum(read.to(tl.int32), 0), tl.sum((used & held).to(tl.int32), 0)
@@ -73,7 +74,7 @@ def _plan(
         rank = tl.zeros((E,), tl.int32)
         for first in range(0, num_experts, COMPARED):
             others = first + tl.arange(0, COMPARED)
-            other = tl.load(scratch + others, others < num_experts, -(1 << 62))
+            other = tl.load(scratch + others, others < num_experts, -PINNED)
             rank += tl.sum((other[None, :] > key[:, None]).to(tl.int32), 1)
         coming = read & (row < 0) & (rank < num_rows)
         leaving = held & (rank >= num_rows)
@@ -160,8 +161,9 @@ def plan(table: BankTable, chosen: Tensor, *, copies: bool) -> Tensor:
         COPIES=copies,
         DECAY=DECAY,
         ONE=ONE,
+        PINNED=PINNED,
         E=experts,
-        IDS=min(MOST_IDS, max(32, triton.next_power_of_2(chosen.numel()))),
+        IDS=IDS,
         COMPARED=COMPARED,
         num_warps=4 if experts <= 128 else 8,
     )

@@ -27,7 +27,9 @@ from vmm_dwdp.allocator.driver import Access, Driver
 from vmm_dwdp.allocator.handles import Allocation, Ledger, Reservation, ResourceStack
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.errors import ConfigError, DriverError, StateError
-from vmm_dwdp.kernels.bank import BankTable, look_up
+from vmm_dwdp.kernels.bank import look_up
+from vmm_dwdp.kernels.bank_table import BankTable
+from vmm_dwdp.kernels.provider import not_installed
 from vmm_dwdp.layout.bank import BankLayout, bank_nbytes, bank_rows
 from vmm_dwdp.layout.layer import Layer
 from vmm_dwdp.memory.tensor_memory import TensorMemory
@@ -46,7 +48,7 @@ class Bank:
         nbytes: of memory that the rows may take.
         resources: what it takes is pushed there.
 
-    Raises `ConfigError` if there is not room for one row of each layer.
+    Raises `ConfigError` if there is not room for one row of each layer, or on a GPU no Triton.
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class Bank:
         self._ledger = ledger
         self._resources = resources
         self._stated = nbytes
+        if driver.device.type == "cuda" and (missing := not_installed("triton", "triton")) is not None:
+            raise ConfigError(f"expert_bank {missing}")
         rows = bank_rows(layers, nbytes)
         if not any(rows.values()):
             raise ConfigError(
@@ -160,7 +164,8 @@ class Bank:
         device."""
         for number, table in self._tables.items():
             rows = {expert: row for expert, row in enumerate(table.rows.tolist()) if row != -1}
-            if sorted(rows.values()) != [*range(min(len(rows), table.num_rows))] or rows.keys() & set(table.own):
+            distinct = set(rows.values())
+            if len(distinct) < len(rows) or not distinct <= set(range(table.num_rows)) or rows.keys() & set(table.own):
                 raise StateError(f"the table of the bank of layer {number} is not one that was planned: {rows}")
             for name, weight in self._weights[number].items():
                 as_bytes = weight.reshape(len(weight), -1).view(torch.uint8)
