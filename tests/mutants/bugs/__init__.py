@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Final
 
-from mutants.bugs import allocator, group, integrations, memory, native, pulls, runtime, schedule, settling, sleep
+from mutants.bugs import allocator, bank, group, integrations, memory, native, pulls, runtime, schedule, settling, sleep
 
 BUGS: Final = (
     *allocator.BUGS,
+    *bank.BUGS,
     *group.BUGS,
     *integrations.BUGS,
     *memory.BUGS,
