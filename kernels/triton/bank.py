@@ -23,6 +23,26 @@ BLOCK_BYTES: Final = 16 << 10  # that a program copies in one step
 WORDS: Final = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
+@triton.jit
+def _ids(chosen, first, num_ids, num_experts, IDS: tl.constexpr):
+    """The ids from ``first`` on: their places, what they are, and whether they are experts."""
+    here = first + tl.arange(0, IDS)
+    ids = tl.load(chosen + here, here < num_ids, -1)
+    return here, ids, (ids >= 0) & (ids < num_experts)
+
+
+@triton.jit
+def _rank(keys, key, num_experts, E: tl.constexpr, COMPARED: tl.constexpr):
+    """How many of all keys are larger than each."""
+    rank = tl.zeros((E,), tl.int32)
+    for first in range(0, num_experts, COMPARED):
+        others = first + tl.arange(0, COMPARED)
+        other = tl.load(keys + others, others < num_experts, 0)
+        larger = (other[None, :] > key[:, None]) & (others < num_experts)[None, :]
+        rank += tl.sum(larger.to(tl.int32), 1)
+    return rank
+
+
 # What differs from layer to layer, and from pass to pass, selects no other form of the kernel.
 @triton.jit(
     do_not_specialize=["num_ids", "num_experts", "num_rows", "own_start", "own_stop"],
@@ -54,9 +74,7 @@ def _plan(
     real = experts < num_experts
     uses = tl.zeros((E,), tl.int32)
     for first in range(0, num_ids, IDS):
-        here = first + tl.arange(0, IDS)
-        ids = tl.load(chosen + here, here < num_ids, -1)
-        valid = (ids >= 0) & (ids < num_experts)
+        here, ids, valid = _ids(chosen, first, num_ids, num_experts, IDS)
         uses += tl.histogram(tl.where(valid, ids, 0).to(tl.int32), E, mask=valid)
     used = uses > 0
     read = used & real & ((experts < own_start) | (experts >= own_stop))
@@ -71,11 +89,7 @@ def _plan(
     num_used, num_hits = tl.sum(read.to(tl.int32), 0), tl.sum((used & held).to(tl.int32), 0)
     num_coming = 0
     if COPIES:
-        rank = tl.zeros((E,), tl.int32)
-        for first in range(0, num_experts, COMPARED):
-            others = first + tl.arange(0, COMPARED)
-            other = tl.load(scratch + others, others < num_experts, -PINNED)
-            rank += tl.sum((other[None, :] > key[:, None]).to(tl.int32), 1)
+        rank = _rank(scratch, key, num_experts, E, COMPARED)
         coming = read & (row < 0) & (rank < num_rows)
         leaving = held & (rank >= num_rows)
         num_held, num_leaving = tl.sum(held.to(tl.int32), 0), tl.sum(leaving.to(tl.int32), 0)
@@ -95,9 +109,7 @@ def _plan(
     tl.store(counts + 2, tl.load(counts + 2) + num_coming)
     tl.debug_barrier()
     for first in range(0, num_ids, IDS):
-        here = first + tl.arange(0, IDS)
-        ids = tl.load(chosen + here, here < num_ids, -1)
-        valid = (ids >= 0) & (ids < num_experts)
+        here, ids, valid = _ids(chosen, first, num_ids, num_experts, IDS)
         found = tl.load(planned + ids, valid, -1).to(ids.dtype)
         found = tl.where(found >= 0, found, num_rows + ids)
         tl.store(places + here, tl.where(valid, found, -1), here < num_ids)

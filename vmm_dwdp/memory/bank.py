@@ -59,7 +59,7 @@ class Bank:
         self._resources = resources
         self._stated = nbytes
         if driver.device.type == "cuda" and (missing := not_installed("triton", "triton")) is not None:
-            raise ConfigError(f"expert_bank {missing}")
+            raise ConfigError(f"expert_bank cannot be planned on this GPU, as it {missing}")
         rows = bank_rows(layers, nbytes)
         if not any(rows.values()):
             raise ConfigError(
