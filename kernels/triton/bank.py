@@ -43,6 +43,27 @@ def _rank(keys, key, num_experts, E: tl.constexpr, COMPARED: tl.constexpr):
     return rank
 
 
+@triton.jit
+def _exchange(scratch, moves, key, row, read, num_experts, num_rows, E: tl.constexpr, COMPARED: tl.constexpr):
+    """Who leaves, who comes, and into which row: the rows of all, and how many come, which are written to ``moves``.
+    ``scratch`` holds the keys."""
+    held = row >= 0
+    rank = _rank(scratch, key, num_experts, E, COMPARED)
+    coming = read & (row < 0) & (rank < num_rows)
+    leaving = held & (rank >= num_rows)
+    num_held, num_leaving = tl.sum(held.to(tl.int32), 0), tl.sum(leaving.to(tl.int32), 0)
+    num_coming = tl.sum(coming.to(tl.int32), 0)
+    place = tl.cumsum(coming.to(tl.int32), 0) - 1
+    tl.debug_barrier()  # all have compared
+    tl.store(scratch + tl.cumsum(leaving.to(tl.int32), 0) - 1, row.to(tl.int64), leaving)
+    tl.debug_barrier()
+    free = tl.load(scratch + place, coming & (place < num_leaving), 0).to(tl.int32)
+    free = tl.where(place < num_leaving, free, num_held + place - num_leaving)
+    tl.store(moves + 1 + place, tl.arange(0, E), coming)
+    tl.store(moves, num_coming)
+    return tl.where(coming, free, tl.where(leaving, -1, row)), num_coming
+
+
 # What differs from layer to layer, and from pass to pass, selects no other form of the kernel.
 @triton.jit(
     do_not_specialize=["num_ids", "num_experts", "num_rows", "own_start", "own_stop"],
@@ -89,20 +110,7 @@ def _plan(
     num_used, num_hits = tl.sum(read.to(tl.int32), 0), tl.sum((used & held).to(tl.int32), 0)
     num_coming = 0
     if COPIES:
-        rank = _rank(scratch, key, num_experts, E, COMPARED)
-        coming = read & (row < 0) & (rank < num_rows)
-        leaving = held & (rank >= num_rows)
-        num_held, num_leaving = tl.sum(held.to(tl.int32), 0), tl.sum(leaving.to(tl.int32), 0)
-        num_coming = tl.sum(coming.to(tl.int32), 0)
-        place = tl.cumsum(coming.to(tl.int32), 0) - 1
-        tl.debug_barrier()  # all have compared
-        tl.store(scratch + tl.cumsum(leaving.to(tl.int32), 0) - 1, row.to(tl.int64), leaving)
-        tl.debug_barrier()
-        free = tl.load(scratch + place, coming & (place < num_leaving), 0).to(tl.int32)
-        free = tl.where(place < num_leaving, free, num_held + place - num_leaving)
-        tl.store(moves + 1 + place, experts, coming)
-        tl.store(moves, num_coming)
-        row = tl.where(coming, free, tl.where(leaving, -1, row))
+        row, num_coming = _exchange(scratch, moves, key, row, read, num_experts, num_rows, E, COMPARED)
     tl.store(planned + experts, row, real)
     tl.store(counts, tl.load(counts) + num_used)
     tl.store(counts + 1, tl.load(counts + 1) + num_hits)

@@ -35,8 +35,8 @@ BUGS: Final = (
     Bug(
         "in Triton, an expert that leaves is still said to be there",
         "kernels/triton/bank.py",
-        "        row = tl.where(coming, free, tl.where(leaving, -1, row))\n",
-        "        row = tl.where(coming, free, row)\n",
+        "    return tl.where(coming, free, tl.where(leaving, -1, row)), num_coming\n",
+        "    return tl.where(coming, free, row), num_coming\n",
         _PLANNER,
     ),
     Bug(
