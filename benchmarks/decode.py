@@ -98,8 +98,7 @@ def specs(shape: Shape) -> dict[str, WeightSpec]:
 
 @contextmanager
 def published(shape: Shape, device: torch.device, cached: float, banked: float = 0.0) -> Iterator[DWDPRuntime]:
-    """A runtime of one rank with all experts in host memory, filled with random numbers, and a cache of a part, or a
-    bank."""
+    """A runtime of one rank with all experts in host memory, random, and a cache or a bank of a part."""
     nbytes = shape.layers * shape.experts * sum(spec.expert_nbytes for spec in specs(shape).values())
     config = DWDPConfig(
         group_size=1,
