@@ -97,8 +97,8 @@ def specs(shape: Shape) -> dict[str, WeightSpec]:
 
 
 @contextmanager
-def published(shape: Shape, device: torch.device, cached: float) -> Iterator[DWDPRuntime]:
-    """A runtime of one rank with all experts in host memory, filled with random numbers, and a cache of a part."""
+def published(shape: Shape, device: torch.device, cached: float, banked: float = 0.0) -> Iterator[DWDPRuntime]:
+    """A runtime of one rank with all experts in host memory, random, and a cache or a bank of a part."""
     nbytes = shape.layers * shape.experts * sum(spec.expert_nbytes for spec in specs(shape).values())
     config = DWDPConfig(
         group_size=1,
@@ -106,6 +106,7 @@ def published(shape: Shape, device: torch.device, cached: float) -> Iterator[DWD
         prefetch_depth=shape.depth,
         mode="auto",
         resident_cache=int(cached * nbytes),
+        expert_bank=int(banked * nbytes),
     )
     generator = torch.Generator(device).manual_seed(0)
     block = torch.randn(1 << 22, generator=generator, device=device).mul(shape.hidden**-0.5)

@@ -61,6 +61,9 @@ class DWDPConfig:
         resident_cache: bytes of the GPU's memory for copies of the remote experts that most tokens are routed to, which
             are then read there instead of over the link; 0 is none. No more than is remote is taken, in whole pages.
             Needs a ``mode`` that reads in place.
+        expert_bank: bytes of the GPU's memory for banks of experts, one a layer, which `DWDPRuntime.look_up` fills on
+            the device as they are used; 0 is none. As many experts of each layer as there is room for, in whole pages.
+            Needs a ``mode`` that reads in place, and no ``resident_cache``.
         checksums: `publish` and `update` compute a checksum of every shard, for ``check_integrity(verify=True)``.
 
     Raises:
@@ -77,6 +80,7 @@ class DWDPConfig:
     assembly: AssemblyKind = "vmm"
     mode: ModeSetting = "staged"
     resident_cache: int = 0
+    expert_bank: int = 0
     checksums: bool = False
 
     def __post_init__(self) -> None:
@@ -97,6 +101,7 @@ class DWDPConfig:
         if self.host_numa_node is not None:
             self._require_int("host_numa_node", self.host_numa_node, least=0)
         self._require_int("resident_cache", self.resident_cache, least=0)
+        self._require_int("expert_bank", self.expert_bank, least=0)
         if not isinstance(self.checksums, bool):
             raise ConfigError(f"checksums must be true or false, not {self.checksums!r}")
         self._require_one_of("assembly", self.assembly, get_args(AssemblyKind))
@@ -104,8 +109,17 @@ class DWDPConfig:
             raise ConfigError(f"mode: {self.mode} needs assembly: vmm, because it maps the owners' pages side by side")
         if self.resident_cache and not self.reads_in_place:
             raise ConfigError("resident_cache needs mode: in_place or auto, because staged weights are all read here")
+        if self.expert_bank and not self.reads_in_place:
+            raise ConfigError("expert_bank needs mode: in_place or auto, because staged weights are all read here")
+        if self.expert_bank and self.resident_cache:
+            raise ConfigError("expert_bank and resident_cache are for the same experts: state one of them")
         if self.assembly == "tensor_list" and self.host_experts:
             raise ConfigError("host_experts needs assembly: vmm, because host memory is mapped page by page")
+
+    @property
+    def kept_on_device(self) -> int:
+        """Bytes of a device's memory for copies of experts that are read in place."""
+        return self.resident_cache + self.expert_bank
 
     @property
     def reads_in_place(self) -> bool:

@@ -12,11 +12,12 @@ from vmm_dwdp.allocator.handles import undo_after
 from vmm_dwdp.config import ModeSetting
 from vmm_dwdp.errors import StateError
 from vmm_dwdp.memory.assembly import Weights
-from vmm_dwdp.observe.stats import Stats
+from vmm_dwdp.observe.stats import BankCounts, Stats
 from vmm_dwdp.observe.trace import Trace
 from vmm_dwdp.schedule.compiled_models import between_regions, warn_of_with
 from vmm_dwdp.schedule.given_stream import StreamLike, given_stream
 from vmm_dwdp.schedule.hit_path import HitPath, this_thread
+from vmm_dwdp.schedule.in_place import LookedUp
 from vmm_dwdp.schedule.stated import Stated
 from vmm_dwdp.together import Together
 
@@ -198,6 +199,25 @@ class DWDPRuntime(Together):
             raise
 
     @between_regions
+    def look_up(self, layer: int, chosen: torch.Tensor, *, stream: StreamLike | None = None) -> LookedUp:
+        """Where the experts that tokens chose are to be read: in the bank, if there is one and they are in it.
+
+        To be called once between `acquire` and `release` of ``layer``, in any mode, eager or captured. With an
+        ``expert_bank`` the device works out which experts come into it, and copies them; nothing waits.
+
+        Args:
+            chosen: int32 or int64 ``[tokens, top_k]`` on the device, as the current stream makes it; what is no expert
+                is given row -1.
+            stream: the one that reads the layer; as `acquire` takes it.
+
+        Raises:
+            ConfigError: ``chosen`` cannot be, or a token chooses more experts than the bank has rows.
+            StateError: the layer is not acquired, or was looked up since.
+        """
+        with self._undisturbed():
+            return self._schedule.look_up(layer, chosen, stream)
+
+    @between_regions
     def release(self, layer: int, *, stream: StreamLike | None = None) -> None:
         """All work that reads ``layer`` has been given to ``stream`` (default: the current one): fetch the next.
 
@@ -332,6 +352,11 @@ class DWDPRuntime(Together):
             if own:
                 self._exchanges.read()
             return self._exchanges.added_to(self._schedule.stats(read=own))
+
+    def bank_counts(self) -> dict[int, BankCounts]:
+        """By layer number, uses, hits and copies of its bank; empty without one. Waits for the current stream."""
+        with self._undisturbed():
+            return {} if self._assembly.bank is None else self._assembly.bank.counts()
 
     @contextmanager
     def trace(self) -> Iterator[Trace]:

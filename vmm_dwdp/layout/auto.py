@@ -59,7 +59,7 @@ class AutoExperts:
         """
         fitting = None
         for number in self.numbers:
-            takes = needed(self.settled(number)).on_device + self.config.resident_cache
+            takes = needed(self.settled(number)).on_device + self.config.kept_on_device
             if takes > (room.limit if fitting is None else room.wanted):
                 break
             fitting = number

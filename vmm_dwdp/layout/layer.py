@@ -10,8 +10,8 @@ from typing import TypeVar
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.layout.copies import LayerPlan, plan_layer
-from vmm_dwdp.layout.placement import ExpertPlacement
-from vmm_dwdp.layout.ranges import RangeLayout
+from vmm_dwdp.layout.placement import ExpertPlacement, Owner, nearest_first
+from vmm_dwdp.layout.ranges import RangeLayout, Tile
 from vmm_dwdp.layout.weight_spec import WeightSpec
 
 
@@ -38,6 +38,21 @@ class Layer:
     def plan(self) -> LayerPlan:
         """What the rank copies; worked out when it is asked for, as most configs are only asked what they take."""
         return plan_layer(self.layouts, self.rank, self.slice_bytes)
+
+    @property
+    def num_remote(self) -> int:
+        """Experts that the rank does not hold."""
+        return self.placement.num_experts - len(self.placement.experts(self.rank))
+
+    @property
+    def num_remote_pages(self) -> int:
+        """Pages that it reads of others, in place."""
+        tiles = (tile for layout in self.layouts.values() for tile in layout.tiles)
+        return sum(len(tile.pages) for tile in tiles if self.nearest(tile) != self.rank)
+
+    def nearest(self, tile: Tile) -> Owner:
+        """Whose pages of a tile the rank reads in place."""
+        return nearest_first(tile.owners, self.rank, self.placement.config.group_size)[0]
 
 
 def describe_layer(

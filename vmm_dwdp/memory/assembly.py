@@ -13,20 +13,22 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Final, Generic, Literal, TypeVar
+from typing import Any, Final, Literal
 
 import torch
 
 from vmm_dwdp.allocator.driver import Address, Copy, Driver
-from vmm_dwdp.allocator.handles import Descriptor, Ledger, PlainMemory, Reservation, ResourceStack
-from vmm_dwdp.allocator.tensors import StorageWatch, tensor_at
+from vmm_dwdp.allocator.handles import Descriptor, Ledger, ResourceStack
+from vmm_dwdp.allocator.tensors import tensor_at
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.config import Mode
 from vmm_dwdp.errors import ExchangeError, StateError
 from vmm_dwdp.layout.copies import Segment
 from vmm_dwdp.layout.layer import Layer
 from vmm_dwdp.layout.placement import Owner, in_words
+from vmm_dwdp.memory.bank import Bank
 from vmm_dwdp.memory.cache import ResidentCache
+from vmm_dwdp.memory.tensor_memory import TensorMemory
 
 _COMPARED_NBYTES: Final = 64 << 20  # at one time, because comparing takes memory, too
 
@@ -34,30 +36,6 @@ Weights = dict[str, torch.Tensor] | dict[str, list[torch.Tensor]]
 Share = Descriptor | bytes  # physical memory on its way to another process
 # Where a shard is: where its owner holds it, or saved in host memory while its owner sleeps, or given up by `sleep`
 Place = Literal["device", "host", "nowhere"]
-
-
-# Memory that hands out tensors, and knows whether one of them is still held.
-M = TypeVar("M", Reservation, PlainMemory)
-
-
-class TensorMemory(Generic[M]):
-    """A reservation or ordinary memory, and the tensors made over it. Whoever made it closes ``memory``."""
-
-    def __init__(self, memory: M, device: torch.device) -> None:
-        self.memory: M = memory
-        self._device = device
-        self._watches: list[StorageWatch] = []
-
-    def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A contiguous tensor whose first byte is at ``offset``; it owns nothing."""
-        tensor = tensor_at(self.memory.address + offset, shape, dtype, self._device)
-        # Only those still held matter; `update` and `check_integrity` make new tensors for as long as a runtime lives.
-        self._watches = [*filter(StorageWatch.alive, self._watches), StorageWatch(tensor)]
-        return tensor
-
-    def in_use(self) -> bool:
-        """Whether anybody still holds a tensor, or a view of one, that `tensor` returned."""
-        return any(watch.alive() for watch in self._watches)
 
 
 def close_shares(shares: Iterable[Share]) -> None:
@@ -77,6 +55,7 @@ class Assembly(abc.ABC):
         pool_nbytes: of these, the bytes of the pool.
         staged_nbytes: physical bytes of the slots.
         cache: of remote experts, once it is built; ``None`` where the config has none or nothing is remote.
+        bank: likewise.
     """
 
     def __init__(self, driver: Driver, ledger: Ledger, rank: int, layers: Sequence[Layer], prefetch_depth: int) -> None:
@@ -85,6 +64,7 @@ class Assembly(abc.ABC):
         self.pool_nbytes = 0
         self.staged_nbytes = 0
         self.cache: ResidentCache | None = None
+        self.bank: Bank | None = None
         self._driver = driver
         self._ledger = ledger
         self.rank = rank
@@ -264,6 +244,26 @@ class Assembly(abc.ABC):
                 if not torch.equal(held, owned):
                     whose = f"layer {layer.number}, {weight}: what this rank has of {in_words(owner)}"
                     raise StateError(f"{whose}, from byte {run.start + offset} on, are other bytes than its owner's")
+
+    def forget_kept(self) -> None:
+        """The owners are about to change their bytes, or to give them back: no copies of them are read any more, in the
+        cache before it is filled again. The device is idle."""
+        if self.cache is not None:
+            self.cache.forget()
+        if self.bank is not None:
+            self.bank.empty()
+
+    def refill_kept(self) -> None:
+        """What `forget_kept` has left in the cache is copied once more. Raises `DriverError` if that fails."""
+        if self.cache is not None:
+            self.cache.refill()
+
+    def require_kept(self) -> None:
+        """Raise `StateError` unless cache and bank have their owners' bytes. Waits for the device."""
+        if self.cache is not None:
+            self.cache.verify()
+        if self.bank is not None:
+            self.bank.verify()
 
     @abc.abstractmethod
     def _destination(self, layer: Layer, weight: str, byte: int) -> Address: ...

@@ -44,8 +44,8 @@ def make_assembly(
         for location in {DEVICE, host_location}:
             _require_shared(driver, location, handle_type)
     depth, in_place = config.prefetch_depth, config.reads_in_place
-    cached = config.resident_cache
-    stated = (driver, ledger, rank, layers, depth, handle_type, host_location, in_place, cached)
+    kept = config.resident_cache, config.expert_bank
+    stated = (driver, ledger, rank, layers, depth, handle_type, host_location, in_place, *kept)
     assembly = SleepingAssembly(*stated, saved_location=Location(_numa_node(config, driver)))
     if 0 < config.resident_cache < assembly.granularity:
         raise ConfigError(

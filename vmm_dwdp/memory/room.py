@@ -43,9 +43,10 @@ def as_many_as_fit(auto: AutoExperts, rank: int, needed: Needed, device: torch.d
     if number is not None:
         return number
     equal = auto.settled(auto.numbers[0])
-    limit = room.limit - equal.resident_cache
+    limit = room.limit - equal.kept_on_device
     sentence = says_what_it_needs(rank, needed(equal), free_bytes(device), device, creates_pool=False)
-    cache = f", {in_gb(equal.resident_cache)} of it in the resident cache" * bool(equal.resident_cache)
+    kept = "expert bank" if equal.expert_bank else "resident cache"
+    cache = f", {in_gb(equal.kept_on_device)} of it in the {kept}" * bool(equal.kept_on_device)
     return ConfigError(
         f"{sentence}, of which experts may take {in_gb(room.limit)}{cache}: "
         f"{what_fits(equal, needed, limit, min(auto.counts))}"

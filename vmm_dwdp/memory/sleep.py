@@ -144,6 +144,8 @@ class SleepingAssembly(VirtualAssembly):
         self.staged_nbytes = 0
         if self.cache is not None:
             self.cache.give_back()
+        if self.bank is not None:
+            self.bank.give_back()
         self.drop(self.rank, "device")
         self.resident_nbytes = self.pool_nbytes
 

@@ -19,7 +19,8 @@ from vmm_dwdp.config import Mode
 from vmm_dwdp.errors import ExchangeError, StateError
 from vmm_dwdp.layout.layer import Layer
 from vmm_dwdp.layout.placement import Owner
-from vmm_dwdp.memory.assembly import Assembly, Place, Share, TensorMemory, Weights
+from vmm_dwdp.memory.assembly import Assembly, Place, Share, Weights
+from vmm_dwdp.memory.tensor_memory import TensorMemory
 
 
 class TensorListAssembly(Assembly):

@@ -4,6 +4,7 @@ assembled range of rank 1      |----- slot -----|== own pages ==|------ slot ---
 what the kernel sees           |  expert 0  |  expert 1  |  expert 2  |  expert 3  |
 view of rank 0's pages         |================|                       read only, where copies come from
 in-place range                 |==== rank 0 ====|== own pages ==|==== rank 2 =====|         read only, no copies
+                               with a bank before it: see [Note: The bank] in `bank.py`
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ from typing import Final
 import torch
 
 from vmm_dwdp.allocator.driver import DEVICE, Access, Address, Driver, HandleType, Location
-from vmm_dwdp.allocator.handles import Allocation, Ledger, Mapping, Reservation
+from vmm_dwdp.allocator.handles import Allocation, Ledger, Reservation
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.config import Mode
 from vmm_dwdp.errors import StateError
 from vmm_dwdp.layout.layer import Layer
-from vmm_dwdp.layout.placement import HOST, Owner, in_words, nearest_first
-from vmm_dwdp.layout.ranges import Tile
+from vmm_dwdp.layout.placement import HOST, Owner, in_words
 from vmm_dwdp.layout.slots import SlotBlocks, divide
-from vmm_dwdp.memory.assembly import Assembly, Place, Share, TensorMemory, Weights, close_shares
+from vmm_dwdp.memory.assembly import Assembly, Place, Share, Weights, close_shares
+from vmm_dwdp.memory.bank import Bank
 from vmm_dwdp.memory.cache import RemoteTile, ResidentCache
+from vmm_dwdp.memory.tensor_memory import TensorMemory, allow, map_tiles
 
 LARGE_BLOCK: Final = 16 << 20  # bytes of a slot's large blocks where layers differ: few mappings, little memory unused
 
@@ -39,6 +41,7 @@ class VirtualAssembly(Assembly):
         host_location: where the memory of `HOST` is.
         in_place: whether to map in-place ranges too.
         cache_nbytes: how much memory to take at most for remote tiles of theirs.
+        bank_nbytes: how much memory to take at most for banks before them.
     """
 
     def __init__(
@@ -52,11 +55,13 @@ class VirtualAssembly(Assembly):
         host_location: Location,
         in_place: bool,
         cache_nbytes: int = 0,
+        bank_nbytes: int = 0,
     ) -> None:
         super().__init__(driver, ledger, rank, layers, prefetch_depth)
         self._handle_type = handle_type
         self._host_location = host_location
         self._cache_nbytes = cache_nbytes
+        self._bank_nbytes = bank_nbytes
         self._remote_tiles: list[RemoteTile] = []  # of the in-place ranges, if there is to be a cache
         self._own: dict[_Key, TensorMemory[Reservation]] = {}
         self._views: dict[tuple[int, str, Owner], TensorMemory[Reservation]] = {}
@@ -72,7 +77,8 @@ class VirtualAssembly(Assembly):
         return max(self._driver.granularity(DEVICE), self._driver.granularity(self._host_location))
 
     def num_mappings(self) -> int:
-        return self._num_own_mappings() + 2 * self._num_cache_pages()
+        banks = sum(1 for _ in self._weights_of_layers()) if self._bank_nbytes else 0
+        return self._num_own_mappings() + 2 * self._num_cache_pages() + banks
 
     def _num_own_mappings(self) -> int:
         """How many there are while nothing is cached, without the cache's own."""
@@ -90,17 +96,7 @@ class VirtualAssembly(Assembly):
         """As many as were asked for, but no more than there are remote ones."""
         if not self._cache_nbytes:
             return 0
-        remote = sum(
-            len(tile.pages)
-            for layer, weight in self._weights_of_layers()
-            for tile in layer.layouts[weight].tiles
-            if self._nearest(layer, tile) != self.rank
-        )
-        return min(self._cache_nbytes // self.granularity, remote)
-
-    def _nearest(self, layer: Layer, tile: Tile) -> Owner:
-        """Whose handle of a tile is mapped in place."""
-        return nearest_first(tile.owners, self.rank, layer.placement.config.group_size)[0]
+        return min(self._cache_nbytes // self.granularity, sum(layer.num_remote_pages for layer in self._layers))
 
     def shard(self, layer: Layer, weight: str, owner: Owner) -> torch.Tensor:
         if (layer.number, weight, owner) not in self._tiles:
@@ -135,7 +131,7 @@ class VirtualAssembly(Assembly):
             if memory is None:
                 memory = self._reserve(layout.num_pages * layout.granularity, f"layer {layer.number}, {weight}")
                 self._own[layer.number, weight] = memory
-            _map(memory, layout.resident_bytes(owner), tiles, Access.READ_WRITE)
+            map_tiles(memory, layout.resident_bytes(owner), tiles, Access.READ_WRITE)
         else:
             self.pool_nbytes += nbytes
             if tiles:
@@ -163,7 +159,7 @@ class VirtualAssembly(Assembly):
         if memory is None:
             memory = self._reserve(len(span), _label(layer, weight, owner), device)
             self._views[layer.number, weight, owner] = memory
-        _map(memory, span, tiles, access)
+        map_tiles(memory, span, tiles, access)
         return memory
 
     def _export(self, owner: Owner, place: Place) -> list[Share]:
@@ -217,12 +213,12 @@ class VirtualAssembly(Assembly):
             return
         view = self._views[layer.number, weight, owner]
         span = range(view.memory.nbytes)
-        _allow(view, span, Access.READ_WRITE)
+        allow(view, span, Access.READ_WRITE)
         self._driver.allow_cpu(view.memory.address, view.memory.nbytes, self._host_location)
         try:
             yield self.shard(layer, weight, owner)
         finally:
-            _allow(view, span, Access.READ)
+            allow(view, span, Access.READ)
 
     def check_integrity(self) -> None:
         slots = [self._blocks(layers) for layers in self._layers_of_slot()]
@@ -237,6 +233,9 @@ class VirtualAssembly(Assembly):
             expected["mappings"] += self.cache.num_mappings
             expected["handles"] += self.cache.num_handles
             expected["reservations"] += 1
+        if self.bank is not None:
+            expected["mappings"] += self.bank.num_handles
+            expected["handles"] += self.bank.num_handles
         counts = self._ledger.counts()
         for kind, number in expected.items():
             if counts[kind] != number:
@@ -257,7 +256,7 @@ class VirtualAssembly(Assembly):
         for layer, weight in self._weights_of_layers():
             if self._tiles.get((layer.number, weight, HOST)):  # until here this rank may have filled it
                 resident = layer.layouts[weight].resident_bytes(HOST)
-                _allow(self._views[layer.number, weight, HOST], range(len(resident)), Access.READ)
+                allow(self._views[layer.number, weight, HOST], range(len(resident)), Access.READ)
         self._take_slots_and_cache()
         self._remote_tiles = []
         for layer, weight in self._weights_of_layers():
@@ -280,6 +279,10 @@ class VirtualAssembly(Assembly):
             self.cache = ResidentCache(self._driver, self._ledger, nbytes, self.granularity, self._resources)
         if self.cache is not None:
             self.cache.take()
+        if self.bank is None and self._bank_nbytes and any(layer.num_remote for layer in self._layers):
+            self.bank = Bank(self._driver, self._ledger, self._layers, self._bank_nbytes, self._resources)
+        if self.bank is not None:
+            self.bank.take()
 
     def _make_tensors(self, layer: Layer, weight: str) -> None:
         """What `weights` returns. Apart from `build`, whose frame, if it fails, would keep the last tensor's range."""
@@ -288,8 +291,15 @@ class VirtualAssembly(Assembly):
             tensor = self._own[layer.number, weight].tensor(0, spec.shape, spec.dtype)
             self._weights.setdefault(layer.number, {})[weight] = tensor
         if self._in_place is not None:
-            tensor = self._in_place_ranges[layer.number, weight].tensor(0, spec.shape, spec.dtype)
+            memory = self._in_place_ranges[layer.number, weight]
+            tensor = memory.tensor(self._bank_before(layer, weight), spec.shape, spec.dtype)
             self._in_place.setdefault(layer.number, {})[weight] = tensor
+            if self.bank is not None:
+                self.bank.show(layer.number, weight, memory)
+
+    def _bank_before(self, layer: Layer, weight: str) -> int:
+        """Where in its range the first expert in place is."""
+        return 0 if self.bank is None else self.bank.nbytes_before(layer.number, weight)
 
     def _map_in_place(self, layer: Layer, weight: str) -> None:
         """Every owner's own pages side by side; those that several owners back, of this rank or the nearest of them."""
@@ -298,14 +308,17 @@ class VirtualAssembly(Assembly):
             owner: dict(zip(layout.tiles_of(owner), self._tiles[layer.number, weight, owner], strict=True))
             for owner in layer.placement.owners
         }
-        owners = [self._nearest(layer, tile) for tile in layout.tiles]
+        owners = [layer.nearest(tile) for tile in layout.tiles]
         tiles = [handles[owner][tile] for owner, tile in zip(owners, layout.tiles, strict=True)]
-        span = range(layout.num_pages * layout.granularity)
+        first = self._bank_before(layer, weight)
+        span = range(first, first + layout.num_pages * layout.granularity)
         memory = self._in_place_ranges.get((layer.number, weight))
         if memory is None:
-            memory = self._reserve(len(span), f"layer {layer.number}, {weight}, in place")
+            memory = self._reserve(span.stop, f"layer {layer.number}, {weight}, in place")
             self._in_place_ranges[layer.number, weight] = memory
-        mappings = _map(memory, span, tiles, Access.READ)
+        if self.bank is not None:
+            self.bank.map(layer.number, weight, memory.memory)
+        mappings = map_tiles(memory, span, tiles, Access.READ)
         if self._cache_nbytes:
             self._remote_tiles += [
                 RemoteTile(
@@ -339,7 +352,7 @@ class VirtualAssembly(Assembly):
                 for block in used:
                     memory.memory.map(offset, allocations[block])
                     offset += allocations[block].nbytes
-                _allow(memory, region, Access.READ_WRITE)
+                allow(memory, region, Access.READ_WRITE)
 
     def _blocks(self, layers: Sequence[Layer]) -> SlotBlocks:
         pages = [[len(region) // self.granularity for _, region in self._staged(layer)] for layer in layers]
@@ -374,23 +387,9 @@ class VirtualAssembly(Assembly):
     def close(self) -> None:
         self._weights.clear()
         self._in_place = None
+        if self.bank is not None:
+            self.bank.close()
         super().close()
-
-
-def _map(memory: TensorMemory[Reservation], span: range, tiles: Sequence[Allocation], access: Access) -> list[Mapping]:
-    """Map ``tiles`` side by side over the bytes ``span`` of the range."""
-    offset = span.start
-    mappings = []
-    for tile in tiles:
-        mappings.append(memory.memory.map(offset, tile))
-        offset += tile.nbytes
-    _allow(memory, span, access)
-    return mappings
-
-
-def _allow(memory: TensorMemory[Reservation], span: range, access: Access) -> None:
-    if span:
-        memory.memory.set_access(span.start, len(span), access)
 
 
 def _label(layer: Layer, weight: str, owner: Owner) -> str:

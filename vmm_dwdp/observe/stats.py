@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from vmm_dwdp.config import Mode
 
@@ -78,6 +78,33 @@ class CacheStats:
 
 
 @dataclass(frozen=True)
+class BankStats:
+    """The banks of experts before what is read in place.
+
+    Attributes:
+        nbytes: physical memory of them.
+        rows: by layer number, how many experts its bank has room for; layers of which nothing is remote have none.
+    """
+
+    nbytes: int
+    rows: Mapping[int, int]
+
+
+class BankCounts(NamedTuple):
+    """What the bank of one layer did for `DWDPRuntime.look_up` since publish, by replays of graphs, too.
+
+    Attributes:
+        uses: of remote experts, each once a call.
+        hits: of these, those that were in the bank.
+        copied: experts that were copied into it.
+    """
+
+    uses: int
+    hits: int
+    copied: int
+
+
+@dataclass(frozen=True)
 class ModeChoice:
     """Where the crossover between the modes is, as far as is known.
 
@@ -105,6 +132,7 @@ class Stats:
         advice: what to know if passes are held up by their copies, with numbers; ``None`` if they are not.
         mode_choice: what mode auto goes by; ``None`` if no pass was left to it.
         cache: ``None`` without a resident cache.
+        bank: ``None`` without an expert bank.
         node_advice: as ``advice``, if they are held up by exchanges with ranks of other nodes.
     """
 
@@ -116,6 +144,7 @@ class Stats:
     mode_choice: ModeChoice | None
     cache: CacheStats | None = None
     node_advice: str | None = None
+    bank: BankStats | None = None
 
     @property
     def hits(self) -> int:

@@ -1,26 +1,69 @@
-"""Reading experts where they are: there is nothing to wait for, nor to fetch; and the resident cache between passes."""
+"""Reading experts where they are: there is nothing to wait for, nor to fetch. The resident cache between passes, and
+the bank within them.
+
+[Note: The order of passes over a bank]
+What a pass has looked up it reads until `release`; the next pass may put other experts into the same rows. On one
+stream they follow each other. A pass on another stream waits for the event that the pass before has recorded at its
+releases. What a graph replays is seen by nobody: it is launched on the stream of the passes before, or one that waits
+for them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
 from vmm_dwdp.allocator.driver import Driver, StreamId
-from vmm_dwdp.errors import StateError
-from vmm_dwdp.memory.cache import ResidentCache
+from vmm_dwdp.allocator.handles import Event, Ledger, ResourceStack
+from vmm_dwdp.errors import ConfigError, StateError
+from vmm_dwdp.memory.assembly import Assembly, Weights
 from vmm_dwdp.schedule.layer import ScheduledLayer
 from vmm_dwdp.schedule.routing_counts import RoutingCounts
+
+
+class LookedUp(NamedTuple):
+    """Where the experts that tokens chose are to be read, until the layer is released.
+
+    Attributes:
+        weights: by weight a tensor ``[R, ...]`` of so many rows: as `DWDPRuntime.acquire` gave it, or with a bank's
+            rows before those.
+        rows: of the shape and dtype of ``chosen``: the row of each expert, -1 where ``chosen`` names none.
+    """
+
+    weights: Weights
+    rows: torch.Tensor
+
+
+def require_choice(chosen: torch.Tensor, device: torch.device) -> None:
+    """Raise `ConfigError` unless ``chosen`` can be looked up on ``device``."""
+    if (
+        chosen.dim() != 2
+        or chosen.dtype not in (torch.int32, torch.int64)
+        or chosen.device != device
+        or not chosen.is_contiguous()
+    ):
+        raise ConfigError(
+            f"chosen must be a contiguous int32 or int64 tensor [tokens, top_k] on {device}, not {chosen.dtype} "
+            f"{list(chosen.shape)} with strides {chosen.stride()} on {chosen.device}"
+        )
 
 
 class InPlace:
     """What `acquire` and `release` of a layer that is read in place do. Calls come from one thread at a time."""
 
-    def __init__(self, driver: Driver, cache: ResidentCache | None, layers: Sequence[ScheduledLayer]) -> None:
+    def __init__(self, driver: Driver, ledger: Ledger, assembly: Assembly, layers: Sequence[ScheduledLayer]) -> None:
         self._driver = driver
         self._layers = layers
-        self._cache = cache
+        self._cache = cache = assembly.cache
+        self._bank = assembly.bank
+        self._resources = ResourceStack()
+        self._reader: StreamId | None = None  # on which the bank was read last, but for graphs
+        self._read: Event | None = None  # recorded there; see [Note: The order of passes over a bank]
+        if self._bank is not None:
+            self._read = self._resources.push(Event(driver, ledger, "the bank was read"))
         self._routing: RoutingCounts | None = None  # by which the cache goes
         if cache is not None:
             num_experts = {each.layer.number: each.layer.placement.num_experts for each in layers}
@@ -34,7 +77,41 @@ class InPlace:
             with self._after_current(stream, chosen):
                 self._routing.add(layer.layer.number, chosen)
         layer.read_in_place = True
+        layer.looked_up = False
         layer.in_place += 1
+
+    def look_up(self, layer: ScheduledLayer, chosen: torch.Tensor, stream: StreamId) -> LookedUp:
+        """Where ``stream`` is to read the ``chosen`` experts of a layer that is acquired."""
+        number = layer.layer.number
+        if self._bank is None:
+            return LookedUp(layer.weights["in_place"], chosen)
+        if layer.looked_up:
+            raise StateError(
+                f"layer {number} was looked up since it was acquired: the rows that were told then could be others' now"
+            )
+        eager = not self._driver.capturing()
+        if eager and self._reader not in (None, stream):
+            assert self._read is not None
+            self._driver.wait(stream, self._read.event)
+        layer.looked_up = True
+        if eager:
+            self._reader = stream
+        with self._after_current(stream, chosen):
+            found = self._bank.look_up(number, chosen)
+        return LookedUp(layer.weights["in_place"], chosen) if found is None else LookedUp(*found)
+
+    def release(self, layer: ScheduledLayer, stream: StreamId) -> None:
+        """``stream`` has been given all that reads the layer."""
+        layer.read_in_place = False
+        if layer.looked_up:
+            layer.looked_up = False
+            self._end_reading(stream)
+
+    def _end_reading(self, stream: StreamId) -> None:
+        if not self._driver.capturing():
+            assert self._read is not None
+            self._driver.record(self._read.event, stream)
+            self._reader = stream
 
     @contextmanager
     def _after_current(self, stream: StreamId, read: torch.Tensor) -> Iterator[None]:
@@ -50,8 +127,10 @@ class InPlace:
 
     def reset(self) -> None:
         """Give up layers that are acquired."""
+        if self._reader is not None and any(layer.looked_up for layer in self._layers):
+            self._end_reading(self._reader)
         for layer in self._layers:
-            layer.read_in_place = False
+            layer.read_in_place = layer.looked_up = False
 
     def require_idle(self) -> None:
         """Raise `StateError` if a layer is acquired."""
@@ -67,3 +146,7 @@ class InPlace:
         if self._cache is not None and self._routing is not None:
             self._driver.synchronize()
             self._cache.refresh(self._routing.take())
+
+    def close(self) -> None:
+        """Free the event. The device is idle."""
+        self._resources.close()

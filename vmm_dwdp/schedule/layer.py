@@ -284,6 +284,7 @@ class ScheduledLayer:
         weights: what `acquire` returns, by mode.
         staged: its slot and copies, if it can be staged.
         read_in_place: whether it is acquired in place.
+        looked_up: whether it was looked up since.
         in_place: how often it was.
     """
 
@@ -292,4 +293,5 @@ class ScheduledLayer:
     weights: dict[Mode, Weights] = field(default_factory=dict)
     staged: StagedLayer | None = None
     read_in_place: bool = False
+    looked_up: bool = False
     in_place: int = 0

@@ -24,7 +24,7 @@ from vmm_dwdp.observe.tracer import Tracer
 from vmm_dwdp.schedule.capture import CapturedPasses
 from vmm_dwdp.schedule.fetches import Fetches
 from vmm_dwdp.schedule.given_stream import StreamLike, given_stream
-from vmm_dwdp.schedule.in_place import InPlace
+from vmm_dwdp.schedule.in_place import InPlace, LookedUp, require_choice
 from vmm_dwdp.schedule.issue import copy_path, open_issuer
 from vmm_dwdp.schedule.layer import ScheduledLayer, StagedLayer
 from vmm_dwdp.schedule.mode_choice import ModeChooser
@@ -35,8 +35,7 @@ from vmm_dwdp.schedule.stated import Stated
 class Schedule:
     """The weights of every layer, from its `acquire` to its `release`.
 
-    Layers are named by the model's own numbers. Calls come from one thread at a time. ``stream=None`` is the current
-    one.
+    Layers are named by the model's own numbers. Calls come from one thread at a time. No stream: the current one.
 
     Attributes:
         stated: what is stated of the pass that runs.
@@ -83,14 +82,14 @@ class Schedule:
             self._stage(lines)
         if self._config.reads_in_place:
             modes.append("in_place")
-            self._in_place = InPlace(self._driver, self._assembly.cache, list(self._layers.values()))
+            self._in_place = InPlace(self._driver, self._ledger, self._assembly, list(self._layers.values()))
         self._only_staged = modes == ["staged"]
         for each in self._layers.values():
             each.weights = {mode: self._assembly.weights(each.layer, mode) for mode in modes}
         if len(modes) > 1:
             most = max(layer.placement.num_experts for layer in self._stated)
             remote = sum(layer.plan.fetched_bytes for layer in self._stated)
-            cached = min(1.0, self._config.resident_cache / max(remote, 1))
+            cached = min(1.0, self._config.kept_on_device / max(remote, 1))
             self._chooser = ModeChooser(self._driver, self._ledger, most, len(self._layers), cached)
         for each in self._layers.values():
             if each.staged is not None:
@@ -160,6 +159,16 @@ class Schedule:
             self._chooser.acquired(layer.place, mode)
         return layer.weights[mode]
 
+    def look_up(self, number: int, chosen: torch.Tensor, stream: StreamLike | None) -> LookedUp:
+        """See `DWDPRuntime.look_up`."""
+        layer = self._layers[number]
+        if (mode := self._mode_of(layer)) is None:
+            raise StateError(f"layer {number} is not acquired: there is nothing to look up")
+        require_choice(chosen, self._driver.device)
+        if mode == "staged" or self._in_place is None:
+            return LookedUp(layer.weights[mode], chosen)
+        return self._in_place.look_up(layer, chosen, given_stream(stream, self._driver))
+
     def require_mode(self, mode: ModeSetting) -> None:
         """Raise `ConfigError` unless the config provides for it."""
         if self._chooser is None if mode == "auto" else mode not in self._modes:
@@ -171,7 +180,8 @@ class Schedule:
         at = self._driver.current_stream() if stream is None else given_stream(stream, self._driver)
         staged = layer.staged
         if layer.read_in_place:
-            layer.read_in_place = False
+            assert self._in_place is not None
+            self._in_place.release(layer, at)
         elif staged is None:
             raise StateError(f"layer {number} is released, but was not acquired")
         elif not self._driver.capturing():
@@ -240,8 +250,7 @@ class Schedule:
     def tensor_list(self, number: int, weight: str) -> list[torch.Tensor]:
         """See `DWDPRuntime.tensor_list`."""
         layer = self._layers[number]
-        mode = self._mode_of(layer)
-        if mode is None:
+        if (mode := self._mode_of(layer)) is None:
             raise StateError(f"layer {number} is not acquired: its tensors may be another layer's")
         return self._assembly.tensor_list(layer.layer, weight, mode)
 
@@ -262,8 +271,8 @@ class Schedule:
     # -- between passes ----------------------------------------------------------------------------------------------
     @contextmanager
     def suspended(self, refills: Callable[[], bool] = lambda: True) -> Iterator[None]:
-        """Nothing is read or copied while the body runs, and slots and cache hold nothing; afterwards they are filled
-        anew, whether it succeeds or not, if it ``refills``. In the body the caller's device is current.
+        """Nothing is read or copied while the body runs, and slots, cache and bank hold nothing; afterwards the first
+        two are filled anew, whether it succeeds or not, if it ``refills``. In the body the caller's device is current.
 
         Raises `StateError` if a layer is acquired, or a stream is being captured.
         """
@@ -288,8 +297,7 @@ class Schedule:
         self._driver.synchronize()
         if self._staging is not None:
             self._staging.forget()
-        if self._assembly.cache is not None:
-            self._assembly.cache.forget()
+        self._assembly.forget_kept()
 
     def _refill(self) -> None:
         if self._stopped:
@@ -297,14 +305,13 @@ class Schedule:
         with self._driver.current():
             if self._staging is not None:
                 self._staging.reset(self._driver.current_stream())
-            if self._assembly.cache is not None:
-                self._assembly.cache.refill()
+            self._assembly.refill_kept()
 
     def refresh_cache(self) -> None:
         """See `DWDPRuntime.refresh_cache`."""
         if not self._config.resident_cache:
             raise ConfigError("there is no cache to refresh: the config has no resident_cache")
-        assert self._in_place is not None, "a resident cache needs a mode that reads in place"
+        assert self._in_place is not None
         self._in_place.refresh_cache()
 
     def check_integrity(self, *, verify: bool) -> None:
@@ -319,8 +326,7 @@ class Schedule:
                 layer = self._layers[held.number].layer
                 for segments in layer.plan.streams:
                     self._assembly.require_copied(layer, segments)
-            if self._assembly.cache is not None:
-                self._assembly.cache.verify()
+            self._assembly.require_kept()
 
     # -- what it tells -----------------------------------------------------------------------------------------------
     def stats(self, *, read: bool) -> Stats:
@@ -335,6 +341,7 @@ class Schedule:
             advice=self._guard.advice,
             mode_choice=None if self._chooser is None else self._chooser.choice(),
             cache=None if self._assembly.cache is None else self._assembly.cache.stats(),
+            bank=None if self._assembly.bank is None else self._assembly.bank.stats(),
         )
 
     def _layer_stats(self, layer: ScheduledLayer) -> LayerStats:
@@ -386,7 +393,7 @@ class Schedule:
     def close(self) -> None:
         """Free streams and events, after `stop`; the device is idle. Another call tries again."""
         failures = Failures()
-        for part in self._staging, self._captured, self._traces, self._chooser:
+        for part in self._staging, self._captured, self._traces, self._chooser, self._in_place:
             if part is not None:
                 with failures.noted():
                     part.close()

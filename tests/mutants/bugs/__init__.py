@@ -6,6 +6,7 @@ from typing import Final
 
 from mutants.bugs import (
     allocator,
+    bank,
     benchmarks,
     group,
     integrations,
@@ -20,6 +21,7 @@ from mutants.bugs import (
 
 BUGS: Final = (
     *allocator.BUGS,
+    *bank.BUGS,
     *benchmarks.BUGS,
     *group.BUGS,
     *integrations.BUGS,

@@ -72,8 +72,8 @@ BUGS: Final = (
     Bug(
         "an abandoned layer is still acquired after reset",
         "vmm_dwdp/schedule/in_place.py",
-        "            layer.read_in_place = False\n",
-        "            pass\n",
+        "            layer.read_in_place = layer.looked_up = False\n",
+        "            layer.looked_up = False\n",
         _STATES,
     ),
     Bug(
@@ -92,9 +92,9 @@ BUGS: Final = (
     ),
     Bug(
         "the cache keeps old bytes after an update",
-        "vmm_dwdp/schedule/schedule.py",
-        "            self._assembly.cache.refill()\n",
-        "            self._assembly.cache.stats()\n",
+        "vmm_dwdp/memory/assembly.py",
+        "            self.cache.refill()\n",
+        "            self.cache.stats()\n",
         _UPDATE,
     ),
     Bug(
@@ -128,8 +128,8 @@ BUGS: Final = (
     ),
     Bug(
         "the cache is read after an update that could not fill it anew",
-        "vmm_dwdp/schedule/schedule.py",
-        "            self._assembly.cache.forget()\n",
+        "vmm_dwdp/memory/assembly.py",
+        "            self.cache.forget()\n",
         "            pass\n",
         ("tests/multiprocess/test_update.py::test_a_cache_that_cannot_be_filled_anew_is_not_read",),
     ),

@@ -20,7 +20,7 @@ BUGS: Final = (
     Bug(
         "the resident cache takes no room",
         "vmm_dwdp/layout/auto.py",
-        ".on_device + self.config.resident_cache",
+        ".on_device + self.config.kept_on_device",
         ".on_device",
         _FITTING,
     ),

@@ -27,7 +27,7 @@ ROOMS: Final = {  # from the bottom up: what it is about, in a word, and all tha
     "layout": ("integers", "errors config"),
     "nodes": ("tokens", "errors layout"),
     "observe": ("figures", "errors config layout allocator"),
-    "memory": ("pages", "errors config layout allocator observe"),
+    "memory": ("pages", "errors config layout allocator kernels observe"),
     "schedule": ("time", "errors config layout allocator observe memory"),
     "group": ("others", "errors config layout allocator observe memory"),
     "rank": ("lifetime", "errors config temporary layout allocator observe memory schedule group"),

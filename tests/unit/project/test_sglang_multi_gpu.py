@@ -179,7 +179,7 @@ def test_each_variant_says_whether_this_library_takes_part(
     stated = environment.get("VMM_DWDP_CONFIG")
     if kind == "dwdp":
         assert stated is not None
-        assert Path(stated).read_text() == "group_size: 4\nslice_bytes: runs\nmode: auto\n"
+        assert Path(stated).read_text() == "group_size: 4\nslice_bytes: streams\nmode: auto\n"
     else:
         assert stated is None
 

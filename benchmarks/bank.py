@@ -1,0 +1,243 @@
+"""A bank of experts in decoding, all experts in host memory: over recorded routing, and where nothing hits.
+
+A pass is a number of MoE layers of a model's shapes, as in decode.py, with what sorts the rows by expert, replayed from
+a CUDA graph; ours in Triton is the grouped GEMM. In each step the same routing goes through a pass without a bank, one
+with it, and one with all experts in the GPU's own memory, in turns, because the link of a shared host drifts. Every
+pass with the bank is compared to the bit with the one on the GPU. Routing: a trace's sequences decode after their
+prompts' last tokens, which fill the bank and are not timed; or no expert comes back before all others were used. On the
+CPU the same runs on the host driver, without graphs, which says nothing about a link.
+
+batch        sequences decoded together
+routing      the trace, or "none hits"
+hits         part of the experts used that were in the bank
+replayed     the same, of the replay of its policy
+foresight    the same, if it were known what is used next
+gpu          ms, the mean over steps, all experts in the GPU's own memory
+in place     ms, without the bank
+planned      ms, where the bank is empty, and stays so: what the planner costs
+bank         ms, with the bank
+gain         in place / bank
+planner      planned / in place, less 1
+link         GB/s of a copy from host memory
+of bound     (bytes that missed / link + gpu) / bank
+in place of bound  (bytes used / link + gpu) / in place
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import parser, report, seen
+from decode import COPIED, SHAPES, Shape, Weights, captured, copied, elapsed, our_gemm, published
+from routing import lanes, recorded
+from torch import Tensor
+
+from vmm_dwdp import DWDPRuntime
+from vmm_dwdp.kernels.bank_table import HALF_LIFE
+from vmm_dwdp.memory import bank as memory_bank
+from vmm_dwdp.planning.caches import decayed_frequency, foresight, replay
+
+TRACES = Path(__file__).parent / "traces"
+COPIES = 5  # of the link, of which the median counts
+
+
+class Passes:
+    """Passes of one batch size over a runtime's layers, and over copies of them on the GPU.
+
+    Attributes:
+        chosen: int64 ``[layers, batch, top_k]`` on the device: the experts of each token of the pass to come.
+    """
+
+    def __init__(self, shape: Shape, runtime: DWDPRuntime, whole: dict[int, Weights], batch: int) -> None:
+        self.shape, self.runtime, self.whole = shape, runtime, whole
+        self.x = torch.randn(batch, shape.hidden, device=runtime.device).to(shape.dtype)
+        self.chosen = torch.zeros(shape.layers, batch, shape.top_k, dtype=torch.long, device=runtime.device)
+        self.chosen[:] = torch.arange(shape.top_k, device=runtime.device)
+
+    def layer(self, x: Tensor, rows: Tensor, weights: Weights) -> Tensor:
+        """``rows`` ``[batch, top_k]``: where each chosen expert is in the weights."""
+        in_order, order = rows.flatten().sort(stable=True)
+        places = torch.arange(len(weights["w13"]), device=x.device)
+        ends = torch.searchsorted(in_order, places, right=True).int()
+        gate, up = our_gemm(x[order // self.shape.top_k], weights["w13"], ends, None).chunk(2, dim=1)
+        y = our_gemm((F.silu(gate) * up).contiguous(), weights["w2"], ends, None)
+        return torch.empty_like(y).index_copy_(0, order, y).view(*rows.shape, -1).mean(1)
+
+    def on_gpu(self) -> Tensor:
+        x = self.x
+        for number, weights in self.whole.items():
+            x = self.layer(x, self.chosen[number], weights)
+        return x
+
+    def spread(self, *, banked: bool) -> Tensor:
+        x = self.x
+        for number in range(self.shape.layers):
+            with self.runtime.layer(number, mode="in_place", tokens=len(x)) as weights:
+                rows = self.chosen[number]
+                if banked:
+                    weights, rows = self.runtime.look_up(number, rows)
+                x = self.layer(x, rows, weights)  # type: ignore[arg-type]
+        return x
+
+
+def graphed(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+    """What runs it once more, and what it gives then; on the CPU without a graph."""
+    y = run()
+    if not y.is_cuda:
+        return lambda: y.copy_(run()), y
+    held = [y]
+    return captured(lambda: held.__setitem__(0, run())), held[0]
+
+
+def in_turn(runs: dict[str, Callable[[], object]], place: int, device: torch.device) -> dict[str, float]:
+    """Milliseconds of each."""
+    names = list(runs)
+    return {name: elapsed(runs[name], device) * 1e3 for name in (reversed(names) if place % 2 else names)}
+
+
+def steps_of(
+    trace: str, shape: Shape, batch: int, groups: int, room: int
+) -> Iterator[tuple[Tensor, Tensor, dict[str, float]]]:
+    """Of one group of sequences after another: experts ``[tokens, layers, batch, top_k]`` of the prompts and in
+    decoding, and the hits that the replay has, in banks with ``room``."""
+    found = recorded(TRACES / f"{trace}.npz")
+    for group in range(groups):
+        used = [part[:, group * batch : (group + 1) * batch, : shape.layers] for part in (found.prefill, found.decode)]
+        ids = [
+            torch.from_numpy(part.nonzero()[-1]).view(*part.shape[:-1], shape.top_k).transpose(1, 2) for part in used
+        ]
+        together = lanes(np.concatenate(used), batch)
+        shares = {}
+        for name, policy in ("replayed", decayed_frequency(HALF_LIFE)), ("foresight", foresight):
+            replayed = replay(together, room, policy)
+            shares[name] = float(replayed.hits[len(ids[0]) :].sum() / replayed.uses[len(ids[0]) :].sum())
+        yield ids[0].contiguous(), ids[1].contiguous(), shares
+
+
+def none_hits(shape: Shape, batch: int) -> Iterator[tuple[Tensor, Tensor, dict[str, float]]]:
+    """The same, where tokens choose all experts one after another."""
+    used = batch * shape.top_k
+    ids = torch.arange(48 * used).view(48, 1, batch, shape.top_k).expand(-1, shape.layers, -1, -1) % shape.experts
+    yield ids[:16].contiguous(), ids[16:].contiguous(), {"replayed": 0.0, "foresight": 0.0}
+
+
+def measure(
+    shape: Shape, runtime: DWDPRuntime, whole: dict[int, Weights], batch: int, routing: str, groups: int, link: float
+) -> dict[str, Any]:
+    """One row."""
+    run = Passes(shape, runtime, whole, batch)
+    bank = runtime._assembly.bank
+    assert bank is not None
+    on_gpu, expected = graphed(run.on_gpu)
+    in_place, _ = graphed(partial(run.spread, banked=False))
+    banked, found = graphed(partial(run.spread, banked=True))
+    most, memory_bank.MOST_COPIED = memory_bank.MOST_COPIED, 0  # type: ignore[misc]
+    planned, _ = graphed(partial(run.spread, banked=True))
+    memory_bank.MOST_COPIED = most  # type: ignore[misc]
+    turns: list[dict[str, float]] = []
+    shares: list[dict[str, float]] = []
+    used, hits = 0, 0
+    none = routing == "none hits"
+    steps = none_hits(shape, batch) if none else steps_of(routing, shape, batch, groups, bank.stats().rows[0])
+    for prompt, decoding, share in steps:
+        shares.append(share)
+        forget(runtime)
+        plans = []
+        for place, chosen in enumerate(decoding.to(runtime.device)):
+            run.chosen.copy_(chosen)
+            plans.append(in_turn({"in place": in_place, "planned": planned}, place, runtime.device))
+        forget(runtime)
+        for chosen in prompt.to(runtime.device):
+            run.chosen.copy_(chosen)
+            banked()
+        before = runtime.bank_counts()
+        for place, chosen in enumerate(decoding.to(runtime.device)):
+            run.chosen.copy_(chosen)
+            runs = {"gpu": on_gpu, "in place": in_place, "bank": banked}
+            turns.append(in_turn(runs, place, runtime.device))
+            turns[-1]["planner"] = plans[place]["planned"] - plans[place]["in place"]
+            if not torch.equal(found, expected):
+                raise SystemExit("from the bank, weights give other bits than on the GPU")
+        for number, counts in runtime.bank_counts().items():
+            used, hits = used + counts.uses - before[number].uses, hits + counts.hits - before[number].hits
+        runtime.check_integrity(verify=False)
+        bank.verify()
+    ms = {name: statistics.mean(turn[name] for turn in turns) for name in turns[0]}
+    expert = sum(weight[0].nbytes for weight in whole[0].values())
+    all_ms, missed_ms = (count / len(turns) * expert / link / 1e6 for count in (used, used - hits))
+    row = {
+        "batch": batch,
+        "routing": routing,
+        "hits": hits / used,
+        **{name: statistics.mean(share[name] for share in shares) for name in ("replayed", "foresight")},
+        **{name: ms[name] for name in ("gpu", "in place")},
+        "planned": ms["in place"] + ms["planner"],
+        "bank": ms["bank"],
+        "gain": ms["in place"] / ms["bank"],
+        "planner": ms["planner"] / ms["in place"],
+        "link": link,
+        "of bound": (missed_ms + ms["gpu"]) / ms["bank"],
+        "in place of bound": (all_ms + ms["gpu"]) / ms["in place"],
+    }
+    seen(row)
+    return row
+
+
+def forget(runtime: DWDPRuntime) -> None:
+    """The bank is empty, and has seen nothing."""
+    bank = runtime._assembly.bank
+    assert bank is not None
+    for table in bank._tables.values():
+        table.scores.zero_()
+    bank.empty()
+
+
+def measured_link(shape: Shape, runtime: DWDPRuntime) -> float:
+    """GB/s of a copy from host memory."""
+    with runtime.layer(0, mode="in_place") as weights:
+        source = weights["w13"].view(-1)[: COPIED // shape.dtype.itemsize]  # type: ignore[union-attr]
+        copy = partial(torch.empty_like(source).copy_, source)
+        copy()
+        seconds = statistics.median(elapsed(copy, runtime.device) for _ in range(COPIES))
+        nbytes = source.nbytes
+        del weights, source, copy
+    return nbytes / seconds / 1e9
+
+
+def main() -> None:
+    arguments_of = parser(__doc__)
+    add = arguments_of.add_argument
+    add("--model", choices=("Qwen3-30B-A3B", "tiny"), default="Qwen3-30B-A3B", help="(default: Qwen3-30B-A3B)")
+    add("--batch", type=int, action="append", help="sequences; may be repeated (default: 1, 4, 16)")
+    add("--routing", action="append", help="a trace, or 'none hits'; may be repeated (default: both mixed, and that)")
+    add("--groups", type=int, default=2, help="of sequences that are decoded, one after another (default: 2)")
+    arguments = arguments_of.parse_args()
+    shape = SHAPES[arguments.model]
+    if arguments.model == "tiny":  # with as many experts as the demo's trace
+        shape = shape._replace(top_k=4)
+    routings = arguments.routing or (
+        ["mixed-0.01", "mixed-0.001", "none hits"] if arguments.model != "tiny" else ["demo", "none hits"]
+    )
+    rows = []
+    banked = 2.0 if arguments.model == "tiny" else 0.25  # whose experts fill no page
+    with published(shape, arguments.device, 0.0, banked=banked) as runtime:
+        whole = copied(shape, runtime)
+        for batch in arguments.batch or [1, 4, 16]:
+            for routing in routings:
+                if routing == "none hits" and 2 * batch * shape.top_k > shape.experts:
+                    continue  # some of what is in the bank would be used
+                link = measured_link(shape, runtime)
+                rows.append(measure(shape, runtime, whole, batch, routing, arguments.groups, link))
+    about = f"{arguments.model}: {shape.layers} layers of {shape.experts} experts, {shape.dtype}, a bank of a quarter"
+    report(arguments, {about: rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""In the bank: who is in which row, and when the table says so."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mutants.seeded import Bug
+
+_PLANNER = ("tests/unit/kernels/test_bank.py",)
+_BYTES = ("tests/property/test_expert_bank.py",)
+_STATES = ("tests/unit/test_bank_states.py",)
+
+BUGS: Final = (
+    Bug(
+        "an expert that is read now leaves the bank",
+        "kernels/bank.py",
+        " + PINNED * (used & held)\n",
+        " + 0 * PINNED * (used & held)\n",
+        _PLANNER,
+    ),
+    Bug(
+        "own experts come into the bank",
+        "kernels/bank.py",
+        "    remote[table.own.start : table.own.stop] = False\n",
+        "    remote[table.own.start : table.own.start] = False\n",
+        _BYTES,
+    ),
+    Bug(
+        "one weight of a layer is not copied",
+        "kernels/bank.py",
+        "        for weight in weights:\n",
+        "        for weight in weights[:1]:\n",
+        _BYTES,
+    ),
+    Bug(
+        "in Triton, an expert that leaves is still said to be there",
+        "kernels/triton/bank.py",
+        "    return tl.where(coming, free, tl.where(leaving, -1, row)), num_coming\n",
+        "    return tl.where(coming, free, row), num_coming\n",
+        _PLANNER,
+    ),
+    Bug(
+        "in Triton, the last block of an expert is not copied",
+        "kernels/triton/bank.py",
+        "        blocks = tl.cdiv(words, BLOCK).to(tl.int32)\n",
+        "        blocks = tl.maximum(words // BLOCK, 1).to(tl.int32)\n",
+        _PLANNER,
+    ),
+    Bug(
+        "in Triton, the planner changes the table before anything is copied",
+        "kernels/triton/bank.py",
+        "    tl.store(planned + experts, row, real)\n",
+        "    tl.store(planned + experts, row, real)\n    tl.store(rows + experts, row, real)\n",
+        _PLANNER,
+    ),
+    Bug(
+        "in Triton, only the first ids of a pass are counted",
+        "kernels/triton/bank.py",
+        "    used = uses > 0\n",
+        "    used = uses > 0 if num_ids <= IDS else experts < 0\n",
+        _PLANNER,
+    ),
+    Bug(
+        "the bank is not emptied before experts change",
+        "vmm_dwdp/memory/bank.py",
+        "            table.rows.fill_(-1)\n",
+        "            table.scores.fill_(0)\n",
+        _BYTES,
+    ),
+    Bug(
+        "the bank's rows begin at the start of a page",
+        "vmm_dwdp/layout/bank.py",
+        "        return self.nbytes - self.num_rows * self.in_place.expert_nbytes\n",
+        "        return 0 * self.num_rows\n",
+        _BYTES,
+    ),
+    Bug(
+        "a layer may be looked up twice",
+        "vmm_dwdp/schedule/in_place.py",
+        "        if layer.looked_up:\n            raise",
+        "        if layer.looked_up and False:\n            raise",
+        _STATES,
+    ),
+    Bug(
+        "a pass on another stream does not wait",
+        "vmm_dwdp/schedule/in_place.py",
+        "        if eager and self._reader not in (None, stream):\n",
+        "        if eager and self._reader not in (None, stream) and not chosen.is_cpu:\n",
+        _STATES,
+    ),
+    Bug(
+        "a bank keeps its memory in sleep",
+        "vmm_dwdp/memory/sleep.py",
+        "            self.bank.give_back()\n",
+        "            self.bank.num_handles\n",
+        _STATES,
+    ),
+    Bug(
+        "rows of a bank are not compared",
+        "vmm_dwdp/memory/bank.py",
+        "                    if not torch.equal(as_bytes[row], as_bytes[table.num_rows + expert]):\n",
+        "                    if not torch.equal(as_bytes[row], as_bytes[row]):\n",
+        _STATES,
+    ),
+)

@@ -1,0 +1,197 @@
+"""The planner of a bank, on the CPU and in Triton, interpreted and compiled, against a model of plain sets."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.bank_model import BankModel
+
+from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.kernels.bank import look_up
+from vmm_dwdp.kernels.bank_table import HALF_LIFE, MOST_EXPERTS, BankTable
+from vmm_dwdp.planning.caches import decayed_frequency, replay
+from vmm_dwdp.planning.routing import read_trace, used_experts
+
+CPU = torch.device("cpu")
+TRACES = Path(__file__).parents[3] / "benchmarks" / "traces"
+
+# Passes through one bank after another, by the Triton kernels: what they say, and what the rows of the bank hold then.
+TRITON = """
+import json, sys, torch
+from vmm_dwdp.kernels.bank_table import BankTable
+from vmm_dwdp.kernels.triton.bank import move, plan
+
+for case in json.loads(sys.stdin.read()):
+    table = BankTable.empty(case["experts"], case["rows"], range(*case["own"]), torch.device("cpu"))
+    weights = [torch.zeros(case["rows"] + case["experts"], size, dtype=torch.uint8) for size in case["sizes"]]
+    for weight in weights:
+        weight[case["rows"] :] = torch.arange(weight[case["rows"] :].numel()).view(case["experts"], -1) % 251
+    told = []
+    for chosen, copies in case["passes"]:
+        ids = torch.tensor(chosen, dtype=getattr(torch, case["dtype"]))
+        before = table.rows.tolist()
+        places = plan(table, ids, copies=copies)
+        assert table.rows.tolist() == before, "the planner has changed the table, and nothing is copied yet"
+        if copies:
+            move(table, weights, programs=case["programs"])
+        told.append([places.tolist(), table.rows.tolist(), table.counts.tolist()])
+        held = [(expert, row) for expert, row in enumerate(table.rows.tolist()) if row >= 0]
+        for weight in weights:
+            assert all(torch.equal(weight[row], weight[case["rows"] + expert]) for expert, row in held)
+    print(json.dumps(told))
+"""
+
+COMPILE = """
+import json, sys, torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from vmm_dwdp.kernels.bank_table import BankTable
+from vmm_dwdp.kernels.triton import bank
+
+class Driver:
+    class utils:
+        get_device_properties = staticmethod(lambda device: {"max_shared_mem": 232448})
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", int(sys.argv[1]), 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device=0: 0)
+    get_device_capability = staticmethod(lambda device=0: divmod(int(sys.argv[1]), 10))
+
+class Compile:
+    def __init__(self, kernel):
+        self.kernel = kernel
+    def __getitem__(self, grid):
+        def compiled(*arguments, **options):
+            print(json.dumps(len(self.kernel.warmup(*arguments, grid=grid, **options).asm["ptx"])))
+        return compiled
+
+bank._plan, bank._move = Compile(bank._plan), Compile(bank._move)
+driver.set_active(Driver())
+for experts in (60, 512):
+    table = BankTable.empty(experts, 5, range(0), torch.device("cpu"))
+    for dtype, copies in ((torch.int32, True), (torch.int64, True), (torch.int64, False)):
+        bank.plan(table, torch.zeros(3, 2, dtype=dtype), copies=copies)
+    for size in (64, 3):
+        bank.move(table, [torch.zeros(5 + experts, size, dtype=torch.uint8)], programs=1)
+"""
+
+
+def python(script: str, *arguments: str, given: object = None, **environment: str) -> list[Any]:
+    """Run ``script`` in a process of its own; what it printed, a JSON value a line."""
+    pytest.importorskip("triton")
+    finished = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return [json.loads(line) for line in finished.stdout.splitlines()]
+
+
+def routed(tokens: int, top_k: int, experts: int, generator: torch.Generator) -> list[list[int]]:
+    """Experts of each token, with favourites; now and then one that is none, as padding has."""
+    favour = torch.rand(experts, generator=generator) ** 4 + 1e-9
+    chosen = torch.multinomial(favour.expand(tokens, -1), top_k, generator=generator)
+    strange = torch.randint(0, 12, chosen.shape, generator=generator)
+    return torch.where(strange == 0, -1, torch.where(strange == 1, experts + 3, chosen)).tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_every_pass_is_planned_as_the_model_plans_it(data: st.DataObject) -> None:
+    experts = data.draw(st.integers(1, 40))
+    rows = data.draw(st.integers(1, experts))
+    start = data.draw(st.integers(0, experts))
+    own = range(start, data.draw(st.integers(start, experts)))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1)))
+    dtype = data.draw(st.sampled_from([torch.int32, torch.int64]))
+    table, model = BankTable.empty(experts, rows, own, CPU), BankModel(experts, rows, own)
+    weights = [torch.rand(rows + experts, size, generator=generator) for size in (3, 8)]
+    owned = [weight[rows:].clone() for weight in weights]
+    for tokens, copies in data.draw(st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=20)):
+        chosen = torch.tensor(routed(tokens, min(experts, 3), experts, generator), dtype=dtype).view(
+            tokens, min(experts, 3)
+        )
+        places = look_up(table, chosen, weights, copies=copies)
+        assert places.dtype == dtype
+        assert places.flatten().tolist() == model.look_up(chosen.flatten().tolist(), copies=copies)
+        assert {expert: row for expert, row in enumerate(table.rows.tolist()) if row >= 0} == model.row_of
+        assert table.counts.tolist() == model.counts
+        read = (places >= 0).flatten()
+        for weight, whole in zip(weights, owned, strict=True):
+            assert torch.equal(weight[places.flatten()[read].long()], whole[chosen.flatten()[read].long()])
+            assert torch.equal(weight[rows:], whole)
+
+
+def test_triton_plans_and_copies_as_the_model() -> None:
+    generator = torch.Generator().manual_seed(0)
+    cases = []
+    for experts, rows, own, tokens, sizes, dtype in (
+        (16, 4, (0, 0), 1, [48, 32], "int64"),
+        (40, 10, (5, 9), 3, [16 * 1024 + 16, 8, 5], "int32"),  # more than a block, and what only fits by bytes
+        (7, 7, (0, 0), 2, [4], "int64"),
+        (130, 13, (0, 100), 4, [6], "int32"),
+        (300, 20, (100, 200), 90, [16], "int64"),  # more ids than a step of the planner has
+    ):
+        passes = [(routed(tokens, min(experts, 7), experts, generator), number % 4 != 3) for number in range(9)]
+        stated = {"experts": experts, "rows": rows, "own": own, "sizes": sizes, "dtype": dtype, "programs": 3}
+        cases.append(stated | {"passes": passes})
+    for case, told in zip(cases, python(TRITON, given=cases, TRITON_INTERPRET="1"), strict=True):
+        model = BankModel(case["experts"], case["rows"], range(*case["own"]))
+        for (chosen, copies), (places, rows, counts) in zip(case["passes"], told, strict=True):
+            flat = [expert for token in chosen for expert in token]
+            assert [place for token in places for place in token] == model.look_up(flat, copies=copies)
+            assert {expert: row for expert, row in enumerate(rows) if row >= 0} == model.row_of
+            assert counts == model.counts
+        assert model.counts[2] > case["rows"] or case["rows"] == case["experts"], "nobody has left the bank"
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_triton_kernels_compile(capability: int) -> None:
+    assert len(python(COMPILE, str(capability))) == 2 * 5
+
+
+def test_a_plan_that_nobody_carries_out_changes_nothing_that_is_read() -> None:
+    """The next one is made from the same table; what was not copied is not said to be there."""
+    passes = [[[[0, 1]], True], [[[2, 3]], None], [[[0, 3]], True]]
+    script = TRITON.replace("if copies:\n            move", "if copies is True:\n            move")
+    assert script != TRITON
+    script = script.replace("copies=copies)\n        assert", "copies=copies is not False)\n        assert")
+    case = {"experts": 4, "rows": 2, "own": (0, 0), "sizes": [16], "dtype": "int64", "programs": 1, "passes": passes}
+    ((first, lost, last),) = python(script, given=[case], TRITON_INTERPRET="1")
+    assert first[:2] == [[[0, 1]], [0, 1, -1, -1]]
+    assert lost[1] == first[1]
+    assert last[:2] == [[[0, 1]], [0, -1, -1, 1]]
+
+
+@pytest.mark.parametrize("room", [16, 32])
+def test_hits_of_recorded_routing_are_those_of_the_replay(room: int) -> None:
+    """The best online policy of the replay, but that what is read now stays: within 1 % of its hits."""
+    trace = read_trace(TRACES / "mixed-0.01.npz")
+    hits, uses, expected = 0, 0, 0
+    for sequence, layer in ((0, 3), (9, 0), (20, 9)):
+        chosen = trace.decode[sequence, :, layer]
+        used = used_experts(chosen, trace.num_experts)[:, None]
+        expected += int(replay(used, room, decayed_frequency(HALF_LIFE)).hits.sum())
+        table = BankTable.empty(trace.num_experts, room, range(0), CPU)
+        for token in torch.from_numpy(chosen.astype("int64")):
+            look_up(table, token[None], [], copies=True)
+        hits, uses = hits + int(table.counts[1]), uses + int(table.counts[0])
+    assert uses == 3 * 128 * 8
+    assert abs(hits - expected) < 0.01 * expected
+
+
+def test_too_many_experts_are_refused() -> None:
+    with pytest.raises(ConfigError, match="planned for up to 4096 experts of a layer, not for 4097"):
+        BankTable.empty(MOST_EXPERTS + 1, 1, range(0), CPU)
