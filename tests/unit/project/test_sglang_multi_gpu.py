@@ -249,3 +249,14 @@ def test_a_checkpoint_is_written_once(fp8: bool, tmp_path: Path) -> None:
     assert files[0].read_text() == "as it was"
     with pytest.raises(SystemExit, match="has another checkpoint than the one asked for"):
         checkpoint(SMALL._replace(layers=1))
+
+
+def test_a_mix_is_asked_again_while_its_times_differ_by_over_a_tenth() -> None:
+    def asked(*seconds: float) -> tuple[list[float], int]:
+        left = iter(seconds)
+        found = sglang_variants.settled(lambda: [[(next(left), [0])]], 2)
+        return [answers[0][0][0] for answers in found], len(list(left))
+
+    assert asked(1.0, 1.05, 9.0) == ([1.0, 1.05], 1)
+    assert asked(9.0, 1.0, 1.2, 1.15, 9.0) == ([1.2, 1.15], 1)
+    assert asked(9.0, 1.0, 9.0, 1.0, 9.0, 1.0, 1.0) == ([9.0, 1.0], 1), "six times at most, and the row says so"
