@@ -261,6 +261,10 @@ static PyObject *issuer_close(PyObject *object, PyObject *unused) {
     return Py_NewRef(Py_None);
 }
 
+static PyObject *issuer_id(PyObject *object, void *unused) {
+    return PyLong_FromLong(((IssuerObject *)object)->issuer.id);
+}
+
 static PyMethodDef job_methods[] = {
     {"result", job_result, METH_NOARGS, "Wait until the driver was given everything, and raise what it refused."},
     {NULL},
@@ -286,9 +290,14 @@ static PyMethodDef issuer_methods[] = {
     {"close", issuer_close, METH_NOARGS, "Finish what was submitted, and end the thread."},
     {NULL},
 };
+static PyGetSetDef issuer_members[] = {
+    {"native_id", issuer_id, NULL, "The thread's number in the kernel.", NULL},
+    {NULL},
+};
 static PyType_Slot issuer_slots[] = {
     {Py_tp_new, issuer_new},
     {Py_tp_methods, issuer_methods},
+    {Py_tp_getset, issuer_members},
     {Py_tp_dealloc, issuer_dealloc},
     {0, NULL},
 };

@@ -11,7 +11,9 @@
 #include "_issue_thread.h"
 
 #include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "_clock.h"
 
@@ -171,6 +173,7 @@ static void *serve(void *argument) {
     prctl(PR_SET_TIMERSLACK, 1000); /* or a nap would take twice as long */
     pthread_mutex_lock(&issuer->lock);
     int mode = RELAXED;
+    issuer->id = syscall(SYS_gettid);
     issuer->start_call = "cuCtxSetCurrent";
     issuer->start_result = issuer->set_current(issuer->context);
     if (!issuer->start_result && issuer->exchange_mode) {

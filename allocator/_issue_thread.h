@@ -48,6 +48,7 @@ typedef struct { /* its memory is the caller's, who states the first seven, and 
     pthread_cond_t work, hurry, progress;
     uint64_t ended; /* jobs; they end in the order of submission */
     int started, waiting, closing;
+    long id; /* the thread's, in the kernel; from its start on */
     const char *start_call; /* that failed */
     int start_result;
 } Issuer;

@@ -83,23 +83,13 @@ static int has_room(const Pulls *pulls, int64_t now) {
 
 /* -- a run --------------------------------------------------------------------------------------------------------- */
 
-/* Of which job, and in `owner` from whom: of the first, unless every one of its owners is pulled from. */
-static Giving *choose_run(Pulls *pulls, int *owner) {
-    Giving *first = &pulls->open[0], *second = &pulls->open[1];
-    *owner = choose_owner(&pulls->page, first->left, pulls->pulled);
-    if (!pulls->pulled[*owner] || pulls->num_open < 2 || !second->is_read || !second->all)
-        return first;
-    const int other = choose_owner(&pulls->page, second->left, pulls->pulled);
-    if (pulls->pulled[other] >= pulls->pulled[*owner])
-        return first;
-    *owner = other;
-    return second;
-}
-
 /* Choose, say so, and look again: two ranks that choose at the same time see each other now. */
 static Giving *claim_run(Pulls *pulls, int64_t now, int *owner) {
     count_pullers(&pulls->page, now, pulls->pulled);
-    Giving *giving = choose_run(pulls, owner);
+    const Giving *second = &pulls->open[1];
+    const int is_open = pulls->num_open == 2 && second->is_read && second->all;
+    const uint64_t *ahead = is_open ? second->left : NULL;
+    Giving *giving = &pulls->open[choose_of_two(&pulls->page, pulls->open[0].left, ahead, pulls->pulled, owner)];
     const int chosen = *owner, before = pulls->pulled[chosen];
     say_under_way(pulls, chosen, 1);
     *owner = settle_owner(&pulls->page, chosen, giving->left, before, now, pulls->pulled);

@@ -38,6 +38,17 @@ int choose_owner(const Page *page, const uint64_t *left, const int *pulled) {
     return best;
 }
 
+int choose_of_two(const Page *page, const uint64_t *first, const uint64_t *second, const int *pulled, int *owner) {
+    *owner = choose_owner(page, first, pulled);
+    if (!second || !pulled[*owner])
+        return 0;
+    const int other = choose_owner(page, second, pulled);
+    if (other == NOBODY || pulled[other] >= pulled[*owner])
+        return 0;
+    *owner = other;
+    return 1;
+}
+
 /* Whether a rank between this one and `owner`, in cyclic order, pulls from it. */
 static int has_nearer(const Page *page, int owner, int64_t now_ns) {
     const int distance = (owner - page->rank + page->num_ranks) % page->num_ranks;

@@ -13,7 +13,9 @@
 #define NOBODY (-1)
 #define MAX_RANKS 128            /* that choose */
 #define LINE_VERSION 1          /* a line that says another is not read */
-#define LINE_STALE_NS 20000000  /* a rank that pulls and has not looked at its runs for so long is taken for dead */
+#ifndef LINE_STALE_NS
+#define LINE_STALE_NS 20000000 /* a rank that pulls and has not looked at its runs for so long is taken for dead */
+#endif
 
 typedef struct { /* see `Line`; every word is read and written at once */
     uint32_t version;
@@ -37,6 +39,9 @@ void count_pullers(const Page *page, int64_t now_ns, int *pulled);
 
 /* See `choose`. */
 int choose_owner(const Page *page, const uint64_t *left, const int *pulled);
+
+/* See `choose_of_two`: the layer, and in `owner` from whom. `second` may be NULL. */
+int choose_of_two(const Page *page, const uint64_t *first, const uint64_t *second, const int *pulled, int *owner);
 
 /* See `settle`. `pulled` is written. */
 int settle_owner(const Page *page, int owner, const uint64_t *left, int before, int64_t now_ns, int *pulled);

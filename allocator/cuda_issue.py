@@ -45,6 +45,7 @@ class CudaIssuingThread:
             pulls = (*lines, *calls_of_choosing)
         calls = set_current, events.wait_at, batch.address, events.record_at
         self._thread = _native.Issuer(*calls, context, _failure, pulls)
+        self.native_id = self._thread.native_id
         self.submit = self._thread.submit
         self.flush = self._thread.flush
         self.close = self._thread.close

@@ -118,7 +118,14 @@ class Ticket(Protocol):
 
 
 class IssuingThread(Protocol):
-    """A thread that calls the driver and never takes the interpreter's lock."""
+    """A thread that calls the driver and never takes the interpreter's lock.
+
+    Attributes:
+        native_id: its number in the kernel.
+    """
+
+    @property
+    def native_id(self) -> int: ...
 
     def job(self, lanes: Sequence[Lane]) -> Ticket:
         """Lanes that `submit` gives to the driver, again and again; for this thread only."""

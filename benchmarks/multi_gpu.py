@@ -61,6 +61,7 @@ from ranks import Place, Together, collectives, steady
 from stack_prediction import predict
 
 from vmm_dwdp import DWDPConfig
+from vmm_dwdp.cli.checks import slice_bytes
 from vmm_dwdp.planning.calibrate import preset_of
 from vmm_dwdp.planning.gpus import load_gpu
 from vmm_dwdp.testing import run_group
@@ -106,7 +107,7 @@ def _last_line(text: str) -> str:
 def _stack_rank(
     place: Place,
     stack: Stack,
-    group_size: int,
+    config: DWDPConfig,
     cases: list[list[int]],
     balanced: bool,
     link: float | None,
@@ -115,6 +116,7 @@ def _stack_rank(
 ) -> list[Row]:
     """The three parallelisms, one after another, each with every case: so many tokens on each rank."""
     device = place.device(rank)
+    group_size = config.group_size
     routings = [
         [route(stack, count, other, device, balanced=balanced) for other, count in enumerate(case)] for case in cases
     ]
@@ -132,7 +134,6 @@ def _stack_rank(
             yield run()
 
     with collectives(rank, group_size, place, folder):
-        config = DWDPConfig(group_size=group_size, mode="in_place")
         with dwdp(stack, config, rank, device, Path(folder, "dwdp"), driver=place.driver(rank)) as (runtime, run):
             staged = list(measure("dwdp staged ms", run("staged"), apart=True))
             in_place = list(measure("dwdp in_place ms", run("in_place"), apart=True))
@@ -174,18 +175,18 @@ def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def predictions(stack: Stack, count: int, per_rank: list[int], preset: str) -> list[Row]:
+def predictions(stack: Stack, count: int, per_rank: list[int], preset: str, slice_bytes: int | str) -> list[Row]:
     return [
         {"stack": stack.name, "mean tokens": tokens, "spread": spread, **row}
         for (tokens, spread), shares in spread_tokens(count, per_rank).items()
-        for row in predict(stack, load_gpu(preset), shares)
+        for row in predict(stack, load_gpu(preset), shares, slice_bytes)
     ]
 
 
 def stacks(
     place: Place,
     stack: Stack,
-    count: int,
+    config: DWDPConfig,
     per_rank: list[int],
     preset: str | None,
     link: float | None,
@@ -198,13 +199,14 @@ def stacks(
         link: GB/s of one large copy between two GPUs, where each rank has one: how long copies take at least, and a
             pass over the longer of that and its compute beside copies.
     """
+    count = config.group_size
     spreads = spread_tokens(count, per_rank)
     with tempfile.TemporaryDirectory() as folder:
-        run = partial(_stack_rank, place, stack, count, list(spreads.values()), balanced, link, folder)
+        run = partial(_stack_rank, place, stack, config, list(spreads.values()), balanced, link, folder)
         found = run_group(run, count, place.device_type)
     rows: list[Row] = []
     for case, ((tokens, spread), shares) in enumerate(spreads.items()):
-        predicted = predict(stack, load_gpu(preset), shares) if preset else [{} for _ in shares]
+        predicted = predict(stack, load_gpu(preset), shares, config.slice_bytes) if preset else [{} for _ in shares]
         about = {"stack": stack.name, "mean tokens": tokens, "spread": spread}
         rows += [about | of_rank[case] | ours for of_rank, ours in zip(found, predicted, strict=True)]
     return rows
@@ -223,6 +225,12 @@ def main() -> None:
     )
     options.add_argument("--only", nargs="*", choices=PARTS, default=None)
     options.add_argument("--plans", nargs="*", choices=PLANS, default=list(PLANS), help="of copies, with prefetch")
+    options.add_argument(
+        "--slice-bytes",
+        type=slice_bytes,
+        default="auto",
+        help="of the config, with stack and predicted (default: auto)",
+    )
     options.add_argument(
         "--nodes", type=int, default=1, metavar="N", help="the GPUs as N nodes; no other part but predicted"
     )
@@ -272,16 +280,17 @@ def main() -> None:
             require_within_link(tables[name], link_of_all, ["GB/s"])
     if "stack" in wanted:
         balanced = given.routing == "balanced"
+        config = DWDPConfig(group_size=count, mode="in_place", slice_bytes=given.slice_bytes)
         tables["stack"] = [
             row
             for stack in chosen
-            for row in stacks(place, stack, count, per_rank, preset, link_of_all, balanced=balanced)
+            for row in stacks(place, stack, config, per_rank, preset, link_of_all, balanced=balanced)
         ]
         tables["crossover"] = crossovers(tables["stack"])
     if "slowdown" in wanted:
         tables["slowdown"] = slowdown(place, chosen[0], count)
     if "predicted" in wanted and preset:
-        rows = [row for stack in chosen for row in predictions(stack, count, per_rank, preset)]
+        rows = [row for stack in chosen for row in predictions(stack, count, per_rank, preset, given.slice_bytes)]
         tables["predicted"] = crossovers(rows)
     report(given, tables)
     if any(not row["identical"] for row in tables.get("stack", ())):

@@ -11,7 +11,6 @@ from vmm_dwdp import DWDPConfig
 from vmm_dwdp.planning.estimate import Estimate, copy_seconds
 from vmm_dwdp.planning.gpus import GpuSpec
 from vmm_dwdp.planning.models import ModelSpec, model_from_config
-from vmm_dwdp.planning.pulling import Turns
 from vmm_dwdp.planning.roofline import Batch, Operation, all_to_all, layer_operations, total
 from vmm_dwdp.planning.simulator import Group, simulate
 from vmm_dwdp.planning.work import layer_work, link_rates
@@ -20,17 +19,16 @@ PASSES = 5  # of each rank, simulated
 
 
 def predict(
-    stack: Stack, gpu: GpuSpec, shares: list[int], turns: Turns | None = None, *, stops: bool = False
+    stack: Stack, gpu: GpuSpec, shares: list[int], slice_bytes: int | str = "auto", *, stops: bool = False
 ) -> list[dict[str, float]]:
     """For each rank, with so many tokens on each, milliseconds of a pass by each parallelism.
 
-    DWDP: simulated, copy by copy, the ranks beginning at moments within a layer's copies; with ``turns``, owners are
-    chosen as copies go; with ``stops``, the host waits for the device between passes. Expert parallelism: every rank
-    waits for the one with most tokens, while the experts see an even mix. Tensor parallelism: all tokens everywhere,
-    and a ring.
+    DWDP: simulated, copy by copy, the ranks beginning at moments within a layer's copies; ``slice_bytes`` as in the
+    config; with ``stops``, the host waits for the device between passes. Expert parallelism: every rank waits for the
+    one with most tokens, while the experts see an even mix. Tensor parallelism: all tokens everywhere, and a ring.
     """
     size, model = len(shares), model_of(stack)
-    dwdp = _dwdp(stack, model, gpu, shares, turns, stops)
+    dwdp = _dwdp(stack, model, gpu, shares, DWDPConfig(group_size=size, slice_bytes=slice_bytes), stops)  # type: ignore[arg-type]
     mean, most = sum(shares) // size, max(shares)
     sorted_again = 4 * stack.top_k * mean * stack.hidden * DTYPE.itemsize / elementwise_rate(gpu)
     expert_parallel = (
@@ -56,20 +54,17 @@ def predict(
 
 
 def _dwdp(
-    stack: Stack, model: ModelSpec, gpu: GpuSpec, shares: list[int], turns: Turns | None, stops: bool
+    stack: Stack, model: ModelSpec, gpu: GpuSpec, shares: list[int], config: DWDPConfig, stops: bool
 ) -> list[float]:
     """By rank, seconds of a pass, the mean of all but the first."""
-    size = len(shares)
-    config = DWDPConfig(group_size=size)
     alone = copy_seconds(Estimate(model, gpu, config, Batch.of(max(shares))).plan, gpu)
-    chance = random.Random(size)
+    chance = random.Random(len(shares))
     group = Group(
         config=config,
         weights=model.expert_weights,
         num_layers=stack.num_layers,
         granularity=gpu.granularity,
         rates=link_rates(gpu),
-        turns=turns,
         start=[alone * chance.random() for _ in shares],
         stops=stops,
     )

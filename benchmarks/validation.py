@@ -22,7 +22,7 @@ from typing import Any
 import four_gpus
 import torch
 from common import percent, table
-from pull_policies import CHOSEN, FIXED, reached
+from pull_policies import WAYS, reached
 
 from vmm_dwdp import DWDPConfig, WeightSpec
 from vmm_dwdp.layout.layer import describe_layer
@@ -193,7 +193,7 @@ def slicing() -> str:
     for ratio, published in SLICING.items():
         tokens = tokens_for(ratio)
         in_turn = throughput(tokens, IN_TURN, 1)
-        sliced, streams = (100 * (throughput(tokens, *how) / in_turn - 1) for how in ((SLICE, 4), ("auto", 1)))
+        sliced, streams = (100 * (throughput(tokens, *how) / in_turn - 1) for how in ((SLICE, 4), ("streams", 1)))
         rows.append((ratio, tokens, published, sign(sliced), f"{sliced:+.1f} %", f"{streams:+.1f} %"))
     columns = ("compute / prefetch", "tokens", "published", "sign of ours", "slices", "a stream for each owner")
     return f"""## Slices
@@ -260,10 +260,13 @@ published; model and group of the published figures are not known here.
 
 def cannot_be_run_here() -> str:
     plans = [
-        (size, serial_efficiency(size), *(reached(size, slice_bytes).mean for slice_bytes in FIXED.values()),
-         reached(size, turns=CHOSEN).mean)
+        (
+            size,
+            serial_efficiency(size),
+            *(reached(size, slice_bytes, turns).mean for slice_bytes, turns in WAYS.values()),
+        )
         for size in (3, 4, 8)
-    ]  # fmt: skip
+    ]
     work = Estimate(MODEL, GPU, DWDPConfig(group_size=4), Batch.of(16384, 8192)).work
     slow = slower(work, 1.5)
     jitter = []
@@ -282,14 +285,14 @@ def cannot_be_run_here() -> str:
         waited = outcome.exposed.sum() / outcome.pass_end[:, -1].sum()
         spent = time.process_time() - began
         racks.append((tokens, 1e3 * outcome.seconds_per_pass, f"{100 * waited:.2f} %", f"{spent:.0f}"))
-    columns = ("ranks", "formula", *FIXED, "chosen run by run")
+    columns = ("ranks", "formula", *WAYS)
     return f"""## What cannot be run here
 
 The share of the links' rate that copies reach when every rank copies all the time, from random starts, by
-`benchmarks/pull_policies.py`: in fixed orders, of which a stream for each owner is the runtime's default, and with the
-owner of each run of 128 MiB chosen 25 microseconds after the one before ended, which the runtime does not do yet. The
-formula is that of independent meetings, `serial_efficiency`. What four H200 reached:
-[below](#four-h200-all-pulling).
+`benchmarks/pull_policies.py`: in fixed orders, of which a stream for each owner is the runtime's default, and in runs
+whose owners are chosen (`slice_bytes: auto`), by the thread that needs no interpreter, or by one of Python's that
+gives a run 25 microseconds after the one before ended. The formula is that of independent meetings,
+`serial_efficiency`. What four H200 reached: [below](#four-h200-all-pulling).
 
 {table(columns, plans)}
 One rank that computes 1.5 times slower than the others (16,384 tokens, requests of 8K): by how much its own passes

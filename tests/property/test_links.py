@@ -64,7 +64,7 @@ def test_one_owner_is_shared_evenly_by_its_readers(readers: list[int]) -> None:
     assert links.next_end()[0] == pytest.approx(2.0 * len(readers))
 
 
-def run(size: int, slice_bytes: int | str = "auto", *, compute: float, passes: int = 4, **more: object) -> Outcome:
+def run(size: int, slice_bytes: int | str = "streams", *, compute: float, passes: int = 4, **more: object) -> Outcome:
     group = Group(
         config=DWDPConfig(group_size=size, slice_bytes=slice_bytes),  # type: ignore[arg-type]
         weights={"w": WeightSpec((size * 2, 1 << 16), torch.uint8)},

@@ -17,7 +17,19 @@ from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.layout.copies import LayerPlan, Segment, plan_layer
 from vmm_dwdp.layout.placement import HOST, ExpertPlacement, Owner
 from vmm_dwdp.layout.ranges import RangeLayout
-from vmm_dwdp.layout.turns import NOBODY, SMALLEST_RUN, Line, choose, cut_runs, is_alone, pullers, settle
+from vmm_dwdp.layout.turns import (
+    MAX_RANKS,
+    NOBODY,
+    SMALLEST_RUN,
+    Line,
+    choose,
+    choose_of_two,
+    chooses,
+    cut_runs,
+    is_alone,
+    pullers,
+    settle,
+)
 
 State = tuple[int, list[int], list[Line], list[bool]]  # a rank, its bytes left by owner, lines, which of them count
 IDLE = 0
@@ -160,6 +172,35 @@ def test_who_moves_meets_fewer(state: State) -> None:
         if left[owner]:
             moved = settle(rank, owner, left, 0, lines, alive)
             assert moved == owner or now[moved] < now[owner]
+
+
+@given(honest, st.data())
+def test_of_two_layers_the_first_unless_its_owner_has_more_pullers(state: State, data: st.DataObject) -> None:
+    rank, first, lines, alive = state
+    assume(any(first))
+    second = [0 if owner == rank else data.draw(st.sampled_from([0, 1, 9])) for owner in range(len(first))]
+    pulled = pullers(rank, lines, alive)
+    of_first, of_second = by_the_rule(rank, first, lines, alive), by_the_rule(rank, second, lines, alive)
+    is_better = any(second) and pulled[of_second] < pulled[of_first]
+
+    assert choose_of_two(rank, first, None, pulled) == (0, of_first)
+    assert choose_of_two(rank, first, second, pulled) == ((1, of_second) if is_better else (0, of_first))
+
+
+@pytest.mark.parametrize(
+    ("config", "there_is_a_choice"),
+    [
+        (DWDPConfig(group_size=3, slice_bytes="auto"), True),
+        (DWDPConfig(group_size=MAX_RANKS, slice_bytes="auto"), True),
+        (DWDPConfig(group_size=MAX_RANKS + 1, slice_bytes="auto"), False),
+        (DWDPConfig(group_size=2, slice_bytes="auto"), False),
+        (DWDPConfig(group_size=4, slice_bytes="streams"), False),
+        (DWDPConfig(group_size=4, slice_bytes=1 << 20), False),
+        (DWDPConfig(group_size=4, slice_bytes="auto", mode="in_place", prefetch_depth=0), False),
+    ],
+)
+def test_who_chooses(config: DWDPConfig, there_is_a_choice: bool) -> None:
+    assert chooses(config) == there_is_a_choice
 
 
 def test_a_rank_between_two_runs_is_not_idle() -> None:

@@ -175,6 +175,7 @@ class NativeThread:
         if lines is not None:
             choosing = (*lines, *(ctypes.cast(function, _POINTER).value for function in self._choosing))
         self._thread = _native.Issuer(*addresses, 1, self._failure, choosing)  # type: ignore[arg-type]
+        self.native_id = self._thread.native_id
         self.submit = self._thread.submit
         self.flush = self._thread.flush
         self.close = self._thread.close

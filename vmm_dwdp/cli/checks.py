@@ -19,6 +19,16 @@ def number_or_auto(text: str) -> int | Literal["auto"]:
         raise argparse.ArgumentTypeError(f"a whole number or auto, not {text!r}") from None
 
 
+def slice_bytes(text: str) -> int | Literal["auto", "streams"]:
+    """The value of an option that takes what the config's ``slice_bytes`` takes; some numbers only it refuses."""
+    if text == "streams":
+        return "streams"
+    try:
+        return number_or_auto(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"a whole number, auto or streams, not {text!r}") from None
+
+
 def why_no_gpu() -> str:
     """Why there is none, where torch finds none."""
     import torch

@@ -19,12 +19,17 @@ from vmm_dwdp.allocator.driver import DEVICE, Location
 from vmm_dwdp.allocator.native import HAS_NATIVE
 from vmm_dwdp.allocator.probe import supported_handle_types
 from vmm_dwdp.cli.checks import why_no_gpu
+from vmm_dwdp.cli.connections import Connections, connections
 from vmm_dwdp.cli.console import print_table, size
-from vmm_dwdp.errors import DWDPError
+from vmm_dwdp.errors import ConfigError, DWDPError
 from vmm_dwdp.kernels import providers
+from vmm_dwdp.layout.turns import MOST_UNDER_WAY, RUN_BYTES
+from vmm_dwdp.planning.calibrate import preset_of
+from vmm_dwdp.planning.gpus import load_gpu
 from vmm_dwdp.planning.link_rates import LinkRates, measure_link
 from vmm_dwdp.planning.models import load_model
 from vmm_dwdp.planning.presets import preset_names
+from vmm_dwdp.planning.run_gap import LOST, measure_gap, shortest_run
 from vmm_dwdp.schedule.mode_choice import crossover
 
 _PACKAGES: Final = ("vmm-dwdp", "torch", "cuda-bindings", "transformers", "flashinfer-python", "nvidia-cutlass-dsl")
@@ -73,6 +78,18 @@ class HostMemory:
 
 
 @dataclass
+class Runs(Finding):
+    """Bytes whose owner is chosen run by run, as the runtime gives them; ``why_not``: nothing could be measured."""
+
+    longest_bytes: int = RUN_BYTES
+    under_way: int = 1  # of a rank beside others that pull; the next is given shortly before its end
+    under_way_alone: int = MOST_UNDER_WAY
+    gap_s: float | None = None  # that each run more takes
+    link_rate: float | None = None  # bytes a second from another GPU, by the preset of this one
+    worth_from_bytes: int | None = None  # a run of which the gap takes at most 2 %
+
+
+@dataclass
 class Report:
     """All that is found; `asdict` of it is what ``--json`` prints."""
 
@@ -80,9 +97,11 @@ class Report:
     devices: dict[str, Device]
     descriptor_limit: int  # open files a process may have; each imported handle takes one
     mapping_limit: int | None  # mappings a process may have on the host; None where the kernel does not say
+    connections: Connections  # to a GPU, for copies
     native_thread: Finding  # which gives copies to a GPU's driver without the interpreter
     kernels: dict[str, Kernel]  # by function and provider, in the order in which provider="auto" tries them
     host_memory: dict[str, HostMemory]  # by device; empty unless asked for
+    runs: dict[str, Runs]  # the same
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +109,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibrate",
         action="store_true",
-        help="measure how fast experts in host memory are copied and read in place, and where mode auto will change",
+        help="measure how fast experts in host memory are copied and read in place, and where mode auto will change; "
+        "and what the gap between two runs of copies costs",
     )
 
 
@@ -118,12 +138,14 @@ def examine(*, calibrate: bool) -> Report:
         devices=devices,
         descriptor_limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         mapping_limit=int(mapping_limit.read_text()) if mapping_limit.exists() else None,
+        connections=connections(os.environ, len(gpus)),
         native_thread=Finding(None if HAS_NATIVE else "there was no C compiler when vmm-dwdp was installed"),
         kernels={
             provider.name: Kernel(None, provider.reason) if provider.usable else Kernel(provider.reason)
             for provider in providers()
         },
         host_memory={str(device): _measure(device) for device in gpus or [torch.device("cpu")] if calibrate},
+        runs={str(device): _measure_runs(device) for device in gpus or [torch.device("cpu")] if calibrate},
     )
 
 
@@ -133,6 +155,22 @@ def _measure(device: torch.device) -> HostMemory:
     share = rates.in_place / rates.copies
     staged_from = {name: crossover(model.num_experts, model.top_k, share) for name, model in models.items()}
     return HostMemory(rates, staged_from)
+
+
+def _measure_runs(device: torch.device) -> Runs:
+    if device.type == "cpu":
+        return Runs("there is no GPU, and so no link: what the runtime has where nothing was measured")
+    try:
+        driver = open_driver(device)
+        with driver.current():
+            gap = measure_gap(driver)
+    except DWDPError as error:
+        return Runs(str(error))
+    try:
+        rate = load_gpu(preset_of(torch.cuda.get_device_name(device))).pull_rate
+    except ConfigError:
+        return Runs(gap_s=gap)
+    return Runs(gap_s=gap, link_rate=rate, worth_from_bytes=shortest_run(gap, rate))
 
 
 def _examine_device(device: torch.device) -> Device:
@@ -176,9 +214,6 @@ def _version(package: str) -> str | None:
 
 
 def _print(report: Report) -> None:
-    def outcome(finding: Finding) -> str:
-        return finding.why_not or "yes"
-
     def size_or_none(nbytes: int | None) -> str:
         return "" if nbytes is None else size(nbytes)
 
@@ -188,7 +223,14 @@ def _print(report: Report) -> None:
         "Devices",
         ("device", "driver", "product", "free", "total", "usable"),
         [
-            (name, d.driver or "", d.product or "", size_or_none(d.free_bytes), size_or_none(d.total_bytes), outcome(d))
+            (
+                name,
+                d.driver or "",
+                d.product or "",
+                size_or_none(d.free_bytes),
+                size_or_none(d.total_bytes),
+                _outcome(d),
+            )
             for name, d in report.devices.items()
         ],
     )
@@ -196,14 +238,14 @@ def _print(report: Report) -> None:
         "Memory that can be mapped and handed to another process",
         ("device", "location", "page", "as", "possible"),
         [
-            (name, location, size_or_none(memory.granularity), handle_type, outcome(finding))
+            (name, location, size_or_none(memory.granularity), handle_type, _outcome(finding))
             for name, device in report.devices.items()
             for location, memory in device.memory.items()
             for handle_type, finding in (memory.handle_types or {"": memory}).items()
         ],
     )
     peers = [
-        (name, other, outcome(finding))
+        (name, other, _outcome(finding))
         for name, device in report.devices.items()
         for other, finding in device.peer_access.items()
     ]
@@ -216,16 +258,14 @@ def _print(report: Report) -> None:
             ("model", "expected to be faster staged"),
             [(model, f"from {tokens:.0f} tokens a pass") for model, tokens in host.staged_from.items()],
         )
+    for name, runs in report.runs.items():
+        _print_runs(name, runs)
     print_table(
         "Limits of a process",
         ("limit", "value"),
         [("open files", str(report.descriptor_limit)), ("mappings", str(report.mapping_limit or "unknown"))],
     )
-    print_table(
-        "Giving copies to a GPU's driver",
-        ("by", "possible"),
-        [("a thread that needs no interpreter", outcome(report.native_thread)), ("a thread of Python's", "yes")],
-    )
+    _print_giving(report)
     print_table(
         "Grouped GEMMs",
         ("provider", "usable", ""),
@@ -233,4 +273,38 @@ def _print(report: Report) -> None:
             (name, "no" if kernel.why_not else "yes", kernel.why_not or kernel.supports or "")
             for name, kernel in report.kernels.items()
         ],
+    )
+
+
+def _outcome(finding: Finding | Connections) -> str:
+    return finding.why_not or "yes"
+
+
+def _print_runs(name: str, runs: Runs) -> None:
+    rows = [
+        ("longest run", size(runs.longest_bytes)),
+        ("runs of a rank under way while others pull", str(runs.under_way)),
+        ("while no other pulls", str(runs.under_way_alone)),
+    ]
+    if runs.gap_s is not None:
+        rows.append(("lost by each run more", f"{runs.gap_s * 1e6:.1f} microseconds"))
+    if runs.worth_from_bytes is not None:
+        rows.append((f"that is at most {LOST:.0%} of a run from", size(runs.worth_from_bytes)))
+    print_table(f"Runs whose owner is chosen (slice_bytes: auto), {name}", ("what", ""), rows)
+    if runs.why_not:
+        print(f"Not measured: {runs.why_not}.")
+
+
+def _print_giving(report: Report) -> None:
+    print_table(
+        "Giving copies to a GPU's driver",
+        ("by", "possible"),
+        [("a thread that needs no interpreter", _outcome(report.native_thread)), ("a thread of Python's", "yes")],
+    )
+    found = report.connections
+    stated = ", ".join(f"{name}={value}" for name, value in found.stated.items())
+    print_table(
+        "Connections of a process to a GPU, for copies",
+        ("there are", "stated", "copy streams of a rank", "enough"),
+        [(str(found.for_copies or "unknown"), stated or "nothing", str(found.streams), _outcome(found))],
     )

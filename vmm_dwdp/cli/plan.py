@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vmm_dwdp.cli.checks import number_or_auto, require_writable
+from vmm_dwdp.cli.checks import number_or_auto, require_writable, slice_bytes
 from vmm_dwdp.cli.console import print_table, size
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
@@ -19,7 +19,7 @@ from vmm_dwdp.planning.memory import CONTEXT
 from vmm_dwdp.planning.models import load_model
 from vmm_dwdp.planning.nodes import NDR, Network, Nodes
 from vmm_dwdp.planning.presets import preset_names
-from vmm_dwdp.planning.pulling import Turns
+from vmm_dwdp.planning.pulling import GAP, Turns
 from vmm_dwdp.planning.roofline import Batch
 
 
@@ -58,15 +58,17 @@ def add_group_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--host-experts", type=int, default=0, metavar="N", help="experts in host memory (default: 0)")
     parser.add_argument("--depth", type=int, default=2, metavar="N", help="layers of room for prefetching (default: 2)")
-    parser.add_argument("--slice-bytes", type=int, metavar="N", help="copy in slices (default: whole segments)")
+    parser.add_argument(
+        "--slice-bytes", type=slice_bytes, default="auto", metavar="N", help="as in the config: N, auto or streams"
+    )
     parser.add_argument(
         "--run-bytes",
         type=int,
         metavar="N",
-        help="what if ranks chose the owner of each run of at most N bytes as they go",
+        help="where owners of runs are chosen: what if they had at most N bytes (default: the runtime's)",
     )
     parser.add_argument(
-        "--run-gap", type=float, default=25.0, metavar="US", help="microseconds between two such runs (default: 25)"
+        "--run-gap", type=float, metavar="US", help=f"microseconds between two of these (default: {GAP * 1e6:g})"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
@@ -80,7 +82,7 @@ def estimate_from(arguments: argparse.Namespace, imbalance: float = 0.0) -> Esti
         num_local_experts=arguments.local_experts,
         memory_bytes=arguments.memory_bytes,
         prefetch_depth=arguments.depth,
-        slice_bytes="auto" if arguments.slice_bytes is None else arguments.slice_bytes,
+        slice_bytes=arguments.slice_bytes,
         host_experts=arguments.host_experts,
     )
     if arguments.nodes < 1:
@@ -90,9 +92,9 @@ def estimate_from(arguments: argparse.Namespace, imbalance: float = 0.0) -> Esti
     network = NDR if arguments.network is None else Network("as stated", arguments.network * 1e9)
     nodes = Nodes(arguments.nodes, network)
     batch = Batch.of(arguments.tokens, arguments.request_tokens)
-    turns = None
-    if arguments.run_bytes is not None:
-        turns = Turns(run_bytes=arguments.run_bytes, gap=arguments.run_gap * 1e-6)
+    if arguments.slice_bytes != "auto" and (arguments.run_bytes is not None or arguments.run_gap is not None):
+        raise ConfigError("--run-bytes and --run-gap need --slice-bytes auto")
+    turns = Turns(run_bytes=arguments.run_bytes, gap=GAP if arguments.run_gap is None else arguments.run_gap * 1e-6)
     model, gpu = load_model(arguments.model), load_gpu(arguments.gpu)
     return Estimate(model, gpu, settled(nodes.share(model), gpu, config), batch, imbalance, turns, nodes)
 

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import time
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -28,11 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resolution",
         choices=("fetches", "copies"),
-        help="follow each fetch as one flow, or each copy: exact, and slow in large groups (default: fetches, or "
-        "copies with --run-bytes)",
+        default="fetches",
+        help="follow each fetch as one flow, or each copy: exact, and slow in large groups (default: fetches)",
     )
     parser.add_argument(
-        "--sees", type=int, metavar="N", help="with --run-bytes: ranks of one node, who see each other (default: all)"
+        "--sees",
+        type=int,
+        metavar="N",
+        help="with --slice-bytes auto, of copies: ranks of one node, who see each other (default: all)",
     )
     parser.add_argument("--in-flight", type=int, default=1, metavar="N", help="copies of a stream at once (default: 1)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random lengths (default: 0)")
@@ -45,10 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--passes and --in-flight must be at least 1, and --spread at least 0 and less than 1")
     if arguments.slow_rank is not None and arguments.slow_rank <= 0:
         raise ConfigError(f"--slow-rank must be more than 0, not {arguments.slow_rank}")
-    turns = estimate.turns and dataclasses.replace(estimate.turns, sees=arguments.sees)
-    resolution: Literal["copies", "fetches"] = arguments.resolution or ("copies" if turns else "fetches")
-    if arguments.sees is not None and not turns:
-        raise ConfigError("--sees needs --run-bytes: only ranks that choose as they go look at each other")
+    if arguments.sees is not None and (arguments.slice_bytes != "auto" or arguments.resolution != "copies"):
+        raise ConfigError("--sees needs --slice-bytes auto and --resolution copies: it says whose copies a rank sees")
     random = np.random.default_rng(arguments.seed)
     shape = (estimate.world_size, arguments.passes)
     tokens = np.rint(arguments.tokens * random.uniform(1 - arguments.spread, 1 + arguments.spread, shape)).astype(int)
@@ -59,9 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
         num_layers=len(estimate.model.moe_layers),
         granularity=estimate.gpu.granularity,
         rates=link_rates(estimate.gpu),
-        turns=turns,
+        turns=dataclasses.replace(estimate.turns, sees=arguments.sees),
         in_flight=arguments.in_flight,
-        resolution=resolution,
+        resolution=arguments.resolution,
         nodes=estimate.nodes.count,
     )
     began = time.perf_counter()

@@ -24,6 +24,7 @@ from vmm_dwdp.group.update import ShardKey, Shards, Update
 from vmm_dwdp.layout.auto import AutoExperts
 from vmm_dwdp.layout.layer import Layer, Layers
 from vmm_dwdp.layout.placement import HOST, Owner, in_words
+from vmm_dwdp.layout.turns import chooses
 from vmm_dwdp.memory.assembly import Assembly, Place, Share
 from vmm_dwdp.memory.checksum import checksum
 from vmm_dwdp.memory.lines import SharedLines
@@ -326,8 +327,7 @@ class Membership:
     @property
     def _chooses_runs(self) -> bool:
         """Whether the ranks, which are on one machine, tell each other from whom they pull."""
-        wanted = self.config.slice_bytes == "auto" and self.config.prefetch_depth > 0
-        return wanted and self._door.takes_descriptors and SharedLines.serves(self.config.group_size)
+        return self._door.takes_descriptors and chooses(self.config)
 
     def _take_lines(self, exchange: Exchange, holder: int, deadline: float) -> None:
         if self._chooses_runs and self.lines is None:

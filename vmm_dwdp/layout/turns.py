@@ -16,8 +16,8 @@ a line:
 Two ranks that choose at the same time do not see each other. So a rank claims (writes its line, then a fence), reads
 the lines again, and asks `settle`: of two ranks that have claimed one owner at once, the one further from it moves.
 
-Where every owner of a layer is pulled from by somebody, and an owner of the next layer by nobody, the run is of that
-layer, if its slot is free: else ranks that have drained one owner would have to meet at another.
+Where every owner of a layer is pulled from by somebody, and an owner of the next layer by fewer, the run is of that
+layer, if its slot is free (`choose_of_two`): else ranks that have drained one owner would have to meet at another.
 
 Lines are advice. They may be late, torn, or of a rank that died; whatever they say, the choice is an owner with bytes
 left. All of it is integers: bytes fit into 64 bits, ranks and counts into 32.
@@ -34,17 +34,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from vmm_dwdp.config import COPY_ALIGNMENT
+from vmm_dwdp.config import COPY_ALIGNMENT, DWDPConfig
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.layout.copies import LayerPlan, Segment
 from vmm_dwdp.layout.placement import HOST, Owner
 
 NOBODY: Final = -1  # no owner has bytes left
 MAX_RANKS: Final = 128  # that choose
+MOST_UNDER_WAY: Final = 2  # runs of a rank
+LEAD_NS: Final = 20_000  # before a run can end, the next is chosen and given; not by a thread of Python's
 RUN_BYTES: Final = 128 << 20  # see [Note: How long a run is]
 SHORTEST_RUN: Final = 32 << 20
 RUNS: Final = 8  # of one owner and layer, at least, unless they would be shorter than the shortest
 SMALLEST_RUN: Final = 4096  # bytes; borders between runs are moved by less than `COPY_ALIGNMENT`
+
+
+def chooses(config: DWDPConfig) -> bool:
+    """Whether ranks that see each other's lines choose the owners of runs: nothing else is stated, and they can."""
+    wanted = config.slice_bytes == "auto" and config.prefetch_depth > 0
+    return wanted and 2 < config.group_size <= MAX_RANKS
 
 
 class Line(NamedTuple):
@@ -92,6 +100,22 @@ def choose(rank: int, left: Sequence[int], pulled: Sequence[int]) -> int:
         if best == NOBODY or (pulled[owner], -left[owner]) < (pulled[best], -left[best]):
             best = owner
     return best
+
+
+def choose_of_two(
+    rank: int, first: Sequence[int], second: Sequence[int] | None, pulled: Sequence[int]
+) -> tuple[int, int]:
+    """The layer of the next run, 0 or 1, and its owner: of the second where the first's is pulled from by more.
+
+    Args:
+        first: by owner, the bytes left of the layer that is needed first, some; ``second``: of the one after it, if its
+            slot is free. pulled: of `pullers`.
+    """
+    owner = choose(rank, first, pulled)
+    if second is None or not pulled[owner]:
+        return 0, owner
+    other = choose(rank, second, pulled)
+    return (1, other) if other != NOBODY and pulled[other] < pulled[owner] else (0, owner)
 
 
 def settle(

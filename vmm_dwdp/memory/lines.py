@@ -24,7 +24,7 @@ from vmm_dwdp.allocator.driver import LinesAt
 from vmm_dwdp.allocator.handles import Descriptor, Ledger
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.errors import ExchangeError
-from vmm_dwdp.layout.turns import MAX_RANKS, Line
+from vmm_dwdp.layout.turns import Line
 
 VERSION: Final = 1  # of a line; one that says another is not read
 STALE_NS: Final = 20_000_000
@@ -67,11 +67,6 @@ class SharedLines:
             os.ftruncate(descriptor.fd, _line_nbytes(group_size) * group_size)
             fcntl.fcntl(descriptor.fd, fcntl.F_ADD_SEALS, _SEALS)
             return cls(descriptor, rank, group_size)
-
-    @staticmethod
-    def serves(group_size: int) -> bool:
-        """Whether there is anything to choose: with two ranks each has one owner to pull from."""
-        return 2 < group_size <= MAX_RANKS
 
     @property
     def at(self) -> LinesAt:

@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 
 from vmm_dwdp.allocator import open_driver
-from vmm_dwdp.allocator.driver import Access, Copy, Driver, Location
+from vmm_dwdp.allocator.driver import Access, Address, Copy, Driver, Location
 from vmm_dwdp.allocator.handles import Allocation, Event, Ledger, Reservation, ResourceStack, Stream
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.planning.gpus import Efficiency, GpuSpec
@@ -164,13 +164,9 @@ def _host_rate(driver: Driver) -> float:
     """Bytes a second that copies from host memory reach, the median."""
     ledger = Ledger()
     with ResourceStack() as stack:
-        addresses = []
-        for location in (Location(), Location(driver.numa_node)):
-            memory = stack.push(Allocation.create(driver, ledger, COPIED, location))
-            mapped = stack.push(Reservation(driver, ledger, COPIED))
-            mapped.map(0, memory)
-            mapped.set_access(0, COPIED, Access.READ_WRITE)
-            addresses.append(mapped.address)
+        addresses = [
+            mapped(stack, driver, ledger, COPIED, location) for location in (Location(), Location(driver.numa_node))
+        ]
         stream = stack.push(Stream(driver, ledger)).stream
         copies = driver.prepare([Copy(addresses[0], addresses[1], COPIED)])
         events = [stack.push(Event(driver, ledger, timed=True)).event for _ in range(COPIES + 1)]
@@ -180,3 +176,12 @@ def _host_rate(driver: Driver) -> float:
         driver.synchronize(stream)
         spans = [driver.elapsed(start, end) for start, end in itertools.pairwise(events)]
     return COPIED / statistics.median(spans)
+
+
+def mapped(stack: ResourceStack, driver: Driver, ledger: Ledger, nbytes: int, location: Location) -> Address:
+    """The address of so much new memory there, whole pages, which ``stack`` frees."""
+    memory = stack.push(Allocation.create(driver, ledger, nbytes, location))
+    range_ = stack.push(Reservation(driver, ledger, nbytes))
+    range_.map(0, memory)
+    range_.set_access(0, nbytes, Access.READ_WRITE)
+    return range_.address

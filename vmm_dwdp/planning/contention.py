@@ -1,21 +1,30 @@
 """How often pulls meet at one owner when nothing keeps the ranks of a group in step, and what of the links is left.
 
 What is left is for all ranks copying all the time: `contended_share` for copies whose order is fixed ahead,
-`chosen_share` for owners chosen run by run. `reached_share` is for ranks that copy a part of the time.
+`chosen_share` for owners chosen run by run; `reached_by_all` says which of them holds. `reached_share` is for ranks
+that copy a part of the time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import comb, sqrt
+from math import ceil, comb, sqrt
 from typing import Final
 
 import numpy as np
+
+from vmm_dwdp.config import DWDPConfig
+from vmm_dwdp.layout.copies import LayerPlan
+from vmm_dwdp.layout.placement import HOST
+from vmm_dwdp.layout.turns import chooses
+from vmm_dwdp.planning.links import Rates
+from vmm_dwdp.planning.pulling import Turns
 
 # By ranks: the simulator with a stream for each owner and DeepSeek-R1's bytes, from random moments; see the test.
 # Four H200 reached 0.61 in step and 0.64 at random moments, the means of four ranks.
 _FIXED_ORDER: Final = {2: 1.0, 3: 0.72, 4: 0.64, 6: 0.57, 8: 0.545, 12: 0.53, 32: 0.51}
 _LAST_RUNS: Final = 0.18  # fitted to the simulator, 3 to 8 ranks and 5 to 40 runs an owner
+_LAST_RUNS_AHEAD: Final = 0.3  # the same, where one layer ahead is looked at
 
 
 def meeting_shares(group_size: int) -> list[float]:
@@ -48,7 +57,7 @@ def contended_share(group_size: int) -> float:
     return float(np.interp(np.log(max(1, group_size)), np.log(sizes), [_FIXED_ORDER[size] for size in sizes]))
 
 
-def chosen_share(group_size: int, runs_of_owner: float, gap: float, run_seconds: float) -> float:
+def chosen_share(runs_of_owner: float, gap: float, run_seconds: float, *, ahead: bool) -> float:
     """The same with the owner of each run chosen when the one before ends; see [Note: Turns] in ``layout/turns.py``.
 
     The gaps are lost, and the last runs of a layer, which have no choice left: the fewer runs, the more.
@@ -56,10 +65,23 @@ def chosen_share(group_size: int, runs_of_owner: float, gap: float, run_seconds:
     Args:
         runs_of_owner: of a layer, from each owner.
         gap: seconds between two runs. ``run_seconds``: of a run that meets nobody.
+        ahead: whether the last runs have a choice left: those of the next layer.
     """
-    if group_size <= 2:
+    runs = max(1.0, runs_of_owner)
+    lost = _LAST_RUNS_AHEAD / runs if ahead else _LAST_RUNS / sqrt(runs)
+    return (1 - lost) / (1 + gap / run_seconds)
+
+
+def reached_by_all(plan: LayerPlan, config: DWDPConfig, turns: Turns, rates: Rates) -> float:
+    """The mean share of the links if all ranks copy all the time: a layer's ``plan`` each, as ``config`` has it."""
+    linked = sum(len(piece.bytes) for stream in plan.streams for piece in stream if piece.owner != HOST)
+    if not rates.switched or not linked:
         return 1.0
-    return (1 - _LAST_RUNS / sqrt(max(1.0, runs_of_owner))) / (1 + gap / run_seconds)
+    if not chooses(config):
+        return contended_share(config.group_size)
+    of_owner = linked / (config.group_size - 1)
+    runs = ceil(of_owner / turns.longest(plan))
+    return chosen_share(runs, turns.gap, of_owner / runs / rates.reader, ahead=turns.native)
 
 
 def reached_share(alone: float, full: float, period: Callable[[float], float]) -> float:

@@ -12,12 +12,12 @@ from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.layout.copies import LayerPlan
 from vmm_dwdp.layout.layer import describe_layer
 from vmm_dwdp.layout.placement import HOST
-from vmm_dwdp.planning.contention import chosen_share, contended_share, reached_share
+from vmm_dwdp.planning.contention import reached_by_all, reached_share
 from vmm_dwdp.planning.gpus import GpuSpec
 from vmm_dwdp.planning.memory import RankMemory, rank_memory
 from vmm_dwdp.planning.models import ModelSpec
 from vmm_dwdp.planning.nodes import ONE_NODE, Nodes
-from vmm_dwdp.planning.pulling import Turns
+from vmm_dwdp.planning.pulling import AS_THE_RUNTIME, Turns
 from vmm_dwdp.planning.roofline import Batch, Operation, dense_layer_operations, total
 from vmm_dwdp.planning.simulator import LayerWork
 from vmm_dwdp.planning.work import average_operations, layer_work, link_rates
@@ -34,7 +34,7 @@ class Estimate:
             nodes all of theirs.
         imbalance: by how much the slowest rank's compute exceeds the mean, for which expert parallelism waits, and so
             does a rail of several nodes.
-        turns: how owners are chosen as copies go; ``None``: copies in an order that is fixed ahead.
+        turns: how owners are chosen as copies go, where the config has them chosen.
         nodes: over which the experts are spread; the group is one node's.
     """
 
@@ -43,7 +43,7 @@ class Estimate:
     config: DWDPConfig
     batch: Batch
     imbalance: float = 0.0
-    turns: Turns | None = None
+    turns: Turns = AS_THE_RUNTIME
     nodes: Nodes = ONE_NODE
 
     def __post_init__(self) -> None:
@@ -92,14 +92,7 @@ class Estimate:
     @cached_property
     def contended_share(self) -> float:
         """Of the links, what copies reach if all ranks copy all the time."""
-        if not link_rates(self.gpu).switched:
-            return 1.0
-        if self.turns is None:
-            return contended_share(self.config.group_size)
-        linked = sum(len(p.bytes) for stream in self.plan.streams for p in stream if p.owner != HOST)
-        of_owner = max(1.0, linked / max(1, self.config.group_size - 1))
-        runs = -(-of_owner // self.turns.run_bytes)
-        return chosen_share(self.config.group_size, runs, self.turns.gap, of_owner / runs / self.gpu.pull_rate)
+        return reached_by_all(self.plan, self.config, self.turns, link_rates(self.gpu))
 
     @cached_property
     def reached_share(self) -> float:

@@ -40,6 +40,11 @@ class Rates:
     pair: float = inf
 
     @property
+    def alone(self) -> float:
+        """Of a copy from one rank to another with nobody else on the links."""
+        return min(self.reader, self.owner, self.pair)
+
+    @property
     def switched(self) -> bool:
         """Whether one owner can fill a reader's link, so that readers meet at owners."""
         return self.pair >= self.reader

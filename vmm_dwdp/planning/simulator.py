@@ -1,19 +1,19 @@
 """A group of ranks, event by event: compute, slots, copies and the links that they share.
 
-What a rank copies, from whom and in which order is the runtime's own `describe_layer`; when it copies is the schedule
-of [Note: The event protocol] in ``prefetch.py``: a layer is fetched at the release of the layer that holds its slot,
-and a layer's experts wait until it is there.
-
-Between two events every rate is constant, so nothing is computed there: a rank has at most two events ahead, the end of
-its compute phase and the end of its copy, and an event changes the rates only of those who share a link with it.
+What a rank copies, from whom and in which order is the runtime's own `describe_layer`, or chosen by the runtime's own
+rule (`layout/turns.py`); when it copies is the runtime's schedule: a layer is fetched at the release of the layer that
+holds its slot, and its experts wait until it is there. Between two events every rate is constant, so nothing is
+computed there, and an event changes the rates only of those who share a link with it.
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf
 from typing import Literal
 
@@ -22,11 +22,13 @@ from numpy.typing import NDArray
 
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.layout.copies import LayerPlan
 from vmm_dwdp.layout.layer import describe_layer
+from vmm_dwdp.layout.turns import chooses
 from vmm_dwdp.layout.weight_spec import WeightSpec
-from vmm_dwdp.planning.contention import contended_share
-from vmm_dwdp.planning.links import CopyLinks, FetchLinks, Links, Rates
-from vmm_dwdp.planning.pulling import Chosen, Page, Planned, Pulls, Turns, fetch_flows, planned_flows
+from vmm_dwdp.planning.contention import reached_by_all
+from vmm_dwdp.planning.links import CopyLinks, FetchLinks, Flow, Links, Rates
+from vmm_dwdp.planning.pulling import AS_THE_RUNTIME, Chosen, Page, Planned, Pulls, Turns, fetch_flows, planned_flows
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Group:
 
     Attributes:
         weights: of one MoE layer; all ``num_layers`` are alike.
-        turns: how owners are chosen as copies go, which needs the resolution of copies; ``None``: by the config's plan.
+        turns: how owners are chosen as copies go, where the config has them chosen.
         in_flight: how many copies of one stream are under way at once: a batch's copies are not ordered.
         resolution: follow every copy, or every fetch as one; see `links`.
         start: when each rank begins, in seconds; all at 0 by default.
@@ -79,7 +81,7 @@ class Group:
     num_layers: int
     granularity: int
     rates: Rates
-    turns: Turns | None = None
+    turns: Turns = AS_THE_RUNTIME
     in_flight: int = 1
     resolution: Literal["copies", "fetches"] = "copies"
     start: Sequence[float] | None = None
@@ -90,6 +92,10 @@ class Group:
     def ranks(self) -> int:
         """Of all nodes."""
         return self.nodes * self.config.group_size
+
+    def plan(self, rank: int) -> LayerPlan:
+        """What ``rank`` of a node copies for a layer."""
+        return describe_layer(0, self.weights, self.config, rank, self.granularity).plan
 
 
 @dataclass
@@ -126,8 +132,7 @@ def simulate(group: Group, work: Sequence[Sequence[LayerWork]]) -> Outcome:
     """Run ``work[rank][pass]``, every layer of a pass alike, and say what happened.
 
     Raises:
-        ConfigError: ``work`` is not for every rank, or ranks that meet do not meet equally often; a config that cannot
-            be, or a choice of owners by fetches.
+        ConfigError: ``work`` is not for every rank, or ranks that meet do not meet equally often.
     """
     size = group.config.group_size
     if len(work) != group.ranks:
@@ -135,8 +140,6 @@ def simulate(group: Group, work: Sequence[Sequence[LayerWork]]) -> Outcome:
     for rail in range(size):
         if len({tuple(map(_meetings, passes)) for passes in work[rail::size]}) > 1:
             raise ConfigError(f"the ranks of number {rail} do not meet equally often on all nodes")
-    if group.turns and group.resolution == "fetches":
-        raise ConfigError("owners are chosen copy by copy; that needs the resolution of copies")
     return _Simulation(group, work).run()
 
 
@@ -162,8 +165,9 @@ class _Rank:
 
         self.pulls = pulls
         self.holds = [-1] * depth  # what is in each slot: pass * layers + layer
-        self.queue: deque[int] = deque()  # what is to be fetched, and first what is being fetched
+        self.queue: deque[int] = deque()  # what is being fetched or to be fetched: the slots are free
         self.copying_since: float | None = None
+        self.looks = inf  # when its pulls are to look again
         self.link_share = 0.0  # of its link, used by its copies now
 
 
@@ -176,40 +180,36 @@ class _Simulation:
         self._depth = min(config.prefetch_depth, group.num_layers)
         self._size = size
         starts = group.start or [0.0] * group.ranks
-        pages = [Page(size, group.turns.sees if group.turns else None) for _ in range(group.nodes)]
+        pages = [Page(size, group.turns.sees) for _ in range(group.nodes)]
         self._ranks = [
             _Rank(rank, _pulls(group, rank % size, pages[rank // size]), work[rank], self._depth, starts[rank])
             for rank in range(group.ranks)
         ]
         self._exact = group.resolution == "copies"
         self._lanes = max(1, *(rank.pulls.lanes for rank in self._ranks))
-        contended = contended_share(size) if group.rates.switched else 1.0
-        self._links: list[Links] = [
-            CopyLinks(size, self._lanes, group.rates) if self._exact else FetchLinks(size, group.rates, contended)
-            for _ in range(group.nodes)
-        ]
+        self._links: list[Links] = [_links(group, self._lanes) for _ in range(group.nodes)]
         passes, ranks = max(len(passes) for passes in work), group.ranks
         self._outcome = Outcome(
             np.full((ranks, passes), np.nan), np.zeros((ranks, self._layers)), np.zeros(ranks), np.zeros(ranks)
         )
         self._phase_ends: list[tuple[float, int, int]] = []  # time, rank, version
-        self._pauses: list[tuple[float, int]] = []  # when the next copy of a lane begins
+        self._planned: list[tuple[float, int, Callable[[float], None]]] = []  # of copies: when, a number, what
+        self._numbers = itertools.count()
 
     def run(self) -> Outcome:
         for rank in self._ranks:
-            rank.queue.extend(range(self._depth))
             # Ranks begin at different times, and the links must see them in order.
             heapq.heappush(self._phase_ends, (rank.computed_until, rank.index, 0))
-        phase_ends, pauses = self._phase_ends, self._pauses
+        phase_ends, planned = self._phase_ends, self._planned
         now = 0.0
         while True:
             copy_end, lane = self._next_end()
             for node, links in enumerate(self._links):
                 for index, share in links.changes().items():
                     self._disturb(self._ranks[node * self._size + index], share, now)
-            if pauses and pauses[0][0] <= min(copy_end, phase_ends[0][0] if phase_ends else inf):
-                now, lane = heapq.heappop(pauses)
-                self._begin_copy(lane, now)
+            if planned and planned[0][0] <= min(copy_end, phase_ends[0][0] if phase_ends else inf):
+                now, _, action = heapq.heappop(planned)
+                action(now)
             elif phase_ends and phase_ends[0][0] <= copy_end:
                 now, index, version = heapq.heappop(phase_ends)
                 rank = self._ranks[index]
@@ -270,7 +270,8 @@ class _Simulation:
 
     def _end_phase(self, rank: _Rank, now: float) -> None:
         if not rank.phases:  # the rank begins
-            self._begin_fetch(rank, now)
+            for fetch in range(self._depth):
+                self._begin_fetch(rank, fetch, now)
             self._begin_layer(rank, now)
             return
         rank.phase += 1
@@ -301,57 +302,61 @@ class _Simulation:
         if following - self._layers == rank.layer:  # it is the only one
             rank.holds[rank.layer] = fetch
         elif fetch < len(rank.work) * self._layers:
-            rank.queue.append(fetch)
-            if len(rank.queue) == 1:
-                self._begin_fetch(rank, now)
+            self._begin_fetch(rank, fetch, now)
 
     # -- copies ------------------------------------------------------------------------------------------------------
-    def _begin_fetch(self, rank: _Rank, now: float) -> None:
+    def _begin_fetch(self, rank: _Rank, fetch: int, now: float) -> None:
+        """Its slot is free: it is fetched after what is in the queue already, or beside the last of it."""
+        rank.queue.append(fetch)
         if not rank.pulls.lanes:
             self._end_fetch(rank, now)
             return
         if rank.copying_since is None:
             rank.copying_since = now
         rank.pulls.begin()
-        for lane in range(rank.pulls.lanes):
-            self._go_on(rank, lane, now)
+        self._give(rank, now)
 
-    def _go_on(self, rank: _Rank, lane: int, now: float) -> None:
-        lane_of_all = rank.index * self._lanes + lane
-        if pause := rank.pulls.pause(lane):
-            heapq.heappush(self._pauses, (now + pause, lane_of_all))
-        else:
-            self._begin_copy(lane_of_all, now)
+    def _give(self, rank: _Rank, now: float) -> None:
+        for lane, flow, begins in rank.pulls.give(now):
+            begin = partial(self._begin_copy, rank.index * self._lanes + lane, flow)
+            if begins > now:
+                self._at(begins, begin)
+            else:
+                begin(now)
+        if rank.pulls.look != rank.looks:
+            rank.looks = rank.pulls.look
+            if rank.looks < inf:
+                self._at(rank.looks, partial(self._look, rank))
 
-    def _begin_copy(self, lane: int, now: float) -> None:
-        """The next copy of the lane, if there is one."""
-        index, own = divmod(lane, self._lanes)
-        flow = self._ranks[index].pulls.take(own)
-        if flow:
-            links, of_node = self._links_of(lane)
-            others = links.start(of_node, flow, now)
-            if self._exact:
-                self._outcome.pulls.append((now, others))
+    def _look(self, rank: _Rank, now: float) -> None:
+        if now == rank.looks:  # else it was to look at another time meanwhile
+            rank.looks = inf
+            self._give(rank, now)
+
+    def _at(self, when: float, action: Callable[[float], None]) -> None:
+        heapq.heappush(self._planned, (when, next(self._numbers), action))
+
+    def _begin_copy(self, lane: int, flow: Flow, now: float) -> None:
+        links, of_node = self._links_of(lane)
+        others = links.start(of_node, flow, now)
+        if self._exact:
+            self._outcome.pulls.append((now, others))
 
     def _end_copy(self, lane: int, now: float) -> None:
         index, own = divmod(lane, self._lanes)
         rank = self._ranks[index]
         links, of_node = self._links_of(lane)
         links.stop(of_node, now)
-        if rank.pulls.end(own):
+        for _ in range(rank.pulls.end(own, now)):
             self._end_fetch(rank, now)
-        else:
-            self._go_on(rank, own, now)
+        self._give(rank, now)
 
     def _end_fetch(self, rank: _Rank, now: float) -> None:
         fetch = rank.queue.popleft()
         rank.holds[fetch % self._layers % self._depth] = fetch
-        if rank.queue:
-            self._begin_fetch(rank, now)
-        elif rank.copying_since is not None:
+        if not rank.queue and rank.copying_since is not None:
             self._outcome.copying[rank.index] += now - rank.copying_since
             rank.copying_since = None
-            rank.pulls.rest()
         if rank.layer == self._layers and not rank.queue:
             self._go_to_layer(rank, now)
         if rank.waiting_since is not None and fetch == rank.pass_index * self._layers + rank.layer:
@@ -376,11 +381,19 @@ def _slowdown(rank: _Rank) -> float:
     return 1 + (rank.phases[rank.phase].slowdown - 1) * rank.link_share
 
 
+def _links(group: Group, lanes: int) -> Links:
+    """Of one node, at the resolution that is wanted."""
+    if group.resolution == "copies":
+        return CopyLinks(group.config.group_size, lanes, group.rates)
+    reached = reached_by_all(group.plan(0), group.config, group.turns, group.rates)
+    return FetchLinks(group.config.group_size, group.rates, reached)
+
+
 def _pulls(group: Group, rank: int, page: Page) -> Pulls:
     """What ``rank`` copies for a layer."""
-    plan = describe_layer(0, group.weights, group.config, rank, group.granularity).plan
+    plan = group.plan(rank)
     if group.resolution == "fetches":
         return Planned(fetch_flows(plan), 1)
-    if group.turns:
-        return Chosen(plan, rank, group.config.group_size, group.turns, page)
+    if chooses(group.config):
+        return Chosen(plan, rank, group.config.group_size, group.turns, page, group.rates.alone)
     return Planned(planned_flows(plan, group.rates.switched), group.in_flight)

@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, Protocol
 
 from vmm_dwdp.allocator.driver import Driver, IssuingThread, Lane, Ticket
 from vmm_dwdp.allocator.handles import Ledger
+from vmm_dwdp.allocator.numa import keep_near
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.errors import DriverError
 from vmm_dwdp.layout.copies import LayerPlan
@@ -114,6 +115,7 @@ def open_issuer(driver: Driver, ledger: Ledger, num_copies: int, lines: SharedLi
     ``lines``: by which runs are chosen, if they are.
     """
     if num_copies and (thread := driver.issuing_thread(None if lines is None else lines.at)) is not None:
+        keep_near(thread.native_id, driver.numa_node)
         return NativeIssuer(thread, ledger)
     return ThreadIssuer(driver, ledger, lines) if num_copies > _FEW or lines is not None else InlineIssuer()
 
@@ -175,6 +177,8 @@ class ThreadIssuer:
         self._thread.start()
         self._token: int | None = ledger.add("threads", _LABEL)
         try:
+            assert self._thread.native_id is not None
+            keep_near(self._thread.native_id, driver.numa_node)
             self._run_now(lambda: driver.current().__enter__())  # for the life of the thread
             if lines is not None:
                 self._run_now(driver.ignore_captures)  # it asks events while others may capture

@@ -13,11 +13,10 @@ from typing import Any, Final, NamedTuple
 
 from vmm_dwdp.allocator.driver import Driver, Lane
 from vmm_dwdp.allocator.handles import Event, Ledger, ResourceStack
-from vmm_dwdp.layout.turns import Line, choose, is_alone, pullers, settle
+from vmm_dwdp.layout.turns import MOST_UNDER_WAY, Line, choose, is_alone, pullers, settle
 from vmm_dwdp.memory.lines import SharedLines
 
 _REST_SECONDS: Final = 20e-6  # between two looks
-_MOST_UNDER_WAY: Final = 2  # of a rank that pulls alone; else 1
 
 
 class _Flight(NamedTuple):
@@ -38,7 +37,7 @@ class Puller:
         self.lines = lines
         self._driver = driver
         self._resources = ResourceStack()
-        self._free = [self._resources.push(Event(driver, ledger, f"run {i}")) for i in range(_MOST_UNDER_WAY)]
+        self._free = [self._resources.push(Event(driver, ledger, f"run {i}")) for i in range(MOST_UNDER_WAY)]
         self._flights: list[_Flight] = []
         at = lines.at
         self._rank, self._num_ranks = at.rank, at.num_ranks
@@ -69,7 +68,7 @@ class Puller:
         while any(left.values()):
             self._look()
             said, alive = self.lines.read()
-            if len(self._flights) >= (_MOST_UNDER_WAY if is_alone(self._rank, said, alive) else 1):
+            if len(self._flights) >= (MOST_UNDER_WAY if is_alone(self._rank, said, alive) else 1):
                 time.sleep(_REST_SECONDS)
                 continue
             owner = self._claim([len(left.get(rank, ())) for rank in range(self._num_ranks)], said, alive)

@@ -7,9 +7,31 @@ from typing import Final
 from mutants.seeded import Bug
 
 _NATIVE = ("tests/unit/allocator/test_native_issue.py", "tests/unit/allocator/test_native_sanitized.py")
+_NEAR = ("tests/unit/allocator/test_numa.py",)
 _HIT_PATH = ("tests/unit/schedule/test_hit_path.py", "tests/unit/schedule/test_hit_path_by_address.py")
 
 BUGS: Final = (
+    Bug(
+        "C tells the number of the process instead of that of its thread",
+        "allocator/_issue_thread.c",
+        "issuer->id = syscall(SYS_gettid);",
+        "issuer->id = getpid();",
+        _NEAR,
+    ),
+    Bug(
+        "a thread is moved to cores that its process may not use",
+        "allocator/numa.py",
+        "os.sched_getaffinity(thread) & set(cores)",
+        "set(cores)",
+        _NEAR,
+    ),
+    Bug(
+        "a thread of Python's runs far from its device",
+        "vmm_dwdp/schedule/issue.py",
+        "            keep_near(self._thread.native_id, driver.numa_node)\n",
+        "",
+        _NEAR,
+    ),
     Bug(
         "the native thread goes on after a batch that the driver refused",
         "allocator/_issue_thread.c",

@@ -11,6 +11,9 @@ _RULE = (
     "tests/unit/schedule/test_pulls.py::test_c_has_the_same_rule",
     "tests/unit/schedule/test_pulls.py::test_c_does_not_take_the_owner_itself_for_a_rank_that_is_nearer",
 )
+_AHEAD = ("tests/unit/schedule/test_layers_ahead.py",)
+_DOCTOR = ("tests/unit/cli/test_doctor.py::test_connections_for_copies", "tests/unit/planning/test_run_gap.py")
+_SIMULATED = ("tests/unit/planning/test_pulling.py",)
 _BYTES = ("tests/unit/schedule/test_pulls.py::test_every_rank_reads_every_byte",)
 
 BUGS: Final = (
@@ -34,6 +37,76 @@ BUGS: Final = (
         "for (int step = 1; step < distance; step++) {",
         "for (int step = 1; step <= distance; step++) {",
         _RULE,
+    ),
+    Bug(
+        "C looks at no layer ahead",
+        "allocator/_pulls.c",
+        "const uint64_t *ahead = is_open ? second->left : NULL;",
+        "const uint64_t *ahead = is_open && 0 ? second->left : NULL;",
+        _AHEAD,
+    ),
+    Bug(
+        "C takes the next layer's run though its slot is still read",
+        "allocator/_pulls.c",
+        "pulls->num_open == 2 && second->is_read && second->all",
+        "pulls->num_open == 2 && second->all",
+        _AHEAD,
+    ),
+    Bug(
+        "the thread opens one job after the other",
+        "allocator/_issue_thread.c",
+        "} else if (issuer->pulls.num_open == MAX_OPEN || ",
+        "} else if (issuer->pulls.num_open || ",
+        _AHEAD,
+    ),
+    Bug(
+        "C takes the next layer's run where as many pull",
+        "allocator/_turns.c",
+        "pulled[other] >= pulled[*owner]",
+        "pulled[other] > pulled[*owner]",
+        _RULE,
+    ),
+    Bug(
+        "doctor takes a connection too few for enough",
+        "vmm_dwdp/cli/connections.py",
+        "if there < streams:",
+        "if there < streams - 1:",
+        _DOCTOR,
+    ),
+    Bug(
+        "what a gap costs is spread over one run too many",
+        "vmm_dwdp/planning/run_gap.py",
+        "(2 * (RUNS - 1))",
+        "(2 * RUNS)",
+        _DOCTOR,
+    ),
+    Bug(
+        "simulated ranks look no layer ahead",
+        "vmm_dwdp/planning/pulling.py",
+        "ahead = layers[1].left if self._turns.native and len(layers) > 1 else None",
+        "ahead = None",
+        _SIMULATED,
+    ),
+    Bug(
+        "a simulated run is given only when the one before has ended",
+        "vmm_dwdp/planning/pulling.py",
+        "return self._flights[0].can_end - LEAD if self._flights else now",
+        "return inf if self._flights else now",
+        _SIMULATED,
+    ),
+    Bug(
+        "a simulated layer is complete before the one before it",
+        "vmm_dwdp/planning/pulling.py",
+        "while self._layers and not self._layers[0].open:",
+        "while self._layers and not layer.open and layer in self._layers:",
+        _SIMULATED,
+    ),
+    Bug(
+        "the planner takes chosen runs for a fixed order",
+        "vmm_dwdp/planning/contention.py",
+        "    if not chooses(config):",
+        "    if True:",
+        _SIMULATED,
     ),
     Bug(
         "the end of a layer in runs is not recorded",

@@ -172,10 +172,15 @@ def test_plan_refuses_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> N
         (["plan", *GROUP, "--nodes", "2", "--network", "0"], "more than 0 bytes a second, not 0"),
         (["plan", *GROUP, "--imbalance", "-1"], "--imbalance must be at least 0, not -1.0"),
         (["simulate", *GROUP, "--slow-rank", "0"], "--slow-rank must be more than 0, not 0.0"),
-        (["simulate", *GROUP, "--sees", "4"], "--sees needs --run-bytes"),
-        (["simulate", *GROUP, "--run-bytes", "134217728", "--resolution", "fetches"], "needs the resolution of copies"),
-        (["plan", *GROUP, "--run-bytes", "0"], "a run has at least 4096 bytes, not 0"),
-        (["plan", *GROUP, "--run-bytes", "4096", "--run-gap", "-1"], "at least 0, not -1e-06 s"),
+        (["simulate", *GROUP, "--sees", "4"], "--sees needs --slice-bytes auto and --resolution copies"),
+        (
+            ["simulate", *GROUP, "--sees", "4", "--slice-bytes", "auto"],
+            "--sees needs --slice-bytes auto and --resolution",
+        ),
+        (["plan", *GROUP, "--slice-bytes", "streams", "--run-bytes", "4096"], "--run-bytes and --run-gap need --slice-bytes auto"),
+        (["plan", *GROUP, "--slice-bytes", "4096", "--run-gap", "4"], "--run-bytes and --run-gap need --slice-bytes auto"),
+        (["plan", *GROUP, "--slice-bytes", "auto", "--run-bytes", "0"], "a run has at least 4096 bytes, not 0"),
+        (["plan", *GROUP, "--slice-bytes", "auto", "--run-gap", "-1"], "at least 0, not -1e-06 s"),
         (["trace", "--tokens", "0"], "a forward pass needs at least one token"),
         (["simulate", *GROUP, "--spread", "1"], "--spread at least 0 and less than 1"),
         (["trace", "--layers", "0"], "--layers and --passes must be at least 1"),
@@ -216,11 +221,10 @@ def test_simulate_agrees_with_plan_where_ranks_are_alike(more: list[str], capsys
 def test_owners_that_are_chosen_make_copies_faster_by_plan_and_by_simulation(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Few tokens: the copies decide. Simulated ranks are out of step because their passes differ."""
+    """Few tokens: the copies decide. As fetches, since ranks that begin in step and take turns do not meet at all."""
     few = [*GROUP[:-1], "512", "--json"]
-    chosen = ["--run-bytes", "33554432", "--run-gap", "10"]
     found = {}
-    for name, options in {"fixed": [], "chosen": chosen}.items():
+    for name, options in {"fixed": ["--slice-bytes", "streams"], "chosen": ["--slice-bytes", "auto"]}.items():
         cli.main(["plan", *few, *options])
         planned = json.loads(capsys.readouterr().out)
         cli.main(["simulate", *few, *options, "--passes", "3"])
@@ -231,6 +235,28 @@ def test_owners_that_are_chosen_make_copies_faster_by_plan_and_by_simulation(
     assert fixed["layer"]["prefetch_beside_others_s"] > 1.2 * by_choice["layer"]["prefetch_beside_others_s"]
     assert by_choice["pays_from_tokens"] < fixed["pays_from_tokens"]
     assert in_fixed_order["pass_ms"] > 1.2 * in_chosen_order["pass_ms"]
+
+
+def test_runs_copy_by_copy_take_as_long_as_planned_and_it_counts_whom_a_rank_sees(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    few = [*GROUP[:-1], "512", "--json", "--slice-bytes", "auto"]
+    cli.main(["plan", *few])
+    planned = json.loads(capsys.readouterr().out)["pass"]["dwdp_s"] * 1e3
+    simulated = {}
+    for sees in ("4", "1"):
+        cli.main(["simulate", *few, "--passes", "3", "--resolution", "copies", "--sees", sees])
+        simulated[sees] = json.loads(capsys.readouterr().out)["pass_ms"]
+
+    assert simulated["4"] == pytest.approx(planned, rel=0.03)
+    assert simulated["1"] != simulated["4"]
+
+
+def test_slice_bytes_are_a_number_or_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["plan", *GROUP, "--slice-bytes", "some"])
+
+    assert "a whole number, auto or streams, not 'some'" in capsys.readouterr().err
 
 
 def test_a_slow_rank_slows_only_itself(capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,6 +117,7 @@ class FakeThread:
         self._driver = driver
         self.submitted: list[FakeJob] = []
         self.closed = 0
+        self.native_id = -1  # there is none
 
     def job(self, lanes: Sequence[Lane]) -> FakeJob:
         return FakeJob(lanes)

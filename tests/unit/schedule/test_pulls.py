@@ -30,7 +30,7 @@ from vmm_dwdp.allocator.handles import Descriptor, Ledger
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.errors import DriverError, ExchangeError
 from vmm_dwdp.layout import turns
-from vmm_dwdp.layout.turns import NOBODY, Line, choose, is_alone, pullers, settle
+from vmm_dwdp.layout.turns import NOBODY, Line, choose, choose_of_two, is_alone, pullers, settle
 from vmm_dwdp.memory.lines import STALE_NS, VERSION, SharedLines
 
 ALLOCATOR = Path(__file__).parents[3] / "allocator"
@@ -41,6 +41,9 @@ void pulled_of(Page *page, int64_t now, int *pulled) { count_pullers(page, now, 
 int chosen_of(Page *page, uint64_t *left, int *pulled) { return choose_owner(page, left, pulled); }
 int settled_of(Page *page, int owner, uint64_t *left, int before, int64_t now, int *pulled) {
     return settle_owner(page, owner, left, before, now, pulled);
+}
+int of_two(Page *page, uint64_t *first, uint64_t *second, int *pulled, int *owner) {
+    return choose_of_two(page, first, second, pulled, owner);
 }
 int alone_of(Page *page, int64_t now) { return pulls_alone(page, now); }
 """
@@ -88,9 +91,10 @@ def pages(draw: st.DrawFn) -> tuple[int, list[int], list[Line], list[bool], byte
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(pages(), st.integers(0, 6), st.data())
 def test_c_has_the_same_rule(rule: ctypes.CDLL, stated: Any, before: int, data: st.DataObject) -> None:
-    left = stated[1]
+    rank, left = stated[:2]
     owner = data.draw(st.sampled_from([owner for owner, nbytes in enumerate(left) if nbytes] or [NOBODY]))
-    _compare_rules(rule, *stated, owner, before)
+    second = [0 if owner == rank else data.draw(st.sampled_from([0, 1, 9])) for owner in range(len(left))]
+    _compare_rules(rule, *stated, owner, before, second)
 
 
 def _compare_rules(
@@ -102,8 +106,10 @@ def _compare_rules(
     memory: bytes,
     owner: int,
     before: int,
+    second: list[int],
 ) -> None:
-    """``owner``, from whom something is left, was chosen when ``before`` pulled from it; or `NOBODY`."""
+    """``owner``, from whom something is left, was chosen when ``before`` pulled from it; or `NOBODY`. ``second``: what
+    is left of the next layer."""
     size = len(left)
     held = ctypes.create_string_buffer(memory, len(memory))
     page = ctypes.byref(Page(ctypes.addressof(held), len(memory) // size, size, rank))
@@ -114,6 +120,11 @@ def _compare_rules(
     assert rule.chosen_of(page, bytes_left, pulled) == choose(rank, left, pullers(rank, lines, alive))
     assert bool(rule.alone_of(page, now)) == is_alone(rank, lines, alive)
     if owner != NOBODY:
+        chosen = ctypes.c_int()
+        for of_next in (second, None):
+            given = None if of_next is None else (ctypes.c_uint64 * size)(*of_next)
+            which = rule.of_two(page, bytes_left, given, pulled, ctypes.byref(chosen))
+            assert (which, chosen.value) == choose_of_two(rank, left, of_next, list(pulled))
         settled = rule.settled_of(page, owner, bytes_left, before, now, pulled)
         assert settled == settle(rank, owner, left, before, lines, alive)
 
@@ -122,7 +133,7 @@ def test_c_does_not_take_the_owner_itself_for_a_rank_that_is_nearer(rule: ctypes
     """Whatever its line says of itself."""
     lines = [Line(1, [0, 0, 0]), Line(1, [0, 1, 0]), Line(1, [0, 0, 0])]
     page = b"".join(struct.pack("=IIq3I", VERSION, line.pulls, NOW, *line.under_way) for line in lines)
-    _compare_rules(rule, 0, [0, 7, 7], lines, [False, True, True], page, 1, 0)
+    _compare_rules(rule, 0, [0, 7, 7], lines, [False, True, True], page, 1, 0, [0, 0, 0])
 
 
 # -- lines -------------------------------------------------------------------------------------------------------------
@@ -261,6 +272,22 @@ def test_a_rank_that_stands_still_holds_up_nobody(tmp_path: Path) -> None:
     with group(DWDPConfig(group_size=3), tmp_path / "r", DRIVERS["native"]) as runtimes:
         lines_of(runtimes[2]).say(Line(1, [1, 1, 0]))
         in_threads(lambda rank: [check_pass(runtimes[rank], OLD) for _ in range(3)], 2)
+
+
+def test_two_groups_of_a_process_have_lines_of_their_own(tmp_path: Path) -> None:
+    """As of a model and its draft model: neither says anything in the lines of the other, nor clears them."""
+    config, make = DWDPConfig(group_size=3, slice_bytes="auto"), DRIVERS["native"]
+    with group(config, tmp_path / "model", make) as model, group(config, tmp_path / "draft", make) as draft:
+        first, second = ({os.fstat(lines_of(each)._descriptor.fd).st_ino for each in of} for of in (model, draft))
+        assert (len(first), len(second), len(first & second)) == (1, 1, 0)
+        in_threads(lambda n: [check_pass([*model, *draft][n], OLD) for _ in range(2)], 6)
+        staging = model[2]._schedule._staging
+        assert staging is not None
+        staging.held()  # from now on its thread has nothing to do
+        lines_of(model[2]).say(Line(0, (0, 7, 0)))
+        in_threads(lambda rank: [check_pass(draft[rank], OLD) for _ in range(2)], 3)
+        assert draft[2].close().open() == []
+        assert lines_of(model[0]).read()[0][2].under_way == (0, 7, 0)
 
 
 def test_runs_are_taken_first_from_whom_nobody_pulls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
