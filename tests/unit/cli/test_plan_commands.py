@@ -177,8 +177,14 @@ def test_plan_refuses_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> N
             ["simulate", *GROUP, "--sees", "4", "--slice-bytes", "auto"],
             "--sees needs --slice-bytes auto and --resolution",
         ),
-        (["plan", *GROUP, "--slice-bytes", "streams", "--run-bytes", "4096"], "--run-bytes and --run-gap need --slice-bytes auto"),
-        (["plan", *GROUP, "--slice-bytes", "4096", "--run-gap", "4"], "--run-bytes and --run-gap need --slice-bytes auto"),
+        (
+            ["plan", *GROUP, "--slice-bytes", "streams", "--run-bytes", "4096"],
+            "--run-bytes and --run-gap need --slice-bytes auto",
+        ),
+        (
+            ["plan", *GROUP, "--slice-bytes", "4096", "--run-gap", "4"],
+            "--run-bytes and --run-gap need --slice-bytes auto",
+        ),
         (["plan", *GROUP, "--slice-bytes", "auto", "--run-bytes", "0"], "a run has at least 4096 bytes, not 0"),
         (["plan", *GROUP, "--slice-bytes", "auto", "--run-gap", "-1"], "at least 0, not -1e-06 s"),
         (["trace", "--tokens", "0"], "a forward pass needs at least one token"),
