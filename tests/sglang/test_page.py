@@ -30,4 +30,4 @@ def test_the_plugin_takes_the_config(text: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv(settings.CONFIG, str(tmp_path / "dwdp.yaml"))
 
     assert settings.wanted(dwdp_size=1)
-    assert settings.config(dwdp_size=1).host_experts > 0
+    assert settings.stated(dwdp_size=1)

@@ -115,6 +115,11 @@ def revision(server_args: Any) -> str | None:
     return revision_of(folder) if read and any(folder.glob("*.safetensors")) else None
 
 
+def static_fraction(server_args: Any) -> float:
+    """The part of a GPU's memory that the engine gives to weights and the KV cache; the rest is for activations."""
+    return float(_resolved(server_args).mem_fraction_static or 1)
+
+
 def _resolved(server_args: Any) -> Any:
     from sglang.srt.arg_groups.overrides import resolved_view
 
