@@ -112,6 +112,7 @@ def run_rank(rank: int, *, port: int, config: str) -> dict[str, Any]:
     seen["manager"] = f"{type(manager).__module__}.{type(manager).__name__}"
     seen["paths"] = each_path(model, manager)
     layer = model.layers[0]
+    seen["late"] = sentence(lambda: experts.model("bf16"))
     loaded = torch.zeros(experts.INTERMEDIATE, experts.HIDDEN)
     seen["loader"] = sentence(lambda: layer.weight_loader(layer.w13_weight, loaded, "experts.w13_weight", "w1", 0))
     seen["updates"] = updates()
@@ -134,6 +135,11 @@ def run_rank(rank: int, *, port: int, config: str) -> dict[str, Any]:
     beam = type("Beam", (torch.nn.Module,), {"__module__": "sglang.srt.models.beam"})
     seen["own kernels"] = sentence(partial(engine_process.init_dwdp, beam()))
     seen["left after that"] = manager.runtime.ledger.open()
+
+    model = experts.model("bf16")
+    layer = model.layers[0]
+    seen["early"] = sentence(lambda: layer.weight_loader(layer.w13_weight, loaded, "experts.w13_weight", "w1", 0))
+    seen["early setup"] = sentence(partial(engine_process.init_dwdp, model))
 
     small = partial(FusedMoE, hidden_size=512, intermediate_size=512, top_k=2)
     small(num_experts=8, layer_id=0)
@@ -197,6 +203,7 @@ def test_one_rank(tmp_path: Path) -> None:
     no_updates = (
         "the weights of a running model cannot be updated while DWDP spreads its experts; restart with the new ones"
     )
+    early = "DWDP cannot spread experts that are loaded before SGLang has constructed the whole model"
     assert seen == {
         "no layers": "ConfigError: Linear has no MoE layers, so DWDP has nothing to spread; start without it",
         "manager": "vmm_dwdp.integrations.sglang.manager.ExpertManager",
@@ -206,6 +213,9 @@ def test_one_rank(tmp_path: Path) -> None:
         "left after it": [[], 0],
         "own kernels": "ConfigError: Beam runs its experts by kernels of its own, which DWDP cannot serve",
         "left after that": [],
+        "late": "ConfigError: layer 0 is constructed after the model, so its experts cannot be spread",
+        "early": f"ConfigError: {early}",
+        "early setup": f"ConfigError: {early}",
         "unknown layer": "ConfigError: 1 was constructed before vmm-dwdp was loaded, so its experts cannot be spread",
         "updates": {(False, no_updates)},
         "scheme": "ConfigError: DWDP cannot spread experts of UnquantizedFusedMoEMethod (bf16) with the MoE runner "

@@ -18,6 +18,7 @@ from vmm_dwdp.integrations.sglang.expert_layer import ExpertLayer
 from vmm_dwdp.integrations.sglang.expert_tensor import ExpertBlocks, find, places, replace
 from vmm_dwdp.integrations.sglang.expert_view import ExpertView, ViewedRuntime
 from vmm_dwdp.integrations.sglang.schemes import NotServedError, require_served, scheme_of, supported
+from vmm_dwdp.integrations.sglang.settings import Stated
 from vmm_dwdp.integrations.spread_tensor import SpreadTensor
 
 
@@ -229,16 +230,15 @@ def _weight(experts: int, rows: int = 64) -> torch.Tensor:
         ),
     ],
 )
-def test_a_layer_that_is_not_as_the_table_says_is_refused(
-    runtime: DWDPRuntime, weights: dict[str, torch.Tensor], sentence: str
-) -> None:
+def test_a_layer_that_is_not_as_the_table_says_is_refused(weights: dict[str, torch.Tensor], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        ExpertLayer(_fused_moe(4, 4, **weights), runtime, 0, PAGE)
+        ExpertLayer(_fused_moe(4, 4, **weights), PAGE)
 
 
 def test_post_processing_that_the_table_does_not_know_is_refused(runtime: DWDPRuntime) -> None:
     module = _fused_moe(4, 4, w13_weight=_weight(4), w2_weight=_weight(4))
-    layer = ExpertLayer(module, runtime, 0, PAGE)
+    layer = ExpertLayer(module, PAGE)
+    layer.load(runtime)
     module.w13_weight.data = _weight(4, 65)
     sentence = "an expert of w13_weight in layer 3 8320 bytes long; it was declared with 8192"
     with pytest.raises(ConfigError, match=sentence):
@@ -248,20 +248,20 @@ def test_post_processing_that_the_table_does_not_know_is_refused(runtime: DWDPRu
         layer.finish()
 
 
-def test_a_per_expert_tensor_that_the_table_does_not_know_is_not_served(tmp_path: Path) -> None:
+def test_a_per_expert_tensor_that_the_table_does_not_know_is_not_served() -> None:
     module = _fused_moe(4, 2, w13_weight=_weight(2), w2_weight=_weight(2), w2_luck=torch.zeros(2))
     before = module.w13_weight.data_ptr()
-    with DWDPRuntime(DWDPConfig(group_size=2), 0, "cpu", tmp_path / "group", driver=HostDriver(PAGE)) as runtime:
-        with pytest.raises(NotServedError, match=r"layer 3 has a per-expert tensor w2_luck that DWDP does not know$"):
-            ExpertLayer(module, runtime, 0, PAGE)
-        assert module.w13_weight.data_ptr() == before
+    with pytest.raises(NotServedError, match=r"layer 3 has a per-expert tensor w2_luck that DWDP does not know$"):
+        ExpertLayer(module, PAGE)
+    assert module.w13_weight.data_ptr() == before
 
 
 def test_one_that_post_processing_made_is_refused(tmp_path: Path) -> None:
     module = _fused_moe(4, 2, w13_weight=_weight(2), w2_weight=_weight(2))
     sentence = "layer 3 has a per-expert tensor w2_luck that DWDP does not know; start with VMM_DWDP_DISABLE=1"
     with DWDPRuntime(DWDPConfig(group_size=2), 0, "cpu", tmp_path / "group", driver=HostDriver(PAGE)) as runtime:
-        layer = ExpertLayer(module, runtime, 0, PAGE)
+        layer = ExpertLayer(module, PAGE)
+        layer.load(runtime)
         module.w2_luck = torch.zeros(2)
         with pytest.raises(ConfigError, match=sentence):
             layer.finish()
@@ -280,11 +280,14 @@ def viewed(tmp_path: Path) -> Iterator[tuple[ViewedRuntime, list[Any]]]:
         modules = []
         layers = []
         for number in range(3):
-            module = _fused_moe(4, 4, w13_weight=_numbered(number, 0), w2_weight=_numbered(number, 1))
+            module = _fused_moe(4, 4, w13_weight=_weight(4), w2_weight=_weight(4))
             module.layer_id = number
             module.w2_weight.weight_loader = "a loader"
             module.second_name = module.w2_weight  # as post-processing leaves some
-            layers.append(ExpertLayer(module, runtime, 0, PAGE))
+            layers.append(ExpertLayer(module, PAGE))
+            layers[-1].load(runtime)
+            for seed, weight in enumerate((module.w13_weight, module.w2_weight)):
+                weight.data.copy_(_numbered(number, seed))
             layers[-1].finish()
             modules.append(module)
         runtime.publish()
@@ -394,11 +397,18 @@ def test_a_tensor_that_cannot_be_exchanged_is_refused() -> None:
             1,
             "states resident_cache, but SGLang's layers do not tell which experts tokens use",
         ),
-        ("group_size: 1\nhost_experts: 4\nnum_local_experts: auto", 1, "states num_local_experts: auto, but SGLang"),
+        ("group_size: 1\nhost_experts: auto\nnum_local_experts: 4", 1, "which leaves no number to num_local_experts"),
+        ("group_size: 1\nnum_local_experts: auto", 1, "states group_size 1 and no host_experts"),
+        (
+            "group_size: 1\nhost_experts: 4\nkv_cache: 4 GB",
+            1,
+            "states kv_cache, which needs num_local_experts: auto or",
+        ),
+        ("group_size: 1\nhost_experts: auto\nkv_cache: 4 Gb", 1, "kv_cache: '4 Gb', which is no size such as 40 GB"),
+        ("group_size: 1\nhost_experts: auto\nkv_cache: true", 1, "kv_cache: True, which is no size such as 40 GB"),
+        ("group_size: 1\nhost_experts: auto\nkv_cache: 1\nmemory_bytes: 1", 1, "and no memory_bytes"),
         ("group_size: 1", 1, "states group_size 1 and no host_experts, so there is nothing to spread"),
         ("group_size: 4", 2, "states group_size 4, but --dwdp-size is 2"),
-        ("group_size: 2\nhost_experts: 1", 2, "states host_experts, but with --dwdp-size SGLang itself"),
-        ("group_size: 2\nnum_local_experts: 5", 2, "states num_local_experts, but with --dwdp-size SGLang itself"),
         ("group_size: 2\nassembly: tensor_list", 2, "SGLang's kernels need assembly: vmm"),
     ],
 )
@@ -410,11 +420,11 @@ def test_configs_that_sglang_cannot_have(
     monkeypatch.setenv(settings.CONFIG, str(path))
 
     with pytest.raises(ConfigError, match=sentence):
-        settings.config(dwdp_size)
+        settings.stated(dwdp_size)
 
 
 def test_the_config_without_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(settings.CONFIG, raising=False)
 
-    assert settings.config(4).group_size == 4
+    assert settings.stated(4) == Stated(DWDPConfig(group_size=4))
     assert not settings.wanted(1)

@@ -183,14 +183,15 @@ class ExpertManager:
         """
         try:
             self._require_served(model)
+            runtime = self.runtime
             for layer in self._layers.values():
                 layer.finish()
             self._replicate()
-            self.runtime.publish(revision=self._revision)
-            mode: Mode = "in_place" if self.runtime.config.reads_in_place else "staged"
+            runtime.publish(revision=self._revision)
+            mode: Mode = "in_place" if runtime.config.reads_in_place else "staged"
             for layer in self._layers.values():
-                self.runtime.views[layer.number] = layer.bind()
-                with self.runtime.layer(layer.number, mode=mode):
+                runtime.views[layer.number] = layer.bind()
+                with runtime.layer(layer.number, mode=mode):
                     pass  # what the layer shows is made now, not in the first pass
             self._running = True
         except BaseException:

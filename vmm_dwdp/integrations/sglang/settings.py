@@ -80,7 +80,6 @@ def _read(path: str) -> Stated:
         if not isinstance(kv_cache, int) or isinstance(kv_cache, bool) or kv_cache < 0:
             raise ConfigError(f"{path} states kv_cache: {kv_cache!r}, which is no size such as 40 GB")
         if config.num_local_experts != "auto" or config.memory_bytes is not None:
-            raise ConfigError(
-                f"{path} states kv_cache, which needs num_local_experts: auto or host_experts: auto, and no memory_bytes"
-            )
+            instead = "num_local_experts: auto or host_experts: auto, and no memory_bytes"
+            raise ConfigError(f"{path} states kv_cache, which needs {instead}")
     return Stated(config, spills, kv_cache)
