@@ -118,6 +118,7 @@ def run_rank(rank: int, *, port: int, config: str) -> dict[str, Any]:
     seen["updates"] = updates()
     engine_process.shut_down()
 
+    seen["dummy weights"] = dummy_weights()
     model = experts.model("bf16")
     experts.load(model)
     manager = hooks.manager()
@@ -187,6 +188,26 @@ def each_path(model: Any, manager: Any) -> dict[str, bool]:
     return right
 
 
+def dummy_weights() -> bool:
+    """Whether ``--load-format dummy`` gives the experts the weights that they have without DWDP."""
+    from sglang.srt.model_loader.weight_utils import initialize_dummy_weights
+
+    with patch.object(hooks.settings, "wanted", return_value=False):
+        plain = experts.model("bf16")
+    spread = hooks.construct_model(lambda: experts.model("bf16"))
+    for model in (plain, spread):
+        initialize_dummy_weights(model)
+        for layer in model.layers:
+            layer.quant_method.process_weights_after_loading(layer)
+    manager = engine_process.init_dwdp(spread)
+    equal = []
+    for ours, theirs in zip(spread.layers, plain.layers, strict=True):
+        with manager.runtime.layer(ours.layer_id):
+            equal += [torch.equal(ours.w13_weight, theirs.w13_weight), torch.equal(ours.w2_weight, theirs.w2_weight)]
+    engine_process.shut_down()
+    return all(equal) and len(plain.layers[0].w13_weight.unique()) > 1
+
+
 def updates() -> set[tuple[bool, str]]:
     """What SGLang's weight updates answer."""
     from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
@@ -209,6 +230,7 @@ def test_one_rank(tmp_path: Path) -> None:
         "manager": "vmm_dwdp.integrations.sglang.manager.ExpertManager",
         "paths": {"forward": True, "deferred finalise": True, "core": True, "method": True},
         "loader": f"ConfigError: {no_updates}",
+        "dummy weights": True,
         "setup": "ExchangeError: rank 1 did not come",
         "left after it": [[], 0],
         "own kernels": "ConfigError: Beam runs its experts by kernels of its own, which DWDP cannot serve",

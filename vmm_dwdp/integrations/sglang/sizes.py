@@ -60,7 +60,7 @@ def settled(
 
 def beside(kv_cache: int, free: int, total: int, static_fraction: float) -> int:
     """Bytes that experts may take of ``free``: without what SGLang keeps for activations, and the KV cache."""
-    return max(1, free - kv_cache - int(total * (1 - static_fraction)))
+    return max(1, free - kv_cache - round(total * (1 - static_fraction)))
 
 
 def memory_of(device: torch.device, group_size: int) -> tuple[int, int]:
