@@ -103,7 +103,9 @@ def load_shard(rank: int, *, size: int, port: int, config: str | None) -> dict[s
                 ours.cleanup()
                 found[kind] = {"refused": str(error), "ledger": ours.runtime.ledger.open()}
                 continue
-        seen: dict[str, Any] = {"outside": [outside_nbytes(layer) for layer in model.layers]}
+        seen: dict[str, Any] = {
+            "outside": [outside_nbytes(layer, experts.NUM_EXPERTS // size) for layer in model.layers]
+        }
         ours = engine_process.init_dwdp(model)
         seen["held"] = [len(ours.runtime.local_experts(0, owner)) for owner in (rank, "host")]
         seen["passes"] = [one_pass(model, ours), one_pass(model, ours)]
@@ -146,10 +148,10 @@ def routing(layer: Any) -> dict[str, Any]:
     return state | {f"dispatcher.{name}": value for name, value in vars(layer.dispatcher).items() if "expert" in name}
 
 
-def outside_nbytes(layer: Any) -> int:
-    """Bytes that a loaded layer keeps outside the host driver's memory, of tensors of at least a page on this rank."""
+def outside_nbytes(layer: Any, share: int) -> int:
+    """Bytes that a loaded layer keeps outside the host driver's memory, of tensors of which a share is a page or more."""
     tensors = experts.tensors(layer, tensors_of(layer))
-    large = [tensor for tensor in tensors if tensor.nbytes >= PAGE_NBYTES]
+    large = [tensor for tensor in tensors if tensor[:1].nbytes * share >= PAGE_NBYTES]
     lines = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:vmm_dwdp" in line]
     mapped = [range(*(int(address, 16) for address in line.split("-"))) for line in lines]
     return sum(tensor.nbytes for tensor in large if not any(tensor.data_ptr() in region for region in mapped))
