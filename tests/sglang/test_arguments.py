@@ -65,6 +65,27 @@ def test_arguments_are_checked_when_they_are_final(tmp_path: Path) -> None:
         assert told[name].startswith(f"DWDP cannot be used with {part}")
 
 
+def fuses(**given: Any) -> bool:
+    """Whether an engine with these arguments may fuse shared experts with the routed ones."""
+    from sglang.srt.arg_groups.overrides import resolved_view
+
+    stated = engine_process.server_args(**given)
+    getattr(stated, "resolve_once", lambda: None)()
+    stated.check_server_args()
+    return not resolved_view(stated).disable_shared_experts_fusion
+
+
+def fusion(rank: int) -> list[bool]:
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    return [fuses(), fuses(**DWDP)]
+
+
+def test_shared_experts_are_not_fused_with_those_that_are_spread() -> None:
+    assert run_group(fusion, 1) == [[True, False]]
+
+
 def resolve_as(rank: int, *, version: str) -> list[str]:
     """What is logged as a warning where SGLang says that it is of ``version``."""
     told: list[str] = []

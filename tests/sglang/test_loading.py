@@ -149,7 +149,7 @@ def routing(layer: Any) -> dict[str, Any]:
 
 
 def outside_nbytes(layer: Any, share: int) -> int:
-    """Bytes that a loaded layer keeps outside the host driver's memory, of tensors of which a share is a page or more."""
+    """Bytes that a loaded layer keeps outside the host driver's memory, of tensors whose share is a page or more."""
     tensors = experts.tensors(layer, tensors_of(layer))
     large = [tensor for tensor in tensors if tensor[:1].nbytes * share >= PAGE_NBYTES]
     lines = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:vmm_dwdp" in line]
