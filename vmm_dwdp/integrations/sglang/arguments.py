@@ -40,6 +40,7 @@ _EXCLUDED: Final[dict[str, Any]] = {
     "enable_nvidia_megakernel": False,
     "enable_amd_monokernel": False,
     "enable_megamoe_for_layernorm_sp": False,
+    "enforce_shared_experts_fusion": False,
 }
 
 # Those whose loader gives each expert to `FusedMoE.weight_loader`, or fills parameters without reading anything.
