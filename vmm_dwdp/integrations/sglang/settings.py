@@ -54,7 +54,7 @@ def stated(dwdp_size: int) -> Stated:
     path = os.environ.get(CONFIG)
     if path is None:
         return Stated(DWDPConfig(group_size=group_size))
-    found = _read(path)
+    found = read(path)
     config = found.config
     if config.group_size != group_size:
         raise ConfigError(f"{path} states group_size {config.group_size}, but --dwdp-size is {group_size}")
@@ -67,7 +67,8 @@ def stated(dwdp_size: int) -> Stated:
     return found
 
 
-def _read(path: str) -> Stated:
+def read(path: str) -> Stated:
+    """What a file of YAML states, for an engine of any size. Raises `ConfigError` if it cannot be."""
     values: dict[Any, Any] = read_mapping(path)
     spills = values.get("host_experts") == "auto"
     if spills:
