@@ -139,12 +139,6 @@ class ExpertLayer:
         for parameter in self._set_aside:
             parameter.data = _room_for(parameter.data, self._share, device).copy_(parameter.data)
 
-    @property
-    def loads_a_share(self) -> bool:
-        """Whether this rank loads the experts that SGLang itself would give it: for models that cut them out."""
-        first = self.module.moe_ep_rank * self._share
-        return self.loads == tuple(range(first, first + self._share))
-
     def post_process(self, own: Any, module: Any) -> None:
         """Around the quantisation method's post-processing, which the loader calls layer by layer, and updates too.
 

@@ -154,12 +154,11 @@ class ExpertManager:
         Args:
             at_once: whether it is given a rank's experts together, as the model has cut them out of the checkpoint.
         """
-        layer = self._layers[int(module.layer_id)]
         config = self.runtime.config
         unequal = config.host_experts > 0 or config.num_local_experts is not None
         if at_once and config.group_size > 1 and unequal:
             raise ConfigError(
-                f"layer {layer.number} is loaded by equal shares of its experts, as the model cuts them out of the "
+                f"layer {module.layer_id} is loaded by equal shares of its experts, as the model cuts them out of the "
                 "checkpoint: with --dwdp-size there can be no host_experts and no num_local_experts"
             )
 
