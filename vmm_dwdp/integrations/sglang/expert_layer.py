@@ -99,7 +99,7 @@ class ExpertLayer:
         nbytes = {name: block.nbytes for name, block in self._spread.items()}
         if not nbytes:
             parts = {str(place): each[0].nbytes for place, each in enumerate(self._set_aside)}
-            nbytes = {name: each for name, each in parts.items() if self._is_large(each)}
+            nbytes = {name: each for name, each in parts.items() if self._is_large(each)} or parts
         return {name: WeightSpec((self.module.num_experts, each), torch.uint8) for name, each in nbytes.items()}
 
     def load(self, runtime: DWDPRuntime) -> None:
