@@ -1,5 +1,5 @@
 """The command lines of docs/sglang.md, as a user types them: SGLang's server, on the CPU, answers over HTTP with the
-tokens of one that is started without this library."""
+tokens of an engine that is started without this library."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import psutil
 import pytest
 import requests
+from answers import PROMPTS, TWO_RANKS, Tokens
 from ports import free_port
 
 PAGE = (Path(__file__).parents[2] / "docs/sglang.md").read_text()
@@ -27,17 +27,7 @@ ON_THE_CPU = (
     "--moe-runner-backend triton --disable-cuda-graph --max-total-tokens 2048 --max-running-requests 4 --random-seed 0"
 )
 WITHOUT_A_TOKENIZER = "--skip-tokenizer-init"  # the checkpoint has none
-TWO_RANKS = {
-    "SGLANG_CPU_OMP_THREADS_BIND": "0|1",  # a core for each rank, on a machine with one NUMA node
-    "SGLANG_NCCL_SO_PATH": "none",  # which a CUDA build of torch brings, and SGLang uses on the CPU too
-}
-PROMPTS = [[1, 2, 3, 4, 5], [7, 8, 9], list(range(40, 80)), [11]]
 LONGEST = 900.0  # seconds until a server is given up
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoints.qwen3_moe(tmp_path_factory.mktemp("qwen3-moe"))
 
 
 @contextmanager
@@ -75,25 +65,16 @@ def server(options: str, environment: dict[str, str], log: Path) -> Iterator[tup
         reader.join(LONGEST)
 
 
-def answers(options: str, given: dict[str, str], log: Path) -> tuple[list[list[int]], int]:
+def answered(options: str, given: dict[str, str], log: Path) -> tuple[Tokens, int]:
     """What a server answers, and how many of its processes have our memory."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("VMM_DWDP")} | given
     greedy: dict[str, Any] = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
     with server(f"{options} {ON_THE_CPU} {WITHOUT_A_TOKENIZER}", environment, log) as (address, process):
         sent = {"input_ids": PROMPTS, "sampling_params": greedy}
-        answered = requests.post(f"{address}/generate", json=sent, timeout=LONGEST)
-        answered.raise_for_status()
+        response = requests.post(f"{address}/generate", json=sent, timeout=LONGEST)
+        response.raise_for_status()
         maps = [Path(f"/proc/{each.pid}/maps").read_text() for each in process.children(recursive=True)]
-        return [each["output_ids"] for each in answered.json()], sum("memfd:vmm_dwdp" in each for each in maps)
-
-
-@pytest.fixture(scope="module")
-def ordinary(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
-    tokens, spread = answers(f"--model-path {checkpoint}", {}, tmp_path_factory.mktemp("server") / "log")
-    assert spread == 0
-    assert [len(answer) for answer in tokens] == [8] * len(PROMPTS)
-    assert len({token for answer in tokens for token in answer}) > 8
-    return tokens
+        return [each["output_ids"] for each in response.json()], sum("memfd:vmm_dwdp" in each for each in maps)
 
 
 def test_the_page_has_these_commands() -> None:
@@ -107,7 +88,7 @@ def test_the_page_has_these_commands() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=[" ".join(command) for command in COMMANDS])
 def test_a_documented_command(
-    command: tuple[str, str, str], checkpoint: Path, ordinary: list[list[int]], tmp_path: Path
+    command: tuple[str, str, str], checkpoint: Path, ordinary: Tokens, tmp_path: Path
 ) -> None:
     """As it stands there, but for the model, a pair of ranks where there are more, and what the CPU needs."""
     before, _, after = command
@@ -120,6 +101,6 @@ def test_a_documented_command(
         )
         given = given | {"VMM_DWDP_CONFIG": str(tmp_path / "dwdp.yaml")}
 
-    found = answers(f"--model-path {checkpoint} {options}", given, tmp_path / "log")
+    found = answered(f"--model-path {checkpoint} {options}", given, tmp_path / "log")
 
     assert found == (ordinary, size), (tmp_path / "log").read_text()[-4000:]
