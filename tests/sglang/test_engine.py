@@ -5,9 +5,12 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import pytest
 from answers import TWO_RANKS, Tokens, generate
 
 from vmm_dwdp.testing import run_group
+
+pytestmark = pytest.mark.timeout(900)  # engines start slowly beside other tests
 
 
 def test_an_engine_with_two_ranks(checkpoint: Path, ordinary: Tokens, tmp_path: Path) -> None:

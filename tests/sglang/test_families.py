@@ -14,6 +14,8 @@ from answers import TWO_RANKS, generate
 
 from vmm_dwdp.testing import run_group
 
+pytestmark = pytest.mark.timeout(900)  # engines start slowly beside other tests
+
 COMMON = {
     "vocab_size": 512,
     "hidden_size": 256,

@@ -20,6 +20,7 @@ import requests
 from answers import PROMPTS, TWO_RANKS, Tokens
 from ports import free_port
 
+pytestmark = pytest.mark.timeout(900)  # servers start slowly beside other tests
 PAGE = (Path(__file__).parents[2] / "docs/sglang.md").read_text()
 COMMANDS = re.findall(r"^(.*)python -m (sglang\.launch_server) --model-path \.\.\.(.*)$", PAGE, re.MULTILINE)
 ON_THE_CPU = (
