@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import reprlib
 from dataclasses import dataclass
 from os import PathLike
@@ -19,6 +20,9 @@ ModeSetting = Literal[Mode, "auto"]
 
 COPY_ALIGNMENT = 16  # bytes; the widest load of a kernel, and what keeps a copy engine at its full rate
 LARGEST = 2**63 - 1  # of any number in a config
+
+_UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 1 << 20, "GiB": 1 << 30}
+_SIZES = ("memory_bytes", "slice_bytes", "resident_cache", "expert_bank")
 
 
 class _Loader(yaml.SafeLoader):
@@ -142,7 +146,10 @@ class DWDPConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DWDPConfig:
-        """The config that ``values`` states; raises `ConfigError` for an unknown key or a missing one."""
+        """The config that ``values`` states; raises `ConfigError` for an unknown key or a missing one.
+
+        Sizes in bytes may have a unit: ``60 GB``, ``1.5 GiB``.
+        """
         fields = {field.name: field for field in dataclasses.fields(cls)}
         unknown = sorted(str(key) for key in values if key not in fields)
         if unknown:
@@ -150,19 +157,32 @@ class DWDPConfig:
             raise ConfigError(f"unknown key {reprlib.repr(unknown[0])} in the config; known keys are {known}")
         if "group_size" not in values:
             raise ConfigError("the config states no group_size")
-        return cls(**values)
+        return cls(**{name: in_bytes(value) if name in _SIZES else value for name, value in values.items()})
 
     @classmethod
     def from_yaml(cls, path: str | PathLike[str]) -> DWDPConfig:
         """Read a YAML mapping of this class's fields; raises `ConfigError` if it is not one or a value cannot be."""
-        try:
-            values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-        except Exception as error:  # PyYAML lets through whatever int, float, datetime and deep nesting raise
-            raise ConfigError(f"cannot read the config {path}: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"the config {path} must be a mapping of keys to values")
-        return cls.from_dict(values)
+        return cls.from_dict(read_mapping(path))
 
     def to_yaml(self, path: str | PathLike[str]) -> None:
         """Write every field, so that `from_yaml` gives an equal config."""
         Path(path).write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
+
+
+def read_mapping(path: str | PathLike[str]) -> dict[Any, Any]:
+    """What a file of YAML maps to what; raises `ConfigError` if it cannot be read or is no mapping."""
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except Exception as error:  # PyYAML lets through whatever int, float, datetime and deep nesting raise
+        raise ConfigError(f"cannot read the config {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"the config {path} must be a mapping of keys to values")
+    return values
+
+
+def in_bytes(value: Any) -> Any:
+    """A size that is written with a unit, such as ``60 GB``, as a number of bytes; anything else as it is."""
+    found = (
+        re.fullmatch(rf"(\d{{1,9}}(?:\.\d{{1,9}})?) ?({'|'.join(_UNITS)})", value) if isinstance(value, str) else None
+    )
+    return value if found is None else int(float(found[1]) * _UNITS[found[2]])

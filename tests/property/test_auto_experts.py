@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
 from hypothesis import given
@@ -96,3 +97,28 @@ def test_what_all_settle_on_fits_on_each_and_overlaps_evenly(group: Counted, dat
         assert set().union(*held) == set(range(experts - group.host_experts))
         steps = {after.start - before.start for before, after in itertools.pairwise(held)}
         assert not steps or max(steps) - min(steps) <= 1
+
+
+@given(groups(), st.data())
+def test_what_does_not_fit_on_ranks_goes_to_host_memory(group: Counted, data: st.DataObject) -> None:
+    """And no more: one expert more on each rank would not fit, by a count of pages."""
+    experts = group.layers[0][0]
+    group = group._replace(layers=[(experts, weights) for _, weights in group.layers], host_experts=0)
+    auto = replace(auto_of(group), spills=True)
+    room = data.draw(st.integers(0, 2 * group.takes(0, None) * group.group_size))
+    rank = data.draw(st.integers(0, group.group_size - 1))
+
+    found = auto.most_that_fit(lambda config: needed_by(group, rank, config), Room(room, room))
+
+    def takes(number: int) -> int:
+        host = max(0, experts - number * group.group_size)
+        return group._replace(host_experts=host).takes(rank, number if host == 0 else None)
+
+    if found is None:
+        assert takes(0) > room
+        return
+    config = auto.settled(found)
+    assert config.host_experts == max(0, experts - found * group.group_size)
+    assert {len(ExpertPlacement(experts, config).experts(each)) for each in range(group.group_size)} == {found}
+    assert max(map(takes, range(found + 1))) <= room
+    assert found == experts or takes(found + 1) > room

@@ -107,7 +107,11 @@ def model(kind: str, num_experts: int = NUM_EXPERTS, top_k: int = TOP_K) -> torc
 
 
 def load(made: torch.nn.Module) -> None:
-    """Offer every expert to every layer's weight loader, as SGLang does on each rank; then post-process."""
+    """Offer every expert to every layer's weight loader, as SGLang does on each rank once it has constructed a model;
+    then post-process."""
+    from vmm_dwdp.integrations.sglang import hooks
+
+    hooks.construct_model(lambda: made)
     for layer in made.layers:
         for name, parameter in list(layer.named_parameters()):
             if not hasattr(parameter, "weight_loader"):

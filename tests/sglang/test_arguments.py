@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import engine_process
 import pytest
@@ -61,6 +63,46 @@ def test_arguments_are_checked_when_they_are_final(tmp_path: Path) -> None:
     assert told.keys() == LATE.keys()
     for name, (_, part) in LATE.items():
         assert told[name].startswith(f"DWDP cannot be used with {part}")
+
+
+def fuses(**given: Any) -> bool:
+    """Whether an engine with these arguments may fuse shared experts with the routed ones."""
+    from sglang.srt.arg_groups.overrides import resolved_view
+
+    stated = engine_process.server_args(**given)
+    getattr(stated, "resolve_once", lambda: None)()
+    stated.check_server_args()
+    return not resolved_view(stated).disable_shared_experts_fusion
+
+
+def fusion(rank: int) -> list[bool]:
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    return [fuses(), fuses(**DWDP)]
+
+
+def test_shared_experts_are_not_fused_with_those_that_are_spread() -> None:
+    assert run_group(fusion, 1) == [[True, False]]
+
+
+def resolve_as(rank: int, *, version: str) -> list[str]:
+    """What is logged as a warning where SGLang says that it is of ``version``."""
+    told: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("vmm_dwdp").addHandler(handler)
+    with patch.object(contract, "version", return_value=version):
+        assert resolve(rank, config="", cases={"group": DWDP}) == {"group": "accepted"}
+    return told
+
+
+def test_a_version_that_was_not_tested_is_told_once() -> None:
+    listed = {path.stem.rpartition("-")[2] for path in Path(__file__).parent.glob("requirements-*.txt")}
+    assert set(contract.TESTED) == listed
+    [told] = run_group(partial(resolve_as, version="0.5.99"), 1)
+    assert told == ["vmm-dwdp was tested with SGLang 0.5.17 and 0.5.23, not 0.5.99"]
+    assert run_group(partial(resolve_as, version="0.5.23"), 1) == [[]]
 
 
 @pytest.mark.parametrize("name", arguments._EXCLUDED)

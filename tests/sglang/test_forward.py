@@ -96,8 +96,12 @@ def test_experts_in_host_memory(kind: str, one_process: list[Outputs]) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; elsewhere test_engine.py has two ranks")
-def test_experts_spread_over_two_ranks(one_process: list[Outputs]) -> None:
-    ranks = run_group(partial(forward, size=2, port=free_port(), configs=[None]), 2, engine_process.DEVICE)
-    for [found] in ranks:
-        for kind in KINDS:
-            assert all(map(np.array_equal, found[kind], one_process[0][kind]))
+def test_experts_spread_over_two_ranks(one_process: list[Outputs], tmp_path: Path) -> None:
+    """In equal shares; then in shares that overlap, and host memory."""
+    config = tmp_path / "dwdp.yaml"
+    config.write_text("group_size: 2\nnum_local_experts: 7\nhost_experts: 5\n")
+    run = partial(forward, size=2, port=free_port(), configs=[None, str(config)])
+    for rank in run_group(run, 2, engine_process.DEVICE):
+        for found in rank:
+            for kind in KINDS:
+                assert all(map(np.array_equal, found[kind], one_process[0][kind]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import experts
 import pytest
 from ports import free_port
 
+from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.integrations.sglang import contract
 from vmm_dwdp.testing import run_group
 
@@ -37,6 +39,18 @@ PAGED = [  # what SGLang's paged experts serve, too
     *("wna16", "awq", "gptq", "gptq in order of activation"),
 ]
 PAGE_NBYTES = 4096  # small, so that block scales are spread too
+GROUPS = {  # sizes, and what their configs state
+    "2": (2, ""),
+    "4": (4, ""),
+    "4 that overlap, and host memory": (4, "num_local_experts: 3\nhost_experts: 1"),
+    "2 that hold none": (2, "host_experts: 8"),
+    "2 with room for 22 MB": (2, "host_experts: auto\nmemory_bytes: 22 MB"),
+}
+HELD = {  # of 8 experts: on each rank, in host memory; elsewhere equal shares
+    "4 that overlap, and host memory": {"bf16": (3, 1), "nvfp4": (3, 1)},
+    "2 that hold none": {"bf16": (0, 8), "nvfp4": (0, 8)},
+    "2 with room for 22 MB": {"bf16": (2, 4), "fp8 block": (8, 0)},
+}
 
 Digests = list[dict[str, str]]  # by layer and tensor
 
@@ -67,11 +81,13 @@ def paged_tensors(layer: Any) -> set[str]:
     return set(formats.expert_params(layer, layer.num_experts)) - {*found.unpaged, *found.freed}
 
 
-def load_shard(rank: int, *, size: int, port: int) -> dict[str, dict[str, Any]]:
+def load_shard(rank: int, *, size: int, port: int, config: str | None) -> dict[str, dict[str, Any]]:
     """What a rank has with DWDP, for each kind of weights: in two passes, and after clean-up."""
     from vmm_dwdp.allocator.host_driver import HostDriver
-    from vmm_dwdp.integrations.sglang import manager
+    from vmm_dwdp.integrations.sglang import hooks, manager
 
+    if config is not None:
+        os.environ["VMM_DWDP_CONFIG"] = config
     manager.open_driver = lambda device: HostDriver(PAGE_NBYTES)
     engine_process.start(rank, size, port)
     found: dict[str, dict[str, Any]] = {}
@@ -80,9 +96,18 @@ def load_shard(rank: int, *, size: int, port: int) -> dict[str, dict[str, Any]]:
         with experts.without_a_gpu():
             model = experts.model(kind)
             before = [routing(layer) for layer in model.layers]
-            experts.load(model)
-        seen: dict[str, Any] = {"outside": [outside_nbytes(layer) for layer in model.layers]}
+            try:
+                experts.load(model)
+            except ConfigError as error:
+                ours = hooks.manager()
+                ours.cleanup()
+                found[kind] = {"refused": str(error), "ledger": ours.runtime.ledger.open()}
+                continue
+        seen: dict[str, Any] = {
+            "outside": [outside_nbytes(layer, experts.NUM_EXPERTS // size) for layer in model.layers]
+        }
         ours = engine_process.init_dwdp(model)
+        seen["held"] = [len(ours.runtime.local_experts(0, owner)) for owner in (rank, "host")]
         seen["passes"] = [one_pass(model, ours), one_pass(model, ours)]
         seen["bound"] = [layer._dwdp_bound and layer.num_local_experts == layer.num_experts for layer in model.layers]
         engine_process.shut_down()
@@ -123,10 +148,10 @@ def routing(layer: Any) -> dict[str, Any]:
     return state | {f"dispatcher.{name}": value for name, value in vars(layer.dispatcher).items() if "expert" in name}
 
 
-def outside_nbytes(layer: Any) -> int:
-    """Bytes that a loaded layer keeps outside the host driver's memory, of tensors of at least a page on this rank."""
+def outside_nbytes(layer: Any, share: int) -> int:
+    """Bytes that a loaded layer keeps outside the host driver's memory, of tensors whose share is a page or more."""
     tensors = experts.tensors(layer, tensors_of(layer))
-    large = [tensor for tensor in tensors if tensor.nbytes >= PAGE_NBYTES]
+    large = [tensor for tensor in tensors if tensor[:1].nbytes * share >= PAGE_NBYTES]
     lines = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:vmm_dwdp" in line]
     mapped = [range(*(int(address, 16) for address in line.split("-"))) for line in lines]
     return sum(tensor.nbytes for tensor in large if not any(tensor.data_ptr() in region for region in mapped))
@@ -143,18 +168,43 @@ def loaded_whole(without_dwdp: tuple[dict[str, Digests], dict[str, set[str]]]) -
     return without_dwdp[0]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request: pytest.FixtureRequest) -> list[dict[str, dict[str, Any]]]:
-    return run_group(partial(load_shard, size=request.param, port=free_port()), request.param)
+Ranks = list[dict[str, dict[str, Any]]]  # what each saw, by kind of weights
+
+
+@pytest.fixture(scope="module", params=GROUPS)
+def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Ranks]:
+    size, stated = GROUPS[request.param]
+    path = tmp_path_factory.mktemp("config") / "dwdp.yaml"
+    path.write_text(f"group_size: {size}\n{stated}\n")
+    config = str(path) if stated else None
+    return request.param, run_group(partial(load_shard, size=size, port=free_port(), config=config), size)
+
+
+@pytest.fixture(scope="module")
+def ranks(group: tuple[str, Ranks]) -> Ranks:
+    """Without what is refused: a model that cuts out equal shares of its experts cannot have others."""
+    name, found = group
+    for rank in found:
+        refused = {kind: seen["refused"] for kind, seen in rank.items() if "refused" in seen}
+        assert refused.keys() == ({"mxfp4"} if GROUPS[name][1] else set())
+        assert all("there can be no host_experts and no num_local_experts" in sentence for sentence in refused.values())
+        assert not any(rank[kind].pop("ledger") for kind in refused)
+    return [{kind: seen for kind, seen in rank.items() if "refused" not in seen} for rank in found]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_rank_sees_what_one_process_loads(
-    kind: str, ranks: list[dict[str, dict[str, Any]]], loaded_whole: dict[str, Digests]
-) -> None:
+def test_every_rank_sees_what_one_process_loads(kind: str, ranks: Ranks, loaded_whole: dict[str, Digests]) -> None:
     for rank in ranks:
-        assert rank[kind]["passes"] == [loaded_whole[kind]] * 2
-        assert all(rank[kind]["bound"])
+        if kind in rank:
+            assert rank[kind]["passes"] == [loaded_whole[kind]] * 2
+            assert all(rank[kind]["bound"])
+
+
+def test_ranks_hold_what_was_stated_or_fits(group: tuple[str, Ranks]) -> None:
+    name, ranks = group
+    expected = HELD.get(name, dict.fromkeys(("bf16", "nvfp4"), (experts.NUM_EXPERTS // GROUPS[name][0], 0)))
+    for rank in ranks:
+        assert {kind: tuple(rank[kind]["held"]) for kind in expected} == expected
 
 
 @pytest.mark.parametrize("kind", PAGED)
@@ -169,14 +219,14 @@ def test_paged_experts_have_the_same_tensors(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_loaded_layer_is_in_its_shard(kind: str, ranks: list[dict[str, dict[str, Any]]]) -> None:
-    for rank in ranks:
+def test_a_loaded_layer_is_in_its_shard(kind: str, ranks: Ranks) -> None:
+    for rank in (rank for rank in ranks if kind in rank):
         assert rank[kind]["outside"] == [0] * experts.NUM_LAYERS
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_cleanup_leaves_layers_as_constructed_and_no_memory(kind: str, ranks: list[dict[str, dict[str, Any]]]) -> None:
-    for rank in ranks:
+def test_cleanup_leaves_layers_as_constructed_and_no_memory(kind: str, ranks: Ranks) -> None:
+    for rank in (rank for rank in ranks if kind in rank):
         assert rank[kind]["restored"]
         assert not any(rank[kind]["left"])
         assert not rank[kind]["ledger"]

@@ -29,5 +29,6 @@ def test_the_plugin_takes_the_config(text: str, tmp_path: Path, monkeypatch: pyt
     (tmp_path / "dwdp.yaml").write_text(text)
     monkeypatch.setenv(settings.CONFIG, str(tmp_path / "dwdp.yaml"))
 
-    assert settings.wanted(dwdp_size=1)
-    assert settings.config(dwdp_size=1).host_experts > 0
+    size = settings.read(str(tmp_path / "dwdp.yaml")).config.group_size
+    assert settings.wanted(dwdp_size=size)
+    assert settings.stated(dwdp_size=size).is_open

@@ -112,11 +112,13 @@ def run_rank(rank: int, *, port: int, config: str) -> dict[str, Any]:
     seen["manager"] = f"{type(manager).__module__}.{type(manager).__name__}"
     seen["paths"] = each_path(model, manager)
     layer = model.layers[0]
+    seen["late"] = sentence(lambda: experts.model("bf16"))
     loaded = torch.zeros(experts.INTERMEDIATE, experts.HIDDEN)
     seen["loader"] = sentence(lambda: layer.weight_loader(layer.w13_weight, loaded, "experts.w13_weight", "w1", 0))
     seen["updates"] = updates()
     engine_process.shut_down()
 
+    seen["dummy weights"] = dummy_weights()
     model = experts.model("bf16")
     experts.load(model)
     manager = hooks.manager()
@@ -134,6 +136,11 @@ def run_rank(rank: int, *, port: int, config: str) -> dict[str, Any]:
     beam = type("Beam", (torch.nn.Module,), {"__module__": "sglang.srt.models.beam"})
     seen["own kernels"] = sentence(partial(engine_process.init_dwdp, beam()))
     seen["left after that"] = manager.runtime.ledger.open()
+
+    model = experts.model("bf16")
+    layer = model.layers[0]
+    seen["early"] = sentence(lambda: layer.weight_loader(layer.w13_weight, loaded, "experts.w13_weight", "w1", 0))
+    seen["early setup"] = sentence(partial(engine_process.init_dwdp, model))
 
     small = partial(FusedMoE, hidden_size=512, intermediate_size=512, top_k=2)
     small(num_experts=8, layer_id=0)
@@ -181,6 +188,26 @@ def each_path(model: Any, manager: Any) -> dict[str, bool]:
     return right
 
 
+def dummy_weights() -> bool:
+    """Whether ``--load-format dummy`` gives the experts the weights that they have without DWDP."""
+    from sglang.srt.model_loader.weight_utils import initialize_dummy_weights
+
+    with patch.object(hooks.settings, "wanted", return_value=False):
+        plain = experts.model("bf16")
+    spread = hooks.construct_model(lambda: experts.model("bf16"))
+    for model in (plain, spread):
+        initialize_dummy_weights(model)
+        for layer in model.layers:
+            layer.quant_method.process_weights_after_loading(layer)
+    manager = engine_process.init_dwdp(spread)
+    equal = []
+    for ours, theirs in zip(spread.layers, plain.layers, strict=True):
+        with manager.runtime.layer(ours.layer_id):
+            equal += [torch.equal(ours.w13_weight, theirs.w13_weight), torch.equal(ours.w2_weight, theirs.w2_weight)]
+    engine_process.shut_down()
+    return all(equal) and len(plain.layers[0].w13_weight.unique()) > 1
+
+
 def updates() -> set[tuple[bool, str]]:
     """What SGLang's weight updates answer."""
     from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
@@ -197,15 +224,20 @@ def test_one_rank(tmp_path: Path) -> None:
     no_updates = (
         "the weights of a running model cannot be updated while DWDP spreads its experts; restart with the new ones"
     )
+    early = "DWDP cannot spread experts that are loaded before SGLang has constructed the whole model"
     assert seen == {
         "no layers": "ConfigError: Linear has no MoE layers, so DWDP has nothing to spread; start without it",
         "manager": "vmm_dwdp.integrations.sglang.manager.ExpertManager",
         "paths": {"forward": True, "deferred finalise": True, "core": True, "method": True},
         "loader": f"ConfigError: {no_updates}",
+        "dummy weights": True,
         "setup": "ExchangeError: rank 1 did not come",
         "left after it": [[], 0],
         "own kernels": "ConfigError: Beam runs its experts by kernels of its own, which DWDP cannot serve",
         "left after that": [],
+        "late": "ConfigError: layer 0 is constructed after the model, so its experts cannot be spread",
+        "early": f"ConfigError: {early}",
+        "early setup": f"ConfigError: {early}",
         "unknown layer": "ConfigError: 1 was constructed before vmm-dwdp was loaded, so its experts cannot be spread",
         "updates": {(False, no_updates)},
         "scheme": "ConfigError: DWDP cannot spread experts of UnquantizedFusedMoEMethod (bf16) with the MoE runner "

@@ -23,7 +23,7 @@ from vmm_dwdp import ConfigError, DWDPConfig, ExpertPlacement, WeightSpec
         ({"group_size": 2, "num_local_experts": "many"}, "num_local_experts must be a whole number, not 'many'"),
         ({"group_size": 2, "memory_bytes": 1 << 30}, "memory_bytes needs num_local_experts: auto"),
         ({"group_size": 2, "num_local_experts": "auto", "memory_bytes": 0}, "memory_bytes must be at least 1, not 0"),
-        ({"group_size": 2, "num_local_experts": "auto", "memory_bytes": "8 GB"}, "memory_bytes must be a whole number"),
+        ({"group_size": 2, "num_local_experts": "auto", "memory_bytes": "8 Gb"}, "memory_bytes must be a whole number"),
         ({"group_size": 2, "host_experts": -3}, "host_experts must be at least 0, not -3"),
         ({"group_size": 2, "host_numa_node": -1}, "host_numa_node must be at least 0, not -1"),
         ({"group_size": 2, "slice_bytes": 100}, "slice_bytes must be a multiple of 16, not 100"),
@@ -35,7 +35,7 @@ from vmm_dwdp import ConfigError, DWDPConfig, ExpertPlacement, WeightSpec
         ({"group_size": 2, "mode": "auto", "assembly": "tensor_list"}, "mode: auto needs assembly: vmm"),
         ({"group_size": 2, "mode": "auto", "prefetch_depth": 0}, "prefetch_depth must be at least 1, not 0"),
         ({"group_size": 2, "mode": "auto", "resident_cache": -1}, "resident_cache must be at least 0, not -1"),
-        ({"group_size": 2, "mode": "auto", "resident_cache": "4 GiB"}, "resident_cache must be a whole number, not"),
+        ({"group_size": 2, "mode": "auto", "resident_cache": "-4 GiB"}, "resident_cache must be a whole number, not"),
         ({"group_size": 2, "mode": "auto", "resident_cache": True}, "resident_cache must be a whole number, not True"),
         ({"group_size": 2, "resident_cache": 1 << 30}, "resident_cache needs mode: in_place or auto"),
         ({"group_size": 2, "checksums": "yes"}, "checksums must be true or false, not 'yes'"),
@@ -46,6 +46,16 @@ from vmm_dwdp import ConfigError, DWDPConfig, ExpertPlacement, WeightSpec
 def test_bad_values_are_named(values: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         DWDPConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("written", "nbytes"),
+    [("60 GB", 60_000_000_000), ("1.5GiB", 3 << 29), ("0.0035 MB", 3500), ("2 MiB", 1 << 21), (4096, 4096)],
+)
+def test_sizes_may_have_a_unit(written: object, nbytes: int) -> None:
+    stated = {"group_size": 2, "num_local_experts": "auto", "mode": "auto"}
+    sizes = {"memory_bytes": written, "resident_cache": written}
+    assert DWDPConfig.from_dict(stated | sizes) == DWDPConfig.from_dict(stated | dict.fromkeys(sizes, nbytes))
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "group_size: {", "just words", "", "group_size: !!bool x", "[" * 400])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vmm_dwdp.errors import ConfigError, ExchangeError
 from vmm_dwdp.group.agreement import LAST_STEP
 from vmm_dwdp.group.exchange import Exchange
@@ -32,7 +34,12 @@ def settle(exchange: Exchange, offer: int | ConfigError, deadline: float) -> int
         raise
     if isinstance(offer, ConfigError):
         raise offer
-    without = [str(rank) for rank, each in enumerate(offers) if not each.isdecimal()]
+    return least_of([int(each) if each.isdecimal() else None for each in offers])
+
+
+def least_of(offers: Sequence[int | None]) -> int:
+    """What all ranks have room for. Raises `ConfigError` with the ranks that have none."""
+    without = [str(rank) for rank, offer in enumerate(offers) if offer is None]
     if without:
         raise ConfigError(f"an equal share of the experts does not fit on rank {', '.join(without)}, which says more")
-    return min(map(int, offers))
+    return min(offer for offer in offers if offer is not None)

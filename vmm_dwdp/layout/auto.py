@@ -34,22 +34,34 @@ class AutoExperts:
     Attributes:
         config: which states that.
         counts: experts of each layer.
+        spills: whether experts that do not fit on ranks go to host memory; then a rank may hold none. Needs layers with
+            equal counts.
     """
 
     config: DWDPConfig
     counts: tuple[int, ...]
+    spills: bool = False
 
     @cached_property
     def numbers(self) -> range:
         """What every rank can hold of every layer. The first one stands for an equal share of each layer, which is less
         than that number where a layer is smaller than others."""
+        if self.spills:
+            return range(self.counts[0] + 1)
         on_ranks = [count - self.config.host_experts for count in self.counts]
         least = max(-(-count // self.config.group_size) for count in on_ranks)
         return range(least, max(least, min(on_ranks)) + 1)
 
     def settled(self, number: int) -> DWDPConfig:
         """The config of a group whose ranks hold ``number``."""
+        if self.spills:
+            return self._spilled(number)
         return with_local_experts(self.config, None if number == self.numbers[0] else number)
+
+    def _spilled(self, number: int) -> DWDPConfig:
+        host = max(0, self.counts[0] - number * self.config.group_size)
+        is_share = number == -(-(self.counts[0] - host) // self.config.group_size)
+        return with_local_experts(replace(self.config, host_experts=host), None if is_share else number)
 
     def most_that_fit(self, needed: Needed, room: Room) -> int | None:
         """The most that a rank has room for, and for each number below; ``None``: not even for an equal share.

@@ -8,6 +8,8 @@ from mutants.seeded import Bug
 
 _SPREAD = ("tests/unit/integrations/test_spread_tensor.py",)
 
+_LAYERS = ("tests/unit/integrations/test_sglang_sizes.py",)
+
 BUGS: Final = (
     Bug(
         "a placeholder has an address",
@@ -22,6 +24,55 @@ BUGS: Final = (
         "    def data(self, _: torch.Tensor) -> None:\n        self.refuse()\n",
         "    def data(self, _: torch.Tensor) -> None:\n        pass\n",
         _SPREAD,
+    ),
+    Bug(
+        "SGLang's loader puts a rank's experts where it would put equal shares",
+        "vmm_dwdp/integrations/sglang/expert_layer.py",
+        "lambda expert_id: places.get(expert_id, -1)",
+        "lambda expert_id: expert_id - self.loads[0] if expert_id in places else -1",
+        _LAYERS,
+    ),
+    Bug(
+        "host memory gets the first of the experts that a rank loads",
+        "vmm_dwdp/integrations/sglang/expert_layer.py",
+        "                first = self.loads.index(self._runtime.local_experts(self.number, owner).start)\n",
+        "                first = 0\n",
+        _LAYERS,
+    ),
+    Bug(
+        "constants of the constructor are lost",
+        "vmm_dwdp/integrations/sglang/expert_layer.py",
+        "            parameter.data = full.copy_(parameter.data)  # what",
+        "            parameter.data = full  # what",
+        _LAYERS,
+    ),
+    Bug(
+        "experts share what a layer keeps of its constructor",
+        "vmm_dwdp/integrations/sglang/expert_layer.py",
+        "        self._set_aside.clear()  # what",
+        "        # what",
+        _LAYERS,
+    ),
+    Bug(
+        "the KV cache is not left room",
+        "vmm_dwdp/integrations/sglang/sizes.py",
+        "free - kv_cache - round(",
+        "free - round(",
+        _LAYERS,
+    ),
+    Bug(
+        "a rank that has no room settles on what others have",
+        "vmm_dwdp/group/settle.py",
+        "    if without:\n",
+        "    if without and len(without) == len(offers):\n",
+        ("tests/unit/integrations/test_sglang_sizes.py", "tests/multiprocess/test_settling.py"),
+    ),
+    Bug(
+        "one expert more than needed goes to host memory",
+        "vmm_dwdp/layout/auto.py",
+        "        host = max(0, self.counts[0] - number * self.config.group_size)\n",
+        "        host = max(1, self.counts[0] - number * self.config.group_size)\n",
+        ("tests/property/test_auto_experts.py",),
     ),
     Bug(
         "passes of several threads overlap in one model",

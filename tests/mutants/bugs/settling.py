@@ -34,7 +34,7 @@ BUGS: Final = (
     Bug(
         "each rank holds what fits on itself",
         "vmm_dwdp/group/settle.py",
-        "return min(map(int, offers))",
+        "return least_of([int(each) if each.isdecimal() else None for each in offers])",
         "return int(told)",
         _SETTLING,
     ),

@@ -8,7 +8,10 @@ import importlib.machinery
 import sys
 import types
 
-MISSING = ("torchvision", "torchao", "xgrammar", "IPython", "gguf", "zstandard", "watchfiles", "vllm._custom_ops")
+MISSING = (
+    *("torchvision", "torchao", "xgrammar", "IPython", "gguf", "zstandard", "watchfiles", "vllm._custom_ops"),
+    "soundfile",
+)
 
 
 class _Absent(type):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.fused_moe import fused_moe, moe_layer, weight
 from support.groups import PAGE
 
 from vmm_dwdp import DWDPConfig, DWDPRuntime
@@ -18,6 +19,7 @@ from vmm_dwdp.integrations.sglang.expert_layer import ExpertLayer
 from vmm_dwdp.integrations.sglang.expert_tensor import ExpertBlocks, find, places, replace
 from vmm_dwdp.integrations.sglang.expert_view import ExpertView, ViewedRuntime
 from vmm_dwdp.integrations.sglang.schemes import NotServedError, require_served, scheme_of, supported
+from vmm_dwdp.integrations.sglang.settings import Stated
 from vmm_dwdp.integrations.spread_tensor import SpreadTensor
 
 
@@ -80,13 +82,6 @@ def test_a_tensor_inside_other_objects_is_found_by_either_name() -> None:
     assert config.old_scale.shape == [8, 3]
 
 
-def _layer(method: str, runner: str, **attributes: Any) -> SimpleNamespace:
-    quant_method = type(method, (), attributes)()
-    return SimpleNamespace(
-        quant_method=quant_method, runner=SimpleNamespace(runner_backend=SimpleNamespace(value=runner))
-    )
-
-
 DOCUMENT = Path(__file__).parents[3] / "docs/sglang.md"
 
 
@@ -94,8 +89,8 @@ def test_a_layer_has_the_scheme_of_its_method_and_runner() -> None:
     stated = SimpleNamespace(is_checkpoint_fp8_serialized=True)
     fp8 = {"use_mxfp8": False, "is_fp4_expert": False, "quant_config": stated}
 
-    assert "w13_weight_scale_inv" in scheme_of(_layer("Fp8MoEMethod", "triton", block_quant=True, **fp8)).tensors
-    assert "w13_weight_scale" in scheme_of(_layer("Fp8MoEMethod", "triton", block_quant=False, **fp8)).tensors
+    assert "w13_weight_scale_inv" in scheme_of(moe_layer("Fp8MoEMethod", "triton", block_quant=True, **fp8)).tensors
+    assert "w13_weight_scale" in scheme_of(moe_layer("Fp8MoEMethod", "triton", block_quant=False, **fp8)).tensors
     held = SimpleNamespace(runner=SimpleNamespace(runner_backend=SimpleNamespace(value="marlin")))
     wna16 = type("CompressedTensorsWNA16MoE", (), vars(held))()
     assert "w13_weight_packed" in scheme_of(SimpleNamespace(quant_method=object(), scheme=wna16)).tensors
@@ -132,8 +127,8 @@ def test_the_documented_rows_are_those_of_the_table() -> None:
 @pytest.mark.parametrize(
     ("layer", "sentence"),
     [
-        (_layer("BlockInt8MoEMethod", "triton"), "experts of BlockInt8MoEMethod with the MoE runner triton"),
-        (_layer("Mxfp4MoEMethod", "triton"), r"experts of Mxfp4MoEMethod \(mxfp4\) with the MoE runner triton"),
+        (moe_layer("BlockInt8MoEMethod", "triton"), "experts of BlockInt8MoEMethod with the MoE runner triton"),
+        (moe_layer("Mxfp4MoEMethod", "triton"), r"experts of Mxfp4MoEMethod \(mxfp4\) with the MoE runner triton"),
         (SimpleNamespace(quant_method=object()), "experts of object with the MoE runner none"),
     ],
 )
@@ -186,26 +181,6 @@ def test_what_to_type_is_said() -> None:
     assert remedies.refusal(with_none, paged) == f"{without} or --enable-paged-experts"
 
 
-def _fused_moe(num_experts: int, num_loaded: int, **weights: torch.Tensor) -> Any:
-    """What `ExpertLayer` reads of a `FusedMoE` in bf16."""
-    module: Any = torch.nn.Module()
-    for name, tensor in weights.items():
-        module.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
-    counts = {"moe_ep_size": 1, "moe_ep_rank": 0, "num_local_experts": num_loaded}
-    dispatcher = dict.fromkeys(("num_local_routed_experts", "local_expert_mapping", "expert_mask_gpu"))
-    vars(module).update(
-        layer_id=3,
-        num_experts=num_experts,
-        _num_local_routed=num_loaded,
-        _dwdp_bound=False,
-        **counts,
-        dispatcher=SimpleNamespace(**counts, **dispatcher),
-        moe_runner_config=SimpleNamespace(num_local_experts=num_loaded),
-        **vars(_layer("UnquantizedFusedMoEMethod", "triton")),
-    )
-    return module
-
-
 @pytest.fixture
 def runtime(tmp_path: Path) -> Iterator[DWDPRuntime]:
     """Of one GPU with all of four experts in host memory."""
@@ -214,32 +189,27 @@ def runtime(tmp_path: Path) -> Iterator[DWDPRuntime]:
         yield runtime
 
 
-def _weight(experts: int, rows: int = 64) -> torch.Tensor:
-    return torch.zeros(experts, rows, 64, dtype=torch.bfloat16)
-
-
 @pytest.mark.parametrize(
     ("weights", "sentence"),
     [
-        ({"w13_weight": _weight(4)}, "layer 3 has no tensor w2_weight, which its kernels read"),
-        ({"w13_weight": _weight(3), "w2_weight": _weight(4)}, "w13_weight of layer 3 has 3 experts, not 4"),
+        ({"w13_weight": weight(4)}, "layer 3 has no tensor w2_weight, which its kernels read"),
+        ({"w13_weight": weight(3), "w2_weight": weight(4)}, "w13_weight of layer 3 has 3 experts, not 4"),
         (
-            {"w13_weight": _weight(4, 1), "w2_weight": _weight(4, 1)},
+            {"w13_weight": weight(4, 1), "w2_weight": weight(4, 1)},
             "experts of layer 3 are smaller than a page",
         ),
     ],
 )
-def test_a_layer_that_is_not_as_the_table_says_is_refused(
-    runtime: DWDPRuntime, weights: dict[str, torch.Tensor], sentence: str
-) -> None:
+def test_a_layer_that_is_not_as_the_table_says_is_refused(weights: dict[str, torch.Tensor], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        ExpertLayer(_fused_moe(4, 4, **weights), runtime, 0, PAGE)
+        ExpertLayer(fused_moe(4, 4, **weights), PAGE)
 
 
 def test_post_processing_that_the_table_does_not_know_is_refused(runtime: DWDPRuntime) -> None:
-    module = _fused_moe(4, 4, w13_weight=_weight(4), w2_weight=_weight(4))
-    layer = ExpertLayer(module, runtime, 0, PAGE)
-    module.w13_weight.data = _weight(4, 65)
+    module = fused_moe(4, 4, w13_weight=weight(4), w2_weight=weight(4))
+    layer = ExpertLayer(module, PAGE)
+    layer.load(runtime)
+    module.w13_weight.data = weight(4, 65)
     sentence = "an expert of w13_weight in layer 3 8320 bytes long; it was declared with 8192"
     with pytest.raises(ConfigError, match=sentence):
         layer.finish()
@@ -248,20 +218,20 @@ def test_post_processing_that_the_table_does_not_know_is_refused(runtime: DWDPRu
         layer.finish()
 
 
-def test_a_per_expert_tensor_that_the_table_does_not_know_is_not_served(tmp_path: Path) -> None:
-    module = _fused_moe(4, 2, w13_weight=_weight(2), w2_weight=_weight(2), w2_luck=torch.zeros(2))
+def test_a_per_expert_tensor_that_the_table_does_not_know_is_not_served() -> None:
+    module = fused_moe(4, 2, w13_weight=weight(2), w2_weight=weight(2), w2_luck=torch.zeros(2))
     before = module.w13_weight.data_ptr()
-    with DWDPRuntime(DWDPConfig(group_size=2), 0, "cpu", tmp_path / "group", driver=HostDriver(PAGE)) as runtime:
-        with pytest.raises(NotServedError, match=r"layer 3 has a per-expert tensor w2_luck that DWDP does not know$"):
-            ExpertLayer(module, runtime, 0, PAGE)
-        assert module.w13_weight.data_ptr() == before
+    with pytest.raises(NotServedError, match=r"layer 3 has a per-expert tensor w2_luck that DWDP does not know$"):
+        ExpertLayer(module, PAGE)
+    assert module.w13_weight.data_ptr() == before
 
 
 def test_one_that_post_processing_made_is_refused(tmp_path: Path) -> None:
-    module = _fused_moe(4, 2, w13_weight=_weight(2), w2_weight=_weight(2))
+    module = fused_moe(4, 2, w13_weight=weight(2), w2_weight=weight(2))
     sentence = "layer 3 has a per-expert tensor w2_luck that DWDP does not know; start with VMM_DWDP_DISABLE=1"
     with DWDPRuntime(DWDPConfig(group_size=2), 0, "cpu", tmp_path / "group", driver=HostDriver(PAGE)) as runtime:
-        layer = ExpertLayer(module, runtime, 0, PAGE)
+        layer = ExpertLayer(module, PAGE)
+        layer.load(runtime)
         module.w2_luck = torch.zeros(2)
         with pytest.raises(ConfigError, match=sentence):
             layer.finish()
@@ -280,11 +250,14 @@ def viewed(tmp_path: Path) -> Iterator[tuple[ViewedRuntime, list[Any]]]:
         modules = []
         layers = []
         for number in range(3):
-            module = _fused_moe(4, 4, w13_weight=_numbered(number, 0), w2_weight=_numbered(number, 1))
+            module = fused_moe(4, 4, w13_weight=weight(4), w2_weight=weight(4))
             module.layer_id = number
             module.w2_weight.weight_loader = "a loader"
             module.second_name = module.w2_weight  # as post-processing leaves some
-            layers.append(ExpertLayer(module, runtime, 0, PAGE))
+            layers.append(ExpertLayer(module, PAGE))
+            layers[-1].load(runtime)
+            for seed, parameter in enumerate((module.w13_weight, module.w2_weight)):
+                parameter.data.copy_(_numbered(number, seed))
             layers[-1].finish()
             modules.append(module)
         runtime.publish()
@@ -399,11 +372,18 @@ def test_a_tensor_that_cannot_be_exchanged_is_refused() -> None:
             1,
             "states expert_bank, but SGLang's layers do not look up which rows they read",
         ),
-        ("group_size: 1\nhost_experts: 4\nnum_local_experts: auto", 1, "states num_local_experts: auto, but SGLang"),
+        ("group_size: 1\nhost_experts: auto\nnum_local_experts: 4", 1, "which leaves no number to num_local_experts"),
+        ("group_size: 1\nnum_local_experts: auto", 1, "states group_size 1 and no host_experts"),
+        (
+            "group_size: 1\nhost_experts: 4\nkv_cache: 4 GB",
+            1,
+            "states kv_cache, which needs num_local_experts: auto or",
+        ),
+        ("group_size: 1\nhost_experts: auto\nkv_cache: 4 Gb", 1, "kv_cache: '4 Gb', which is no size such as 40 GB"),
+        ("group_size: 1\nhost_experts: auto\nkv_cache: true", 1, "kv_cache: True, which is no size such as 40 GB"),
+        ("group_size: 1\nhost_experts: auto\nkv_cache: 1\nmemory_bytes: 1", 1, "and no memory_bytes"),
         ("group_size: 1", 1, "states group_size 1 and no host_experts, so there is nothing to spread"),
         ("group_size: 4", 2, "states group_size 4, but --dwdp-size is 2"),
-        ("group_size: 2\nhost_experts: 1", 2, "states host_experts, but with --dwdp-size SGLang itself"),
-        ("group_size: 2\nnum_local_experts: 5", 2, "states num_local_experts, but with --dwdp-size SGLang itself"),
         ("group_size: 2\nassembly: tensor_list", 2, "SGLang's kernels need assembly: vmm"),
     ],
 )
@@ -415,11 +395,11 @@ def test_configs_that_sglang_cannot_have(
     monkeypatch.setenv(settings.CONFIG, str(path))
 
     with pytest.raises(ConfigError, match=sentence):
-        settings.config(dwdp_size)
+        settings.stated(dwdp_size)
 
 
 def test_the_config_without_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(settings.CONFIG, raising=False)
 
-    assert settings.config(4).group_size == 4
+    assert settings.stated(4) == Stated(DWDPConfig(group_size=4))
     assert not settings.wanted(1)

@@ -40,6 +40,7 @@ _EXCLUDED: Final[dict[str, Any]] = {
     "enable_nvidia_megakernel": False,
     "enable_amd_monokernel": False,
     "enable_megamoe_for_layernorm_sp": False,
+    "enforce_shared_experts_fusion": False,
 }
 
 # Those whose loader gives each expert to `FusedMoE.weight_loader`, or fills parameters without reading anything.
@@ -113,6 +114,11 @@ def revision(server_args: Any) -> str | None:
     folder = Path(resolved.model_path)
     read = getattr(resolved.load_format, "value", resolved.load_format) in ("auto", "safetensors")
     return revision_of(folder) if read and any(folder.glob("*.safetensors")) else None
+
+
+def static_fraction(server_args: Any) -> float:
+    """The part of a GPU's memory that the engine gives to weights and the KV cache; the rest is for activations."""
+    return float(_resolved(server_args).mem_fraction_static or 1)
 
 
 def _resolved(server_args: Any) -> Any:

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 _FUSED_MOE = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"
+_MAP = "_map_global_expert_id_to_local_expert_id"  # to a place among a rank's experts; its layers get their own
 _COMPONENTS = "sglang.srt.model_executor.model_runner_components"
 _WEIGHT_UPDATER = f"{_COMPONENTS}.weight_updater.WeightUpdater"
 _WEIGHT_EXPORTER = f"{_COMPONENTS}.weight_exporter.WeightExporter"
+
+TESTED = ("0.5.17", "0.5.23")  # the versions with which this integration's tests run
 
 # Where the arguments are checked, in the process that starts the engine: 0.5.23, 0.5.17.
 _CHECK_ARGUMENTS = (
@@ -24,6 +27,7 @@ _MODEL_CONFIG = (
     "sglang.srt.server_args.ServerArgs.get_model_config",
 )
 CHECK_FINAL_ARGUMENTS = "sglang.srt.server_args.ServerArgs.check_server_args"  # what the engine calls last of all
+CONSTRUCT_MODEL = "sglang.srt.model_loader.loader._initialize_model"  # what every loader calls before it loads
 CHECK_WEIGHTS = "sglang.srt.utils.weight_checker.WeightChecker.handle"
 SAVE = (f"{_WEIGHT_EXPORTER}.save_sharded_model", f"{_WEIGHT_EXPORTER}.save_remote_model")
 SEND = (
@@ -62,7 +66,9 @@ _EXPECTED = (
         ("_dwdp_bound", "wait_prefetch", "run_moe_core", "record_compute_and_prefetch_next"),
     ),
     _Expected(f"{_FUSED_MOE}.run_moe_core", ("dispatch_output",), ("quant_method", "apply")),
-    _Expected(f"{_FUSED_MOE}.weight_loader", ("param", "expert_id"), ()),
+    _Expected(f"{_FUSED_MOE}.weight_loader", ("param", "expert_id"), (_MAP, "_weight_loader_impl")),
+    _Expected(f"{_FUSED_MOE}.{_MAP}", ("expert_id",)),
+    _Expected(CONSTRUCT_MODEL),
     _Expected(f"{_FUSED_MOE}.weight_loader_fused", ("param",), ()),
     _Expected(
         "sglang.srt.model_executor.model_runner.ModelRunner.maybe_init_dwdp",

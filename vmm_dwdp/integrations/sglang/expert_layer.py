@@ -11,7 +11,7 @@ from vmm_dwdp.integrations.sglang.expert_tensor import ExpertBlocks, find, repla
 from vmm_dwdp.integrations.sglang.expert_view import ExpertView
 from vmm_dwdp.integrations.sglang.schemes import NotServedError, Scheme, runner_of, scheme_of
 from vmm_dwdp.integrations.sglang.settings import DISABLE
-from vmm_dwdp.layout.placement import HOST, Owner
+from vmm_dwdp.layout.placement import ExpertPlacement
 from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.runtime import DWDPRuntime
 
@@ -34,23 +34,26 @@ _DISPATCHER_STATE: Final = (
 class ExpertLayer:
     """The per-expert tensors of one layer.
 
-    A tensor of at least a page on this rank is spread: its bytes are in the runtime's memory. A smaller one is
-    replicated: every rank keeps all of it, as SGLang's own DWDP does.
+    A tensor of at least a page in an equal share of the experts is spread: its bytes are in the runtime's memory. A
+    smaller one is replicated: every rank keeps all of it, as SGLang's own DWDP does.
+
+    From its construction until `load` the layer has one expert's part of each parameter, as which experts this rank is
+    to load may depend on layers that are not constructed yet.
 
     Args:
-        module: a `FusedMoE` just constructed, with the experts ``first_expert`` onwards in its parameters.
+        module: a `FusedMoE` just constructed, with an equal share of the experts in its parameters.
         page_nbytes: bytes per page of the device's memory.
 
     Raises:
-        NotServedError: the layer's quantisation method, MoE runner or tensors are not supported.
+        NotServedError: the layer's quantisation method, MoE runner or tensors are not supported; it is as constructed.
     """
 
-    def __init__(self, module: Any, runtime: DWDPRuntime, first_expert: int, page_nbytes: int) -> None:
+    def __init__(self, module: Any, page_nbytes: int) -> None:
         self.module = module
         self.number = int(module.layer_id)
         self.finished = False
-        self._runtime = runtime
-        self._first = first_expert
+        self.loads: tuple[int, ...] = ()  # the experts that are loaded on this rank, in the order of its parameters
+        self._share = int(module.num_local_experts)
         self._page = page_nbytes
         self._scheme: Scheme = scheme_of(module)
         self._spread: dict[str, ExpertBlocks] = {}
@@ -59,73 +62,82 @@ class ExpertLayer:
         self._state = _routing_state(module)
         if self._scheme.kept:
             try:
-                self._refuse_unknown()
-                self._declare()
+                self._refuse_unknown(self._share)
+                self._sort(self._share)
             except ConfigError as error:
                 raise NotServedError(str(error), runner_of(module)) from error
-            for name, block in self._spread.items():
-                self._bind_loaded(name, block)
-        elif runtime.config.group_size == 1:
-            self._stage()
+        self._set_aside = [
+            each for each in module._parameters.values() if each is not None and each.shape[:1] == (self._share,)
+        ]
+        for parameter in self._set_aside:
+            parameter.data = parameter.data[:1].clone()
 
     # -- loading -----------------------------------------------------------------------------------------------------
-    def _declare(self) -> None:
-        """Tell the runtime which tensors it will hold, by their bytes."""
-        num_loaded = self.module.num_local_experts
+    def _sort(self, num_experts: int) -> None:
+        """Tell which tensors, of which the module has so many experts, are to be spread, and which replicated."""
         for name in self._scheme.tensors:
             tensor = find(self.module, name)
             if tensor is None:
                 if name not in self._scheme.optional:
                     raise ConfigError(f"layer {self.number} has no tensor {name}, which its kernels read")
                 continue
-            if tensor.shape[0] != num_loaded:
-                raise ConfigError(f"{name} of layer {self.number} has {tensor.shape[0]} experts, not {num_loaded}")
+            if tensor.shape[0] != num_experts:
+                raise ConfigError(f"{name} of layer {self.number} has {tensor.shape[0]} experts, not {num_experts}")
             block = ExpertBlocks.of(f"{name} of layer {self.number}", tensor)
-            if block.nbytes * num_loaded >= self._page:
+            if self._is_large(block.nbytes):
                 self._spread[name] = block
             else:
                 self._replicated.append(name)
         if not self._spread:
             raise ConfigError(f"the experts of layer {self.number} are smaller than a page of {self._page} bytes")
-        total = self.module.num_experts
-        specs = {name: WeightSpec((total, block.nbytes), torch.uint8) for name, block in self._spread.items()}
-        self._runtime.add_layer(self.number, specs)
 
-    def _sole_owner(self) -> Owner | None:
-        """The owner, of those that this rank fills, that holds every expert in the module's parameters."""
-        loaded = range(self._first, self._first + self.module.num_local_experts)
-        for owner in self._owners():
-            if self._runtime.local_experts(self.number, owner) == loaded:
-                return owner
-        return None
+    def _is_large(self, expert_nbytes: int) -> bool:
+        return expert_nbytes * self._share >= self._page
 
-    def _owners(self) -> list[Owner]:
-        return [self._runtime.rank, HOST] if self._runtime.config.host_experts else [self._runtime.rank]
+    def weights(self) -> dict[str, WeightSpec]:
+        """What of the layer is spread, by its bytes; where post-processing is still to make it, what it is made of."""
+        nbytes = {name: block.nbytes for name, block in self._spread.items()}
+        if not nbytes:
+            parts = {str(place): each[0].nbytes for place, each in enumerate(self._set_aside)}
+            nbytes = {name: each for name, each in parts.items() if self._is_large(each)} or parts
+        return {name: WeightSpec((self.module.num_experts, each), torch.uint8) for name, each in nbytes.items()}
 
-    def _bind_loaded(self, name: str, block: ExpertBlocks) -> None:
-        """Let the loader write into the shard, where it is one; else into host memory, until `finish`."""
-        tensor = find(self.module, name)
-        assert tensor is not None
-        owner = self._sole_owner()
-        if owner is None:
-            replace(self.module, name, tensor.cpu())
-            return
-        shard = self._runtime.local_shard(self.number, name, owner)
-        placed = block.from_bytes(shard)
-        placed.copy_(tensor)  # what the constructor put there, such as scales of one
-        replace(self.module, name, placed)
+    def load(self, runtime: DWDPRuntime) -> None:
+        """From now on the module's parameters have the experts that the owners of this rank hold, and SGLang's loader
+        puts each in its place: into the shard, where they are all of one. Else into host memory if there is some that
+        is an owner, so that the model is never whole on the GPU, until `finish`."""
+        self._runtime = runtime
+        placement = ExpertPlacement(self.module.num_experts, runtime.config)
+        held = [expert for owner in runtime.held_owners for expert in placement.experts(owner)]
+        self.loads = tuple(held) or (0,)  # which post-processing can look at, where this rank holds none
+        places = {expert: place for place, expert in enumerate(self.loads)}
+        self.module._map_global_expert_id_to_local_expert_id = lambda expert_id: places.get(expert_id, -1)
+        self.module.num_local_experts = self.module.moe_runner_config.num_local_experts = len(self.loads)
+        shards = self._shards(placement)
+        for parameter in self._set_aside:
+            full = shards.get(id(parameter))
+            if full is None:
+                is_staged = runtime.config.host_experts and self._is_large(parameter[0].nbytes)
+                full = _room_for(parameter.data, len(self.loads), torch.device("cpu") if is_staged else runtime.device)
+            parameter.data = full.copy_(parameter.data)  # what the constructor put there, such as scales of one
+        self._set_aside.clear()  # what post-processing replaces is to be freed
 
-    def give_back(self) -> None:
-        """Before anything is loaded: the module's tensors are as its constructor made them, in torch's memory again."""
-        for name in self._spread:
-            tensor = self._find(name)
-            replace(self.module, name, torch.empty_like(tensor, device=self._runtime.device).copy_(tensor))
+    def _shards(self, placement: ExpertPlacement) -> dict[int, torch.Tensor]:
+        """The memory of parameters that are loaded where they stay, by their identity."""
+        if not self._scheme.kept:
+            return {}
+        self._runtime.add_layer(self.number, self.weights())
+        sole = [owner for owner in self._runtime.held_owners if tuple(placement.experts(owner)) == self.loads]
+        return {
+            id(getattr(self.module, name)): block.from_bytes(self._runtime.local_shard(self.number, name, owner))
+            for owner in sole
+            for name, block in self._spread.items()
+        }
 
-    def _stage(self) -> None:
-        """Keep large parameters in host memory until post-processing, so that the model is never whole on the GPU."""
-        for parameter in self.module.parameters(recurse=False):
-            if parameter.nbytes >= self._page:
-                parameter.data = parameter.data.cpu()
+    def give_back(self, device: torch.device) -> None:
+        """Before `load`: the module's tensors are as its constructor made them."""
+        for parameter in self._set_aside:
+            parameter.data = _room_for(parameter.data, self._share, device).copy_(parameter.data)
 
     def post_process(self, own: Any, module: Any) -> None:
         """Around the quantisation method's post-processing, which the loader calls layer by layer, and updates too.
@@ -171,8 +183,9 @@ class ExpertLayer:
     def _take_over(self) -> None:
         if not self._scheme.kept:
             self._free_scratch()
-            self._declare()
-        self._refuse_unknown()
+            self._sort(len(self.loads))
+            self._runtime.add_layer(self.number, self.weights())
+        self._refuse_unknown(len(self.loads))
         for name, declared in self._spread.items():
             tensor = find(self.module, name)
             if tensor is None:
@@ -194,13 +207,13 @@ class ExpertLayer:
         from. What was loaded into the shard stays."""
         written = block.to_bytes(tensor)
         loaded_in_place = False
-        for owner in self._owners():
+        for owner in self._runtime.held_owners:
             shard = self._runtime.local_shard(self.number, name, owner)
             if shard.numel() and shard.data_ptr() == tensor.data_ptr():
                 loaded_in_place = True
             elif shard.numel():
-                experts = self._runtime.local_experts(self.number, owner)
-                shard.copy_(written[experts.start - self._first : experts.stop - self._first])
+                first = self.loads.index(self._runtime.local_experts(self.number, owner).start)
+                shard.copy_(written[first : first + len(shard)])
         if not loaded_in_place:
             replace(self.module, name, torch.empty_like(tensor[:0]))
 
@@ -211,10 +224,11 @@ class ExpertLayer:
             if isinstance(held, torch.Tensor) and id(held) not in read:  # some are two names of one parameter
                 held.data = held.data.new_empty(0)
 
-    def _refuse_unknown(self) -> None:
-        """A per-expert tensor that is not in the table would keep this rank's experts only."""
-        num_loaded, total = self.module.num_local_experts, self.module.num_experts
-        if num_loaded == total:
+    def _refuse_unknown(self, num_loaded: int) -> None:
+        """A per-expert tensor that is not in the table would keep this rank's experts only. It is known by how many it
+        has, unless tensors of other things have as many: then another rank finds it."""
+        total = self.module.num_experts
+        if num_loaded == total or num_loaded == 1 != self._share:
             return
         scheme = self._scheme
         known = {*scheme.tensors, *scheme.scratch, *scheme.maximum}
@@ -229,7 +243,7 @@ class ExpertLayer:
 
     # -- replicated tensors ------------------------------------------------------------------------------------------
     def replicated(self) -> dict[str, torch.Tensor]:
-        """This rank's experts of the small tensors, as bytes ``[n, nbytes]`` in host memory."""
+        """The small tensors of the experts `loads`, as bytes ``[n, nbytes]`` in host memory."""
         return {name: self._block(name).to_bytes(self._find(name)).cpu() for name in self._replicated}
 
     def maxima(self) -> dict[str, torch.Tensor]:
@@ -265,12 +279,19 @@ class ExpertLayer:
         """Routing as it was after construction; the expert tensors are empty, so that nothing refers to the runtime."""
         if self._view is not None:
             self._view.remove()
+        vars(self.module).pop("_map_global_expert_id_to_local_expert_id", None)
         for name in self._scheme.tensors:
             tensor = find(self.module, name)
             if tensor is not None:
                 replace(self.module, name, torch.empty_like(tensor[:0]))
         for target, name, value in self._state:
             setattr(target, name, value)
+
+
+def _room_for(expert: torch.Tensor, number: int, device: torch.device) -> torch.Tensor:
+    """Memory for so many experts that are each as ``expert``, ``[1, ...]``, is."""
+    shape, stride = ExpertBlocks(tuple(expert.shape[1:]), expert.stride()[1:], expert.dtype).assembled(number)
+    return torch.empty_strided(shape, stride, dtype=expert.dtype, device=device)
 
 
 def _routing_state(module: Any) -> list[tuple[Any, str, Any]]:

@@ -50,8 +50,9 @@ def _register_all() -> None:
         first_check: check_arguments,
         contract.CHECK_FINAL_ARGUMENTS: check_final_arguments,
         contract.fused_moe("__init__"): construct_layer,
+        contract.CONSTRUCT_MODEL: construct_model,
         contract.fused_moe("weight_loader"): load_weight,
-        contract.fused_moe("weight_loader_fused"): load_weight,
+        contract.fused_moe("weight_loader_fused"): load_weights_at_once,
         "sglang.srt.model_executor.model_runner.ModelRunner.maybe_init_dwdp": init_dwdp,
     }
     hooks |= dict.fromkeys(contract.updates(), update_weights)
@@ -101,8 +102,9 @@ def check_arguments(original: _Original, server_args: Any) -> Any:
     dwdp_size = _dwdp_size(server_args)
     if not settings.wanted(dwdp_size):
         return original(server_args)
-    settings.config(dwdp_size)
+    settings.stated(dwdp_size)
     arguments.check(server_args, dwdp_size)
+    _set_argument(server_args, "disable_shared_experts_fusion", True)  # the shared one is of each token: on every GPU
     if dwdp_size <= 1:
         _set_argument(server_args, "disable_prefill_cuda_graph", True)  # captured in pieces; a pass is captured whole
     return original(server_args)
@@ -115,6 +117,8 @@ def check_final_arguments(original: _Original, server_args: Any) -> None:
     dwdp_size = _dwdp_size(server_args)
     if not settings.wanted(dwdp_size):
         return
+    if contract.version() not in contract.TESTED:
+        _log.warning("vmm-dwdp was tested with SGLang %s, not %s", " and ".join(contract.TESTED), contract.version())
     arguments.check(server_args, dwdp_size)
     arguments.check_graphs(server_args)
     runner = arguments.runner_for_gpt_oss(server_args) if dwdp_size > 1 else None
@@ -185,11 +189,36 @@ def init_dwdp(original: _Original, model_runner: Any) -> None:
     found.setup(model_runner.model)
 
 
+def construct_model(original: _Original, *args: Any, **kwargs: Any) -> torch.nn.Module:
+    """Around what constructs a model for whatever loads it then."""
+    model: torch.nn.Module = original(*args, **kwargs)
+    found = manager()
+    if found is not None:
+        found.begin_loading()
+    return model
+
+
 def load_weight(original: _Original, module: Any, *args: Any, **kwargs: Any) -> None:
-    """Around the loaders of `FusedMoE`: once layers read assembled tensors, nobody may write to them."""
-    if module._dwdp_bound and manager() is not None:
-        raise ConfigError(NO_UPDATES)
+    """Around the loader of `FusedMoE` for one expert, or for all that the model has cut out for this rank."""
+    expert_id = kwargs["expert_id"] if "expert_id" in kwargs else args[4]
+    _require_loadable(module, at_once=expert_id is None)
     original(module, *args, **kwargs)
+
+
+def load_weights_at_once(original: _Original, module: Any, *args: Any, **kwargs: Any) -> None:
+    """Around its loader for all of them."""
+    _require_loadable(module, at_once=True)
+    original(module, *args, **kwargs)
+
+
+def _require_loadable(module: Any, *, at_once: bool) -> None:
+    """Once layers read assembled tensors, nobody may write to them."""
+    found = manager()
+    if found is None:
+        return
+    if module._dwdp_bound:
+        raise ConfigError(NO_UPDATES)
+    found.require_loadable(module, at_once=at_once)
 
 
 def update_weights(original: _Original, *args: Any, **kwargs: Any) -> Any:
@@ -238,10 +267,11 @@ def _current_manager() -> ExpertManager:
         dwdp_size = _active_dwdp_size()
         server_args = get_server_args()
         arguments.check(server_args, dwdp_size)
-        config, revision = settings.config(dwdp_size), arguments.revision(server_args)
+        stated, revision = settings.stated(dwdp_size), arguments.revision(server_args)
         # The ranks between which SGLang divides experts: with tensor parallelism alone, each has a part of every one.
         rank, group = get_parallel().moe_ep_rank, get_parallel().moe_ep_group.cpu_group
-        found = _manager = ExpertManager(config, rank, group, _device(), revision)
+        fraction = arguments.static_fraction(server_args)
+        found = _manager = ExpertManager(stated, rank, group, _device(), revision, fraction)
     return found
 
 

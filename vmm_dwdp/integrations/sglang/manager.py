@@ -12,9 +12,12 @@ import torch.distributed as dist
 from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.config import DWDPConfig, Mode
 from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.integrations.sglang import sizes
 from vmm_dwdp.integrations.sglang.expert_layer import ExpertLayer
 from vmm_dwdp.integrations.sglang.expert_view import ViewedRuntime
 from vmm_dwdp.integrations.sglang.schemes import caution
+from vmm_dwdp.integrations.sglang.settings import Stated
+from vmm_dwdp.layout.placement import ExpertPlacement
 
 _log = logging.getLogger("vmm_dwdp")
 
@@ -25,28 +28,47 @@ _OWN_KERNELS: Final = frozenset({"sglang.srt.models.beam", "sglang.srt.models.qw
 class ExpertManager:
     """The experts of one model, from the construction of its first MoE layer to `cleanup`.
 
-    `adopt` takes every `FusedMoE` as it is constructed, before weights are loaded. The five methods after it are those
-    that SGLang's forward pass calls on the manager of its own DWDP.
+    `adopt` takes every `FusedMoE` as it is constructed, and `begin_loading` follows once all are, before weights are
+    loaded. The five methods after them are those that SGLang's forward pass calls on the manager of its own DWDP.
 
     Args:
-        config: equal on all ranks.
+        stated: equal on all ranks.
         rank: this process's place in the group.
-        group: SGLang's process group of these ranks for host memory; constructing is collective.
+        group: SGLang's process group of these ranks for host memory; `begin_loading` is collective in it.
         device: where the model is.
         revision: of its checkpoint, on which all ranks must agree; ``None`` if it is not known.
+        static_fraction: of a GPU's memory that SGLang gives to weights and the KV cache.
     """
 
     def __init__(
-        self, config: DWDPConfig, rank: int, group: dist.ProcessGroup, device: torch.device, revision: str | None
+        self,
+        stated: Stated,
+        rank: int,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        revision: str | None,
+        static_fraction: float,
     ) -> None:
-        driver = open_driver(device)
-        self.runtime = ViewedRuntime(config, rank, device, group, driver=driver)
-        self._revision = revision
+        self._stated = stated
+        self._rank = rank
         self._group = group
-        self._page_nbytes = driver.granularity()
+        self._device = device
+        self._revision = revision
+        self._static_fraction = static_fraction
+        self._driver = open_driver(device)
+        self._runtime: ViewedRuntime | None = None
         self._layers: dict[int, ExpertLayer] = {}
         self._running = False
         self.closed = False
+
+    @property
+    def runtime(self) -> ViewedRuntime:
+        """That holds the experts. Raises `ConfigError` before `begin_loading`."""
+        if self._runtime is None:
+            raise ConfigError(
+                "DWDP cannot spread experts that are loaded before SGLang has constructed the whole model"
+            )
+        return self._runtime
 
     # -- while the model is constructed and loaded -------------------------------------------------------------------
     def adopt(self, module: Any) -> None:
@@ -57,9 +79,11 @@ class ExpertManager:
             ConfigError: experts would be read wrongly; the sentence says why.
         """
         number = int(module.layer_id)
+        if self._runtime is not None:
+            raise ConfigError(f"layer {number} is constructed after the model, so its experts cannot be spread")
         if number in self._layers:
             raise ConfigError(f"two MoE layers have the number {number}; DWDP needs a number of its own for each")
-        if module.num_fused_shared_experts and self.runtime.config.group_size > 1:
+        if module.num_fused_shared_experts and self._stated.config.group_size > 1:
             raise ConfigError("DWDP cannot spread fused shared experts; start with --disable-shared-experts-fusion")
         for layer in self._layers.values():
             if layer.module.num_experts != module.num_experts:
@@ -67,9 +91,8 @@ class ExpertManager:
                     f"DWDP needs as many experts in every MoE layer: layer {layer.number} has "
                     f"{layer.module.num_experts}, layer {number} has {module.num_experts}"
                 )
-        first = self.runtime.rank * module.num_local_experts
-        layer = ExpertLayer(module, self.runtime, first, self._page_nbytes)
-        cautioned = caution(module) if not self._layers and self.runtime.rank == 0 else None
+        layer = ExpertLayer(module, self._driver.granularity())
+        cautioned = caution(module) if not self._layers and self._rank == 0 else None
         if cautioned is not None:
             _log.info(cautioned)
         self._layers[number] = layer
@@ -83,20 +106,61 @@ class ExpertManager:
             setattr(module.quant_method, name, partial(wrapper, getattr(module.quant_method, name)))
 
     def give_back(self) -> None:
-        """Undo `adopt` before anything is loaded: the layers are as they were constructed, and no memory is held.
-        Collective, since the first rank takes with it the directory in which the others may still be about to meet.
+        """Undo `adopt`, before `begin_loading`: the layers are as they were constructed."""
+        for layer in self._layers.values():
+            layer.give_back(self._device)
+            _unhook(layer)
+        self._layers.clear()
+        self.cleanup()
 
-        Layers have two places in GPU memory meanwhile. If it raises, they are as after `cleanup`.
+    def begin_loading(self) -> None:
+        """All layers are constructed: settle how many experts each rank holds, take the memory, and let SGLang's loader
+        write into it. Collective. A second call changes nothing. If it raises, the layers are as after `cleanup`.
+
+        Raises:
+            ConfigError: the experts do not fit, or cannot be spread as stated.
+            DWDPError: memory could not be had.
         """
+        if self._runtime is not None:
+            return
         try:
-            dist.barrier(group=self._group)
+            with torch.device("cpu"):  # the default, for what is made here, is that of the model
+                self._runtime = ViewedRuntime(
+                    self._config(), self._rank, self._device, self._group, driver=self._driver
+                )
             for layer in self._layers.values():
-                layer.give_back()
-            for layer in self._layers.values():
-                _unhook(layer)
-            self._layers.clear()
-        finally:
+                layer.load(self._runtime)
+        except BaseException:
             self.cleanup()
+            raise
+
+    def _config(self) -> DWDPConfig:
+        stated = self._stated
+        if not stated.is_open:
+            return stated.config
+        weights = {number: layer.weights() for number, layer in self._layers.items()}
+        page = self._driver.granularity()
+        where = (self._rank, page, self._device, self._static_fraction, self._group)
+        found = sizes.settled(stated, weights, *where)
+        if self._rank == 0:
+            total = next(iter(self._layers.values())).module.num_experts
+            held = len(ExpertPlacement(total, found).experts(0))
+            _log.info("of %d experts each rank holds %d, and host memory %d", total, held, found.host_experts)
+        return found
+
+    def require_loadable(self, module: Any, *, at_once: bool) -> None:
+        """Raise `ConfigError` if SGLang's loader would put what it has for ``module`` into a wrong place.
+
+        Args:
+            at_once: whether it is given a rank's experts together, as the model has cut them out of the checkpoint.
+        """
+        config = self.runtime.config
+        unequal = config.host_experts > 0 or config.num_local_experts is not None
+        if at_once and config.group_size > 1 and unequal:
+            raise ConfigError(
+                f"layer {module.layer_id} is loaded by equal shares of its experts, as the model cuts them out of the "
+                "checkpoint: with --dwdp-size there can be no host_experts and no num_local_experts"
+            )
 
     def _apply(self, of: ExpertLayer, apply: Any, layer: Any, dispatch_output: Any) -> Any:
         """Around the quantisation method's `apply`, which every path that runs a layer's experts calls: the forward
@@ -118,14 +182,15 @@ class ExpertManager:
         """
         try:
             self._require_served(model)
+            runtime = self.runtime
             for layer in self._layers.values():
                 layer.finish()
             self._replicate()
-            self.runtime.publish(revision=self._revision)
-            mode: Mode = "in_place" if self.runtime.config.reads_in_place else "staged"
+            runtime.publish(revision=self._revision)
+            mode: Mode = "in_place" if runtime.config.reads_in_place else "staged"
             for layer in self._layers.values():
-                self.runtime.views[layer.number] = layer.bind()
-                with self.runtime.layer(layer.number, mode=mode):
+                runtime.views[layer.number] = layer.bind()
+                with runtime.layer(layer.number, mode=mode):
                     pass  # what the layer shows is made now, not in the first pass
             self._running = True
         except BaseException:
@@ -163,7 +228,8 @@ class ExpertManager:
             _unhook(layer)
             layer.restore()
         self._layers.clear()
-        self.runtime.close()
+        if self._runtime is not None:
+            self._runtime.close()
 
     def _replicate(self) -> None:
         """Give every rank all experts of the tensors that are smaller than a page."""
@@ -172,10 +238,15 @@ class ExpertManager:
             return
         for layer in self._layers.values():
             gathered: list[Any] = [None] * size
-            dist.all_gather_object(gathered, (layer.replicated(), layer.maxima()), group=self._group)
-            replicated, maxima = zip(*gathered, strict=True)
+            dist.all_gather_object(gathered, (layer.loads, layer.replicated(), layer.maxima()), group=self._group)
+            loads, replicated, maxima = zip(*gathered, strict=True)
             for name in replicated[0]:
-                layer.set_replicated(name, torch.cat([shard[name] for shard in replicated]))
+                shards = {
+                    expert: shard[name][place]
+                    for held, shard in zip(loads, replicated, strict=True)
+                    for place, expert in enumerate(held)
+                }
+                layer.set_replicated(name, torch.stack([shards[expert] for expert in range(len(shards))]))
             for name in maxima[0]:
                 layer.set_maximum(name, torch.stack([found[name] for found in maxima]).amax(dim=0))
 

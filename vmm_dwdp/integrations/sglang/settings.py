@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import os
-from typing import Final
+from dataclasses import dataclass
+from typing import Any, Final
 
-from vmm_dwdp.config import DWDPConfig
+from vmm_dwdp.config import DWDPConfig, in_bytes, read_mapping
 from vmm_dwdp.errors import ConfigError
 
 DISABLE: Final = "VMM_DWDP_DISABLE"  # "1": SGLang's own DWDP runs
-CONFIG: Final = "VMM_DWDP_CONFIG"  # path of a YAML file of `DWDPConfig`
+CONFIG: Final = "VMM_DWDP_CONFIG"  # path of a YAML file of `DWDPConfig`, with what `Stated` has besides
+
+
+@dataclass(frozen=True)
+class Stated:
+    """How the experts of an engine are to be spread.
+
+    Attributes:
+        config: of the group; ``num_local_experts`` may be ``"auto"`` still.
+        spills: ``host_experts: auto``: what does not fit on the ranks goes to host memory.
+        kv_cache: bytes of a GPU's memory that experts leave to the KV cache, instead of ``memory_bytes`` that they may
+            take; ``None`` if nothing is said.
+    """
+
+    config: DWDPConfig
+    spills: bool = False
+    kv_cache: int | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether numbers of experts are to be found that fit."""
+        return self.config.num_local_experts == "auto"
 
 
 def disabled() -> bool:
@@ -22,8 +44,8 @@ def wanted(dwdp_size: int) -> bool:
     return dwdp_size > 1 or CONFIG in os.environ
 
 
-def config(dwdp_size: int) -> DWDPConfig:
-    """The config of this engine.
+def stated(dwdp_size: int) -> Stated:
+    """What is stated for this engine.
 
     Raises:
         ConfigError: the file cannot be read, or does not fit ``--dwdp-size``.
@@ -31,23 +53,36 @@ def config(dwdp_size: int) -> DWDPConfig:
     group_size = max(1, dwdp_size)
     path = os.environ.get(CONFIG)
     if path is None:
-        return DWDPConfig(group_size=group_size)
-    stated = DWDPConfig.from_yaml(path)
-    if stated.group_size != group_size:
-        raise ConfigError(f"{path} states group_size {stated.group_size}, but --dwdp-size is {group_size}")
-    if stated.assembly != "vmm":
-        raise ConfigError(f"{path} states assembly: {stated.assembly}, but SGLang's kernels need assembly: vmm")
-    if stated.resident_cache:
+        return Stated(DWDPConfig(group_size=group_size))
+    found = read(path)
+    config = found.config
+    if config.group_size != group_size:
+        raise ConfigError(f"{path} states group_size {config.group_size}, but --dwdp-size is {group_size}")
+    if config.assembly != "vmm":
+        raise ConfigError(f"{path} states assembly: {config.assembly}, but SGLang's kernels need assembly: vmm")
+    if config.resident_cache:
         raise ConfigError(f"{path} states resident_cache, but SGLang's layers do not tell which experts tokens use")
-    if stated.expert_bank:
+    if config.expert_bank:
         raise ConfigError(f"{path} states expert_bank, but SGLang's layers do not look up which rows they read")
-    if stated.num_local_experts == "auto":
-        raise ConfigError(f"{path} states num_local_experts: auto, but SGLang loads a layer before it knows the next")
-    if group_size == 1 and not stated.host_experts:
+    if group_size == 1 and not (config.host_experts or found.spills):
         raise ConfigError(f"{path} states group_size 1 and no host_experts, so there is nothing to spread")
-    if group_size > 1 and (stated.host_experts or stated.num_local_experts is not None):
-        key = "host_experts" if stated.host_experts else "num_local_experts"
-        raise ConfigError(
-            f"{path} states {key}, but with --dwdp-size SGLang itself loads an equal share of the experts on every rank"
-        )
-    return stated
+    return found
+
+
+def read(path: str) -> Stated:
+    """What a file of YAML states, for an engine of any size. Raises `ConfigError` if it cannot be."""
+    values: dict[Any, Any] = read_mapping(path)
+    spills = values.get("host_experts") == "auto"
+    if spills:
+        if values.get("num_local_experts") not in (None, "auto"):
+            raise ConfigError(f"{path} states host_experts: auto, which leaves no number to num_local_experts")
+        values |= {"host_experts": 0, "num_local_experts": "auto"}
+    kv_cache = in_bytes(values.pop("kv_cache", None))
+    config = DWDPConfig.from_dict(values)
+    if kv_cache is not None:
+        if not isinstance(kv_cache, int) or isinstance(kv_cache, bool) or kv_cache < 0:
+            raise ConfigError(f"{path} states kv_cache: {kv_cache!r}, which is no size such as 40 GB")
+        if config.num_local_experts != "auto" or config.memory_bytes is not None:
+            instead = "num_local_experts: auto or host_experts: auto, and no memory_bytes"
+            raise ConfigError(f"{path} states kv_cache, which needs {instead}")
+    return Stated(config, spills, kv_cache)
