@@ -1,4 +1,4 @@
-"""Reading experts where they are: there is nothing to wait for, nor to fetch; and the resident cache between passes."""
+"""Reading experts where they are: there is nothing to wait for, nor to fetch. What is counted, and who goes by it."""
 
 from __future__ import annotations
 
@@ -8,21 +8,30 @@ from contextlib import contextmanager
 import torch
 
 from vmm_dwdp.allocator.driver import Driver, StreamId
+from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import StateError
-from vmm_dwdp.memory.cache import ResidentCache
+from vmm_dwdp.memory.assembly import Assembly
 from vmm_dwdp.schedule.layer import ScheduledLayer
 from vmm_dwdp.schedule.routing_counts import RoutingCounts
 
 
 class InPlace:
-    """What `acquire` and `release` of a layer that is read in place do. Calls come from one thread at a time."""
+    """What `acquire` and `release` of a layer that is read in place do. Calls come from one thread at a time.
 
-    def __init__(self, driver: Driver, cache: ResidentCache | None, layers: Sequence[ScheduledLayer]) -> None:
+    Args:
+        assembly: which is built.
+        config: says who goes by what is counted: the resident cache, or whoever moves experts.
+    """
+
+    def __init__(
+        self, driver: Driver, assembly: Assembly, layers: Sequence[ScheduledLayer], config: DWDPConfig
+    ) -> None:
         self._driver = driver
         self._layers = layers
-        self._cache = cache
-        self._routing: RoutingCounts | None = None  # by which the cache goes
-        if cache is not None:
+        self._cache = assembly.cache
+        self._tables = assembly.tables
+        self._routing: RoutingCounts | None = None
+        if self._cache is not None or config.movable_experts:
             num_experts = {each.layer.number: each.layer.placement.num_experts for each in layers}
             self._routing = RoutingCounts(num_experts, driver.device)
 
@@ -62,8 +71,27 @@ class InPlace:
     def refresh_cache(self) -> None:
         """See `DWDPRuntime.refresh_cache`."""
         self.require_idle()
-        if self._driver.capture(self._driver.current_stream()):
-            raise StateError("the cache is refreshed between replays of a graph, not in a capture")
+        self._require_no_capture("the cache is refreshed")
         if self._cache is not None and self._routing is not None:
             self._driver.synchronize()
-            self._cache.refresh(self._routing.take())
+            counts = self._routing.look("cache")
+            self._routing.take("cache")
+            by_row = self._tables.order.by_row
+            layers = [each.layer for each in self._layers]
+            self._cache.refresh({layer.number: by_row(layer, counts[layer.number]) for layer in layers})
+
+    def routed(self) -> dict[int, list[int]]:
+        """By layer, how many tokens were routed to each expert since `rebalanced`. Waits for the device."""
+        assert self._routing is not None, "asked where experts can be moved"
+        self._require_no_capture("experts are moved")
+        self._driver.synchronize()
+        return self._routing.look("rebalance")
+
+    def _require_no_capture(self, what: str) -> None:
+        if self._driver.capture(self._driver.current_stream()):
+            raise StateError(f"{what} between replays of a graph, not in a capture")
+
+    def rebalanced(self) -> None:
+        """Experts are where they should be by all that was counted."""
+        assert self._routing is not None, "asked where experts can be moved"
+        self._routing.take("rebalance")

@@ -40,9 +40,11 @@ class Schedule:
 
     Attributes:
         stated: what is stated of the pass that runs.
+        in_place: what reads layers where they are, and counts routing, once that is started and the config wants it.
     """
 
     stated: Stated | None = None
+    in_place: InPlace | None = None
 
     def __init__(
         self, driver: Driver, ledger: Ledger, assembly: Assembly, layers: Sequence[Layer], config: DWDPConfig
@@ -60,7 +62,6 @@ class Schedule:
         self._captured: CapturedPasses | None = None
         self._copy_path: CopyPath | None = None
         self._traces = ResourceStack()  # the one that is being recorded, or one whose end was interrupted
-        self._in_place: InPlace | None = None
         self._modes: list[Mode] = []  # that can be had
         self._only_staged = False
         self._stopped = False
@@ -83,7 +84,7 @@ class Schedule:
             self._stage(lines)
         if self._config.reads_in_place:
             modes.append("in_place")
-            self._in_place = InPlace(self._driver, self._assembly.cache, list(self._layers.values()))
+            self.in_place = InPlace(self._driver, self._assembly, list(self._layers.values()), self._config)
         self._only_staged = modes == ["staged"]
         for each in self._layers.values():
             each.weights = {mode: self._assembly.weights(each.layer, mode) for mode in modes}
@@ -152,8 +153,8 @@ class Schedule:
             mode = self._chooser.choose(layer.place, mode, tokens, top_k, at)
         assert mode != "auto"
         if mode == "in_place":
-            assert self._in_place is not None
-            self._in_place.acquire(layer, chosen, at)
+            assert self.in_place is not None
+            self.in_place.acquire(layer, chosen, at)
         else:
             self._acquire_staged(layer, at, tokens)
         if self._chooser is not None:
@@ -249,8 +250,8 @@ class Schedule:
         """Give up a pass that ended early."""
         if self._spans is not None:
             self._spans.end_all()
-        if self._in_place is not None:
-            self._in_place.reset()
+        if self.in_place is not None:
+            self.in_place.reset()
         if self._staging is not None:
             at = given_stream(stream, self._driver)
             if self._driver.capturing():
@@ -281,8 +282,8 @@ class Schedule:
     def _forget(self) -> None:
         if self._driver.capture(self._driver.current_stream()):
             raise StateError("what is in memory is changed between replays of a graph, not in a capture")
-        if self._in_place is not None:
-            self._in_place.require_idle()
+        if self.in_place is not None:
+            self.in_place.require_idle()
         if self._staging is not None:
             self._staging.drain()
         self._driver.synchronize()
@@ -304,8 +305,8 @@ class Schedule:
         """See `DWDPRuntime.refresh_cache`."""
         if not self._config.resident_cache:
             raise ConfigError("there is no cache to refresh: the config has no resident_cache")
-        assert self._in_place is not None, "a resident cache needs a mode that reads in place"
-        self._in_place.refresh_cache()
+        assert self.in_place is not None, "a resident cache needs a mode that reads in place"
+        self.in_place.refresh_cache()
 
     def check_integrity(self, *, verify: bool) -> None:
         """Raise `StateError` unless slots, layers and readers agree; with ``verify``, unless edges, slots and cache

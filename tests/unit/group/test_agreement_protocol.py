@@ -79,7 +79,7 @@ def agreed(purposes: Sequence[Purpose], doubt: str | None = None) -> list[Agreem
 @pytest.mark.parametrize("before", [None, "an update was begun"])
 @pytest.mark.parametrize("purpose", get_args(Purpose))
 def test_who_writes_nothing_brings_nobody_into_doubt_nor_out_of_it(purpose: Purpose, before: str | None) -> None:
-    moves = purpose in ("settle", "sleep", "wake")
+    moves = purpose in ("settle", "sleep", "wake", "rebalance")
     for rank in agreed([purpose] * 3, before):
         assert rank.passed
         assert rank.relied
