@@ -126,8 +126,8 @@ class Together(Rank):
             timeout: seconds that this rank waits for the others to come, and again for them to have written.
 
         Returns:
-            How many experts have moved, of all layers: 0 where every layer's busiest owner has at most 1.05 times the
-            mean of the layer, or nothing that could be swapped would relieve it.
+            How many experts have moved, of all layers: 0 where no swap would relieve a layer's busiest owner by a
+            hundredth of what is read of it.
 
         Raises:
             ConfigError: the config has no ``movable_experts``, or ``most`` is not a whole number of at least 0.

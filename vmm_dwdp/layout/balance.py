@@ -20,7 +20,7 @@ from vmm_dwdp.layout.expert_order import ExpertOrder
 from vmm_dwdp.layout.layer import Layer
 from vmm_dwdp.layout.placement import HOST, nearest_first
 
-EVEN: Final = (21, 20)  # the busiest owner over the mean: what is below is left as it is
+LEAST: Final = 100  # a swap that relieves by less than this part of the busiest owner's load is not worth its copies
 
 Counts = Mapping[int, Sequence[int]]  # by the number of a layer, how many tokens were routed to each expert
 _Loads = npt.NDArray[np.int64]
@@ -29,8 +29,8 @@ _Loads = npt.NDArray[np.int64]
 def balanced(layers: Sequence[Layer], order: ExpertOrder, counts: Sequence[Counts], most: int) -> ExpertOrder:
     """The order after at most ``most`` swaps of two experts of a layer; ``order`` itself, if there is nothing to gain.
 
-    One swap after another, each of the layer whose busiest owner has the most bytes fewer to send by it. A layer whose
-    busiest owner has at most 1.05 times the mean is left alone. Experts of `HOST` stay.
+    One swap after another, each of the layer whose busiest owner has the most bytes fewer to send by it. What relieves
+    an owner by less than a hundredth of the busiest one's load is not done. Experts of `HOST` stay.
 
     Args:
         counts: of each rank, by the experts' own numbers.
@@ -103,10 +103,7 @@ class _ChangingLayer:
         return loads
 
     def _best_swap(self) -> _Swap | None:
-        """After which the busiest owner has least, of such the second busiest, and so on; of such the first."""
-        most, mean = EVEN
-        if self._loads.max() * len(self._loads) * mean <= self._loads.sum() * most:
-            return None
+        """Of those worth it, after which the busiest owner has least; of such, the second busiest; and so on."""
         rows, others = np.triu_indices(len(self.experts), 1)
         differ = self._movable[rows] & self._movable[others] & (self._kinds[rows] != self._kinds[others])
         rows, others = rows[differ], others[differ]
@@ -116,10 +113,12 @@ class _ChangingLayer:
         here = there[np.arange(len(there)), np.arange(len(there))]
         after = self._loads - here[rows] - here[others] + there[rows, others] + there[others, rows]
         busiest_first = -np.sort(-after, axis=1)
-        left = np.arange(len(rows))
+        relief = -np.sort(-self._loads) - busiest_first
+        first = relief[np.arange(len(relief)), (relief != 0).argmax(axis=1)]  # of the owners who are read otherwise
+        left = np.flatnonzero(first * LEAST >= max(self._loads.max(), 1))
+        if not len(left):
+            return None
         for column in busiest_first.T:
             left = left[column[left] == column[left].min()]
         best = left[0]
-        if tuple(busiest_first[best]) >= tuple(-np.sort(-self._loads)):
-            return None
         return _Swap(int(rows[best]), int(others[best]), after[best])
