@@ -22,7 +22,7 @@ def route(runtime: DWDPRuntime, favourites: Mapping[int, Iterable[int]], tokens:
         for number, experts in favourites.items():
             everyone = torch.arange(len(runtime.logical_to_physical(number)))
             chosen = torch.cat([everyone, torch.tensor(list(experts), dtype=torch.int64).repeat(tokens)])
-            runtime.acquire(number, chosen=chosen[:, None])
+            runtime.acquire(number, chosen=chosen[:, None].to(runtime.device))
             runtime.release(number)
 
 

@@ -107,7 +107,7 @@ class WalkedGroup:
             return auto, layers, experts - hosted  # type: ignore[return-value]
         nbytes = [(experts, tuple(s[1] * NUMBERS[d] for s, d in weights.values())) for weights in layers.values()]
         counted = Counted(nbytes, size, config.prefetch_depth, PAGE, hosted, config.resident_cache)
-        room = max(counted.takes(rank, number) for rank in range(size))
+        room = max(1, *(counted.takes(rank, number) for rank in range(size)))
         offers = [counted.most(rank, room, room) for rank in range(size)]
         settled = None if "equal" in offers else min(offers)
         return replace(auto, memory_bytes=room), layers, settled  # type: ignore[return-value]
