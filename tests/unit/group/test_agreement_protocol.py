@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from itertools import permutations
+from typing import get_args
 
 import pytest
 from support.agreement_explorer import Explorer, explore
 
 from vmm_dwdp.group.agreement import (
+    GIVEN_UP,
+    MOVING,
     Agreement,
     Answer,
+    Purpose,
     Vector,
     Word,
+    named,
     purpose_of,
 )
 
@@ -52,6 +58,70 @@ def test_ranks_that_go_by_different_orders_are_found() -> None:
     scope = _KeepsItsOrder(attempts=1, faults=1, switches=0, moves=True)
     tried = (explore(scope, most=10_000, progress_every=5, chance=random.Random(seed)) for seed in range(1, 6))
     assert any(found.violation for found in tried)
+
+
+def test_a_step_of_an_attempt_that_was_overtaken_is_none_of_the_next() -> None:
+    """It takes two others that begin anew and a word that is late, which is more than the scopes above have."""
+    rank, own = Agreement(0, 3), (1, "a")
+    before: Vector = (own, (1, "b"), (1, "c"))
+    after: Vector = (own, (2, "d"), (2, "e"))
+    rank.begin("a")
+    assert rank.hear(1, Word("bind", before)).counts
+    for other in (1, 2):
+        assert rank.hear(other, Word("bind", after)).counts
+    for other in (1, 2):
+        rank.answered(other, Word("say", after), Answer(after, True, None))
+        rank.answered(other, Word("bind", after), Answer(after, True, None))
+    assert rank.committed == after
+    rank.reach(1)
+    for other in (1, 2):
+        rank.answered(other, Word("step", after, 1), Answer(after, True, None))
+    rank.hear(2, Word("step", after, 1))
+    rank.hear(1, Word("step", before, 1))
+    assert rank.missing == [1]
+    assert not rank.passed
+    rank.hear(1, Word("step", after, 1))
+    assert rank.passed
+
+
+def agreed(purposes: Sequence[Purpose], doubt: str | None = None) -> list[Agreement]:
+    """Ranks that attempt this, and say all that they have to say; those that commit finish."""
+    ranks = [Agreement(rank, len(purposes)) for rank in range(len(purposes))]
+    for rank, purpose in zip(ranks, purposes, strict=True):
+        rank.doubt = doubt
+        rank.begin(named(purpose, f"{id(rank)}"))
+    said = True
+    while said:
+        said = False
+        for number, rank in enumerate(ranks):
+            while (following := rank.next()) is not None:
+                other, word = following
+                rank.answered(other, word, ranks[other].hear(number, word))
+                said = True
+    return ranks
+
+
+@pytest.mark.parametrize("before", [None, "an update was begun"])
+@pytest.mark.parametrize("purpose", get_args(Purpose))
+def test_who_writes_nothing_brings_nobody_into_doubt_nor_out_of_it(purpose: Purpose, before: str | None) -> None:
+    moves = purpose in ("settle", "sleep", "wake", "rebalance")
+    for rank in agreed([purpose] * 3, before):
+        assert rank.passed
+        assert rank.relied
+        assert moves or rank.doubt is not None
+        assert purpose != "move" or rank.doubt == (before or MOVING)
+        assert not moves or rank.doubt == before
+        rank.finish()
+        assert rank.doubt == (before if moves else GIVEN_UP if purpose == "give up" else None)
+
+
+def test_a_name_is_committed_only_where_all_attempt_the_same() -> None:
+    for first, second in permutations(get_args(Purpose), 2):
+        ranks = agreed([first, second, first])
+        assert not any(rank.passed or rank.relied or rank.doubt for rank in ranks)
+        assert ranks[0].others_attempt == {1: second}
+        assert ranks[0].missing == [1]
+        assert ranks[1].others_attempt == {0: first, 2: first}
 
 
 class _CountsWordsOfAnyName(Agreement):
