@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import Final
 
-from mutants.bugs import allocator, group, integrations, memory, native, pulls, runtime, schedule, settling, sleep
+from mutants.bugs import (
+    allocator,
+    group,
+    integrations,
+    memory,
+    native,
+    pulls,
+    rebalancing,
+    runtime,
+    schedule,
+    settling,
+    sleep,
+)
 
 BUGS: Final = (
     *allocator.BUGS,
@@ -13,6 +25,7 @@ BUGS: Final = (
     *memory.BUGS,
     *native.BUGS,
     *pulls.BUGS,
+    *rebalancing.BUGS,
     *runtime.BUGS,
     *schedule.BUGS,
     *settling.BUGS,

@@ -394,6 +394,7 @@ def test_a_tensor_that_cannot_be_exchanged_is_refused() -> None:
             1,
             "states resident_cache, but SGLang's layers do not tell which experts tokens use",
         ),
+        ("group_size: 2\nmode: in_place\nmovable_experts: true", 2, "movable_experts, but SGLang's layers do not map"),
         ("group_size: 1\nhost_experts: 4\nnum_local_experts: auto", 1, "states num_local_experts: auto, but SGLang"),
         ("group_size: 1", 1, "states group_size 1 and no host_experts, so there is nothing to spread"),
         ("group_size: 4", 2, "states group_size 4, but --dwdp-size is 2"),

@@ -39,6 +39,8 @@ def config(dwdp_size: int) -> DWDPConfig:
         raise ConfigError(f"{path} states assembly: {stated.assembly}, but SGLang's kernels need assembly: vmm")
     if stated.resident_cache:
         raise ConfigError(f"{path} states resident_cache, but SGLang's layers do not tell which experts tokens use")
+    if stated.movable_experts:
+        raise ConfigError(f"{path} states movable_experts, but SGLang's layers do not map what their routers choose")
     if stated.num_local_experts == "auto":
         raise ConfigError(f"{path} states num_local_experts: auto, but SGLang loads a layer before it knows the next")
     if group_size == 1 and not stated.host_experts:
