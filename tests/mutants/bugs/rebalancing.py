@@ -18,7 +18,7 @@ BUGS: Final = (
         "vmm_dwdp/group/rebalance.py",
         "source = before.rows_of(layer)[now[row]]",
         "source = after.rows_of(layer)[now[row]]",
-        (f"{_SEQUENCE}[two]",),
+        (_SEQUENCE,),
     ),
     Bug(
         "each rank makes as many swaps as it states itself",
@@ -46,7 +46,7 @@ BUGS: Final = (
         "vmm_dwdp/memory/expert_tables.py",
         "self._tables[layer.number].copy_(torch.tensor(order.rows_of(layer)))",
         "order.rows_of(layer)",
-        (f"{_SEQUENCE}[two]",),
+        (_SEQUENCE,),
     ),
     Bug(
         "a cache takes experts for rows",
