@@ -138,6 +138,7 @@ class Together(Rank):
                 a layer: whoever computes would use the wrong experts.
             DriverError: a call failed; where that was midway, as above.
         """
+        self._lifecycle.require_idle()
         self._require_movable()
         if not isinstance(most, int) or isinstance(most, bool) or most < 0:
             raise ConfigError(f"rebalance takes a whole number of swaps, not {reprlib.repr(most)}")

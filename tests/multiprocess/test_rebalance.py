@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.groups import PAGE, Model, add_layers, check_pass, in_threads, join, published, random_model
 from support.moved import ask_for_tables, check_experts, check_held, rebalance, route, write_all
 
-from vmm_dwdp import HOST, ConfigError, DWDPConfig, DWDPRuntime, ExchangeError, StateError
+from vmm_dwdp import HOST, ConfigError, DriverError, DWDPConfig, DWDPRuntime, ExchangeError, StateError
+from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.config import Mode
 
@@ -107,25 +111,28 @@ def test_the_least_that_a_rank_allows_is_moved(tmp_path: Path) -> None:
 
 def test_a_cache_goes_by_where_experts_are(tmp_path: Path) -> None:
     """What others use most is cached, in whichever row it is."""
-    config = replace(PAIR, resident_cache=3 * PAGE)  # room for two experts of one weight
+    config = replace(PAIR, resident_cache=3 * PAGE)  # of 26 that are remote
     with published(config, tmp_path, OLD) as runtimes:
-        far = runtimes[1].local_experts(0)[-2]
         for runtime in runtimes:
             ask_for_tables(runtime, OLD)
             route(runtime, {0: [*runtimes[1].local_experts(0)][:3]})
         assert rebalance(runtimes) > 0
-        for _ in range(6):  # what was counted before is forgotten by halves
-            for runtime in runtimes:
-                route(runtime, {0: [far]}, tokens=1000)
-                runtime.refresh_cache()
+        rows = runtimes[0].logical_to_physical(0).tolist()
+        for reader in runtimes:
+            far = next(expert for expert in range(11) if abs(rows[expert] - expert) > 3 and expert not in held(reader))
+            for _ in range(6):  # what was counted before is forgotten by halves
+                route(reader, {0: [far]}, tokens=1000)
+                reader.refresh_cache()
+            cache = reader._assembly.cache
+            assert cache is not None
+            cached = {row for tile in cache._tiles if tile.pages for row, _ in tile.experts}
+            assert rows[far] in cached
+            assert far not in cached, "the row of its number has another's bytes"
         check(runtimes, OLD)
-        (reader,) = (runtime for runtime in runtimes if far not in runtime.held_experts(0))
-        route(reader, {0: [far]}, tokens=1000)
-        reader.refresh_cache()
-        cache = reader.stats().cache
-        assert cache is not None
-        assert cache.served is not None
-        assert cache.served > 0.4, "of the expert's two weights one fits"
+
+
+def held(runtime: DWDPRuntime) -> tuple[int, ...]:
+    return runtime.held_experts(0)
 
 
 def test_passes_without_a_table_are_refused(tmp_path: Path) -> None:
@@ -154,6 +161,40 @@ def test_what_cannot_be_is_refused_before_others_hear_of_it(tmp_path: Path) -> N
         with pytest.raises(ConfigError, match="there is no layer 99"):
             one.logical_to_physical(99)
         check_pass(one, OLD)
+
+
+def test_a_capture_is_no_place_to_move_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with published(PAIR, tmp_path, OLD) as runtimes:
+        one = runtimes[0]
+        with monkeypatch.context() as patched:
+            patched.setattr(one._driver, "capturing", lambda: True)
+            with pytest.raises(
+                StateError, match="layer 2: a table of its experts is first asked for outside of a capture"
+            ):
+                one.logical_to_physical(2)
+        table = ask_for_tables(one, OLD)[2]
+        with monkeypatch.context() as patched:
+            patched.setattr(one._driver, "capturing", lambda: True)
+            assert one.logical_to_physical(2) is table
+        with monkeypatch.context() as patched:
+            patched.setattr(one._driver, "capture", lambda stream: 1)
+            with pytest.raises(StateError, match="experts are moved between replays of a graph, not in a capture"):
+                one.rebalance(timeout=1)
+        check_experts(one, OLD)
+        one.close()
+        with pytest.raises(StateError, match="the runtime is closed"):
+            one.logical_to_physical(2)
+
+
+def test_tables_of_inference_mode_change_outside_of_it(tmp_path: Path) -> None:
+    with published(PAIR, tmp_path, OLD) as runtimes:
+        with torch.inference_mode():
+            tables = [ask_for_tables(runtime, OLD) for runtime in runtimes]
+            for runtime in runtimes:
+                route(runtime, {0: runtimes[0].local_experts(0)})
+        assert rebalance(runtimes) > 0
+        assert not any(table.is_inference() for each in tables for table in each.values())
+        check(runtimes, OLD)
 
 
 def test_a_config_that_keeps_experts_where_they_are(tmp_path: Path) -> None:
@@ -273,3 +314,34 @@ def test_a_group_of_one_has_nobody_to_move_to(tmp_path: Path) -> None:
     assert runtime.rebalance() == 0
     check_experts(runtime, OLD)
     assert runtime.close().open() == []
+
+
+def test_close_from_another_thread_waits_for_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And whoever reads afterwards is told, on both ranks."""
+    with published(PAIR, tmp_path, OLD) as runtimes:
+        for runtime in runtimes:
+            ask_for_tables(runtime, OLD)
+            route(runtime, {0: runtimes[0].local_experts(0)})
+        one = runtimes[0]
+        real, leaving = one._assembly.shard, threading.Event()
+
+        def shard(*given: Any) -> torch.Tensor:
+            if not closed:
+                reading = one._membership._update
+                assert reading is not None
+                close = reading.close
+                monkeypatch.setattr(reading, "close", lambda: (leaving.set(), close()))
+                closed.append(pool.submit(one.close))
+                leaving.wait()
+            assert not closed[0].done()
+            return real(*given)
+
+        closed: list[Future[Ledger]] = []
+        with ThreadPoolExecutor(3) as pool:
+            monkeypatch.setattr(one._assembly, "shard", shard)
+            moving = [pool.submit(runtime.rebalance, timeout=3) for runtime in runtimes]
+            for each in moving:
+                with pytest.raises((ExchangeError, StateError, DriverError)):
+                    each.result()
+            assert closed[0].result().open() == []
+        check_experts(runtimes[1], OLD)

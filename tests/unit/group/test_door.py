@@ -236,7 +236,7 @@ def test_descriptors_that_come_with_a_request_are_closed(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"version": 1}, "it speaks version 4 of the protocol, not 1"),
+        ({"version": 1}, "it speaks version 5 of the protocol, not 1"),
         ({"version": ...}, "not None"),
         ({"fingerprint": "another"}, "the configs or the layers of the two ranks differ"),
         ({"revision": "another"}, "the two ranks were given different checkpoints"),
