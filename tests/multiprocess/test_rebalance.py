@@ -119,20 +119,18 @@ def test_a_cache_goes_by_where_experts_are(tmp_path: Path) -> None:
         assert rebalance(runtimes) > 0
         rows = runtimes[0].logical_to_physical(0).tolist()
         for reader in runtimes:
-            far = next(expert for expert in range(11) if abs(rows[expert] - expert) > 3 and expert not in held(reader))
-            for _ in range(6):  # what was counted before is forgotten by halves
-                route(reader, {0: [far]}, tokens=1000)
+            far = next(each for each in range(11) if rows[each] != each and each not in reader.held_experts(0))
+            for _ in range(30):  # what was counted before is forgotten by halves
+                with reader.forward_pass(mode="in_place"):
+                    reader.acquire(0, chosen=torch.full((9, 1), far))
+                    reader.release(0)
                 reader.refresh_cache()
             cache = reader._assembly.cache
             assert cache is not None
-            cached = {row for tile in cache._tiles if tile.pages for row, _ in tile.experts}
-            assert rows[far] in cached
-            assert far not in cached, "the row of its number has another's bytes"
+            hot = [tile for tile in cache._tiles if tile.pages and tile.heat]
+            assert hot
+            assert all(tile.layer == 0 and rows[far] in dict(tile.experts) for tile in hot)
         check(runtimes, OLD)
-
-
-def held(runtime: DWDPRuntime) -> tuple[int, ...]:
-    return runtime.held_experts(0)
 
 
 def test_passes_without_a_table_are_refused(tmp_path: Path) -> None:
