@@ -1,4 +1,7 @@
-"""Models whose experts move from rank to rank: their logits stay, as each module maps what its router chose."""
+"""Models whose experts move from rank to rank: their logits stay, as each module maps what its router chose.
+
+But for rounding: a kernel may round in another way where an expert begins at another address.
+"""
 
 from __future__ import annotations
 
@@ -42,11 +45,11 @@ def test_logits_stay_whoever_holds_an_expert(family: str, tmp_path: Path) -> Non
     moved = 0
     for _ in range(3):
         for model in models:
-            assert torch.equal(logits(model), expected)
+            torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
         (now,) = set(in_threads(lambda rank: models[rank].dwdp.rebalance(most=4, timeout=20), 2))
         moved += now
     for model in models:
-        assert torch.equal(logits(model), expected)
+        torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
     assert moved, "experts have moved"
     assert [model.dwdp.close().open() for model in models] == [[], []]
 
