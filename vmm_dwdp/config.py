@@ -69,6 +69,8 @@ class DWDPConfig:
             the device as they are used; 0 is none. As many experts of each layer as there is room for, in whole pages.
             Needs a ``mode`` that reads in place, and no ``resident_cache``.
         checksums: `publish` and `update` compute a checksum of every shard, for ``check_integrity(verify=True)``.
+        movable_experts: `rebalance` may move experts from rank to rank, so that whoever computes has to map a router's
+            choice by `logical_to_physical`. Needs a ``mode`` that reads in place.
 
     Raises:
         ConfigError: a value cannot be.
@@ -86,6 +88,7 @@ class DWDPConfig:
     resident_cache: int = 0
     expert_bank: int = 0
     checksums: bool = False
+    movable_experts: bool = False
 
     def __post_init__(self) -> None:
         self._require_int("group_size", self.group_size, least=1)
@@ -106,8 +109,9 @@ class DWDPConfig:
             self._require_int("host_numa_node", self.host_numa_node, least=0)
         self._require_int("resident_cache", self.resident_cache, least=0)
         self._require_int("expert_bank", self.expert_bank, least=0)
-        if not isinstance(self.checksums, bool):
-            raise ConfigError(f"checksums must be true or false, not {self.checksums!r}")
+        for name in "checksums", "movable_experts":
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, not {value!r}")
         self._require_one_of("assembly", self.assembly, get_args(AssemblyKind))
         if self.assembly == "tensor_list" and self.reads_in_place:
             raise ConfigError(f"mode: {self.mode} needs assembly: vmm, because it maps the owners' pages side by side")
@@ -117,6 +121,12 @@ class DWDPConfig:
             raise ConfigError("expert_bank needs mode: in_place or auto, because staged weights are all read here")
         if self.expert_bank and self.resident_cache:
             raise ConfigError("expert_bank and resident_cache are for the same experts: state one of them")
+        if self.expert_bank and self.movable_experts:
+            raise ConfigError("expert_bank and movable_experts are not served together: state one of them")
+        if self.movable_experts and not self.reads_in_place:
+            raise ConfigError(
+                "movable_experts needs mode: in_place or auto, because staged passes copy all experts alike"
+            )
         if self.assembly == "tensor_list" and self.host_experts:
             raise ConfigError("host_experts needs assembly: vmm, because host memory is mapped page by page")
 

@@ -22,7 +22,7 @@ from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError, StateError
 from vmm_dwdp.group.addresses import TCPRendezvous
 from vmm_dwdp.group.doors import Where
-from vmm_dwdp.group.sleep import SleepingMembership
+from vmm_dwdp.group.rebalance import MovingMembership
 from vmm_dwdp.layout.auto import AutoExperts, with_local_experts
 from vmm_dwdp.layout.layer import Layers, describe_layer
 from vmm_dwdp.layout.needs import MemoryNeeded, memory_needed
@@ -73,7 +73,7 @@ class Rank:
             over_network = isinstance(rendezvous, TCPRendezvous)
             self._assembly = make_assembly(config, rank, self._driver, self.ledger, layers, over_network=over_network)
             taking = (self._driver, self.ledger, rendezvous, self._assembly, self._layers, self._lifecycle)
-            self._membership = SleepingMembership(config, rank, *taking)
+            self._membership = MovingMembership(config, rank, *taking)
             self._schedule = Schedule(self._driver, self.ledger, self._assembly, layers, config)
             self._exchanges = Exchanges(self._driver, self.ledger, layers)
         self._last_layer: int | None = None  # the number of the one that a pass ends with
@@ -181,14 +181,19 @@ class Rank:
         return memory_needed(described, config, self.rank)
 
     def local_experts(self, layer: int, owner: Owner | None = None) -> range:
-        """The experts that this rank, or ``owner``, holds of ``layer``.
+        """The experts that this rank, or ``owner``, holds of ``layer``, as long as none has moved.
 
-        Raises `ConfigError` if there is no such, and what `settle` raises, which comes first.
+        Raises:
+            ConfigError: there is no such; or what `settle` raises, which comes first.
+            StateError: `rebalance` has moved experts of the layer: `held_experts` tells which are where.
         """
         owner = self.rank if owner is None else owner
         self._layers.numbered[layer].placement.experts(owner)  # what cannot be is refused before others are waited for
         self._settle_first()
-        return self._layers.numbered[layer].placement.experts(owner)
+        held = self._membership.shards.experts(self._layers.numbered[layer], owner)
+        if not isinstance(held, range):
+            raise StateError(f"experts of layer {layer} have moved: held_experts({layer}) tells who holds which")
+        return held
 
     def local_shard(self, layer: int, weight: str, owner: Owner | None = None) -> torch.Tensor:
         """A tensor ``[n, ...]`` over this rank's own pages of a weight: fill it with the experts `local_experts`.

@@ -10,7 +10,6 @@ import torch
 
 from vmm_dwdp.allocator.handles import undo_after
 from vmm_dwdp.config import ModeSetting
-from vmm_dwdp.errors import StateError
 from vmm_dwdp.memory.assembly import Weights
 from vmm_dwdp.observe.stats import BankCounts, Stats
 from vmm_dwdp.observe.trace import Trace
@@ -122,12 +121,6 @@ class DWDPRuntime(Together):
         finally:
             self._schedule.stated = None
         self._give_up()
-
-    def _require_released(self) -> None:
-        with self._driver.current():
-            held = self._schedule.held
-        if held is not None:
-            raise StateError(f"layer {held} was acquired, and was not released")
 
     def _give_up(self) -> None:
         """Give up the pass that this thread is in the middle of, if it is."""

@@ -1,19 +1,23 @@
-"""What the ranks of a published group do together or not at all: new weights, and memory given back and taken again."""
+"""What the ranks of a published group do together or not at all: new weights, experts that change places, and memory
+given back and taken again."""
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 
-from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.errors import ConfigError, StateError
 from vmm_dwdp.group.update import ShardKey, Update
+from vmm_dwdp.layout.expert_order import ExpertOrder
+from vmm_dwdp.layout.placement import Owner
 from vmm_dwdp.rank import Rank
 
 
 class Together(Rank):
-    """A rank that can update, sleep and wake, with all others."""
+    """A rank that can update, rebalance, sleep and wake, with all others."""
 
     # -- new weights -------------------------------------------------------------------------------------------------
     def update(self, shards: Mapping[ShardKey, torch.Tensor], timeout: float = 60.0) -> None:
@@ -69,14 +73,98 @@ class Together(Rank):
             yield update
 
     @contextmanager
-    def _updating(self, timeout: float) -> Iterator[Update]:
+    def _updating(self, timeout: float, moved: ExpertOrder | None = None) -> Iterator[Update]:
         self._lifecycle.ask_again()  # so that the next acquire asks whether weights are whole
         with (
             self._schedule.suspended(),
             self._lifecycle.busy("an update"),
-            self._membership.updating(timeout) as update,
+            self._membership.updating(timeout, moved) as update,
         ):
             yield update
+
+    # -- experts that change places ----------------------------------------------------------------------------------
+    def logical_to_physical(self, layer: int) -> torch.Tensor:
+        """int64 ``[E]`` on the device: the row of each expert in what `acquire` returns. The caller must not write it.
+
+            rows = runtime.logical_to_physical(layer)  # once
+            experts(hidden, rows[chosen], weights)     # in every pass, captured into a graph or not
+
+        The same tensor at every call; `rebalance` changes what is in it, so that graphs that were captured before
+        follow. Expert ``e`` is in row ``e`` until then.
+
+        Raises:
+            ConfigError: no such layer, or the config has no ``movable_experts``.
+            StateError: closed; or the first call for a layer comes while a stream is captured.
+        """
+        described = self._layers.numbered[layer]
+        self._require_movable()
+        if self.closed:
+            raise StateError("the runtime is closed")
+        with self._driver.current():
+            return self._assembly.tables.table(described)
+
+    def held_experts(self, layer: int, owner: Owner | None = None) -> tuple[int, ...]:
+        """The experts that this rank, or ``owner``, holds of ``layer`` now, by row: what `local_experts` tells, until
+        `rebalance` moves some. Raises `ConfigError` if there is no such, and before `publish` as `local_experts` does.
+        """
+        described = self._layers.numbered[layer]
+        if not self._assembly.tables.order.is_moved(described):
+            return tuple(self.local_experts(layer, owner))
+        return tuple(self._membership.shards.experts(described, self.rank if owner is None else owner))
+
+    def rebalance(self, *, most: int = 8, timeout: float = 60.0) -> int:
+        """Move experts between ranks so that their links are evenly used, with all ranks together, between passes.
+
+        Every rank of the group calls it, now and then. They go by how their tokens were routed since it last succeeded:
+        what `acquire` was told as ``chosen`` of layers that were read in place. Pairs of experts of a layer change
+        places, where the owner from which others read most is relieved by it; addresses, captured graphs and tensors
+        stay, and `logical_to_physical` changes. Waits for the device. Takes memory for as many experts as come to this
+        rank, until it returns.
+
+        Args:
+            most: pairs that change places, of all layers; the least that any rank states. It bounds how long it takes.
+            timeout: seconds that this rank waits for the others to come, and again for them to have written.
+
+        Returns:
+            How many experts have moved, of all layers: 0 where no swap would relieve a layer's busiest owner by a
+            hundredth of what is read of it.
+
+        Raises:
+            ConfigError: the config has no ``movable_experts``, or ``most`` is not a whole number of at least 0.
+            ExchangeError: a rank, which is named, did not come in time. If it says that nothing was written, all is as
+                it was. Otherwise a rank left midway, and no layer can be acquired until an `updating` succeeds in which
+                the experts of layers that were being moved are written.
+            StateError: a layer is acquired, a stream is captured, or nobody has asked for the `logical_to_physical` of
+                a layer: whoever computes would use the wrong experts.
+            DriverError: a call failed; where that was midway, as above.
+        """
+        self._lifecycle.require_idle()
+        self._require_movable()
+        if not isinstance(most, int) or isinstance(most, bool) or most < 0:
+            raise ConfigError(f"rebalance takes a whole number of swaps, not {reprlib.repr(most)}")
+        with self._undisturbed():
+            self._membership.require_updated()
+            self._assembly.tables.require_asked()
+            self._require_released()
+            counting = self._schedule.in_place
+            assert counting is not None, "movable experts need a mode that reads in place"
+            moves = self._membership.agree_on_moves(counting.routed(), most, timeout)
+            if moves.moved:
+                with self._updating(timeout, moves.order) as update:
+                    for layer, weight, expert, value in moves.arriving:
+                        update.write(layer, weight, value, experts=expert)
+            counting.rebalanced()
+        return moves.moved
+
+    def _require_movable(self) -> None:
+        if not self.config.movable_experts:
+            raise ConfigError("experts stay where they are: the config has no movable_experts")
+
+    def _require_released(self) -> None:
+        with self._driver.current():
+            held = self._schedule.held
+        if held is not None:
+            raise StateError(f"layer {held} was acquired, and was not released")
 
     # -- memory for others -------------------------------------------------------------------------------------------
     @property

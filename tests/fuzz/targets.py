@@ -22,17 +22,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Final
 
+import torch
 from support.doors import GROUP_SIZE, PATIENCE, Place, TCPPlace, UnixPlace, exchange, request
 
-from vmm_dwdp import ConfigError, DWDPConfig, ExchangeError
+from vmm_dwdp import ConfigError, DWDPConfig, ExchangeError, WeightSpec
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.allocator.sharing import MAGIC
 from vmm_dwdp.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from vmm_dwdp.group import tcp_door
 from vmm_dwdp.group.agreement import Word
 from vmm_dwdp.group.exchange import Exchange
+from vmm_dwdp.group.order import order_of
 from vmm_dwdp.group.tcp_door import NONCE_NBYTES, PROOF_NBYTES, Conversation
 from vmm_dwdp.group.transport import Transport
+from vmm_dwdp.layout.layer import describe_layer
 from vmm_dwdp.memory.assembly import close_shares
 
 Target = Callable[[bytes], None]
@@ -41,6 +44,7 @@ _HEADER: Final = struct.Struct("!4sII")
 _LARGEST: Final = 1 << 16  # bytes: a socket takes as many at once
 _directory: Final = Path(tempfile.mkdtemp(prefix="vmm-dwdp-fuzz-", dir="/dev/shm"))
 _ledger: Final = Ledger()
+_TWO_EXPERTS: Final = describe_layer(0, {"w": WeightSpec((2, 8), torch.uint8)}, DWDPConfig(group_size=2), 0, 4096)
 _unix: Final = UnixPlace(_directory / "rendezvous")
 _tcp: Final = TCPPlace(_directory / "tcp")
 _exchange: Final = exchange(_unix.door(0), _ledger, 0)
@@ -193,7 +197,9 @@ def _ask(asking: Exchange) -> None:
     with contextlib.suppress(ExchangeError):
         close_shares(asking.collect(1, 1, {"device": 2}, deadline)[1])
     with contextlib.suppress(ExchangeError):
-        asking.collect_checksums(1, 1, 2, deadline)
+        asking.collect_numbers("checksums", 1, 1, 2, deadline)
+    with contextlib.suppress(ExchangeError):
+        assert sorted(order_of(asking, 1, [_TWO_EXPERTS], deadline).rows_of(_TWO_EXPERTS)) == [0, 1]
     with contextlib.suppress(ExchangeError):
         asking._send(1, Word("say", ((0, ""),) * GROUP_SIZE), deadline)
     assert _ledger.open() == []

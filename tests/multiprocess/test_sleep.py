@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from support.groups import (
     Model,
     add_layers,
     answered,
+    beside,
     check_pass,
     in_threads,
     join,
@@ -379,29 +380,6 @@ def test_close_while_asleep_leaves_nothing(tmp_path: Path) -> None:
     assert memory_files() == before
 
 
-@contextmanager
-def beside(rendezvous: Path, script: Callable[[DWDPRuntime], None]) -> Iterator[list[DWDPRuntime]]:
-    """Ranks 0 and 2; rank 1 is a process of its own, which dies in the middle of ``script``, or at its end."""
-    child = os.fork()
-    if not child:
-        try:
-            runtime = join(CONFIG, 1, rendezvous, OLD)
-            script(runtime)
-            answered(runtime)
-            os._exit(7)
-        finally:
-            os._exit(1)
-    drivers = [HostDriver(PAGE), HostDriver(PAGE)]
-    ranks = in_threads(lambda n: join(CONFIG, 2 * n, rendezvous, OLD, drivers[n]), 2)
-    try:
-        yield ranks
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    finally:
-        for runtime in ranks:
-            runtime.close()
-    assert [runtime.ledger.open() for runtime in ranks] == [[], []]
-
-
 def _dies_at(name: str, call: Callable[[DWDPRuntime], None], *before: Callable[[DWDPRuntime], None]) -> object:
     """A script: rank 1 dies where ``call`` comes to a method of its assembly, or to a step of the group."""
 
@@ -450,7 +428,7 @@ DEATHS = {
 @pytest.mark.parametrize("death", DEATHS)
 def test_a_rank_that_dies_takes_no_byte_with_it(tmp_path: Path, death: str) -> None:
     """The others are told, and read right bytes or nothing; who comes back has the dead one's, and wakes with them."""
-    with beside(tmp_path, DEATHS[death]) as ranks:  # type: ignore[arg-type]
+    with beside(CONFIG, tmp_path, OLD, DEATHS[death]) as ranks:  # type: ignore[arg-type]
 
         def attempt(runtime: DWDPRuntime) -> list[str]:
             told = []
@@ -481,7 +459,7 @@ def test_a_rank_that_dies_takes_no_byte_with_it(tmp_path: Path, death: str) -> N
 
 
 def test_a_rank_that_comes_back_to_a_group_that_gave_its_weights_up(tmp_path: Path) -> None:
-    with beside(tmp_path, give_up) as ranks:
+    with beside(CONFIG, tmp_path, OLD, give_up) as ranks:
         together(ranks, give_up)
         with pytest.raises(ExchangeError, match="rank 1"):
             wake(ranks[0])

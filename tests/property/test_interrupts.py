@@ -23,6 +23,7 @@ from support.subjects import (
     Pass,
     PassGoneOn,
     Publish,
+    Rebalance,
     Refresh,
     Reset,
     Settle,
@@ -43,6 +44,7 @@ HOST = DWDPConfig(group_size=1, host_experts=4, checksums=True)
 PAIR = DWDPConfig(group_size=2, num_local_experts=4, host_experts=1, checksums=True)  # which overlap
 FOUR = replace(PAIR, group_size=4, num_local_experts=2)
 AUTO = replace(PAIR, num_local_experts="auto")
+MOVABLE = replace(HOST, mode="auto", resident_cache=4 * PAGE, movable_experts=True)
 ISSUERS: dict[str, tuple[DWDPConfig, MakeDriver]] = {
     "launching thread": (HOST, FailingDriver),
     "thread": (replace(PAIR, slice_bytes=64), FailingDriver),  # so short that a layer has many
@@ -131,9 +133,20 @@ def test_sleep_and_wake_of_a_group(subject: type[Any]) -> None:
     sweep(lambda: subject(PAIR, FailingDriver), lambda at: Interrupter(at), most=3)
 
 
-@pytest.mark.parametrize("subject", [Updating, Sleep, Wake])
+@pytest.mark.parametrize("how", ["line", "signal"])
+def test_rebalance_of_one(how: How) -> None:
+    sweep(lambda: Rebalance(MOVABLE, FailingDriver), lambda at: Interrupter(at, how), most=8)
+
+
+def test_rebalance_of_a_group() -> None:
+    config = replace(MOVABLE, group_size=2, host_experts=1)
+    sweep(lambda: Rebalance(config, FailingDriver), lambda at: Interrupter(at), most=8)
+
+
+@pytest.mark.parametrize("subject", [Updating, Sleep, Wake, Rebalance])
 def test_a_group_of_four(subject: type[Any]) -> None:
-    sweep(lambda: subject(FOUR, FailingDriver), lambda at: Interrupter(at), most=1)
+    config = replace(FOUR, mode="auto", movable_experts=True) if subject is Rebalance else FOUR
+    sweep(lambda: subject(config, FailingDriver), lambda at: Interrupter(at), most=1)
 
 
 @pytest.mark.parametrize("how", ["line", "signal"])
@@ -216,6 +229,11 @@ def test_a_driver_call_of_what_comes_seldom(subject: type[Any], error: type[Base
 @pytest.mark.parametrize("subject", [Sleep, GiveUp, Wake])
 def test_a_driver_call_of_sleep_and_wake(subject: type[Any], error: type[BaseException]) -> None:
     _faults(subject, replace(HOST, mode="in_place", resident_cache=4 * PAGE), FailingDriver, error, most=8)
+
+
+@pytest.mark.parametrize("error", [DriverError, KeyboardInterrupt])
+def test_a_driver_call_of_rebalance(error: type[BaseException]) -> None:
+    _faults(Rebalance, replace(MOVABLE, group_size=2, host_experts=1), FailingDriver, error, most=12)
 
 
 @pytest.mark.parametrize("at", [0, 1, 5, 20])

@@ -8,7 +8,8 @@ successors are what can happen next:
     a fault     a word comes late, so that its sender gives up, and is heard at any time from then on, or never;
                 a rank dies; a rank runs out of time
 
-A rank that is in no update and not in doubt reads: then its edges and all shards have the bytes of one attempt.
+A rank that is in no update and not in doubt reads: then its edges and all shards have the bytes of one attempt, and lie
+as it takes them to: where experts move, each move is a later version of where they are.
 
 Faults come at every point. A rank that has something to do goes on with it until it waits, except at so many points as
 there are ``switches``: all orders of three ranks are more than can be tried, and few mistakes need more than two.
@@ -20,10 +21,10 @@ import argparse
 import random
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
-from vmm_dwdp.group.agreement import LAST_STEP, Agreement, Answer, Vector, Word
+from vmm_dwdp.group.agreement import LAST_STEP, Agreement, Answer, Purpose, Vector, Word, named, offer_of, purpose_of
 
 GROUP_SIZE: Final = 3
 OLD: Final = "old"
@@ -48,12 +49,15 @@ class Rank(NamedTuple):
     attempts: int  # that it may still begin
     life: int
     flight: Flight | None
+    version: int = 0  # of where it takes experts to be
+    sure: bool = True  # that its shard was whole when it began: it need not write all of it
 
 
 class State(NamedTuple):
     ranks: tuple[Rank, ...]
     shards: tuple[Bytes, ...]
     edges: tuple[tuple[Bytes, ...], ...]  # by rank, what it has copied of all shards
+    versions: tuple[int, ...]  # by rank, of where the experts of its shard are
     late: frozenset[tuple[int, int, int, Word]]  # to whom and to which of its lives, from whom, what
     faults: int  # that may still happen
     switches: int  # from a rank that could go on
@@ -78,6 +82,7 @@ class Explorer:
         agreement: the protocol.
         restarts: a rank whose attempt fails is a new process from then on, as with `publish`; nothing is read.
         deaths: whether ranks die, and come back.
+        moves: whether an attempt may be to move experts, besides to write others.
     """
 
     agreement: type[Agreement] = Agreement
@@ -86,13 +91,15 @@ class Explorer:
     switches: int = 1
     restarts: bool = False
     deaths: bool = True
+    moves: bool = False
 
     def start(self) -> State:
         ranks = tuple(
             Rank(self.agreement(rank, GROUP_SIZE), "idle", self.attempts, 0, None) for rank in range(GROUP_SIZE)
         )
         edges = ((OLD,) * GROUP_SIZE,) * GROUP_SIZE
-        return State(ranks, (OLD,) * GROUP_SIZE, edges, frozenset(), self.faults, self.switches, 0)
+        versions = (0,) * GROUP_SIZE
+        return State(ranks, (OLD,) * GROUP_SIZE, edges, versions, frozenset(), self.faults, self.switches, 0)
 
     # -- what can happen ---------------------------------------------------------------------------------------------
     def successors(self, state: State) -> Iterator[State]:
@@ -117,11 +124,13 @@ class Explorer:
             agreement.answered(*rank.flight)
             yield _with(state, index, rank._replace(agreement=agreement, flight=None))
         elif rank.doing == "idle":
-            if rank.attempts and begins:
+            purposes: list[Purpose] = ["update", "move"] if self.moves and rank.agreement.doubt is None else ["update"]
+            for purpose in purposes if rank.attempts and begins else []:
                 agreement = _copy(rank.agreement)
-                agreement.begin(f"{index}.{9 - rank.life}.{rank.attempts}")  # a later one may well be lower
+                nonce = f"{index}.{9 - rank.life}.{rank.attempts}"  # a later one may well be lower
+                agreement.begin(named(purpose, nonce, str(rank.version)))
                 begun = rank._replace(agreement=agreement, doing="begin", attempts=rank.attempts - 1)
-                yield _with(state, index, begun)
+                yield _with(state, index, begun._replace(sure=rank.agreement.doubt is None))
         elif rank.doing == "write":
             yield self._written(state, index)
         elif rank.agreement.lost:
@@ -134,7 +143,9 @@ class Explorer:
             agreement = _copy(rank.agreement)
             agreement.look_again()
             yield _with(state, index, rank._replace(agreement=agreement))
-        elif any(state.ranks[other].doing == "dead" for other in rank.agreement.missing):
+        elif rank.agreement.others_attempt or any(
+            state.ranks[other].doing == "dead" for other in rank.agreement.missing
+        ):
             yield self._fail(state, index)
 
     def _faults(self, state: State, index: int) -> Iterator[State]:
@@ -200,13 +211,18 @@ class Explorer:
         name = agreement.committed
         match rank.doing:
             case "join":
-                return _with(state, index, rank._replace(doing="idle"))
+                told = [each.version for each in state.ranks if each.doing not in ("dead", "join")]
+                return _with(state, index, rank._replace(doing="idle", version=next(iter(told), rank.version)))
             case "begin":
+                assert name is not None
                 shards = _replaced(state.shards, index, HALF)
-                return _with(state._replace(shards=shards), index, rank._replace(doing="write"))
+                begun = rank._replace(doing="write", version=self.version_of(name, rank.version))
+                if rank.sure and purpose_of(name[index]) == "update" and begun.version != rank.version:
+                    raise Violation(f"rank {index} keeps what is elsewhere in version {begun.version} under {name}")
+                return _with(state._replace(shards=shards), index, begun)
             case "1":
-                if set(state.shards) != {name}:
-                    raise Violation(f"rank {index} copies edges under {name} from {state.shards}")
+                if set(state.shards) != {name} or set(state.versions) != {rank.version}:
+                    raise Violation(f"rank {index} copies edges under {name} from {state.shards}, {state.versions}")
                 agreement.reach(LAST_STEP)
                 edges = _replaced(state.edges, index, state.shards)
                 return _with(state._replace(edges=edges), index, rank._replace(agreement=agreement, doing="2"))
@@ -215,14 +231,24 @@ class Explorer:
         agreement.finish()
         return _with(state, index, rank._replace(agreement=agreement, doing="idle"))
 
+    def version_of(self, name: Vector, own: int) -> int:
+        """Of where experts are for a rank that commits ``name``: see [Note: The latest order]."""
+        offers = [int(offer_of(entry)) for entry in name]
+        if purpose_of(name[0]) == "update":
+            return max(offers)
+        if set(offers) != {own}:
+            raise Violation(f"experts are moved under {name} by ranks that take them to be elsewhere")
+        return own + 1
+
     def _written(self, state: State, index: int) -> State:
         rank = state.ranks[index]
         agreement = _copy(rank.agreement)
         name = agreement.committed
         assert name is not None
         agreement.reach(1)
-        shards = _replaced(state.shards, index, name)
-        return _with(state._replace(shards=shards), index, rank._replace(agreement=agreement, doing="1"))
+        shards, versions = _replaced(state.shards, index, name), _replaced(state.versions, index, rank.version)
+        written = state._replace(shards=shards, versions=versions)
+        return _with(written, index, rank._replace(agreement=agreement, doing="1"))
 
     # -- what must always be -----------------------------------------------------------------------------------------
     def check(self, state: State) -> None:
@@ -231,6 +257,10 @@ class Explorer:
             reads = rank.doing == "idle" and rank.agreement.doubt is None and not self.restarts
             if reads and len({*state.shards, *state.edges[index]}) != 1:
                 raise Violation(f"rank {index} reads {state.shards} with its edges {state.edges[index]}")
+            if reads and {*state.versions} != {rank.version}:
+                raise Violation(
+                    f"rank {index} takes experts to be where they are not: {rank.version}, {state.versions}"
+                )
 
     def require_progress(self, state: State, most: int = 2000) -> None:
         """From here on nothing is lost and all try again: raise `Violation` unless all succeed under one name."""
@@ -239,7 +269,7 @@ class Explorer:
             index = turn % GROUP_SIZE
             state = state._replace(ranks=tuple(rank._replace(attempts=1 + turn) for rank in state.ranks))
             begins = all(rank.doing != "dead" for rank in state.ranks)
-            for after in self.steps(state, index, begins=begins):
+            for after in replace(self, moves=False).steps(state, index, begins=begins):
                 self.check(after)
                 state = after
             names = {*state.shards, *(piece for copied in state.edges for piece in copied)}
@@ -314,9 +344,10 @@ def main() -> None:
     parser.add_argument("--attempts", type=int, default=2)
     parser.add_argument("--faults", type=int, default=2)
     parser.add_argument("--switches", type=int, default=1)
+    parser.add_argument("--moves", action="store_true", help="experts move, too")
     parser.add_argument("--most", type=int, default=5_000_000, help="states")
     tried = parser.parse_args()
-    explorer = Explorer(attempts=tried.attempts, faults=tried.faults, switches=tried.switches)
+    explorer = Explorer(attempts=tried.attempts, faults=tried.faults, switches=tried.switches, moves=tried.moves)
     found = explore(explorer, most=tried.most, progress_every=1000)
     print(f"{found.num_states} states, {'all' if found.exhausted else 'not all'} that there are")
     print(f"violation: {found.violation}")

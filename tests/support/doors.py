@@ -153,7 +153,7 @@ def exchange(door: Door, ledger: Ledger, rank: int) -> Exchange:
         return Descriptor(ledger, os.memfd_create("lines", os.MFD_CLOEXEC))
 
     stated = (door, ledger, rank, GROUP_SIZE, PATIENCE, FINGERPRINT)
-    made = Exchange(*stated, shares, lambda owner: CHECKSUMS, lambda: False, lines)
+    made = Exchange(*stated, shares, lambda what, owner: CHECKSUMS, lambda: False, lines)
     made.state(None, PATIENCE)
     made._group = GROUP
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -111,3 +112,28 @@ def published(config: DWDPConfig, rendezvous: Where, model: Model) -> Iterator[l
         for runtime in runtimes:
             runtime.close()
     assert [runtime.ledger.open() for runtime in runtimes] == [[]] * config.group_size
+
+
+@contextmanager
+def beside(
+    config: DWDPConfig, rendezvous: Where, model: Model, script: Callable[[DWDPRuntime], object]
+) -> Iterator[list[DWDPRuntime]]:
+    """Ranks 0 and 2; rank 1 is a process of its own, which dies in the middle of ``script``, or at its end."""
+    child = os.fork()
+    if not child:
+        try:
+            runtime = join(config, 1, rendezvous, model)
+            script(runtime)
+            answered(runtime)
+            os._exit(7)
+        finally:
+            os._exit(1)
+    drivers = [HostDriver(PAGE), HostDriver(PAGE)]
+    ranks = in_threads(lambda n: join(config, 2 * n, rendezvous, model, drivers[n]), 2)
+    try:
+        yield ranks
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    finally:
+        for runtime in ranks:
+            runtime.close()
+    assert [runtime.ledger.open() for runtime in ranks] == [[], []]

@@ -98,6 +98,7 @@ class Side:
     def add_layer(self, number: int) -> None:
         specs = {name: WeightSpec(shape, getattr(torch, dtype)) for name, (shape, dtype) in self.layers[number].items()}
         self._made.add_layer(number, specs)
+        self.order(number)  # who computes asks for the tables first
 
     def fill(self, model: Bytes) -> None:
         for (number, name), data in model.items():
@@ -109,15 +110,28 @@ class Side:
                 shard.copy_(whole[experts.start : experts.stop])
 
     def acquire(self, layer: Any, chosen: Any = None, keep: bool = False, **options: Any) -> dict[str, str]:
-        """The digest of each weight."""
+        """The digest of each weight, in the order of experts."""
         told = None if chosen is None else torch.tensor(chosen)
         weights = self._made.acquire(layer, chosen=told, **options)
         found = {}
         for name, value in weights.items():
-            found[name] = digest(torch.cat(value) if isinstance(value, list) else value)
+            whole = torch.cat(value) if isinstance(value, list) else value
+            found[name] = digest(whole[self.order(layer)])
         if keep:
             self.kept.append(weights)
         return found
+
+    def order(self, layer: int) -> list[int] | slice:
+        """In which rows the experts are, as kernels are told."""
+        if not self.config.movable_experts:
+            return slice(None)
+        rows: list[int] = self._made.logical_to_physical(layer).tolist()
+        return rows
+
+    def rebalance(self, most: Any, timeout: float) -> tuple[int, list[Any]]:
+        """How many experts moved, and where all are then."""
+        moved = self._made.rebalance(most=most, timeout=timeout)
+        return moved, [self.order(layer) for layer in self.layers]
 
     def release(self, layer: Any) -> None:
         self._made.release(layer)
@@ -125,7 +139,7 @@ class Side:
     def tensor_list(self, layer: Any, weight: Any) -> str:
         parts = self._made.tensor_list(layer, weight)
         assert len(parts) <= 3
-        return digest(torch.cat(parts))
+        return digest(torch.cat(parts)[self.order(layer)])
 
     def update(self, model: Bytes, owners: list[Any] | None, timeout: float, singly: bool = False) -> None:
         """Write what this rank holds of ``model``; of ``owners`` only, if they are told; ``singly``: by experts."""
@@ -134,14 +148,13 @@ class Side:
             whole = tensor(data, *self.layers[number][name])
             for owner in self._made.held_owners:
                 if owners is None or owner in owners:
-                    experts = self._made.local_experts(number, owner)
-                    values[number, name, owner] = whole[experts.start : experts.stop]
+                    values[number, name, owner] = whole[[*self._made.held_experts(number, owner)]]
         if not singly:
             self._made.update(values, timeout)
             return
         with self._made.updating(timeout) as update:
             for (number, name, owner), shard in values.items():
-                for expert, value in zip(self._made.local_experts(number, owner), shard, strict=True):
+                for expert, value in zip(self._made.held_experts(number, owner), shard, strict=True):
                     update.write(number, name, value, experts=expert, owner=owner)
 
     def stated_pass(self, layers: list[int], raises: bool, **stated: Any) -> list[dict[str, str]]:
@@ -159,7 +172,7 @@ class Side:
         """What cannot be written."""
         layer, name = next((layer, name) for layer, weights in self.layers.items() for name in weights)
         shape, dtype = self.layers[layer][name]
-        good = torch.zeros((len(self._made.local_experts(layer)), *shape[1:]), dtype=getattr(torch, dtype))
+        good = torch.zeros((len(self._made.held_experts(layer)), *shape[1:]), dtype=getattr(torch, dtype))
         shards: dict[Any, Any] = {
             "shape": {(layer, name, self.rank): torch.zeros((3, 1, 4), dtype=good.dtype)},
             "dtype": {(layer, name, self.rank): good.to(torch.float64)},

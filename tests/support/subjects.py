@@ -18,6 +18,7 @@ import torch
 
 from support.drivers import FailingDriver
 from support.groups import Model, Shapes, add_layers, fill_shards, in_threads, join, random_model, same_bytes
+from support.moved import ask_for_tables, check_held, route, write_all
 from vmm_dwdp import DriverError, DWDPConfig, DWDPError, DWDPRuntime, ExchangeError, StateError
 from vmm_dwdp.config import Mode
 
@@ -62,6 +63,8 @@ def found(runtime: DWDPRuntime, layer: int, mode: Mode | None) -> set[tuple[str,
         whole = weights["w"]
         if isinstance(whole, list):
             whole = torch.cat(whole)
+        if runtime.config.movable_experts:
+            whole = whole[runtime.logical_to_physical(layer)]
         fitting = {
             (age, other)
             for age, model in (("old", OLD), ("new", NEW))
@@ -278,6 +281,12 @@ class Update(Group):
             self.again(lambda runtime=runtime: check_every_byte(runtime, self.model))  # type: ignore[misc]
             runtime.check_integrity(verify=self.config.checksums)
 
+    def all_together(self, call: Callable[[DWDPRuntime], None]) -> None:
+        pending = [self.pool.submit(call, runtime) for runtime in self.others]
+        self.again(lambda: call(self.runtime))
+        for future in pending:
+            future.result()
+
     def close(self) -> None:
         self.pool.shutdown()
         self.pending.clear()  # errors in it hold tensors
@@ -337,12 +346,6 @@ class Sleep(Update):
             self.again(lambda runtime=runtime: check_every_byte(runtime, self.model))  # type: ignore[misc]
             runtime.check_integrity(verify=self.config.checksums)
 
-    def all_together(self, call: Callable[[DWDPRuntime], None]) -> None:
-        pending = [self.pool.submit(call, runtime) for runtime in self.others]
-        self.again(lambda: call(self.runtime))
-        for future in pending:
-            future.result()
-
 
 class GiveUp(Sleep):
     """`sleep` without keeping anything: old bytes or none, until all are written."""
@@ -359,6 +362,55 @@ class Wake(Sleep):
 
     def move(self, runtime: DWDPRuntime, timeout: float) -> None:
         runtime.wake(timeout=timeout)
+
+
+class Rebalance(Update):
+    """`rebalance` of all ranks: every byte as it was, or barred until all that was being moved is written."""
+
+    def __init__(self, config: DWDPConfig, make_driver: MakeDriver) -> None:
+        super().__init__(config, make_driver)
+        self.models = itertools.cycle([NEW, OLD])
+        self.favourites = itertools.cycle(range(5))
+        for runtime in self.runtimes:
+            ask_for_tables(runtime, OLD)
+
+    def prepare(self) -> None:
+        Group.prepare(self)
+        favourite = next(self.favourites)
+        for runtime in self.runtimes:
+            route(runtime, {number: [favourite, (favourite + 1) % 5] for number in OLD})
+        self.pending = [self.pool.submit(self.move, runtime, A_WHILE) for runtime in self.others]
+
+    def move(self, runtime: DWDPRuntime, timeout: float) -> None:
+        runtime.rebalance(timeout=timeout)
+
+    def operate(self) -> None:
+        self.move(self.runtime, A_WHILE)
+
+    def update(self, runtime: DWDPRuntime, timeout: float) -> None:
+        write_all(runtime, self.model, timeout)
+
+    def recover(self) -> None:
+        age = "old" if self.model is OLD else "new"
+        barred = False
+        for runtime, future in zip(self.others, self.pending, strict=True):
+            error = future.exception()
+            assert error is None or isinstance(error, ExchangeError), repr(error)
+            found = read(runtime)
+            assert found == age or (error is not None and found == "barred"), f"rank {runtime.rank} has {found}"
+            barred |= found == "barred"
+        own: list[str] = []
+        self.again(lambda: own.append(read(self.runtime)))
+        assert own[-1] in (age, "barred"), own
+        if barred or own[-1] == "barred":
+            self.model = next(self.models)
+            self.all_together(lambda runtime: self.update(runtime, LATE))
+        else:
+            self.all_together(lambda runtime: self.move(runtime, LATE))
+        for runtime in self.runtimes:
+            self.again(lambda runtime=runtime: check_every_byte(runtime, self.model))  # type: ignore[misc]
+            runtime.check_integrity(verify=self.config.checksums)
+        check_held(self.runtimes, OLD)
 
 
 class Refresh(Group):

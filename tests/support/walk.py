@@ -86,6 +86,8 @@ class Walk(WalkedGroup):
             ("traced", [], False),
             ("call", "peers", 0.1),
         ]
+        if self.config.movable_experts:
+            calls.append(("rebalance", 3, SOON))
         if rank.state != "set-up":
             calls += [
                 ("shard_late",),
@@ -112,6 +114,7 @@ class Walk(WalkedGroup):
             self._update: 5,
             self._missed_update: 1,
             self._bad_update: 2,
+            self._rebalance: 2 + 8 * self.config.movable_experts,
             self._sleep: 2,
             self._refresh: 6,
             self._integrity: 5,
@@ -206,7 +209,7 @@ class Walk(WalkedGroup):
         placement = ExpertPlacement(experts, self.placed)
         owned = {owner: placement.experts(owner) for owner in [*range(self.config.group_size), HOST]}
         disjoint = sum(map(len, owned.values())) == experts
-        if not disjoint or self.chance.random() < 0.5:
+        if not disjoint or self.moved or self.chance.random() < 0.5:
             return new, None
         owners = self.chance.sample(list(owned), self.chance.randint(0, len(owned)))
         mixed = {}
@@ -234,7 +237,8 @@ class Walk(WalkedGroup):
             self._must(self.tell(rank, "update", new, owners, SOON), "StateError")
             return
         updating = [
-            self._begin(each, "update", new, owners, LATE, singly=self.chance.random() < 0.4) for each in self.ranks
+            self._begin(each, "update", new, owners, LATE, singly=self.moved or self.chance.random() < 0.4)
+            for each in self.ranks
         ]
         if self.processes and self.chance.random() < 0.3:
             self._dies_in_update(self.chance.choice(self.ranks), updating, {**self.model, **new})
@@ -283,7 +287,7 @@ class Walk(WalkedGroup):
 
     def _together(self, ranks: list[Rank], new: Bytes, owners: list[Any] | None, timeout: float) -> None:
         """An update that cannot succeed, because somebody is missing."""
-        updating = [self._begin(each, "update", new, owners, timeout) for each in ranks]
+        updating = [self._begin(each, "update", new, owners, timeout, singly=self.moved) for each in ranks]
         outcomes = [updated() for updated in updating]
         for each, outcome in zip(ranks, outcomes, strict=True):
             sentence = self._must(outcome, "ExchangeError")
@@ -307,6 +311,47 @@ class Walk(WalkedGroup):
     def _bad_update(self, rank: Rank) -> None:
         what = self.chance.choice(["shape", "dtype", "layer", "weight", "owner", "no owner", "no tensor"])
         self._must(self.tell(rank, "bad_update", what), "ConfigError")
+
+    def _rebalance(self, rank: Rank) -> None:
+        """By all ranks, where they all can; one may die meanwhile. No byte of any expert changes."""
+        most = self.chance.choice([0, 1, 3, 50])
+        if not self.config.movable_experts:
+            self._must(self.tell(rank, "rebalance", most, SOON), "ConfigError")
+            return
+        if rank.acquired or rank.barred:
+            self._must(self.tell(rank, "rebalance", most, SOON), "StateError")
+            return
+        if any(each.state != "running" or each.barred for each in self.ranks):
+            sentence = self._must(self.tell(rank, "rebalance", most, SOON), "ExchangeError")
+            if not sentence.startswith("nothing was written"):
+                raise Wrong(f"a rebalance without some rank wrote: {sentence}")
+            return
+        for each in self.ranks:
+            self._reset(each)
+            for layer in self.chance.sample(self.numbers, self.chance.randint(0, len(self.numbers))):
+                if self._acquired(each, layer, "in_place", tokens=20, chosen=self._chosen()):
+                    self._release_of(each, layer)
+            self._reset(each)
+        moving = [self._begin(each, "rebalance", most, LATE) for each in self.ranks]
+        if self.processes and self.chance.random() < 0.4:
+            self._dies_in_rebalance(rank, moving)
+            return
+        told = [self._must(moved(), "done") for moved in moving]
+        if any(each != told[0] for each in told):
+            raise Wrong(f"ranks disagree on what has moved: {told}")
+        moved, orders = told[0]
+        if moved > 2 * most:
+            raise Wrong(f"{most} swaps move {moved} experts")
+        self.moved = any(order != sorted(order) for order in orders)
+
+    def _dies_in_rebalance(self, dying: Rank, moving: list[Callable[[], Outcome]]) -> None:
+        self._kill(dying)
+        self.moved = True
+        for each, moved in zip(self.ranks, moving, strict=True):
+            outcome = moved() if each is not dying else None
+            if outcome is not None:
+                sentence = self._must(outcome, "done", "ExchangeError")
+                each.barred = outcome.kind != "done" and not sentence.startswith("nothing was written")
 
     def _sleep(self, rank: Rank) -> None:
         """And wake, by all ranks, where they all can; one may die in between, and come back."""

@@ -63,6 +63,7 @@ class WalkedGroup:
         self.numbers = list(self.layers)
         self.model = self._bytes(list(self._weights()))
         self.candidates: list[Bytes] = [self.model]  # one of these; several after an update that broke off
+        self.moved = False  # whether experts may be in other rows than those of their numbers
         self.native = HAS_NATIVE and not processes and self.chance.random() < 0.3
 
     # -- what is drawn -------------------------------------------------------------------------------------------------
@@ -85,6 +86,7 @@ class WalkedGroup:
             mode=mode,
             resident_cache=chance.choice([0, 4, 50]) * PAGE if in_place else 0,
             checksums=chance.random() < 0.6,
+            movable_experts=in_place and chance.random() < 0.8,
         )
         weights = {
             f"w{i}": (chance.randint(1, 2600), chance.choice(list(NUMBERS))) for i in range(chance.randint(1, 2))
@@ -105,7 +107,7 @@ class WalkedGroup:
             return auto, layers, experts - hosted  # type: ignore[return-value]
         nbytes = [(experts, tuple(s[1] * NUMBERS[d] for s, d in weights.values())) for weights in layers.values()]
         counted = Counted(nbytes, size, config.prefetch_depth, PAGE, hosted, config.resident_cache)
-        room = max(counted.takes(rank, number) for rank in range(size))
+        room = max(1, *(counted.takes(rank, number) for rank in range(size)))
         offers = [counted.most(rank, room, room) for rank in range(size)]
         settled = None if "equal" in offers else min(offers)
         return replace(auto, memory_bytes=room), layers, settled  # type: ignore[return-value]

@@ -267,7 +267,7 @@ def test_a_pass_on_another_stream_waits_for_the_one_before(
     asked.clear()
     runtime.acquire(0)
     runtime.look_up(0, experts(3))
-    runtime._schedule._in_place.reset()  # type: ignore[union-attr]
+    runtime._schedule.in_place.reset()  # type: ignore[union-attr]
     assert asked == [("record", first)], "what was given up may still be read"
     monkeypatch.undo()
     runtime.reset()

@@ -190,6 +190,7 @@ RUNNING: dict[str, Callable[[DWDPRuntime], object]] = {
     "tensor_list": lambda runtime: runtime.tensor_list(0, "w"),
     "peers": lambda runtime: runtime.peers(),
     "trace": lambda runtime: runtime.trace().__enter__(),
+    "rebalance": lambda runtime: runtime.rebalance(),
 }
 
 

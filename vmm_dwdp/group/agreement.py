@@ -33,6 +33,7 @@ A nonce begins with what its rank attempts (`named`). A name can be committed on
 which one updates while another sleeps wait for each other until one of them gives up. Who moves memory writes nothing,
 so it neither brings anybody into doubt nor takes a doubt away; to give weights up is to write without ever finishing.
 Nor does who settles, before there is any memory: its nonce has an offer besides, and a name then has those of all.
+Experts are moved by two attempts: to ``rebalance`` is to settle which, and to read them; to ``move`` is to write them.
 """
 
 from __future__ import annotations
@@ -44,12 +45,15 @@ from typing import Final, Literal, NamedTuple, cast, get_args
 
 Entry = tuple[int, str]  # its number among those of its rank; its nonce, or "" where nothing is under way
 Vector = tuple[Entry, ...]  # by rank
-Purpose = Literal["settle", "publish", "update", "give up", "sleep", "wake"]  # see [Note: What an attempt is for]
+Purpose = Literal[
+    "settle", "publish", "update", "give up", "sleep", "wake", "rebalance", "move"
+]  # see [Note: What an attempt is for]
 
 LAST_STEP: Final = 2  # the first tells that all have committed: see `Agreement.lost`
 UNFINISHED: Final = "an update was begun, and not finished"
 GIVEN_UP: Final = "sleep(keep=False) gave them up"
-_WRITES_NOTHING: Final = ("settle", "sleep", "wake")
+MOVING: Final = "experts were being moved, and not all ranks have finished"
+_WRITES_NOTHING: Final = ("settle", "sleep", "wake", "rebalance")
 
 
 def named(purpose: Purpose, random: str, offer: str = "") -> str:
@@ -287,8 +291,9 @@ class Agreement:
     def _doubt(self) -> None:
         self.relied = True
         purpose = purpose_of(self._own)
+        begun = MOVING if purpose == "move" else UNFINISHED
         if purpose not in _WRITES_NOTHING:
-            self.doubt = GIVEN_UP if purpose == "give up" else self.doubt or UNFINISHED
+            self.doubt = GIVEN_UP if purpose == "give up" else self.doubt or begun
 
 
 def vector_of(told: object, group_size: int) -> Vector | None:

@@ -27,15 +27,16 @@ from vmm_dwdp.group.transport import Refused, Transport
 from vmm_dwdp.layout.placement import HOST, Owner
 from vmm_dwdp.memory.assembly import Place, Share, close_shares
 
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 PUBLISHING: Final = ""  # in the place of a group's name
 UNSTATED: Final = ""  # in the place of a revision, before `publish`
 _SHARE_NBYTES: Final = 1024  # generous for one token in an answer
-_VALUE_NBYTES: Final = 32  # for one checksum
+_VALUE_NBYTES: Final = 32  # for one number
 _NONCE_NBYTES: Final = 6
 _LOOK_SECONDS: Final = 0.25  # how often a rank that waits for others looks whether they are alive
 
-Ask = Literal["shares", "checksums", "lines", "say", "bind", "step", "alive"]
+Numbers = Literal["checksums", "routed", "order"]  # of an owner's shards; of a rank's tokens; of all experts
+Ask = Literal["shares", Numbers, "lines", "say", "bind", "step", "alive"]
 _WORDS: Final = ("say", "bind", "step")
 
 
@@ -56,7 +57,7 @@ class Exchange:
         patience: seconds; a client that takes longer to ask, or to take the answer, is dropped.
         shares: gives the shares of an owner whose memory this rank holds, at the place that is asked for if it can,
             and the place; descriptors in them become the exchange's.
-        checksums: gives what `collect_checksums` of an owner returns to others.
+        numbers: gives what `collect_numbers` returns to others.
         asleep: whether this rank sleeps.
         lines: gives a descriptor of the lines by which runs are chosen, which becomes the exchange's.
 
@@ -73,7 +74,7 @@ class Exchange:
         patience: float,
         fingerprint: str,
         shares: Callable[[Owner, Place], tuple[Place, list[Share]]],
-        checksums: Callable[[Owner], list[int]],
+        numbers: Callable[[Numbers, Owner], list[int]],
         asleep: Callable[[], bool],
         lines: Callable[[], Descriptor],
     ) -> None:
@@ -83,7 +84,7 @@ class Exchange:
         self._revision: str | None = UNSTATED
         self.settled: int | None = None
         self._shares = shares
-        self._checksums = checksums
+        self._numbers = numbers
         self._asleep = asleep
         self._lines = lines
         self._transport = Transport(door, ledger, rank, group_size, patience, self._answer)
@@ -135,14 +136,14 @@ class Exchange:
             raise
         return at, shares
 
-    def collect_checksums(self, owner: Owner, holder: int, count: int, deadline: float) -> list[int]:
-        """The ``count`` checksums of the shards of ``owner``, as rank ``holder`` knows them."""
-        request = self._request("checksums", owner=owner)
+    def collect_numbers(self, what: Numbers, owner: Owner, holder: int, count: int, deadline: float) -> list[int]:
+        """The ``count`` numbers that rank ``holder`` knows of this kind, ``checksums`` as those of ``owner``."""
+        request = self._request(what, owner=owner)
         answer, _ = self._transport.ask(holder, request, deadline, more_bytes=count * _VALUE_NBYTES)
-        checksums = answer.get("checksums")
-        if not isinstance(checksums, list) or len(checksums) != count or not all(type(sum) is int for sum in checksums):
-            raise ExchangeError(f"rank {holder} did not send {count} checksums of {owner}")
-        return checksums
+        numbers = answer.get("numbers")
+        if not isinstance(numbers, list) or len(numbers) != count or not all(type(each) is int for each in numbers):
+            raise ExchangeError(f"rank {holder} did not send {count} {what} of {owner}")
+        return numbers
 
     def collect_lines(self, holder: int, deadline: float) -> Descriptor:
         """The lines by which runs are chosen, as rank ``holder`` has them; the caller's."""
@@ -338,8 +339,8 @@ class Exchange:
                 case "shares":
                     answer["place"], shares = self._shares(request["owner"], request["place"])
                     answer["tokens"] = [share.hex() for share in shares if isinstance(share, bytes)]
-                case "checksums":
-                    answer["checksums"] = self._checksums(request["owner"])
+                case "checksums" | "routed" | "order" as numbers:
+                    answer["numbers"] = self._numbers(numbers, request["owner"])
                 case "lines":
                     shares = [self._lines()]
                 case kind:
@@ -374,7 +375,7 @@ class Exchange:
         vector = agreement.vector_of(request.get("vector"), 1 + len(self._others))
         if ask in _WORDS and (vector is None or type(request.get("step")) is not int):
             return f"it does not say what it knows, but {request.get('vector')!r} and {request.get('step')!r}"
-        if ask in ("shares", "checksums") and request.get("owner") not in (*self._others, self._rank, HOST):
+        if ask in ("shares", *get_args(Numbers)) and request.get("owner") not in (*self._others, self._rank, HOST):
             return f"there is no owner {request.get('owner')!r}"
         if ask == "shares" and request.get("place") not in get_args(Place):
             return f"there is no place {request.get('place')!r}"

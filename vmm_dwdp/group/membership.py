@@ -17,11 +17,13 @@ from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError, DriverError, ExchangeError, StateError
 from vmm_dwdp.group.agreement import GIVEN_UP, LAST_STEP
 from vmm_dwdp.group.doors import Where, open_door
-from vmm_dwdp.group.exchange import Exchange
+from vmm_dwdp.group.exchange import Exchange, Numbers
 from vmm_dwdp.group.limits import DescriptorReservation
+from vmm_dwdp.group.order import latest_order, order_of
 from vmm_dwdp.group.settle import settle
 from vmm_dwdp.group.update import ShardKey, Shards, Update
 from vmm_dwdp.layout.auto import AutoExperts
+from vmm_dwdp.layout.expert_order import ExpertOrder
 from vmm_dwdp.layout.layer import Layer, Layers
 from vmm_dwdp.layout.placement import HOST, Owner, in_words
 from vmm_dwdp.layout.turns import chooses
@@ -103,11 +105,12 @@ class Membership:
         return None if self._exchange is None else self._exchange.doubt
 
     def require_updated(self) -> None:
-        """Raise `StateError` if weights may be partly old and partly new."""
+        """Raise `StateError` if weights may be partly old and partly new, or in an order that nobody here has heard."""
         if (why := self.half_updated) is not None:
             if GIVEN_UP in why:
                 raise StateError(f"weights are gone: {why}; update all of them, or close")
             raise StateError(f"weights are partly old and partly new: {why}; update again, or close")
+        self._assembly.tables.require_told()
 
     def settle(self, offer: int | ConfigError, timeout: float) -> None:
         """Agree on how many experts each rank holds, and describe the layers for that. See `DWDPRuntime.settle`."""
@@ -174,6 +177,8 @@ class Membership:
         self._check_limits()
         holder, asleep = joined.holder, joined.asleep
         self._take_lines(exchange, holder, deadline)
+        if self.config.movable_experts:
+            self._assembly.tables.change(order_of(exchange, holder, self._layers, deadline))
         for owner in (*self.held_owners, *self._other_owners()):
             places: tuple[Place, ...] = ("host", "device", "nowhere") if asleep and owner != HOST else ("device",)
             self._take(exchange, owner, holder, deadline, places)
@@ -188,13 +193,18 @@ class Membership:
         return asleep
 
     @contextmanager
-    def updating(self, timeout: float) -> Iterator[Update]:
+    def updating(self, timeout: float, moved: ExpertOrder | None = None) -> Iterator[Update]:
         """Every rank runs the body, in which it writes, or none does; no rank reads meanwhile. See
-        `DWDPRuntime.updating`."""
+        `DWDPRuntime.updating`. With ``moved``, the same on all ranks, experts are in that order from now on."""
         assert self._exchange is not None
         unfinished = self.unfinished()
+        tables, deadline = self._assembly.tables, time.monotonic() + timeout
+        self.shards.begin_moving(moved or tables.order)
+        stated = ("update: this rank reads nothing", deadline, str(tables.order.version))
         try:
-            with self._exchange.attempt("update", "update: this rank reads nothing", time.monotonic() + timeout):
+            with self._exchange.attempt("move" if moved else "update", *stated):
+                if self.config.movable_experts:
+                    tables.change(moved or latest_order(self._exchange, tables.order, self._layers, deadline))
                 update = self._update = Update(self._driver, self.shards, self._rank, self._numbered, unfinished)
                 try:
                     yield update
@@ -304,7 +314,7 @@ class Membership:
             patience,
             self._fingerprint(),
             self._shares,
-            lambda owner: self._checksums.get(owner, []),
+            self._numbers,
             lambda: self._state.is_asleep,
             self._share_lines,
         )
@@ -318,6 +328,10 @@ class Membership:
         config = dataclasses.asdict(self._stated)
         agreed = json.dumps([config, self._assembly.granularity, self._driver.device.type, layers])
         return hashlib.sha256(agreed.encode()).hexdigest()
+
+    def _numbers(self, what: Numbers, owner: Owner) -> list[int]:
+        """Runs in a thread of the exchange."""
+        return self._checksums.get(owner, [])
 
     def _shares(self, owner: Owner, place: Place) -> tuple[Place, list[Share]]:
         """Runs in a thread of the exchange."""
@@ -383,4 +397,4 @@ class Membership:
     def _learn_checksums(self, exchange: Exchange, owner: Owner, holder: int, deadline: float) -> None:
         if self.config.checksums:
             count = sum(1 for _ in self._weights())
-            self._checksums[owner] = exchange.collect_checksums(owner, holder, count, deadline)
+            self._checksums[owner] = exchange.collect_numbers("checksums", owner, holder, count, deadline)

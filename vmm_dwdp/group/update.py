@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.errors import ConfigError, StateError
+from vmm_dwdp.layout.expert_order import ExpertOrder
 from vmm_dwdp.layout.layer import Layer, Layers
-from vmm_dwdp.layout.placement import Owner, in_words
+from vmm_dwdp.layout.placement import HOST, Owner, in_words
 from vmm_dwdp.memory.assembly import Assembly
 
 ShardKey = tuple[int, str, Owner]  # layer number, weight, whose
@@ -42,6 +43,18 @@ class Shards:
                 for owner in self._held:
                     yield layer.number, weight, owner
 
+    def experts(self, layer: Layer, owner: Owner) -> Sequence[int]:
+        """What is in the shard of ``owner`` now, by row."""
+        return self._assembly.tables.order.held(layer, owner)
+
+    def begin_moving(self, order: ExpertOrder) -> None:
+        """What this rank holds of layers that are to have another ``order`` may be written from now on."""
+        before = self._assembly.tables.order
+        changed = [
+            layer.number for layer in self._layers.in_order if [*before.rows_of(layer)] != [*order.rows_of(layer)]
+        ]
+        self.begun.update(key for key in self.held() if key[0] in changed and key[2] != HOST)
+
     def require_held(self, owner: Owner) -> None:
         """Raise `ConfigError` unless this rank creates the memory of ``owner``."""
         if owner not in self._held:
@@ -56,9 +69,14 @@ class Shards:
         where = f"layer {layer.number}, {weight}"
         if not isinstance(value, torch.Tensor):
             raise ConfigError(f"{where}: a shard is a tensor, not {type(value).__name__}")
-        held = layer.placement.experts(owner)
+        held = self.experts(layer, owner)
         whose = f"the shard of {in_words(owner)}"
         if experts is None:
+            if not isinstance(held, range):
+                raise ConfigError(
+                    f"{where}: experts of this layer have moved, and a whole shard has no order of its own any more: "
+                    "write experts by their numbers in a block of runtime.updating(), as runtime.held_experts tells"
+                )
             experts = held
         elif experts.step != 1 or not (set(experts) <= set(held)):
             raise ConfigError(f"{where}: {whose} has the experts {held}, not {experts}")
@@ -83,9 +101,14 @@ class Shards:
     def write(self, layer: Layer, weight: str, owner: Owner, value: torch.Tensor, experts: range) -> None:
         """While no rank reads. The bytes are there when it returns."""
         self.begun.add((layer.number, weight, owner))
-        first = experts.start - layer.placement.experts(owner).start
+        held = self.experts(layer, owner)
         with self._assembly.writing(layer, weight, owner) as shard:
-            shard[first : first + len(experts)].copy_(value)
+            if isinstance(held, range):
+                first = experts.start - held.start
+                shard[first : first + len(experts)].copy_(value)
+            else:
+                for expert, each in zip(experts, value, strict=True):
+                    shard[held.index(expert)].copy_(each)
             self._driver.synchronize()
 
 
@@ -119,8 +142,9 @@ class Update:
 
         Args:
             value: ``[n, ...]``, of the weight's dtype, on any device; nothing refers to it afterwards.
-            experts: which, of those that `DWDPRuntime.local_experts` tells, by the numbers of the model: ``n`` one
-                after another, or one, of which ``value`` is ``[...]`` or ``[1, ...]``. Default: all of them.
+            experts: which, of those that `DWDPRuntime.held_experts` tells, by the numbers of the model: ``n`` one
+                after another, or one, of which ``value`` is ``[...]`` or ``[1, ...]``. Default: all of them, as
+                long as `rebalance` has moved none of the layer.
             owner: whose shard, as `DWDPRuntime.local_shard` takes it; default: this rank's own.
 
         Raises:
@@ -166,6 +190,6 @@ class Update:
             (number, weight, owner)
             for number, weight, owner in self._unfinished
             if self._written.get((number, weight, owner), set())
-            >= set(self._layers.numbered[number].placement.experts(owner))
+            >= set(self._shards.experts(self._layers.numbered[number], owner))
         ]
         self._shards.require_covered(self._unfinished, whole)

@@ -28,6 +28,7 @@ from vmm_dwdp.layout.layer import Layer
 from vmm_dwdp.layout.placement import Owner, in_words
 from vmm_dwdp.memory.bank import Bank
 from vmm_dwdp.memory.cache import ResidentCache
+from vmm_dwdp.memory.expert_tables import ExpertTables
 from vmm_dwdp.memory.tensor_memory import TensorMemory
 
 _COMPARED_NBYTES: Final = 64 << 20  # at one time, because comparing takes memory, too
@@ -54,6 +55,7 @@ class Assembly(abc.ABC):
             holds that.
         pool_nbytes: of these, the bytes of the pool.
         staged_nbytes: physical bytes of the slots.
+        tables: in which row each expert is.
         cache: of remote experts, once it is built; ``None`` where the config has none or nothing is remote.
         bank: likewise.
     """
@@ -63,6 +65,7 @@ class Assembly(abc.ABC):
         self.resident_nbytes = 0
         self.pool_nbytes = 0
         self.staged_nbytes = 0
+        self.tables = ExpertTables(driver, layers)
         self.cache: ResidentCache | None = None
         self.bank: Bank | None = None
         self._driver = driver

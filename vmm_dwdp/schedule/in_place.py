@@ -1,5 +1,5 @@
-"""Reading experts where they are: there is nothing to wait for, nor to fetch. The resident cache between passes, and
-the bank within them.
+"""Reading experts where they are: there is nothing to wait for, nor to fetch. What is counted, and who goes by it; and
+the bank within passes.
 
 [Note: The order of passes over a bank]
 What a pass has looked up it reads until `release`; the next pass may put other experts into the same rows. On one
@@ -18,6 +18,7 @@ import torch
 
 from vmm_dwdp.allocator.driver import Driver, StreamId
 from vmm_dwdp.allocator.handles import Event, Ledger, ResourceStack
+from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError, StateError
 from vmm_dwdp.memory.assembly import Assembly, Weights
 from vmm_dwdp.schedule.layer import ScheduledLayer
@@ -52,20 +53,33 @@ def require_choice(chosen: torch.Tensor, device: torch.device) -> None:
 
 
 class InPlace:
-    """What `acquire` and `release` of a layer that is read in place do. Calls come from one thread at a time."""
+    """What `acquire` and `release` of a layer that is read in place do. Calls come from one thread at a time.
 
-    def __init__(self, driver: Driver, ledger: Ledger, assembly: Assembly, layers: Sequence[ScheduledLayer]) -> None:
+    Args:
+        assembly: which is built.
+        config: says who goes by what is counted: the resident cache, or whoever moves experts.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        ledger: Ledger,
+        assembly: Assembly,
+        layers: Sequence[ScheduledLayer],
+        config: DWDPConfig,
+    ) -> None:
         self._driver = driver
         self._layers = layers
-        self._cache = cache = assembly.cache
+        self._cache = assembly.cache
+        self._tables = assembly.tables
         self._bank = assembly.bank
         self._resources = ResourceStack()
         self._reader: StreamId | None = None  # on which the bank was read last, but for graphs
         self._read: Event | None = None  # recorded there; see [Note: The order of passes over a bank]
         if self._bank is not None:
             self._read = self._resources.push(Event(driver, ledger, "the bank was read"))
-        self._routing: RoutingCounts | None = None  # by which the cache goes
-        if cache is not None:
+        self._routing: RoutingCounts | None = None
+        if self._cache is not None or config.movable_experts:
             num_experts = {each.layer.number: each.layer.placement.num_experts for each in layers}
             self._routing = RoutingCounts(num_experts, driver.device)
 
@@ -141,11 +155,30 @@ class InPlace:
     def refresh_cache(self) -> None:
         """See `DWDPRuntime.refresh_cache`."""
         self.require_idle()
-        if self._driver.capture(self._driver.current_stream()):
-            raise StateError("the cache is refreshed between replays of a graph, not in a capture")
+        self._require_no_capture("the cache is refreshed")
         if self._cache is not None and self._routing is not None:
             self._driver.synchronize()
-            self._cache.refresh(self._routing.take())
+            counts = self._routing.look("cache")
+            self._routing.take("cache")
+            by_row = self._tables.order.by_row
+            layers = [each.layer for each in self._layers]
+            self._cache.refresh({layer.number: by_row(layer, counts[layer.number]) for layer in layers})
+
+    def routed(self) -> dict[int, list[int]]:
+        """By layer, how many tokens were routed to each expert since `rebalanced`. Waits for the device."""
+        assert self._routing is not None, "asked where experts can be moved"
+        self._require_no_capture("experts are moved")
+        self._driver.synchronize()
+        return self._routing.look("rebalance")
+
+    def _require_no_capture(self, what: str) -> None:
+        if self._driver.capture(self._driver.current_stream()):
+            raise StateError(f"{what} between replays of a graph, not in a capture")
+
+    def rebalanced(self) -> None:
+        """Experts are where they should be by all that was counted."""
+        assert self._routing is not None, "asked where experts can be moved"
+        self._routing.take("rebalance")
 
     def close(self) -> None:
         """Free the event. The device is idle."""

@@ -8,7 +8,7 @@ import torch
 
 
 class RoutingCounts:
-    """Counts of every layer since the last `take`.
+    """Counts of every layer, for readers of which each sees what is new to it.
 
     Counting is work for the current stream, which waits for nothing, and may be captured into a graph: then every
     replay counts what it finds in the captured tensor.
@@ -21,6 +21,8 @@ class RoutingCounts:
             self._counts = {
                 layer: torch.zeros(count + 1, dtype=torch.int64, device=device) for layer, count in num_experts.items()
             }
+        self._total = {layer: [0] * count for layer, count in num_experts.items()}  # when it was last looked at
+        self._seen: dict[str, dict[int, list[int]]] = {}  # by reader
 
     def add(self, layer: int, chosen: torch.Tensor) -> None:
         """Count ``chosen``, whole numbers of any shape on the device: experts of ``layer``.
@@ -32,9 +34,17 @@ class RoutingCounts:
         experts = chosen.reshape(-1).long().remainder(len(counts))
         counts.scatter_add_(0, experts, self._one.expand(len(experts)))
 
-    def take(self) -> dict[int, list[int]]:
-        """For each layer, the count of each expert; they begin again at zero. Waits for the current stream."""
-        taken = {layer: counts.tolist()[:-1] for layer, counts in self._counts.items()}
-        for counts in self._counts.values():
-            counts.zero_()
-        return taken
+    def look(self, reader: str) -> dict[int, list[int]]:
+        """For each layer, the count of each expert since `take` of the same reader. Waits for the current stream."""
+        self._total = {layer: counts.tolist()[:-1] for layer, counts in self._counts.items()}
+        seen = self._seen.get(reader)
+        if seen is None:
+            return self._total
+        return {
+            layer: [now - before for now, before in zip(counts, seen[layer], strict=True)]
+            for layer, counts in self._total.items()
+        }
+
+    def take(self, reader: str) -> None:
+        """What there was at the latest `look`, of whomever, is not new to ``reader`` any more."""
+        self._seen[reader] = self._total

@@ -39,9 +39,11 @@ class Schedule:
 
     Attributes:
         stated: what is stated of the pass that runs.
+        in_place: what reads layers where they are, and counts routing, once that is started and the config wants it.
     """
 
     stated: Stated | None = None
+    in_place: InPlace | None = None
 
     def __init__(
         self, driver: Driver, ledger: Ledger, assembly: Assembly, layers: Sequence[Layer], config: DWDPConfig
@@ -59,7 +61,6 @@ class Schedule:
         self._captured: CapturedPasses | None = None
         self._copy_path: CopyPath | None = None
         self._traces = ResourceStack()  # the one that is being recorded, or one whose end was interrupted
-        self._in_place: InPlace | None = None
         self._modes: list[Mode] = []  # that can be had
         self._only_staged = False
         self._stopped = False
@@ -82,18 +83,18 @@ class Schedule:
             self._stage(lines)
         if self._config.reads_in_place:
             modes.append("in_place")
-            self._in_place = InPlace(self._driver, self._ledger, self._assembly, list(self._layers.values()))
+            layers = list(self._layers.values())
+            self.in_place = InPlace(self._driver, self._ledger, self._assembly, layers, self._config)
         self._only_staged = modes == ["staged"]
         for each in self._layers.values():
             each.weights = {mode: self._assembly.weights(each.layer, mode) for mode in modes}
+            if each.staged is not None:
+                each.staged.weights = each.weights["staged"]
         if len(modes) > 1:
             most = max(layer.placement.num_experts for layer in self._stated)
             remote = sum(layer.plan.fetched_bytes for layer in self._stated)
             cached = min(1.0, self._config.kept_on_device / max(remote, 1))
             self._chooser = ModeChooser(self._driver, self._ledger, most, len(self._layers), cached)
-        for each in self._layers.values():
-            if each.staged is not None:
-                each.staged.weights = each.weights["staged"]
 
     @property
     def hittable(self) -> dict[int, StagedLayer]:
@@ -151,8 +152,8 @@ class Schedule:
             mode = self._chooser.choose(layer.place, mode, tokens, top_k, at)
         assert mode != "auto"
         if mode == "in_place":
-            assert self._in_place is not None
-            self._in_place.acquire(layer, chosen, at)
+            assert self.in_place is not None
+            self.in_place.acquire(layer, chosen, at)
         else:
             self._acquire_staged(layer, at, tokens)
         if self._chooser is not None:
@@ -165,9 +166,9 @@ class Schedule:
         if (mode := self._mode_of(layer)) is None:
             raise StateError(f"layer {number} is not acquired: there is nothing to look up")
         require_choice(chosen, self._driver.device)
-        if mode == "staged" or self._in_place is None:
+        if mode == "staged" or self.in_place is None:
             return LookedUp(layer.weights[mode], chosen)
-        return self._in_place.look_up(layer, chosen, given_stream(stream, self._driver))
+        return self.in_place.look_up(layer, chosen, given_stream(stream, self._driver))
 
     def require_mode(self, mode: ModeSetting) -> None:
         """Raise `ConfigError` unless the config provides for it."""
@@ -180,8 +181,8 @@ class Schedule:
         at = self._driver.current_stream() if stream is None else given_stream(stream, self._driver)
         staged = layer.staged
         if layer.read_in_place:
-            assert self._in_place is not None
-            self._in_place.release(layer, at)
+            assert self.in_place is not None
+            self.in_place.release(layer, at)
         elif staged is None:
             raise StateError(f"layer {number} is released, but was not acquired")
         elif not self._driver.capturing():
@@ -258,8 +259,8 @@ class Schedule:
         """Give up a pass that ended early."""
         if self._spans is not None:
             self._spans.end_all()
-        if self._in_place is not None:
-            self._in_place.reset()
+        if self.in_place is not None:
+            self.in_place.reset()
         if self._staging is not None:
             at = given_stream(stream, self._driver)
             if self._driver.capturing():
@@ -290,8 +291,8 @@ class Schedule:
     def _forget(self) -> None:
         if self._driver.capture(self._driver.current_stream()):
             raise StateError("what is in memory is changed between replays of a graph, not in a capture")
-        if self._in_place is not None:
-            self._in_place.require_idle()
+        if self.in_place is not None:
+            self.in_place.require_idle()
         if self._staging is not None:
             self._staging.drain()
         self._driver.synchronize()
@@ -309,10 +310,9 @@ class Schedule:
 
     def refresh_cache(self) -> None:
         """See `DWDPRuntime.refresh_cache`."""
-        if not self._config.resident_cache:
+        if not self._config.resident_cache or self.in_place is None:
             raise ConfigError("there is no cache to refresh: the config has no resident_cache")
-        assert self._in_place is not None
-        self._in_place.refresh_cache()
+        self.in_place.refresh_cache()
 
     def check_integrity(self, *, verify: bool) -> None:
         """Raise `StateError` unless slots, layers and readers agree; with ``verify``, unless edges, slots and cache
@@ -393,7 +393,7 @@ class Schedule:
     def close(self) -> None:
         """Free streams and events, after `stop`; the device is idle. Another call tries again."""
         failures = Failures()
-        for part in self._staging, self._captured, self._traces, self._chooser, self._in_place:
+        for part in self._staging, self._captured, self._traces, self._chooser, self.in_place:
             if part is not None:
                 with failures.noted():
                     part.close()

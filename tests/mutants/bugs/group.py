@@ -250,15 +250,15 @@ BUGS: Final = (
     Bug(
         "one expert of a half-written shard stands for all",
         "vmm_dwdp/group/update.py",
-        "            >= set(self._layers",
-        "            & set(self._layers",
+        "            >= set(self._shards",
+        "            & set(self._shards",
         _UPDATING,
     ),
     Bug(
         "an expert is written to the place of the first",
         "vmm_dwdp/group/update.py",
-        "        first = experts.start - layer.placement.experts(owner).start\n",
-        "        first = 0\n",
+        "                first = experts.start - held.start\n",
+        "                first = 0\n",
         _UPDATING,
     ),
     Bug(

@@ -86,7 +86,7 @@ BUGS: Final = (
     Bug(
         "an update is made while a layer is read in place",
         "vmm_dwdp/schedule/schedule.py",
-        "            self._in_place.require_idle()\n",
+        "            self.in_place.require_idle()\n",
         "            pass\n",
         _UPDATE,
     ),

@@ -23,7 +23,13 @@ from vmm_dwdp.allocator.host_driver import HostDriver
 
 MODELS = [random_model({n: {"w": ((6, 1000), torch.float32)} for n in range(5)}, seed) for seed in range(2)]
 SOME = DWDPConfig(
-    group_size=1, host_experts=4, mode="in_place", resident_cache=8 * PAGE, checksums=True, slice_bytes=PAGE
+    group_size=1,
+    host_experts=4,
+    mode="in_place",
+    resident_cache=8 * PAGE,
+    checksums=True,
+    slice_bytes=PAGE,
+    movable_experts=True,
 )
 
 
@@ -103,6 +109,9 @@ def live(runtimes: list[Any]) -> None:
             with runtime.layer(number, mode="in_place", chosen=chosen):
                 pass
         runtime.refresh_cache()
+        assert [runtime.logical_to_physical(number).tolist() for number in model] == [[*range(6)]] * len(model)
+        assert runtime.rebalance() == 0
+        assert runtime.held_experts(1) == tuple(runtime.local_experts(1))
         with runtime.trace() as trace:
             check(runtime, model, "staged")
         assert trace.spans

@@ -11,11 +11,22 @@ from typing import get_args
 import pytest
 from support.agreement_explorer import Explorer, explore
 
-from vmm_dwdp.group.agreement import GIVEN_UP, Agreement, Answer, Purpose, Vector, Word, named
+from vmm_dwdp.group.agreement import (
+    GIVEN_UP,
+    MOVING,
+    Agreement,
+    Answer,
+    Purpose,
+    Vector,
+    Word,
+    named,
+    purpose_of,
+)
 
 SCOPES = {
     "two attempts": Explorer(attempts=2, faults=1, switches=0),
     "any order": Explorer(attempts=1, faults=1, switches=1),
+    "moves": Explorer(attempts=1, faults=1, switches=0, moves=True),
     "publish": Explorer(attempts=2, faults=1, switches=0, restarts=True, deaths=False),
 }
 WIDE = Explorer(attempts=2, faults=2, switches=2)  # too many states for a test to see them all
@@ -30,9 +41,23 @@ def test_every_word_late_lost_or_the_last(scope: str) -> None:
     assert found.succeeded
 
 
+@pytest.mark.parametrize("moves", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_some_of_more_faults_and_switches(seed: int) -> None:
-    assert explore(WIDE, most=5_000, chance=random.Random(seed)).violation is None
+def test_some_of_more_faults_and_switches(seed: int, moves: bool) -> None:
+    assert explore(replace(WIDE, moves=moves), most=5_000, chance=random.Random(seed)).violation is None
+
+
+class _KeepsItsOrder(Explorer):
+    """Updates by where it took experts to be before, whatever others know."""
+
+    def version_of(self, name: Vector, own: int) -> int:
+        return own if purpose_of(name[0]) == "update" else super().version_of(name, own)
+
+
+def test_ranks_that_go_by_different_orders_are_found() -> None:
+    scope = _KeepsItsOrder(attempts=1, faults=1, switches=0, moves=True)
+    tried = (explore(scope, most=10_000, progress_every=5, chance=random.Random(seed)) for seed in range(1, 6))
+    assert any(found.violation for found in tried)
 
 
 def test_a_step_of_an_attempt_that_was_overtaken_is_none_of_the_next() -> None:
@@ -79,11 +104,12 @@ def agreed(purposes: Sequence[Purpose], doubt: str | None = None) -> list[Agreem
 @pytest.mark.parametrize("before", [None, "an update was begun"])
 @pytest.mark.parametrize("purpose", get_args(Purpose))
 def test_who_writes_nothing_brings_nobody_into_doubt_nor_out_of_it(purpose: Purpose, before: str | None) -> None:
-    moves = purpose in ("settle", "sleep", "wake")
+    moves = purpose in ("settle", "sleep", "wake", "rebalance")
     for rank in agreed([purpose] * 3, before):
         assert rank.passed
         assert rank.relied
         assert moves or rank.doubt is not None
+        assert purpose != "move" or rank.doubt == (before or MOVING)
         assert not moves or rank.doubt == before
         rank.finish()
         assert rank.doubt == (before if moves else GIVEN_UP if purpose == "give up" else None)

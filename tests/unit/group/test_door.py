@@ -236,7 +236,7 @@ def test_descriptors_that_come_with_a_request_are_closed(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"version": 1}, "it speaks version 4 of the protocol, not 1"),
+        ({"version": 1}, "it speaks version 5 of the protocol, not 1"),
         ({"version": ...}, "not None"),
         ({"fingerprint": "another"}, "the configs or the layers of the two ranks differ"),
         ({"revision": "another"}, "the two ranks were given different checkpoints"),
@@ -336,9 +336,9 @@ def test_checksums_that_cannot_be(
     unix: UnixPlace, ledger: Ledger, sums: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     door = exchange(unix.door(1), ledger, 1)
-    monkeypatch.setattr(door._transport, "ask", lambda *args, **kwargs: ({"checksums": sums}, []))
+    monkeypatch.setattr(door._transport, "ask", lambda *args, **kwargs: ({"numbers": sums}, []))
     with pytest.raises(ExchangeError, match="did not send 3 checksums"):
-        door.collect_checksums(0, 0, 3, soon())
+        door.collect_numbers("checksums", 0, 0, 3, soon())
 
 
 def test_a_member_is_given_shares_and_checksums(unix: UnixPlace, ledger: Ledger) -> None:
@@ -348,7 +348,7 @@ def test_a_member_is_given_shares_and_checksums(unix: UnixPlace, ledger: Ledger)
         with descriptor:
             assert os.readlink(f"/proc/self/fd/{descriptor.fd}").startswith("/memfd:of host")
         assert token == TOKEN
-        assert door.collect_checksums(0, 0, 3, soon()) == CHECKSUMS
+        assert door.collect_numbers("checksums", 0, 0, 3, soon()) == CHECKSUMS
 
 
 # -- who takes their time ----------------------------------------------------------------------------------------------

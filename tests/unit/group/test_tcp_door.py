@@ -246,7 +246,7 @@ def answering(place: TCPPlace, answer: Callable[[bytes, bytes], bytes | None]) -
 
 def told(key: bytes, rank: int = 0, asked_before: bytes | None = None) -> Callable[[bytes, bytes], bytes]:
     """An answer with a proof by ``key``, as rank ``rank``, to another question if so it is."""
-    payload = json.dumps({"error": None, "checksums": CHECKSUMS}).encode()
+    payload = json.dumps({"error": None, "numbers": CHECKSUMS}).encode()
 
     def answer(head: bytes, request: bytes) -> bytes:
         nonces, own = bytes(NONCE_NBYTES) + head[:NONCE_NBYTES], head[NONCE_NBYTES:]
@@ -258,7 +258,7 @@ def told(key: bytes, rank: int = 0, asked_before: bytes | None = None) -> Callab
 def test_a_proof_lets_an_answer_in(tcp: TCPPlace, ledger: Ledger) -> None:
     """So that the tests below refuse for the reason they name."""
     with answering(tcp, told(key_of(SECRET, tcp.addresses))):
-        assert exchange(tcp.door(1), ledger, 1).collect_checksums(0, 0, 3, soon()) == CHECKSUMS
+        assert exchange(tcp.door(1), ledger, 1).collect_numbers("checksums", 0, 0, 3, soon()) == CHECKSUMS
 
 
 def test_an_answer_without_a_proof_of_its_own_is_refused(tcp: TCPPlace, ledger: Ledger) -> None:
@@ -277,7 +277,7 @@ def test_an_answer_without_a_proof_of_its_own_is_refused(tcp: TCPPlace, ledger: 
             answering(tcp, answer),
             pytest.raises(ExchangeError, match="its answer does not prove that it knows the secret"),
         ):
-            exchange(tcp.door(1), ledger, 1).collect_checksums(0, 0, 3, soon())
+            exchange(tcp.door(1), ledger, 1).collect_numbers("checksums", 0, 0, 3, soon())
 
 
 def test_a_rank_that_asks_itself_by_another_s_address_is_refused(tcp: TCPPlace, ledger: Ledger) -> None:

@@ -382,6 +382,7 @@ def test_a_tensor_that_cannot_be_exchanged_is_refused() -> None:
         ("group_size: 1\nhost_experts: auto\nkv_cache: 4 Gb", 1, "kv_cache: '4 Gb', which is no size such as 40 GB"),
         ("group_size: 1\nhost_experts: auto\nkv_cache: true", 1, "kv_cache: True, which is no size such as 40 GB"),
         ("group_size: 1\nhost_experts: auto\nkv_cache: 1\nmemory_bytes: 1", 1, "and no memory_bytes"),
+        ("group_size: 2\nmode: in_place\nmovable_experts: true", 2, "movable_experts, but SGLang's layers do not map"),
         ("group_size: 1", 1, "states group_size 1 and no host_experts, so there is nothing to spread"),
         ("group_size: 4", 2, "states group_size 4, but --dwdp-size is 2"),
         ("group_size: 2\nassembly: tensor_list", 2, "SGLang's kernels need assembly: vmm"),

@@ -31,7 +31,7 @@ ROOMS: Final = {  # from the bottom up: what it is about, in a word, and all tha
     "schedule": ("time", "errors config layout allocator observe memory"),
     "group": ("others", "errors config layout allocator observe memory"),
     "rank": ("lifetime", "errors config temporary layout allocator observe memory schedule group"),
-    "together": ("changes", "errors group rank"),
+    "together": ("changes", "errors layout group rank"),
     "runtime": ("passes", "errors config layout allocator observe memory schedule group together"),
     "operators": ("compilers", "errors runtime"),
     "checkpoint": ("files", "errors config layout allocator runtime"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,19 +18,12 @@ from transformers import PreTrainedModel
 
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.integrations.transformers.experts import Compute, ExpertsModule
+from vmm_dwdp.integrations.transformers.routing import Routed, routed_tokens
 from vmm_dwdp.integrations.transformers.turns import Turns
 from vmm_dwdp.layout.nodes import NodeShare
 from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.nodes.rail import NOT_HERE, Dispatched, Rail
 from vmm_dwdp.runtime import DWDPRuntime
-
-
-class Routed(NamedTuple):
-    """What an experts module is given: ``[..., H]``, ``[T, K]`` and ``[T, K]``."""
-
-    hidden: Tensor
-    chosen: Tensor
-    weights: Tensor
 
 
 class NodesOfModel:
@@ -127,13 +120,9 @@ class NodeExperts:
             return self._nodes.rail.combine(partial, there).reshape(hidden.shape)
 
     def _routed(self, args: Any, kwargs: Any) -> Routed:
-        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
-        floats = [each for each in tensors if each.is_floating_point()]
-        whole = [each for each in tensors if not each.is_floating_point()]
-        if len(floats) == 2 and len(whole) == 1:
-            routed = Routed(floats[0], whole[0], floats[1])
-            if routed.chosen.shape == routed.weights.shape == (routed.hidden.shape[:-1].numel(), *whole[0].shape[1:]):
-                return routed
+        routed = routed_tokens(args, kwargs)
+        if routed is not None:
+            return routed
         raise ConfigError(f"{self._path} is given something else than tokens, their experts and their weights")
 
 

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from vmm_dwdp.errors import ConfigError, StateError
 from vmm_dwdp.integrations.spread_tensor import SpreadTensor
 from vmm_dwdp.integrations.transformers.mxfp4 import KernelWeight, kernel_weights
-from vmm_dwdp.integrations.transformers.routing import routing_of
+from vmm_dwdp.integrations.transformers.routing import in_rows, routing_of
 from vmm_dwdp.integrations.transformers.turns import Turns
 from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.runtime import DWDPRuntime
@@ -204,6 +204,7 @@ class SpreadExperts:
         entry = "forward_routed" if hasattr(self._module, "forward_routed") else "forward"
         self._own_forward = getattr(self._module, entry)
         self._across = across
+        self._rows = runtime.logical_to_physical(layer) if runtime.config.movable_experts else None
         if hasattr(self._module, "num_experts"):  # by which transformers' own code counts rows of the weights
             self._module.num_experts = experts.num_experts
         self._placeholders = {
@@ -238,11 +239,21 @@ class SpreadExperts:
             merged = {name: torch.cat(list(tensors)) for name, tensors in weights.items()} if self._merge else weights
             if self._across is not None and not args[0].numel():
                 return args[0]  # nobody's tokens came to this node
+            if self._rows is not None:
+                args, kwargs = self._in_rows(args, kwargs, self._rows)
             try:
                 self._show(merged)
                 return self._own_forward(*args, **kwargs)
             finally:
                 self._hide()
+
+    def _in_rows(self, args: Any, kwargs: Any, rows: Tensor) -> tuple[Any, Any]:
+        if (mapped := in_rows(args, kwargs, rows)) is None:
+            raise ConfigError(
+                f"{self.path} is given something else than tokens, their experts and their weights: once experts have "
+                "moved it would use wrong ones, so the config must not have movable_experts"
+            )
+        return mapped
 
     def _show(self, weights: Mapping[str, Any]) -> None:
         for name, weight in weights.items():

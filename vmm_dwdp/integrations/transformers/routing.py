@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+
+class Routed(NamedTuple):
+    """What an experts module is given: ``[..., H]``, ``[T, K]`` and ``[T, K]``."""
+
+    hidden: Tensor
+    chosen: Tensor
+    weights: Tensor
+
+
+def routed_tokens(args: Any, kwargs: Any) -> Routed | None:
+    """Tokens, the experts of each, and their weights; ``None``, if an experts module is given anything else."""
+    tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+    floats = [each for each in tensors if each.is_floating_point()]
+    whole = [each for each in tensors if not each.is_floating_point()]
+    if len(floats) == 2 and len(whole) == 1:
+        routed = Routed(floats[0], whole[0], floats[1])
+        if routed.chosen.shape == routed.weights.shape == (routed.hidden.shape[:-1].numel(), *whole[0].shape[1:]):
+            return routed
+    return None
+
+
+def in_rows(args: Any, kwargs: Any, rows: Tensor) -> tuple[Any, Any] | None:
+    """The arguments of an experts module, with the row in the place of each expert that was chosen; ``None`` as above.
+
+    Args:
+        rows: int64 ``[E]``, as `DWDPRuntime.logical_to_physical` gives them.
+    """
+    routed = routed_tokens(args, kwargs)
+    if routed is None:
+        return None
+    chosen = routed.chosen
+    mapped: tuple[Any, Any] = tree_map_only(
+        Tensor, lambda each: rows[each].to(each.dtype) if each is chosen else each, (args, kwargs)
+    )
+    return mapped
 
 
 def routing_of(args: Any, kwargs: Any, counted: bool) -> tuple[int, int | None, Tensor | None]:
