@@ -56,9 +56,9 @@ def addresses(runtime: DWDPRuntime) -> list[int]:
         replace(CONFIG, num_local_experts=6),
         replace(CONFIG, prefetch_depth=0),
         replace(CONFIG, mode="auto", resident_cache=30 * PAGE),
-        replace(CONFIG, slice_bytes="auto", prefetch_depth=1),
+        replace(CONFIG, slice_bytes="streams", prefetch_depth=1),
     ],
-    ids=["three", "two", "host", "overlap", "in place only", "cache", "runs"],
+    ids=["three", "two", "host", "overlap", "in place only", "cache", "streams"],
 )
 def test_every_expert_after_any_sequence_of_swaps_and_updates(config: DWDPConfig, tmp_path: Path) -> None:
     chance, model, total = random.Random(1), OLD, 0
