@@ -14,7 +14,7 @@ from answers import TWO_RANKS, generate
 
 from vmm_dwdp.testing import run_group
 
-pytestmark = pytest.mark.timeout(900)  # engines start slowly beside other tests
+pytestmark = [pytest.mark.timeout(900), pytest.mark.long]  # engines start slowly beside other tests
 
 COMMON = {
     "vocab_size": 512,

@@ -16,6 +16,7 @@ from vmm_dwdp.integrations.sglang import contract
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_engines_are_measured_in_turns_and_one_that_fails_has_its_sentence(tmp_path: Path) -> None:
     # On the CPU 0.5.23 wants a core for each of several whole models, which 0.5.17 refuses.

@@ -87,7 +87,11 @@ def test_the_page_has_these_commands() -> None:
     ]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=[" ".join(command) for command in COMMANDS])
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(command, marks=[pytest.mark.long] * (place > 0)) for place, command in enumerate(COMMANDS)],
+    ids=[" ".join(command) for command in COMMANDS],
+)
 def test_a_documented_command(
     command: tuple[str, str, str], checkpoint: Path, ordinary: Tokens, tmp_path: Path
 ) -> None:
