@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.banks import check_looked_up
 from support.faults import DOING, UNDOING, FaultyCudaDriver, FaultyDriver
-from support.groups import PAGE, Model, add_layers, check_pass, fill_shards, random_model, same_bytes
+from support.groups import PAGE, Model, add_layers, check_pass, fill_shards, random_model
 
 from vmm_dwdp import DriverError, DWDPConfig, DWDPError, DWDPRuntime, ExchangeError, StateError
 from vmm_dwdp.allocator.driver import Driver
@@ -65,8 +66,8 @@ def _life(config: DWDPConfig, rank: int, rendezvous: str, driver: Driver, timeou
             for favourite in (4, 2):
                 _refresh(runtime, favourite)
         if config.expert_bank:
-            for chosen in ([2, 3], [4, 2]):
-                _look_up(runtime, model, chosen)
+            check_looked_up(runtime, model, 2, 3)
+            check_looked_up(runtime, model, 4, 2)
         runtime.close()
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # tensors that the loader held would keep their memory
@@ -84,16 +85,6 @@ def _refresh(runtime: DWDPRuntime, favourite: int) -> None:
         runtime.acquire(number, chosen=chosen)
         runtime.release(number)
     runtime.refresh_cache()
-
-
-def _look_up(runtime: DWDPRuntime, model: Model, chosen: list[int]) -> None:
-    """A pass that reads the experts of a token in the bank."""
-    for number, weights in model.items():
-        with runtime.layer(number):
-            found, rows = runtime.look_up(number, torch.tensor([chosen], device=runtime.device))
-            read = found["w"][rows[0]]  # type: ignore[index]
-            del found
-        assert same_bytes(read, weights["w"][chosen])
 
 
 def _lives(config: DWDPConfig, driver: Driver) -> Ledger:

@@ -64,6 +64,7 @@ class InPlace:
         self._read: Event | None = None  # recorded there; see [Note: The order of passes over a bank]
         if self._bank is not None:
             self._read = self._resources.push(Event(driver, ledger, "the bank was read"))
+            self._bank.warm_up()
         self._routing: RoutingCounts | None = None  # by which the cache goes
         if cache is not None:
             num_experts = {each.layer.number: each.layer.placement.num_experts for each in layers}

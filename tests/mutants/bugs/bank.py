@@ -33,6 +33,13 @@ BUGS: Final = (
         _PLANNER,
     ),
     Bug(
+        "a form of a bank's kernels is compiled when it is first used",
+        "vmm_dwdp/memory/bank.py",
+        "itertools.product((torch.int32, torch.int64), (False, True))",
+        "itertools.product((torch.int64,), (False, True))",
+        _STATES,
+    ),
+    Bug(
         "own experts come into the bank",
         "kernels/bank.py",
         "    remote[table.own.start : table.own.stop] = False\n",
