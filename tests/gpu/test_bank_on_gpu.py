@@ -16,6 +16,7 @@ from torch import Tensor
 from vmm_dwdp import HOST, DWDPConfig, DWDPRuntime
 from vmm_dwdp.kernels import grouped_gemm, tensor_list_grouped_gemm
 from vmm_dwdp.kernels.contiguous import PROVIDERS
+from vmm_dwdp.kernels.triton import bank as kernels
 
 pytestmark = pytest.mark.gpu
 
@@ -151,6 +152,29 @@ def test_passes_are_bit_identical_and_planned_as_the_model(model: Model, gemm: G
     counts = model.runtime.bank_counts().values()
     assert all(count.uses > count.hits for count in counts)
     assert all(0 < count.hits < count.uses for count in counts) == (tokens < 64)  # which read all in place
+
+
+def test_the_first_pass_of_all_may_be_captured(tmp_path: Path) -> None:
+    """Whatever the process has compiled and loaded for other tests is forgotten."""
+    for kernel in (kernels._plan, kernels._move):
+        kernel.device_caches.clear()
+    model = Model(tmp_path / "rendezvous")
+    _, chosen = routed(3, 0)
+    graph = torch.cuda.CUDAGraph()
+    read = {}
+    with torch.cuda.graph(graph):
+        for number in range(LAYERS):
+            with model.runtime.layer(number, mode="in_place", tokens=3):
+                weights, rows = model.runtime.look_up(number, chosen[number])
+                read[number] = weights["up"][rows.flatten()]  # type: ignore[index]
+            del weights
+    for _ in range(2):
+        graph.replay()
+        model.follow(chosen)
+        for number, found in read.items():
+            assert torch.equal(found, model.whole[number]["up"][chosen[number].flatten()])
+    model.require_planned()
+    assert model.runtime.close().open() == []
 
 
 @GEMMS

@@ -5,18 +5,20 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
+from support.banks import check_looked_up
 from support.groups import PAGE, Model, add_layers, check_pass, join, random_model
 
 from vmm_dwdp import DWDPConfig, DWDPRuntime, ExchangeError, StateError
 from vmm_dwdp.allocator.host_driver import HostDriver
 
 CONFIG = DWDPConfig(group_size=3, num_local_experts=4, host_experts=2, mode="in_place", resident_cache=20 * PAGE)
+BANK = replace(CONFIG, resident_cache=0, expert_bank=4 * 3 * PAGE, checksums=True)  # three experts of each layer
 
 
 def _model() -> Model:
@@ -24,23 +26,29 @@ def _model() -> Model:
     return random_model({number: {"w": ((12, 1777), torch.bfloat16)} for number in range(4)})
 
 
-def _serve(rank: int, rendezvous: Path, commands: Connection) -> None:
+def _serve(config: DWDPConfig, rank: int, rendezvous: Path, commands: Connection) -> None:
     """One rank, told what to do: ``pass``, ``stop``."""
     torch.set_num_threads(1)
     model = _model()
-    runtime = join(CONFIG, rank, rendezvous, model)
+    runtime = join(config, rank, rendezvous, model)
     commands.send("published")
     while commands.recv() == "pass":
         check_pass(runtime, model, mode="staged")
         check_pass(runtime, model)
-        _refresh(runtime)
+        _fill(runtime)
         check_pass(runtime, model)
         commands.send(sorted(peer for peer, alive in runtime.peers().items() if alive))
     commands.send(runtime.close().open())
 
 
-def _refresh(runtime: DWDPRuntime) -> None:
-    """A cache with experts of both other ranks and the host pool, the dead one's too."""
+def _fill(runtime: DWDPRuntime) -> None:
+    """A cache or a bank with experts of both other ranks and the host pool, the dead one's too."""
+    if runtime.config.expert_bank:
+        for experts in ((0, 4, 11), (8, 3, 11), (5, 4, 0)):
+            check_looked_up(runtime, _model(), *experts)
+        runtime.check_integrity(verify=True)
+        assert all(counts.hits > 0 for counts in runtime.bank_counts().values())
+        return
     for number in _model():
         runtime.acquire(number, chosen=torch.arange(12))
         runtime.release(number)
@@ -50,34 +58,27 @@ def _refresh(runtime: DWDPRuntime) -> None:
     assert cache.used_bytes > 0
 
 
-def _rejoined(rendezvous: Path, rank: int) -> DWDPRuntime:
+def _rejoined(config: DWDPConfig, rendezvous: Path, rank: int) -> DWDPRuntime:
     """A runtime that has read no checkpoint: the model gives it shapes only."""
-    runtime = DWDPRuntime(CONFIG, rank, "cpu", rendezvous, driver=HostDriver(PAGE))
+    runtime = DWDPRuntime(config, rank, "cpu", rendezvous, driver=HostDriver(PAGE))
     add_layers(runtime, _model())
     runtime.rejoin()
     return runtime
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Callable[[int], tuple[multiprocessing.process.BaseProcess, Connection]]:
-    def start(rank: int) -> tuple[multiprocessing.process.BaseProcess, Connection]:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(rank, tmp_path, theirs), daemon=True)
-        process.start()
-        theirs.close()
-        return process, ours
-
-    return start
+def _start(config: DWDPConfig, rendezvous: Path, rank: int) -> tuple[multiprocessing.process.BaseProcess, Connection]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(config, rank, rendezvous, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
 
 
 @pytest.mark.parametrize("dead", [0, 1])  # rank 0 had created the pool of host memory
-def test_a_new_process_takes_the_place_of_a_dead_rank(
-    dead: int,
-    tmp_path: Path,
-    start: Callable[[int], tuple[multiprocessing.process.BaseProcess, Connection]],
-) -> None:
-    ranks = [start(rank) for rank in range(3)]
+@pytest.mark.parametrize("config", [CONFIG, BANK], ids=["cache", "bank"])
+def test_a_new_process_takes_the_place_of_a_dead_rank(config: DWDPConfig, dead: int, tmp_path: Path) -> None:
+    ranks = [_start(config, tmp_path, rank) for rank in range(3)]
     assert [commands.recv() for _, commands in ranks] == ["published"] * 3
     victim, _ = ranks.pop(dead)
     assert victim.pid is not None
@@ -92,10 +93,10 @@ def test_a_new_process_takes_the_place_of_a_dead_rank(
     survivors = [rank for rank in range(3) if rank != dead]
     assert pass_on_survivors() == [[other] for other in reversed(survivors)]
     for _ in range(2):  # and it can come back more than once
-        runtime = _rejoined(tmp_path, dead)
+        runtime = _rejoined(config, tmp_path, dead)
         for mode in ("staged", "in_place"):
             check_pass(runtime, _model(), mode=mode)  # type: ignore[arg-type]
-        _refresh(runtime)
+        _fill(runtime)
         check_pass(runtime, _model())
         assert pass_on_survivors() == [sorted({*survivors, dead} - {rank}) for rank in survivors]
         assert runtime.close().open() == []

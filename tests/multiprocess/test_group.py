@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from support.banks import look_up_and_check, models_of, some_experts
 from support.groups import PAGE, Model, add_layers, check_pass, fill_shards, join, random_model
 
 import vmm_dwdp
@@ -101,6 +102,29 @@ def _cached_passes(rendezvous: Path, rank: int) -> int:
 
 def test_ranks_cache_experts_of_each_other_and_of_host_memory(tmp_path: Path) -> None:
     assert run_group(partial(_cached_passes, tmp_path), 2) == [30 * PAGE] * 2
+
+
+def _banked_passes(rendezvous: Path, rank: int) -> bool:
+    """Each rank routes in its own way; whether experts of the other were in its banks."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(rank)
+    config = DWDPConfig(group_size=2, host_experts=2, mode="in_place", expert_bank=5 * 6 * PAGE, checksums=True)
+    model = _model()
+    with join(config, rank, rendezvous, model) as runtime:
+        banks = models_of(runtime, model)
+        for tokens in (1, 3, 2, 40, 3, 1):
+            for number in model:
+                look_up_and_check(runtime, model, number, some_experts(10, tokens, 2, generator), banks)
+            runtime.check_integrity(verify=True)
+            check_pass(runtime, model, mode="staged")
+        others = set(range(8)) - set(runtime.local_experts(0))
+        assert all(counts.hits > 0 for counts in runtime.bank_counts().values())
+    assert runtime.ledger.open() == []
+    return any(others & bank.row_of.keys() for bank in banks.values())
+
+
+def test_ranks_have_experts_of_each_other_in_their_banks(tmp_path: Path) -> None:
+    assert run_group(partial(_banked_passes, tmp_path), 2) == [True] * 2
 
 
 def _pass_after_a_death(config: DWDPConfig, rendezvous: Path, dead: int, rank: int) -> None:

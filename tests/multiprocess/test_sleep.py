@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.banks import check_looked_up
 from support.faults import FaultyDriver
 from support.groups import (
     PAGE,
@@ -45,6 +46,9 @@ def modes(config: DWDPConfig) -> list[Mode]:
 def check(runtime: DWDPRuntime, model: Model) -> None:
     for mode in modes(runtime.config):
         check_pass(runtime, model, mode=mode, tokens=7)
+    if runtime.config.expert_bank:
+        for _ in range(2):  # as they come into the bank, and there
+            check_looked_up(runtime, model, 0, 5, 10)
     runtime.check_integrity(verify=runtime.config.checksums)
 
 
@@ -116,8 +120,9 @@ def route(runtime: DWDPRuntime) -> int:
         DWDPConfig(group_size=3, num_local_experts=6, checksums=True),
         DWDPConfig(group_size=2, mode="in_place", prefetch_depth=0, checksums=True),
         replace(CONFIG, mode="auto", resident_cache=30 * PAGE),
+        replace(CONFIG, mode="auto", expert_bank=4 * 3 * PAGE),
     ],
-    ids=["alone", "with host memory", "three", "overlap", "in place", "cache"],
+    ids=["alone", "with host memory", "three", "overlap", "in place", "cache", "bank"],
 )
 def test_every_byte_is_back_at_its_address(config: DWDPConfig, tmp_path: Path) -> None:
     with published(config, tmp_path, OLD) as runtimes:
@@ -315,6 +320,16 @@ def test_ranks_that_do_different_things_do_none(
 
 
 # -- without keeping ---------------------------------------------------------------------------------------------------
+def test_a_bank_has_nothing_of_weights_that_were_given_up(tmp_path: Path) -> None:
+    with published(replace(CONFIG, expert_bank=4 * 3 * PAGE), tmp_path, OLD) as runtimes:
+        for runtime in runtimes:
+            check(runtime, OLD)
+        for call in (give_up, wake, update):
+            together(runtimes, call)
+        for runtime in runtimes:
+            check(runtime, NEW)
+
+
 def test_weights_that_were_given_up_are_read_once_all_are_written(tmp_path: Path) -> None:
     with published(replace(CONFIG, resident_cache=20 * PAGE), tmp_path, OLD) as runtimes:
         cached = [route(runtime) for runtime in runtimes]

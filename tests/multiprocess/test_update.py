@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.banks import check_looked_up
 from support.doors import UnixPlace, answer_to, request
 from support.faults import FaultyDriver
 from support.groups import PAGE, Model, check_pass, in_threads, join, published, random_model
@@ -42,8 +43,9 @@ def shards(runtime: DWDPRuntime, model: Model) -> dict[tuple[int, str, int | str
         replace(CONFIG, host_experts=0, num_local_experts=6),
         DWDPConfig(group_size=2, assembly="tensor_list"),
         replace(CONFIG, resident_cache=30 * PAGE),
+        replace(CONFIG, expert_bank=5 * 3 * PAGE),
     ],
-    ids=["host", "overlap", "tensor-list", "cache"],
+    ids=["host", "overlap", "tensor-list", "cache", "bank"],
 )
 def test_every_rank_reads_the_new_bytes(config: DWDPConfig, tmp_path: Path) -> None:
     with published(config, tmp_path, OLD) as runtimes:
@@ -56,6 +58,10 @@ def test_every_rank_reads_the_new_bytes(config: DWDPConfig, tmp_path: Path) -> N
                 if config.resident_cache:  # the next model is read there too
                     fill_cache(runtime)
                     assert (runtime.stats().cache or NO_CACHE).used_bytes > 0
+                if config.expert_bank:
+                    for _ in range(2):  # as they come into the bank, and there
+                        check_looked_up(runtime, model, 0, 5, 10)
+                    runtime.check_integrity(verify=True)
 
 
 def fill_cache(runtime: DWDPRuntime) -> None:

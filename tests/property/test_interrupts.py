@@ -19,6 +19,7 @@ from support.subjects import (
     Close,
     GiveUp,
     Group,
+    LookUp,
     MakeDriver,
     Pass,
     PassGoneOn,
@@ -56,6 +57,7 @@ MODES: dict[str, dict[str, Any]] = {
     "in place": {"mode": "in_place"},
     "in place alone": {"mode": "in_place", "prefetch_depth": 0},
     "auto": {"mode": "auto", "resident_cache": 4 * PAGE},
+    "bank": {"mode": "in_place", "expert_bank": 5 * 3 * PAGE},  # two experts of each layer
 }
 
 
@@ -86,6 +88,13 @@ def test_acquire_and_release_in_a_group(config: DWDPConfig, most: int) -> None:
     sweep(lambda: Pass(config, FailingDriver, OUT_OF_ORDER, None), lambda at: Interrupter(at), most=most)
 
 
+@pytest.mark.parametrize("how", ["line", "signal"])
+@pytest.mark.parametrize(("config", "most"), [(HOST, 60), (PAIR, 20)], ids=["one", "two"])
+def test_look_up(config: DWDPConfig, most: int, how: How) -> None:
+    config = replace(config, **MODES["bank"])
+    sweep(lambda: LookUp(config, FailingDriver, OUT_OF_ORDER, None), lambda at: Interrupter(at, how), most=most)
+
+
 @pytest.mark.parametrize("mode", ["staged", "in_place"])
 def test_reset(issuer: tuple[DWDPConfig, MakeDriver], mode: Mode) -> None:
     config, driver = issuer
@@ -98,7 +107,7 @@ def test_trace(issuer: tuple[DWDPConfig, MakeDriver]) -> None:
     sweep(lambda: Traced(config, driver, IN_ORDER, None), lambda at: Interrupter(at, "signal"), most=40)
 
 
-@pytest.mark.parametrize("mode", ["two slots", "auto"])
+@pytest.mark.parametrize("mode", ["two slots", "auto", "bank"])
 @pytest.mark.parametrize("how", ["line", "signal"])
 def test_update(mode: str, how: How) -> None:
     sweep(lambda: Update(replace(HOST, **MODES[mode]), FailingDriver), lambda at: Interrupter(at, how), most=60)
@@ -122,9 +131,10 @@ def test_update_of_a_group(subject: type[Update]) -> None:
 
 
 @pytest.mark.parametrize("how", ["line", "signal"])
+@pytest.mark.parametrize("mode", ["auto", "bank"])
 @pytest.mark.parametrize("subject", [Sleep, GiveUp, Wake])
-def test_sleep_and_wake(subject: type[Any], how: How) -> None:
-    config = replace(HOST, mode="auto", resident_cache=4 * PAGE)
+def test_sleep_and_wake(subject: type[Any], mode: str, how: How) -> None:
+    config = replace(HOST, **MODES[mode])
     sweep(lambda: subject(config, FailingDriver), lambda at: Interrupter(at, how), most=5)
 
 
@@ -161,7 +171,7 @@ def test_refresh_cache(how: How) -> None:
 
 
 @pytest.mark.parametrize("driver", [FailingDriver, NativeDriver])
-@pytest.mark.parametrize("mode", ["two slots", "auto"])
+@pytest.mark.parametrize("mode", ["two slots", "auto", "bank"])
 @pytest.mark.parametrize("subject", [Publish, Close])
 def test_publish_and_close(subject: type[Any], mode: str, driver: MakeDriver) -> None:
     config = replace(HOST, **MODES[mode])
@@ -208,6 +218,11 @@ def test_a_driver_call_of_a_pass(issuer: tuple[DWDPConfig, MakeDriver], mode: st
     _faults(Pass, replace(config, **MODES[mode]), driver, error, OUT_OF_ORDER, None)
 
 
+@pytest.mark.parametrize("error", [DriverError, KeyboardInterrupt])
+def test_a_driver_call_of_look_up(error: type[BaseException]) -> None:
+    _faults(LookUp, replace(HOST, **MODES["bank"]), FailingDriver, error, OUT_OF_ORDER, None)
+
+
 def test_a_pass_goes_on_after_a_call_that_failed(issuer: tuple[DWDPConfig, MakeDriver]) -> None:
     config, driver = issuer
     _faults(PassGoneOn, config, driver, DriverError, OUT_OF_ORDER, None)
@@ -226,9 +241,16 @@ def test_a_driver_call_of_what_comes_seldom(subject: type[Any], error: type[Base
 
 
 @pytest.mark.parametrize("error", [DriverError, KeyboardInterrupt])
+@pytest.mark.parametrize("subject", [Update, Publish, Close])
+def test_a_driver_call_of_what_comes_seldom_with_a_bank(subject: type[Any], error: type[BaseException]) -> None:
+    _faults(subject, replace(HOST, **MODES["bank"]), FailingDriver, error)
+
+
+@pytest.mark.parametrize("error", [DriverError, KeyboardInterrupt])
+@pytest.mark.parametrize("mode", ["auto", "bank"])
 @pytest.mark.parametrize("subject", [Sleep, GiveUp, Wake])
-def test_a_driver_call_of_sleep_and_wake(subject: type[Any], error: type[BaseException]) -> None:
-    _faults(subject, replace(HOST, mode="in_place", resident_cache=4 * PAGE), FailingDriver, error, most=8)
+def test_a_driver_call_of_sleep_and_wake(subject: type[Any], mode: str, error: type[BaseException]) -> None:
+    _faults(subject, replace(HOST, **MODES[mode]), FailingDriver, error, most=8)
 
 
 @pytest.mark.parametrize("error", [DriverError, KeyboardInterrupt])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from support.bank_model import BankModel
-from support.groups import Model
+from support.groups import Model, same_bytes
 from vmm_dwdp import DWDPRuntime
 from vmm_dwdp.config import Mode
 
@@ -48,3 +48,15 @@ def look_up_and_check(
             assert torch.equal(read.view(torch.uint8), whole[chosen.flatten().long()].view(torch.uint8))
             assert torch.equal(weights[name].view(torch.uint8), whole.view(torch.uint8))  # type: ignore[union-attr]
         del found, weights, read
+
+
+def check_looked_up(runtime: DWDPRuntime, model: Model, *experts: int) -> None:
+    """A pass in place whose tokens choose one of ``experts`` each: what it is told to read has their bytes."""
+    chosen = torch.tensor(experts, device=runtime.device)[:, None]
+    for number, weights in model.items():
+        with runtime.layer(number, mode="in_place", tokens=len(experts)):
+            found, rows = runtime.look_up(number, chosen)
+            read = {name: found[name][rows.flatten()] for name in weights}  # type: ignore[index]
+            del found
+        for name, whole in weights.items():
+            assert same_bytes(read[name], whole[list(experts)]), (runtime.rank, number, name)

@@ -136,6 +136,16 @@ class Side:
     def release(self, layer: Any) -> None:
         self._made.release(layer)
 
+    def looked_up(self, layer: int, chosen: list[int], **options: Any) -> dict[str, str]:
+        """The digest of what each weight has of the chosen experts, one a token, in their order."""
+        with self._made.layer(layer, **options):
+            weights, rows = self._made.look_up(layer, torch.tensor(chosen)[:, None])
+            found = {}
+            for name, value in weights.items():
+                whole = torch.cat(value) if isinstance(value, list) else value
+                found[name] = digest(whole[rows.flatten()])
+        return found
+
     def tensor_list(self, layer: Any, weight: Any) -> str:
         parts = self._made.tensor_list(layer, weight)
         assert len(parts) <= 3

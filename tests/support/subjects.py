@@ -58,9 +58,13 @@ def modes(config: DWDPConfig) -> list[Mode]:
 
 
 def found(runtime: DWDPRuntime, layer: int, mode: Mode | None) -> set[tuple[str, int]]:
-    """Which weights an acquired layer has: their age, and the layer whose they are."""
+    """Which weights an acquired layer has: their age, and the layer whose they are. They are looked up if there is a
+    bank."""
     with runtime.layer(layer, mode=mode, tokens=7) as weights:
         whole = weights["w"]
+        if runtime.config.expert_bank:
+            weights, rows = runtime.look_up(layer, torch.arange(6)[:, None])
+            whole = weights["w"][rows.flatten()]  # type: ignore[index]
         if isinstance(whole, list):
             whole = torch.cat(whole)
         if runtime.config.movable_experts:
@@ -194,6 +198,37 @@ class PassGoneOn(Pass):
             except DriverError:
                 self.runtime.reset()
                 return
+
+
+class LookUp(Pass):
+    """Passes that change what a bank holds: `reset` after an exception, and each row has the bytes of its expert."""
+
+    def __init__(self, config: DWDPConfig, make_driver: MakeDriver, order: Sequence[int], mode: Mode | None) -> None:
+        super().__init__(config, make_driver, order, mode)
+        self.chosen = itertools.cycle([[4, 0], [2, 5], [3, 5, 5]])
+
+    def operate(self) -> None:
+        for layer in self.order:
+            self.look_up(layer, next(self.chosen))
+
+    def look_up(self, layer: int, chosen: list[int]) -> None:
+        with self.runtime.layer(layer, mode="in_place", tokens=len(chosen)):
+            weights, rows = self.runtime.look_up(layer, torch.tensor(chosen)[:, None])
+            read = weights["w"][rows.flatten()]  # type: ignore[index]
+            del weights
+        assert same_bytes(read, OLD[layer]["w"][chosen]), f"of layer {layer}, {chosen} have other bytes"
+
+    def recover(self) -> None:
+        def recovered() -> None:
+            self.runtime.reset()
+            self.runtime.check_integrity(verify=self.config.checksums)
+            for chosen in ([2, 4], [3, 1], [5, 2]):
+                for layer in OLD:
+                    self.look_up(layer, chosen)
+            self.runtime.check_integrity(verify=self.config.checksums)
+
+        self.again(recovered)
+        super().recover()
 
 
 class Reset(Pass):

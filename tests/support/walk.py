@@ -108,6 +108,7 @@ class Walk(WalkedGroup):
         steps: dict[Callable[[Rank], None], int] = {
             self._pass: 30,
             self._stated_pass: 6,
+            self._look_up: 8,
             self._acquire: 20,
             self._release: 12,
             self._reset: 4,

@@ -77,6 +77,7 @@ class WalkedGroup:
         least = -(-(experts - hosted) // size)
         mode: Any = chance.choice(["staged", "in_place", "auto"]) if assembly == "vmm" else "staged"
         in_place = mode != "staged"
+        banked = in_place and chance.random() < 0.4
         config = DWDPConfig(
             group_size=size,
             prefetch_depth=chance.randint(0 if mode == "in_place" else 1, 3),
@@ -84,7 +85,8 @@ class WalkedGroup:
             host_experts=hosted,
             assembly=assembly,
             mode=mode,
-            resident_cache=chance.choice([0, 4, 50]) * PAGE if in_place else 0,
+            resident_cache=chance.choice([0, 4, 50]) * PAGE if in_place and not banked else 0,
+            expert_bank=chance.choice([50, 400]) * PAGE if banked else 0,  # at least a row of each layer
             checksums=chance.random() < 0.6,
             movable_experts=in_place and chance.random() < 0.8,
         )
@@ -106,7 +108,8 @@ class WalkedGroup:
         if assembly == "tensor_list":  # which takes no pages
             return auto, layers, experts - hosted  # type: ignore[return-value]
         nbytes = [(experts, tuple(s[1] * NUMBERS[d] for s, d in weights.values())) for weights in layers.values()]
-        counted = Counted(nbytes, size, config.prefetch_depth, PAGE, hosted, config.resident_cache)
+        kept = config.resident_cache + config.expert_bank
+        counted = Counted(nbytes, size, config.prefetch_depth, PAGE, hosted, kept)
         room = max(1, *(counted.takes(rank, number) for rank in range(size)))
         offers = [counted.most(rank, room, room) for rank in range(size)]
         settled = None if "equal" in offers else min(offers)
@@ -207,6 +210,19 @@ class WalkedGroup:
             self._compare(layer, found)
             rank.acquires += 1
 
+    def _look_up(self, rank: Rank) -> None:
+        """Layers of which some experts are looked up, in a bank if there is one; by many tokens nothing comes there."""
+        mode = self.chance.choice([None, *self._modes()])
+        experts = next(iter(self.layers.values()))["w0"][0][0]
+        favourites = self.chance.choices(range(experts), k=3)
+        for layer in self.chance.choices(self.numbers, k=4):
+            chosen = self.chance.choices([*favourites, *range(experts)], k=self.chance.choice([1, 3, 40]))
+            outcome = self.tell(rank, "looked_up", layer, chosen, mode=mode, tokens=len(chosen))
+            found = self._must(outcome, *self._allowed(rank, layer, mode or self.config.mode, len(chosen)))
+            if outcome.kind == "done":
+                self._compare(layer, found, chosen)
+                rank.acquires += 1
+
     def _chosen(self) -> Any:
         experts = next(iter(self.layers.values()))["w0"][0][0]
         if self.chance.random() < 0.5:
@@ -263,12 +279,18 @@ class WalkedGroup:
             return {*refusals, "StateError"} | (set() if refusals else {"done"})
         return refusals or {"done"}
 
-    def _compare(self, layer: int, found: dict[str, str]) -> None:
-        """Every byte, with what the candidates have; those that do not fit are none any more."""
+    def _compare(self, layer: int, found: dict[str, str], experts: list[int] | None = None) -> None:
+        """Every byte, of some ``experts`` or of all, with what the candidates have."""
+
+        def read(whole: bytes, of: int) -> bytes:
+            each = len(whole) // of
+            return whole if experts is None else b"".join(whole[at * each : (at + 1) * each] for at in experts)
+
+        shapes = self.layers[layer].items()
         fitting = [
             model
             for model in self.candidates
-            if found == {name: digest(model[layer, name]) for name in self.layers[layer]}
+            if found == {name: digest(read(model[layer, name], shape[0])) for name, (shape, _) in shapes}
         ]
         if not fitting:
             raise Wrong(f"layer {layer} has other bytes than the model")

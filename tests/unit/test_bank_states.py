@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from support.groups import PAGE, add_layers, check_pass, fill_shards, join, rand
 
 from vmm_dwdp import ConfigError, DWDPConfig, DWDPRuntime, StateError
 from vmm_dwdp.allocator.driver import EventId, StreamId
+from vmm_dwdp.kernels.bank import look_up
+from vmm_dwdp.kernels.bank_table import BankTable
+from vmm_dwdp.memory import bank as memory_bank
 from vmm_dwdp.observe.stats import BankCounts, BankStats
 
 EXPERTS = 6  # of 4000 bytes: three of them take three pages
@@ -51,6 +55,30 @@ def test_what_was_used_is_in_the_bank_from_then_on(runtime: DWDPRuntime) -> None
     assert runtime.bank_counts()[1] == BankCounts(uses=8, hits=3, copied=4)
     assert runtime.bank_counts()[0] == BankCounts(0, 0, 0)
     runtime.check_integrity(verify=True)
+
+
+def test_every_form_of_the_kernels_is_launched_before_the_first_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A capture may have that. On a GPU: tests/gpu/test_bank_on_gpu.py."""
+    launched = []
+
+    def recorded(
+        table: BankTable, chosen: torch.Tensor, weights: Sequence[torch.Tensor], *, copies: bool
+    ) -> torch.Tensor:
+        launched.append((table, [weight.data_ptr() for weight in weights], chosen.dtype, copies))
+        return look_up(table, chosen, weights, copies=copies)
+
+    monkeypatch.setattr(memory_bank, "look_up", recorded)
+    with join(CONFIG, 0, tmp_path / "rendezvous", MODEL) as runtime:
+        before = launched.copy()
+        for layer, chosen in itertools.product(MODEL, (experts(2), experts(*[4] * 33))):
+            for ids in (chosen, chosen.int()):
+                with runtime.layer(layer):
+                    runtime.look_up(layer, ids)
+        assert all(form in before for form in launched)
+        assert len(launched) == 2 * len(before) == 2 * 4 * 4
+        assert runtime.bank_counts()[0] == BankCounts(uses=4, hits=1, copied=1)
 
 
 def test_the_tensor_by_expert_and_the_wider_one_share_their_bytes(runtime: DWDPRuntime) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.banks import check_looked_up
 from support.faults import DOING, UNDOING, FaultyCudaDriver, FaultyDriver
 from support.groups import PAGE, Model, add_layers, check_pass, fill_shards, random_model
 
@@ -28,20 +29,23 @@ DRIVERS = {"cpu": FaultyDriver, "cuda": FaultyCudaDriver}
 SCENARIOS = {
     "host": DWDPConfig(group_size=1, host_experts=3, mode="in_place"),
     "cache": DWDPConfig(group_size=1, host_experts=3, mode="in_place", prefetch_depth=1, resident_cache=4 * PAGE),
+    "bank": DWDPConfig(group_size=1, host_experts=3, mode="in_place", prefetch_depth=1, expert_bank=12 * PAGE),
     "pair": DWDPConfig(group_size=2, host_experts=2, slice_bytes=64),  # two other owners, whose slices a thread gives
     "list": DWDPConfig(group_size=2, assembly="tensor_list"),
 }
 CASES = [
     *(("cpu", scenario) for scenario in SCENARIOS),
     # Legacy CUDA IPC opens no allocation in the process that made it, and here both ranks are threads of one.
-    *(pytest.param("cuda", scenario, marks=pytest.mark.gpu) for scenario in ("host", "cache", "pair")),
+    *(pytest.param("cuda", scenario, marks=pytest.mark.gpu) for scenario in ("host", "cache", "bank", "pair")),
 ]
 
 
 def _config(device: str, scenario: str) -> DWDPConfig:
-    """A cache of a few pages on either."""
+    """A cache or a bank of a few pages on either."""
     config = SCENARIOS[scenario]
-    return replace(config, resident_cache=4 << 20) if device == "cuda" and config.resident_cache else config
+    if device == "cuda" and config.resident_cache:
+        return replace(config, resident_cache=4 << 20)
+    return replace(config, expert_bank=12 << 20) if device == "cuda" and config.expert_bank else config
 
 
 def _life(config: DWDPConfig, rank: int, rendezvous: str, driver: Driver, timeout: float) -> Ledger:
@@ -61,6 +65,9 @@ def _life(config: DWDPConfig, rank: int, rendezvous: str, driver: Driver, timeou
         if config.resident_cache:
             for favourite in (4, 2):
                 _refresh(runtime, favourite)
+        if config.expert_bank:
+            check_looked_up(runtime, model, 2, 3)
+            check_looked_up(runtime, model, 4, 2)
         runtime.close()
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # tensors that the loader held would keep their memory

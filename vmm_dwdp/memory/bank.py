@@ -17,6 +17,7 @@ in place, and what is used comes into the bank anew.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Final
 
@@ -133,6 +134,16 @@ class Bank:
         return len(self._layouts)
 
     # -- passes --------------------------------------------------------------------------------------------------------
+    def warm_up(self) -> None:
+        """Launch every form of the kernels of every layer on the current stream, for no expert: a capture, in which
+        nothing can be compiled nor loaded, may have the first pass. Waits for the device: passes may be on any
+        stream."""
+        for number, table in self._tables.items():
+            for dtype, copies in itertools.product((torch.int32, torch.int64), (False, True)):
+                nobody = torch.full((1, 1), -1, dtype=dtype, device=self._driver.device)
+                look_up(table, nobody, list(self._weights[number].values()), copies=copies)
+        self._driver.synchronize()
+
     def look_up(self, number: int, chosen: Tensor) -> tuple[dict[str, Tensor], Tensor] | None:
         """Work for the current stream: the tensors ``[S + E, ...]`` of a layer, and where in them each of the
         ``chosen`` experts ``[tokens, top_k]`` is read. ``None`` if the layer has no rows, as nothing of it is remote.

@@ -78,6 +78,7 @@ class InPlace:
         self._read: Event | None = None  # recorded there; see [Note: The order of passes over a bank]
         if self._bank is not None:
             self._read = self._resources.push(Event(driver, ledger, "the bank was read"))
+            self._bank.warm_up()
         self._routing: RoutingCounts | None = None
         if self._cache is not None or config.movable_experts:
             num_experts = {each.layer.number: each.layer.placement.num_experts for each in layers}

@@ -19,6 +19,27 @@ BUGS: Final = (
         _PLANNER,
     ),
     Bug(
+        "in Triton, an expert that is read now leaves the bank",
+        "kernels/triton/bank.py",
+        " + tl.where(used & held, PINNED, 0)\n",
+        " + tl.where(used & held, 0, 0)\n",
+        _PLANNER,
+    ),
+    Bug(
+        "an expert is said to be in the bank before its bytes are",
+        "kernels/bank.py",
+        "        for weight in weights:\n",
+        "        table.rows[coming] = free[: len(coming)]\n        for weight in weights:\n",
+        _PLANNER,
+    ),
+    Bug(
+        "a form of a bank's kernels is compiled when it is first used",
+        "vmm_dwdp/memory/bank.py",
+        "itertools.product((torch.int32, torch.int64), (False, True))",
+        "itertools.product((torch.int64,), (False, True))",
+        _STATES,
+    ),
+    Bug(
         "own experts come into the bank",
         "kernels/bank.py",
         "    remote[table.own.start : table.own.stop] = False\n",

@@ -159,6 +159,21 @@ def whole_life(folder: Path) -> None:
         assert runtime.close().open() == []
 
 
+def life_with_a_bank(folder: Path) -> None:
+    """Neither experts that move nor a resident cache go with it."""
+    stated = DWDPConfig(group_size=1, host_experts=4, mode="in_place", expert_bank=20 * PAGE)
+    runtime = watched(stated, 0, "cpu", folder / "bank", driver=HostDriver(PAGE, 1))
+    add_layers(runtime, MODELS[0])
+    fill_shards(runtime, MODELS[0])
+    runtime.publish()
+    chosen = torch.tensor([[5], [0]])
+    with runtime.layer(0):
+        weights, rows = runtime.look_up(0, chosen)
+        assert same_bytes(weights["w"][rows.flatten()], MODELS[0][0]["w"][chosen.flatten()])
+    assert runtime.bank_counts().keys() == MODELS[0].keys()
+    assert runtime.close().open() == []
+
+
 @pytest.mark.parametrize("current", [None, 0, 1, 2])
 def test_every_public_call_leaves_the_current_device_as_it_was(current: int | None, tmp_path: Path) -> None:
     """``current`` is the caller's device; ``None``: it is in a thread that has no context."""
@@ -166,9 +181,11 @@ def test_every_public_call_leaves_the_current_device_as_it_was(current: int | No
     def work() -> None:
         if current is None:
             whole_life(tmp_path)
+            life_with_a_bank(tmp_path)
             return
         with HostDriver(PAGE, current).current():
             whole_life(tmp_path)
+            life_with_a_bank(tmp_path)
             assert host_context.current_device() == current
 
     Watched.made.clear()

@@ -157,6 +157,38 @@ def test_triton_plans_and_copies_as_the_model() -> None:
         assert model.counts[2] > case["rows"] or case["rows"] == case["experts"], "nobody has left the bank"
 
 
+def test_what_is_there_and_is_used_now_stays_though_another_was_used_more() -> None:
+    """Expert 1 was used more, in passes that copied nothing; it comes once expert 0 is not used."""
+    passes = [([[0]], True), *[([[1]], False)] * 3, ([[0, 1]], True), ([[1]], True)]
+    held = [[0, -1]] * 5 + [[-1, 0]]
+    case = {"experts": 2, "rows": 1, "own": (0, 0), "sizes": [16], "dtype": "int64", "programs": 1, "passes": passes}
+    (told,) = python(TRITON, given=[case], TRITON_INTERPRET="1")
+    assert [rows for _, rows, _ in told] == held
+    table = BankTable.empty(2, 1, range(0), CPU)
+    for (chosen, copies), rows in zip(passes, held, strict=True):
+        look_up(table, torch.tensor(chosen), [], copies=copies)
+        assert table.rows.tolist() == rows
+
+
+class Interrupted:
+    """A weight of which nothing is copied any more."""
+
+    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_copy_leaves_no_expert_in_a_row_that_has_not_its_bytes() -> None:
+    table = BankTable.empty(4, 2, range(0), CPU)
+    weight = torch.arange(2 + 4)
+    look_up(table, torch.tensor([[0, 1]]), [weight], copies=True)
+    weights: list[Any] = [Interrupted(), weight]
+    with pytest.raises(KeyboardInterrupt):
+        look_up(table, torch.tensor([[2, 3]]), weights, copies=True)
+    assert all(weight[row] == weight[2 + expert] for expert, row in enumerate(table.rows.tolist()) if row >= 0)
+    assert look_up(table, torch.tensor([[2, 3]]), [weight], copies=True).tolist() == [[0, 1]]
+    assert weight.tolist() == [4, 5, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_triton_kernels_compile(capability: int) -> None:
     assert len(python(COMPILE, str(capability))) == 2 * 5

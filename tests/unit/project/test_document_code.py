@@ -89,6 +89,12 @@ AROUND = {
         instead=(("runtime.refresh_cache()", "runtime.release(layer); runtime.refresh_cache()"),),
         printed=("2097152",),
     ),
+    ("decode.md", 2): Around(
+        RUNTIME.replace("host_experts=2", "host_experts=4, mode='in_place', expert_bank=8 << 20")
+        + "layer, x, chosen = 0, torch.zeros(3, 8), torch.tensor([[3], [0], [3]])",
+        "print(rows.tolist(), len(weights['w'])); runtime.close()",
+        printed=("[[1], [0], [1]] 8",),
+    ),
     ("kernels.md", 0): Around(
         before=OPERANDS,
         after="torch.testing.assert_close(out[0], weight[0] @ x[0]); print(len(providers()) > 5, Scales.__name__)",
