@@ -9,7 +9,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 from crossovers import Row
 from moe_stack import Stack, dwdp
-from rank_copies import LAYERS, copy_pass, copying, fetched_nbytes, moved
+from rank_copies import LAYERS, alone_and_beside, copy_pass, fetched_nbytes, moved
 from ranks import Place, Together, collectives, steady
 
 from vmm_dwdp import DWDPConfig
@@ -57,14 +56,11 @@ def _beside_rank(place: Place, stack: Stack, group_size: int, folder: str, rank:
         }
         for what, measure in measures.items():
             times: dict[str, list[float]] = {"alone": [], "beside copies": []}
-            for way in ("alone", "beside copies", "alone"):
-                dist.barrier()
-                with copying(place, runtime, stack, device) if way == "beside copies" else nullcontext():
-                    before, begun = _cpu_seconds(ISSUING), time.monotonic()
-                    times[way].append(measure())
-                    if way == "beside copies":
-                        share = (_cpu_seconds(ISSUING) - before) / (time.monotonic() - begun)
-                    dist.barrier()  # the copies go on until every rank has measured
+            for way in alone_and_beside(place, runtime, stack, device):
+                before, begun = _cpu_seconds(ISSUING), time.monotonic()
+                times[way].append(measure())
+                if way == "beside copies":
+                    share = (_cpu_seconds(ISSUING) - before) / (time.monotonic() - begun)
             alone, with_copies = (statistics.mean(times[way]) for way in times)
             row = {"what": what, "rank": rank, "alone": alone, "beside copies": with_copies}
             rows.append(row | {"beside / alone": with_copies / alone, "of a core, the issuing thread": share})

@@ -131,17 +131,22 @@ def _slowdown_rank(place: Place, stack: Stack, group_size: int, folder: str, ran
         dwdp(stack, config, rank, device, Path(folder, "slowdown"), driver=place.driver(rank)) as (runtime, _),
     ):
         for name, product in products(stack, device, place.tiny).items():
-            # Alone, beside copies, and alone again: clocks fall while a GPU computes.
             times: dict[str, list[float]] = {"alone": [], "beside copies": []}
             clocks: dict[str, int] = {}
-            for way in ("alone", "beside copies", "alone"):
-                dist.barrier()
-                with copying(place, runtime, stack, device) if way == "beside copies" else nullcontext():
-                    times[way].append(timed(place, product))
-                    clocks[way] = clock_while(place, device, product)
-                    dist.barrier()  # the copies go on until every rank has timed its product
+            for way in alone_and_beside(place, runtime, stack, device):
+                times[way].append(timed(place, product))
+                clocks[way] = clock_while(place, device, product)
             rows.append({"product": name, "rank": rank} | beside(times) | {f"MHz {way}": clocks[way] for way in times})
     return rows
+
+
+def alone_and_beside(place: Place, runtime: DWDPRuntime, stack: Stack, device: torch.device) -> Iterator[str]:
+    """ "alone", "beside copies", and "alone" again, as clocks fall while a GPU computes: all ranks measure so."""
+    for way in ("alone", "beside copies", "alone"):
+        dist.barrier()
+        with copying(place, runtime, stack, device) if way == "beside copies" else nullcontext():
+            yield way
+            dist.barrier()  # the copies go on until every rank has measured
 
 
 def beside(times: dict[str, list[float]]) -> Row:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support.bank_model import BankModel
+from support.gemms import GEMMS, Gemm, our_gemm
 from support.groups import add_layers, fill_shards
 from torch import Tensor
 
 from vmm_dwdp import HOST, DWDPConfig, DWDPRuntime
-from vmm_dwdp.kernels import grouped_gemm, tensor_list_grouped_gemm
-from vmm_dwdp.kernels.contiguous import PROVIDERS
 from vmm_dwdp.kernels.triton import bank as kernels
 
 pytestmark = pytest.mark.gpu
@@ -24,31 +22,6 @@ EXPERTS, HOST_EXPERTS, TOP_K, SIZE, LAYERS = 16, 13, 4, 768, 5  # 1.1 MiB an exp
 CONFIG = DWDPConfig(
     group_size=1, host_experts=HOST_EXPERTS, mode="auto", expert_bank=LAYERS * 2 * (8 << 20), checksums=True
 )  # six or seven experts of each weight: fewer than three tokens choose
-
-Gemm = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def torch_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
-
-
-def our_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return tensor_list_grouped_gemm(x, [weight], ends, provider="triton")
-
-
-def flashinfer_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return grouped_gemm(x, weight, ends, provider="flashinfer")
-
-
-FLASHINFER = next(provider for provider in PROVIDERS if provider.name == "flashinfer")
-GEMMS = pytest.mark.parametrize(
-    "gemm",
-    [
-        torch_gemm,
-        our_gemm,
-        pytest.param(flashinfer_gemm, marks=pytest.mark.skipif(bool(FLASHINFER.missing()), reason="no FlashInfer")),
-    ],
-)
 
 
 def random_weights(seed: int) -> dict[int, dict[str, Tensor]]:

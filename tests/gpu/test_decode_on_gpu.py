@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+from support.gemms import GEMMS, Gemm, torch_gemm
 from support.groups import add_layers, fill_shards
 from torch import Tensor
 
 from vmm_dwdp import DWDPConfig, DWDPRuntime
 from vmm_dwdp.config import ModeSetting
-from vmm_dwdp.kernels import contiguous, grouped_gemm, tensor_list_grouped_gemm
 
 pytestmark = pytest.mark.gpu
 
 EXPERTS, TOP_K, SIZE, LAYERS = 16, 4, 768, 5  # 1.1 MiB an expert: page borders fall inside of experts
-
-Gemm = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def torch_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
-
-
-def our_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return tensor_list_grouped_gemm(x, [weight], ends, provider="triton")
-
-
-def flashinfer_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return grouped_gemm(x, weight, ends, provider="flashinfer")
-
-
-FLASHINFER = next(provider for provider in contiguous.PROVIDERS if provider.name == "flashinfer")
-GEMMS = pytest.mark.parametrize(
-    "gemm",
-    [
-        torch_gemm,
-        our_gemm,
-        pytest.param(flashinfer_gemm, marks=pytest.mark.skipif(bool(FLASHINFER.missing()), reason="no FlashInfer")),
-    ],
-)
 
 
 class Model:
