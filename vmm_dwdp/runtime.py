@@ -196,7 +196,8 @@ class DWDPRuntime(Together):
         """Where the experts that tokens chose are to be read: in the bank, if there is one and they are in it.
 
         To be called once between `acquire` and `release` of ``layer``, in any mode, eager or captured. With an
-        ``expert_bank`` the device works out which experts come into it, and copies them; nothing waits.
+        ``expert_bank`` the device works out which experts come into it, and copies them; nothing waits. With
+        ``movable_experts`` rows are those of `logical_to_physical`; else, without a bank, experts.
 
         Args:
             chosen: int32 or int64 ``[tokens, top_k]`` on the device, as the current stream makes it; what is no expert

@@ -40,6 +40,10 @@ def check_experts(runtime: DWDPRuntime, model: Model, mode: Mode | None = None) 
         with runtime.layer(number, mode=mode, tokens=7) as found:
             for name, reference in weights.items():
                 assert same_bytes(found[name][rows], reference), (runtime.rank, number, name, mode)  # type: ignore[call-overload]
+            everyone = torch.tensor([[*range(len(rows)), -1]], device=runtime.device)
+            looked_up = runtime.look_up(number, everyone)
+            assert looked_up.rows.tolist() == [[*rows, -1]]
+            assert looked_up.weights is found
 
 
 def check_held(runtimes: list[DWDPRuntime], model: Model) -> None:

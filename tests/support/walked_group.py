@@ -88,7 +88,7 @@ class WalkedGroup:
             resident_cache=chance.choice([0, 4, 50]) * PAGE if in_place and not banked else 0,
             expert_bank=chance.choice([50, 400]) * PAGE if banked else 0,  # at least a row of each layer
             checksums=chance.random() < 0.6,
-            movable_experts=in_place and chance.random() < 0.8,
+            movable_experts=in_place and not banked and chance.random() < 0.8,
         )
         weights = {
             f"w{i}": (chance.randint(1, 2600), chance.choice(list(NUMBERS))) for i in range(chance.randint(1, 2))

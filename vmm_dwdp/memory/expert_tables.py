@@ -39,6 +39,12 @@ class ExpertTables:
             self._tables[layer.number] = found
         return found
 
+    def rows(self, layer: Layer, chosen: torch.Tensor) -> torch.Tensor:
+        """Of the shape and dtype of ``chosen``: the row of each expert, -1 where it names none."""
+        table = self.table(layer)
+        valid = (chosen >= 0) & (chosen < len(table))
+        return table[chosen.where(valid, 0).long()].to(chosen.dtype).where(valid, -1)
+
     def change(self, order: ExpertOrder) -> None:
         """From now on experts are there. The device is idle, and has it when this returns."""
         self.order = order

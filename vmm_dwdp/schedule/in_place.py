@@ -18,7 +18,7 @@ import torch
 
 from vmm_dwdp.allocator.driver import Driver, StreamId
 from vmm_dwdp.allocator.handles import Event, Ledger, ResourceStack
-from vmm_dwdp.config import DWDPConfig
+from vmm_dwdp.config import DWDPConfig, Mode
 from vmm_dwdp.errors import ConfigError, StateError
 from vmm_dwdp.memory.assembly import Assembly, Weights
 from vmm_dwdp.schedule.layer import ScheduledLayer
@@ -72,6 +72,7 @@ class InPlace:
         self._layers = layers
         self._cache = assembly.cache
         self._tables = assembly.tables
+        self._movable = config.movable_experts
         self._bank = assembly.bank
         self._resources = ResourceStack()
         self._reader: StreamId | None = None  # on which the bank was read last, but for graphs
@@ -80,7 +81,7 @@ class InPlace:
             self._read = self._resources.push(Event(driver, ledger, "the bank was read"))
             self._bank.warm_up()
         self._routing: RoutingCounts | None = None
-        if self._cache is not None or config.movable_experts:
+        if self._cache is not None or self._movable:
             num_experts = {each.layer.number: each.layer.placement.num_experts for each in layers}
             self._routing = RoutingCounts(num_experts, driver.device)
 
@@ -95,11 +96,14 @@ class InPlace:
         layer.looked_up = False
         layer.in_place += 1
 
-    def look_up(self, layer: ScheduledLayer, chosen: torch.Tensor, stream: StreamId) -> LookedUp:
-        """Where ``stream`` is to read the ``chosen`` experts of a layer that is acquired."""
+    def look_up(self, layer: ScheduledLayer, mode: Mode, chosen: torch.Tensor, stream: StreamId) -> LookedUp:
+        """Where ``stream`` is to read the ``chosen`` experts of a layer that is acquired in ``mode``."""
         number = layer.layer.number
-        if self._bank is None:
-            return LookedUp(layer.weights["in_place"], chosen)
+        if self._movable:
+            with self._after_current(stream, chosen):
+                return LookedUp(layer.weights[mode], self._tables.rows(layer.layer, chosen))
+        if self._bank is None or mode == "staged":
+            return LookedUp(layer.weights[mode], chosen)
         if layer.looked_up:
             raise StateError(
                 f"layer {number} was looked up since it was acquired: the rows that were told then could be others' now"

@@ -166,9 +166,9 @@ class Schedule:
         if (mode := self._mode_of(layer)) is None:
             raise StateError(f"layer {number} is not acquired: there is nothing to look up")
         require_choice(chosen, self._driver.device)
-        if mode == "staged" or self.in_place is None:
+        if self.in_place is None:
             return LookedUp(layer.weights[mode], chosen)
-        return self.in_place.look_up(layer, chosen, given_stream(stream, self._driver))
+        return self.in_place.look_up(layer, mode, chosen, given_stream(stream, self._driver))
 
     def require_mode(self, mode: ModeSetting) -> None:
         """Raise `ConfigError` unless the config provides for it."""

@@ -14,6 +14,13 @@ _LATEST = f"{_DEATHS}::test_what_was_being_moved_has_to_be_written_whole"
 
 BUGS: Final = (
     Bug(
+        "what is looked up is not mapped to where experts are",
+        "vmm_dwdp/schedule/in_place.py",
+        "        if self._movable:\n            with",
+        "        if self._movable and self._bank is not None:\n            with",
+        ("tests/multiprocess/test_rebalance.py",),
+    ),
+    Bug(
         "an expert that moves is read of the row that it comes to",
         "vmm_dwdp/group/rebalance.py",
         "source = before.rows_of(layer)[now[row]]",

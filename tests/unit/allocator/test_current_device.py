@@ -170,6 +170,7 @@ def life_with_a_bank(folder: Path) -> None:
     with runtime.layer(0):
         weights, rows = runtime.look_up(0, chosen)
         assert same_bytes(weights["w"][rows.flatten()], MODELS[0][0]["w"][chosen.flatten()])
+    del weights, rows
     assert runtime.bank_counts().keys() == MODELS[0].keys()
     assert runtime.close().open() == []
 
