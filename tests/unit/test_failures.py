@@ -88,20 +88,28 @@ def _refresh(runtime: DWDPRuntime, favourite: int) -> None:
 
 
 def _lives(config: DWDPConfig, driver: Driver) -> Ledger:
-    """A group whose rank 0 has ``driver``; the other rank, if there is one, comes once rank 0 listens."""
+    """A group whose rank 0 has ``driver``; the other rank, if there is one, comes once rank 0 listens.
+
+    What rank 0 raises has the other's error as a note: where that was refused first, its memory may be gone for rank 0.
+    """
     with tempfile.TemporaryDirectory() as rendezvous, ThreadPoolExecutor(1) as pool:
         first = pool.submit(_life, config, 0, rendezvous, driver, 20)
         if config.group_size == 1:
             return first.result()
         while not first.done() and not Path(rendezvous, "rank-0").exists():
             wait([first], timeout=0.005)
+        refused = ""
         if not first.done():
             try:
                 other = _life(config, 1, rendezvous, DRIVERS[driver.device.type](), 10)
             except (DriverError, ExchangeError) as error:  # it cannot go on without rank 0, or its memory is gone
-                other = error.ledger  # type: ignore[attr-defined]
+                other, refused = error.ledger, str(error)  # type: ignore[attr-defined]
             assert other.open() == []
-        return first.result()
+        try:
+            return first.result()
+        except DWDPError as error:
+            error.add_note(refused)
+            raise
 
 
 def _uses(device: str, scenario: str) -> dict[str, int]:
@@ -120,7 +128,7 @@ def test_a_failing_call_is_named_and_everything_is_undone(device: str, scenario:
                 ledger = _lives(_config(device, scenario), driver)
             except DWDPError as error:
                 ledger = error.ledger  # type: ignore[attr-defined]
-                told = str(error)
+                told = "\n".join([str(error), *getattr(error, "__notes__", ())])
                 assert f"{call} failed with INJECTED" in told
             else:
                 assert call in ("wait", "copy", "record"), "only a fetch may fail unnoticed, of a layer nobody acquires"

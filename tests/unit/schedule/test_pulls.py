@@ -283,7 +283,9 @@ def test_two_groups_of_a_process_have_lines_of_their_own(tmp_path: Path) -> None
         in_threads(lambda n: [check_pass([*model, *draft][n], OLD) for _ in range(2)], 6)
         staging = model[2]._schedule._staging
         assert staging is not None
-        staging.held()  # from now on its thread has nothing to do
+        staging.held()
+        while lines_of(model[0]).read()[0][2] != Line(0, (0, 0, 0)):
+            pass  # from then on its thread has nothing to say
         lines_of(model[2]).say(Line(0, (0, 7, 0)))
         in_threads(lambda rank: [check_pass(draft[rank], OLD) for _ in range(2)], 3)
         assert draft[2].close().open() == []
