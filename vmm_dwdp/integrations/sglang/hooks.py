@@ -194,7 +194,7 @@ def construct_model(original: _Original, *args: Any, **kwargs: Any) -> torch.nn.
     model: torch.nn.Module = original(*args, **kwargs)
     found = manager()
     if found is not None:
-        found.begin_loading()
+        found.begin_loading(model)
     return model
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.config import DWDPConfig, Mode
 from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.integrations.sglang import sizes
+from vmm_dwdp.integrations.sglang import shared_experts, sizes
 from vmm_dwdp.integrations.sglang.expert_layer import ExpertLayer
 from vmm_dwdp.integrations.sglang.expert_view import ViewedRuntime
 from vmm_dwdp.integrations.sglang.schemes import caution
@@ -113,17 +113,19 @@ class ExpertManager:
         self._layers.clear()
         self.cleanup()
 
-    def begin_loading(self) -> None:
-        """All layers are constructed: settle how many experts each rank holds, take the memory, and let SGLang's loader
+    def begin_loading(self, model: torch.nn.Module) -> None:
+        """All layers of ``model`` are constructed: settle how many experts each rank holds, take the memory, and let SGLang's loader
         write into it. Collective. A second call changes nothing. If it raises, the layers are as after `cleanup`.
 
         Raises:
-            ConfigError: the experts do not fit, or cannot be spread as stated.
+            ConfigError: the experts do not fit, or cannot be spread as stated; or a rank has a part of a shared expert.
             DWDPError: memory could not be had.
         """
         if self._runtime is not None:
             return
         try:
+            if self._stated.config.group_size > 1:
+                shared_experts.require_whole(model)
             with torch.device("cpu"):  # the default, for what is made here, is that of the model
                 self._runtime = ViewedRuntime(
                     self._config(), self._rank, self._device, self._group, driver=self._driver
