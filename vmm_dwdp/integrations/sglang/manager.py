@@ -114,8 +114,9 @@ class ExpertManager:
         self.cleanup()
 
     def begin_loading(self, model: torch.nn.Module) -> None:
-        """All layers of ``model`` are constructed: settle how many experts each rank holds, take the memory, and let SGLang's loader
-        write into it. Collective. A second call changes nothing. If it raises, the layers are as after `cleanup`.
+        """All layers of ``model`` are constructed: settle how many experts each rank holds, take the memory, and let
+        SGLang's loader write into it. Collective. A second call changes nothing. If it raises, the layers are as after
+        `cleanup`.
 
         Raises:
             ConfigError: the experts do not fit, or cannot be spread as stated; or a rank has a part of a shared expert.

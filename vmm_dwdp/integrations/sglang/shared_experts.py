@@ -10,8 +10,8 @@ from vmm_dwdp.errors import ConfigError
 def require_whole(model: torch.nn.Module) -> None:
     """Raise `ConfigError` if a rank has a part of a shared expert.
 
-    With ``--dwdp-size`` every rank has tokens of its own, and SGLang skips the sum that follows a MoE block. Some of its
-    models cut the shared expert over ``--tp-size`` all the same, and would go on with the output of a part.
+    With ``--dwdp-size`` every rank has tokens of its own, and SGLang skips the sum that follows a MoE block. Some of
+    its models cut the shared expert over ``--tp-size`` all the same, and would go on with the output of a part.
     """
     for name, module in model.named_modules():
         is_part = getattr(module, "reduce_results", True) is False and getattr(module, "tp_size", 1) > 1
