@@ -286,6 +286,9 @@ def main() -> None:
             for stack in chosen
             for row in stacks(place, stack, config, per_rank, preset, link_of_all, balanced=balanced)
         ]
+        if link_of_all is not None:  # a pass that is over before its copies can be
+            rates = [row | {"GB/s": link_of_all * row["copies ms"] / row["dwdp staged ms"]} for row in tables["stack"]]
+            require_within_link(rates, link_of_all, ["GB/s"])
         tables["crossover"] = crossovers(tables["stack"])
     if "slowdown" in wanted:
         tables["slowdown"] = slowdown(place, chosen[0], count)

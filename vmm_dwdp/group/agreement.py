@@ -45,9 +45,8 @@ from typing import Final, Literal, NamedTuple, cast, get_args
 
 Entry = tuple[int, str]  # its number among those of its rank; its nonce, or "" where nothing is under way
 Vector = tuple[Entry, ...]  # by rank
-Purpose = Literal[
-    "settle", "publish", "update", "give up", "sleep", "wake", "rebalance", "move"
-]  # see [Note: What an attempt is for]
+# See [Note: What an attempt is for].
+Purpose = Literal["settle", "publish", "update", "give up", "sleep", "wake", "rebalance", "move"]
 
 LAST_STEP: Final = 2  # the first tells that all have committed: see `Agreement.lost`
 UNFINISHED: Final = "an update was begun, and not finished"

@@ -72,10 +72,8 @@ class MovingMembership(SleepingMembership):
         assert self._exchange is not None
         self._routed = [count for layer in self._layers for count in routed[layer.number]]
         deadline = time.monotonic() + timeout
-        reading = self._update = Update(
-            self._driver, self.shards, self._rank, self._numbered, ()
-        )  # `close` waits for it
-        reading.end()
+        reading = self._update = Update(self._driver, self.shards, self._rank, self._numbered, ())
+        reading.end()  # nothing is written; `close` waits for what touches memory all the same
         try:
             with self._exchange.attempt("rebalance", "rebalance: its tokens are counted", deadline, str(most)):
                 told = self._told_by_all(self._exchange, deadline)

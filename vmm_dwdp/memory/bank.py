@@ -36,9 +36,8 @@ from vmm_dwdp.layout.layer import Layer
 from vmm_dwdp.memory.tensor_memory import TensorMemory
 from vmm_dwdp.observe.stats import BankCounts, BankStats
 
-MOST_COPIED: Final = (
-    32  # tokens of a pass up to which experts come into the bank; larger ones read what is not there in place
-)
+# Tokens of a pass up to which experts come into the bank; larger ones read what is not there in place.
+MOST_COPIED: Final = 32
 
 
 class Bank:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vmm_dwdp import ConfigError
+from vmm_dwdp.integrations.sglang import hooks
 from vmm_dwdp.integrations.sglang.shared_experts import require_whole
 
 
@@ -14,7 +15,8 @@ class RowParallelLinear(torch.nn.Module):
 
     def __init__(self, tp_size: int, *, reduce_results: bool) -> None:
         super().__init__()
-        self.tp_size, self.reduce_results = tp_size, reduce_results
+        self.input_size, self.input_size_per_partition = 64, 64 // tp_size
+        self.reduce_results = reduce_results
 
 
 def model(shared: str, tp_size: int, *, reduce_results: bool = False) -> torch.nn.Module:
@@ -33,3 +35,12 @@ def test_whole_ones_and_those_whose_parts_are_added_are_not() -> None:
     require_whole(model("shared_experts", 1))
     require_whole(model("shared_experts", 2, reduce_results=True))
     require_whole(model("experts", 2))
+
+
+def test_so_it_is_where_sglangs_own_dwdp_takes_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose shared experts would be fused if the plugin had not switched that off."""
+    monkeypatch.setattr(hooks, "_left_to_sglang", True)
+    with pytest.raises(ConfigError, match="its output would be wrong"):
+        hooks.construct_model(lambda: model("shared_experts", 2))
+    whole = model("shared_experts", 1)
+    assert hooks.construct_model(lambda: whole) is whole

@@ -69,6 +69,9 @@ _EXPECTED = (
     _Expected(f"{_FUSED_MOE}.weight_loader", ("param", "expert_id"), (_MAP, "_weight_loader_impl")),
     _Expected(f"{_FUSED_MOE}.{_MAP}", ("expert_id",)),
     _Expected(CONSTRUCT_MODEL),
+    _Expected(
+        "sglang.srt.layers.linear.RowParallelLinear.__init__", (), ("reduce_results", "input_size_per_partition")
+    ),
     _Expected(f"{_FUSED_MOE}.weight_loader_fused", ("param",), ()),
     _Expected(
         "sglang.srt.model_executor.model_runner.ModelRunner.maybe_init_dwdp",

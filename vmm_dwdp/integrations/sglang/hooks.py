@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.integrations.sglang import arguments, contract, remedies, settings
+from vmm_dwdp.integrations.sglang import arguments, contract, remedies, settings, shared_experts
 from vmm_dwdp.integrations.sglang.expert_layer import NO_UPDATES
 from vmm_dwdp.integrations.sglang.manager import ExpertManager
 from vmm_dwdp.integrations.sglang.schemes import NotServedError, scheme_of
@@ -104,7 +104,9 @@ def check_arguments(original: _Original, server_args: Any) -> Any:
         return original(server_args)
     settings.stated(dwdp_size)
     arguments.check(server_args, dwdp_size)
-    _set_argument(server_args, "disable_shared_experts_fusion", True)  # the shared one is of each token: on every GPU
+    _set_argument(
+        server_args, "disable_shared_experts_fusion", True
+    )  # a fused one would be one of those that are spread
     if dwdp_size <= 1:
         _set_argument(server_args, "disable_prefill_cuda_graph", True)  # captured in pieces; a pass is captured whole
     return original(server_args)
@@ -195,6 +197,8 @@ def construct_model(original: _Original, *args: Any, **kwargs: Any) -> torch.nn.
     found = manager()
     if found is not None:
         found.begin_loading(model)
+    elif _left_to_sglang:  # whose own DWDP skips the sum as well, and would have fused them but for us
+        shared_experts.require_whole(model)
     return model
 
 

@@ -14,8 +14,10 @@ def require_whole(model: torch.nn.Module) -> None:
     its models cut the shared expert over ``--tp-size`` all the same, and would go on with the output of a part.
     """
     for name, module in model.named_modules():
-        is_part = getattr(module, "reduce_results", True) is False and getattr(module, "tp_size", 1) > 1
-        if "shared_expert" in name and is_part:
+        # What `RowParallelLinear` keeps; see `contract`.
+        if "shared_expert" not in name or getattr(module, "reduce_results", True):
+            continue
+        if module.input_size_per_partition != module.input_size:
             raise ConfigError(
                 f"{type(model).__name__} cuts {name} over --tp-size, and with --dwdp-size nothing adds up the parts: "
                 "its output would be wrong; start without --dwdp-size"
