@@ -265,6 +265,17 @@ static PyObject *issuer_id(PyObject *object, void *unused) {
     return PyLong_FromLong(((IssuerObject *)object)->issuer.id);
 }
 
+static PyObject *issuer_whole(PyObject *object, void *unused) {
+    return PyBool_FromLong(((IssuerObject *)object)->issuer.gives_whole);
+}
+
+static int set_issuer_whole(PyObject *object, PyObject *value, void *unused) {
+    const int gives_whole = value ? PyObject_IsTrue(value) : 0;
+    if (gives_whole >= 0)
+        ((IssuerObject *)object)->issuer.gives_whole = gives_whole;
+    return gives_whole < 0 ? -1 : 0;
+}
+
 static PyMethodDef job_methods[] = {
     {"result", job_result, METH_NOARGS, "Wait until the driver was given everything, and raise what it refused."},
     {NULL},
@@ -292,6 +303,7 @@ static PyMethodDef issuer_methods[] = {
 };
 static PyGetSetDef issuer_members[] = {
     {"native_id", issuer_id, NULL, "The thread's number in the kernel.", NULL},
+    {"whole", issuer_whole, set_issuer_whole, "Whether nothing is chosen of what is submitted.", NULL},
     {NULL},
 };
 static PyType_Slot issuer_slots[] = {

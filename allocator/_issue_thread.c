@@ -68,15 +68,10 @@ static const char *give_lane(Issuer *issuer, const Lane *lane, int *result) {
     return (*result = issuer->record_event(lane->then, lane->stream, 0)) ? "cuEventRecordWithFlags" : NULL;
 }
 
-/* Whether some of its runs are to be chosen one by one. */
-static int has_choice(const Job *job) {
-    return job->num_chosen && !job->is_whole;
-}
-
 /* Give the lanes of which nothing is to be chosen. */
 static const char *give_whole(Issuer *issuer, const Job *job, int *result) {
     const char *call = NULL;
-    for (size_t i = 0; i < job->num_lanes - (has_choice(job) ? job->num_chosen : 0) && !call; i++)
+    for (size_t i = 0; i < job->num_lanes - (job->chooses ? job->num_chosen : 0) && !call; i++)
         call = give_lane(issuer, &job->lanes[i], result);
     return call;
 }
@@ -120,7 +115,7 @@ static Job *next_job(Issuer *issuer) {
         pthread_mutex_lock(&issuer->lock);
         await_work(issuer);
         pthread_mutex_unlock(&issuer->lock);
-    } else if (issuer->pulls.num_open == MAX_OPEN || !has_work(issuer) || !has_choice(issuer->first)) {
+    } else if (issuer->pulls.num_open == MAX_OPEN || !has_work(issuer) || !issuer->first->chooses) {
         return NULL;
     }
     Job *job = issuer->first;
@@ -149,7 +144,7 @@ static void work(Issuer *issuer) {
         if (job) {
             int result = 0;
             const char *call = give_whole(issuer, job, &result);
-            if (has_choice(job)) {
+            if (job->chooses) {
                 open[pulls->num_open] = job;
                 open_runs(pulls, job->lanes + job->num_lanes - job->num_chosen, job->num_chosen, call, result);
             } else {
@@ -209,6 +204,7 @@ int start_issuer(Issuer *issuer) {
 }
 
 void submit_job(Issuer *issuer, Job *job) {
+    job->chooses = job->num_chosen && !job->is_whole && !issuer->gives_whole;
     __atomic_store_n(&job->state, SUBMITTED, __ATOMIC_RELAXED);
     __atomic_fetch_add(&issuer->submitted, 1, __ATOMIC_SEQ_CST);
     job->next = __atomic_load_n(&issuer->pushed, __ATOMIC_RELAXED);

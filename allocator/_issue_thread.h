@@ -24,6 +24,7 @@ typedef struct Job { /* its memory, and the lanes', is the caller's, and stays w
     Lane *lanes;       /* first those that are given whole, then `num_chosen` whose runs are chosen one by one */
     size_t num_lanes, num_chosen;
     int is_whole;     /* for now nothing is chosen */
+    int chooses;      /* since it was submitted: whether runs are chosen */
     struct Job *next; /* in a list of what was submitted */
     int state;        /* atomic */
     const char *call; /* the one that failed */
@@ -38,6 +39,7 @@ typedef struct { /* its memory is the caller's, who states the first seven, and 
     void *context;
     Pulls pulls;
     ExchangeMode exchange_mode; /* NULL where nothing is chosen */
+    int gives_whole; /* what is submitted; of who submits */
     unsigned forks; /* as they were when this was started */
     pthread_t thread;
     Job *pushed;        /* what was submitted and not seen by the thread yet, the latest first; atomic */

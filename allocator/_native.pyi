@@ -10,6 +10,7 @@ class Job:
     def result(self) -> None: ...
 
 class Issuer:
+    whole: bool
     def __init__(
         self,
         set_current: int,

@@ -60,6 +60,14 @@ class CudaIssuingThread:
             choosing = lines, write_value, query_event, exchange_mode
         return cls(context, address("cuCtxSetCurrent", 4000), events, batch, choosing)
 
+    @property
+    def whole(self) -> bool:
+        return self._thread.whole
+
+    @whole.setter
+    def whole(self, whole: bool) -> None:
+        self._thread.whole = whole
+
     def job(self, lanes: Sequence[Lane]) -> _native.Job:
         kept: list[Any] = [*lanes]
         stated = [self._stated(lane, kept) for lane in sorted(lanes, key=lambda lane: lane.owner is not None)]

@@ -122,7 +122,10 @@ class IssuingThread(Protocol):
 
     Attributes:
         native_id: its number in the kernel.
+        whole: whether nothing is chosen of what is submitted, though there are runs.
     """
+
+    whole: bool
 
     @property
     def native_id(self) -> int: ...

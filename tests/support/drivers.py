@@ -180,6 +180,14 @@ class NativeThread:
         self.flush = self._thread.flush
         self.close = self._thread.close
 
+    @property
+    def whole(self) -> bool:
+        return self._thread.whole
+
+    @whole.setter
+    def whole(self, whole: bool) -> None:
+        self._thread.whole = whole
+
     def job(self, lanes: Sequence[Lane]) -> Any:
         stated = [self._stated(lane) for lane in sorted(lanes, key=lambda lane: lane.owner is not None)]
         return self._thread.job(tuple(stated), self)

@@ -36,25 +36,26 @@ class Job:
 
     Args:
         work: gives the lanes whole.
-        choosing: gives them run by run, if they have runs.
     """
 
-    def __init__(self, work: Callable[[], None], choosing: Callable[[], None] | None = None) -> None:
+    def __init__(self, work: Callable[[], None]) -> None:
         self.whole = False
         self.done = False
         self.work = work
-        self._choosing = choosing
         self._error: Exception | None = None
 
     def run(self) -> None:
         self._error = None
         try:
-            (self.work if self.whole else self._choosing or self.work)()
+            self._give()
         except DriverError as error:
             # Without its traceback: the caller's frames in it would hold on to the caller's tensors.
             self._error = error.with_traceback(None)
         else:
             self.done = True
+
+    def _give(self) -> None:
+        self.work()
 
     def result(self) -> None:
         if self._error is not None:
@@ -62,13 +63,19 @@ class Job:
 
 
 class _Awaited(Job):
-    """Work that another thread runs."""
+    """Work that another thread runs; ``choosing`` gives the lanes run by run, if they have runs."""
 
     def __init__(self, work: Callable[[], None], choosing: Callable[[], None] | None = None) -> None:
-        super().__init__(work, choosing)
+        super().__init__(work)
+        self._choosing = choosing or work
+        self._chooses = True
         self._over = threading.Event()
 
-    def submit(self, jobs: queue.SimpleQueue[_Awaited | None]) -> None:
+    def _give(self) -> None:
+        (self._choosing if self._chooses else self.work)()
+
+    def submit(self, jobs: queue.SimpleQueue[_Awaited | None], *, whole: bool) -> None:
+        self._chooses = not (whole or self.whole)
         self.done = False
         self._over.clear()
         jobs.put(self)
@@ -87,9 +94,14 @@ class _Awaited(Job):
 
 
 class Issuer(Protocol):
-    """Runs jobs one after another, in the order in which they were submitted."""
+    """Runs jobs one after another, in the order in which they were submitted.
+
+    Attributes:
+        whole: whether nothing is chosen of what is submitted, though there are runs.
+    """
 
     issued_by: IssuedBy
+    whole: bool
 
     def job(self, work: Callable[[], None], lanes: Sequence[Lane]) -> Any:
         """What gives ``lanes`` to the driver, as ``work`` does. Made once, because the launching thread, which submits
@@ -145,6 +157,7 @@ class InlineIssuer:
     """Runs each job in the thread that submits it."""
 
     issued_by: IssuedBy = "launching thread"
+    whole = False
 
     def job(self, work: Callable[[], None], lanes: Sequence[Lane]) -> Job:
         return Job(work)
@@ -168,6 +181,7 @@ class ThreadIssuer:
     """Runs jobs in a thread of its own, which the ledger counts."""
 
     issued_by: IssuedBy = "thread"
+    whole = False
 
     def __init__(self, driver: Driver, ledger: Ledger, lines: SharedLines | None = None) -> None:
         self._ledger = ledger
@@ -196,7 +210,7 @@ class ThreadIssuer:
         return _Awaited(work, partial(self._puller.give, lanes))
 
     def submit(self, job: _Awaited) -> Ticket:
-        job.submit(self._jobs)
+        job.submit(self._jobs, whole=self.whole)
         return job
 
     def flush(self) -> None:
@@ -229,6 +243,14 @@ class NativeIssuer:
         self._thread = thread
         self._ledger = ledger
         self._token: int | None = ledger.add("threads", _LABEL)
+
+    @property
+    def whole(self) -> bool:
+        return self._thread.whole
+
+    @whole.setter
+    def whole(self, whole: bool) -> None:
+        self._thread.whole = whole
 
     def job(self, work: Callable[[], None], lanes: Sequence[Lane]) -> Ticket:
         return self._thread.job(lanes)

@@ -105,10 +105,9 @@ class Schedule:
 
     def _stage(self, lines: SharedLines | None) -> None:
         plans = [layer.plan for layer in self._stated]
-        # A graph launches each copy as a node, which takes longer than a batch: so it has no slices.
-        whole = [plan_layer(layer.layouts, self._assembly.rank, None) for layer in self._stated]
         given = Fetches(self._driver, self._assembly, self._stated)
-        captured = given.planned(whole)
+        # A graph launches each copy as a node, which takes longer than a batch: so it has no slices.
+        captured = given.planned([plan_layer(layer.layouts, self._assembly.rank, None) for layer in self._stated])
         eager = [] if lines is None else given.chosen(self._config.group_size)
         if all(len(fetch.chosen) < 2 for fetch in eager):  # nothing to choose
             lines, eager = None, given.planned(plans)
@@ -208,8 +207,9 @@ class Schedule:
 
     def _observe(self, tokens: int | None) -> None:
         """A staged pass of ``tokens`` begins."""
-        if self._advises and self._staging is not None:
-            self._guard.observe(self._staging.pipeline.timer.latest, tokens)
+        latest = self._staging.begins(tokens)  # type: ignore[union-attr]
+        if self._advises:
+            self._guard.observe(latest, tokens)
 
     def _look_for_a_profiler(self) -> None:
         """A pass begins: see [Note: Spans]."""

@@ -8,7 +8,8 @@ from typing import TypeVar
 from vmm_dwdp.allocator.driver import Driver, Lane, StreamId
 from vmm_dwdp.allocator.handles import Event, Ledger, ResourceStack, Stream, undo_after
 from vmm_dwdp.errors import StateError
-from vmm_dwdp.observe.timing import PassTimer
+from vmm_dwdp.observe.timing import PassTimer, PassTimes
+from vmm_dwdp.schedule.hidden import HiddenPasses
 from vmm_dwdp.schedule.issue import Issuer
 from vmm_dwdp.schedule.layer import Fetch, Pipeline, Slot, SlotEvents, StagedLayer
 
@@ -45,6 +46,7 @@ class Staging:
         """Starts fetching the first ``prefetch_depth`` layers. Takes over ``issuer``."""
         self._driver = driver
         self._issuer = issuer
+        self._hidden = HiddenPasses()
         self._resources = ResourceStack()
         try:
             depth = min(prefetch_depth, len(fetches))
@@ -76,6 +78,13 @@ class Staging:
             at = place % fetch.num_streams
             lanes.append(Lane(streams[at].stream, after, copies, slot.ready[at].event, owner, runs))
         return lanes
+
+    def begins(self, tokens: int | None) -> PassTimes | None:
+        """A pass of ``tokens`` has begun; gives the latest that was timed before it."""
+        pipeline = self.pipeline
+        latest = pipeline.timer.latest
+        self._issuer.whole = self._hidden.hides(latest, tokens, timed=pipeline.timed)
+        return latest
 
     def reset(self, stream: StreamId) -> None:
         """Give up layers that were acquired on ``stream``, and make the slots as they are between passes."""

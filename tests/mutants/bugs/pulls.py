@@ -14,6 +14,7 @@ _RULE = (
 _AHEAD = ("tests/unit/schedule/test_layers_ahead.py",)
 _DOCTOR = ("tests/unit/cli/test_doctor.py::test_connections_for_copies", "tests/unit/planning/test_run_gap.py")
 _SIMULATED = ("tests/unit/planning/test_pulling.py",)
+_HIDDEN = ("tests/unit/schedule/test_hidden_passes.py",)
 _BYTES = ("tests/unit/schedule/test_pulls.py::test_every_rank_reads_every_byte",)
 
 BUGS: Final = (
@@ -58,6 +59,41 @@ BUGS: Final = (
         "} else if (issuer->pulls.num_open == MAX_OPEN || ",
         "} else if (issuer->pulls.num_open || ",
         _AHEAD,
+    ),
+    Bug(
+        "C chooses runs of what it is told to give whole",
+        "allocator/_issue_thread.c",
+        "job->num_chosen && !job->is_whole && !issuer->gives_whole",
+        "job->num_chosen && !job->is_whole",
+        _AHEAD,
+    ),
+    Bug(
+        "the thread of Python's chooses runs of what it is told to give whole",
+        "vmm_dwdp/schedule/issue.py",
+        "self._chooses = not (whole or self.whole)",
+        "self._chooses = not self.whole",
+        ("tests/unit/schedule/test_pulls.py::test_of_passes_that_compute_hides_nothing_is_chosen",),
+    ),
+    Bug(
+        "a pass that was held up is forgotten with the next",
+        "vmm_dwdp/schedule/hidden.py",
+        "self._held_up_s *= 1 - FORGOTTEN",
+        "self._held_up_s *= FORGOTTEN",
+        _HIDDEN,
+    ),
+    Bug(
+        "the tokens of a pass that is not timed pass for those of the one that was",
+        "vmm_dwdp/schedule/hidden.py",
+        "        if timed:\n            self._timed_tokens = tokens",
+        "        self._timed_tokens = tokens",
+        _HIDDEN,
+    ),
+    Bug(
+        "a measurement is learned from again and again",
+        "vmm_dwdp/schedule/hidden.py",
+        "if latest is not None and latest is not self._seen:",
+        "if latest is not None:",
+        _HIDDEN,
     ),
     Bug(
         "C takes the next layer's run where as many pull",

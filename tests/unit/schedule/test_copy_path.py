@@ -118,6 +118,7 @@ class FakeThread:
         self.submitted: list[FakeJob] = []
         self.closed = 0
         self.native_id = -1  # there is none
+        self.whole = False
 
     def job(self, lanes: Sequence[Lane]) -> FakeJob:
         return FakeJob(lanes)

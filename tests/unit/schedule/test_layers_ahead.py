@@ -50,7 +50,7 @@ static int query_event(void *event) { /* the first job's is 1, the second's 2 */
 }
 
 /* Runs of both jobs, as 10 * job + owner, in the order in which they are given. */
-__attribute__((visibility("default"))) int order(int second_is_read, int *seen) {
+__attribute__((visibility("default"))) int order(int second_is_read, int gives_whole, int *seen) {
     const size_t stride = 64;
     char *page = calloc(3, stride);
     Line *other = line_of(&(Page){page, stride, 3, 0}, 1);
@@ -72,7 +72,8 @@ __attribute__((visibility("default"))) int order(int second_is_read, int *seen) 
         }
         jobs[job] = (Job){.lanes = lanes[job], .num_lanes = 2, .num_chosen = 2};
     }
-    Issuer issuer = {.set_current = set_current, .wait_event = wait_event, .copy_batch = copy_batch,
+    Issuer issuer = {.gives_whole = gives_whole,
+                     .set_current = set_current, .wait_event = wait_event, .copy_batch = copy_batch,
                      .record_event = record_event, .exchange_mode = exchange_mode,
                      .pulls = {.page = {page, stride, 3, 0}, .wait_event = wait_event, .copy_batch = copy_batch,
                                .record_event = record_event, .write_value = write_value, .query_event = query_event}};
@@ -90,6 +91,10 @@ __attribute__((visibility("default"))) int order(int second_is_read, int *seen) 
         seen[i] = given[i];
     free(page);
     return num_given;
+}
+
+__attribute__((visibility("default"))) int times_asked(void) {
+    return asked + is_first_read;
 }
 """
 
@@ -116,7 +121,16 @@ def test_a_run_of_the_next_layer_where_every_owner_is_pulled_from(
 ) -> None:
     seen = (ctypes.c_int * 16)()
 
-    assert list(seen[: thread.order(int(is_read), seen)]) == expected
+    assert list(seen[: thread.order(int(is_read), 0, seen)]) == expected
+    assert thread.times_asked() > 0
+
+
+def test_what_is_given_whole_waits_for_no_slot(thread: ctypes.CDLL) -> None:
+    """Lane after lane, and without a look at whether a slot was read: its streams wait for that."""
+    seen = (ctypes.c_int * 16)()
+
+    assert list(seen[: thread.order(0, 1, seen)]) == [11, 12, 12, 21, 21, 22]
+    assert thread.times_asked() == 0
 
 
 def test_c_and_python_have_the_same_numbers() -> None:

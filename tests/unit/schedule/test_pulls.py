@@ -312,6 +312,48 @@ def test_runs_are_taken_first_from_whom_nobody_pulls(tmp_path: Path, monkeypatch
         assert given[: one + two] == [lanes[2].stream] * two + [lanes[1].stream] * one
 
 
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_of_passes_that_compute_hides_nothing_is_chosen(
+    driver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it does is asked at each pass, with its tokens."""
+    with group(DWDPConfig(group_size=3), tmp_path / "r", DRIVERS[driver]) as runtimes:
+        runtime = runtimes[0]
+        staging = runtime._schedule._staging
+        assert staging is not None
+        staging.held()  # what publish asked for was chosen
+        asked = list[Any]()
+        issuer: Any = staging._issuer
+        gives, call = (issuer._thread, "_write") if driver == "native" else (issuer._puller, "_give_runs")
+        runs = list[Any]()
+        own = getattr(gives, call)
+        monkeypatch.setattr(gives, call, lambda *of: (runs.append(of), own(*of)))
+        hides = staging._hidden.hides
+
+        def told(latest: Any, tokens: int | None, *, timed: bool) -> bool:
+            asked.append((tokens, timed))
+            hides(latest, tokens, timed=timed)
+            return True
+
+        monkeypatch.setattr(staging._hidden, "hides", told)
+        for tokens in 5, 7:
+            for number, expected in OLD.items():
+                with runtime.layer(number, tokens=tokens) as weights:
+                    assert all(
+                        torch.equal(weights[name].view(torch.uint8), whole.view(torch.uint8))  # type: ignore[union-attr]
+                        for name, whole in expected.items()
+                    )
+                del weights
+        staging.held()
+        assert [tokens for tokens, _ in asked] == [5, 7]
+        assert asked[0][1], "the first passes are timed"
+        assert not runs
+        monkeypatch.setattr(staging._hidden, "hides", lambda *_, timed: False)
+        check_pass(runtime, OLD)
+        staging.held()
+        assert runs
+
+
 @pytest.mark.parametrize("comes_back", [0, 2])
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_a_rank_that_comes_back_has_the_lines_of_the_others(driver: str, comes_back: int, tmp_path: Path) -> None:
