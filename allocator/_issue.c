@@ -276,6 +276,12 @@ static int set_issuer_whole(PyObject *object, PyObject *value, void *unused) {
     return gives_whole < 0 ? -1 : 0;
 }
 
+static PyObject *issuer_rate(PyObject *object, void *unused) {
+    double ns_per_byte;
+    __atomic_load(&((IssuerObject *)object)->issuer.pulls.ns_per_byte, &ns_per_byte, __ATOMIC_RELAXED);
+    return PyFloat_FromDouble(ns_per_byte * 1e-9);
+}
+
 static PyMethodDef job_methods[] = {
     {"result", job_result, METH_NOARGS, "Wait until the driver was given everything, and raise what it refused."},
     {NULL},
@@ -303,6 +309,7 @@ static PyMethodDef issuer_methods[] = {
 };
 static PyGetSetDef issuer_members[] = {
     {"native_id", issuer_id, NULL, "The thread's number in the kernel.", NULL},
+    {"seconds_per_byte", issuer_rate, NULL, "Of a run that had the link to itself; 0 before one has ended.", NULL},
     {"whole", issuer_whole, set_issuer_whole, "Whether nothing is chosen of what is submitted.", NULL},
     {NULL},
 };

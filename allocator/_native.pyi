@@ -11,6 +11,8 @@ class Job:
 
 class Issuer:
     whole: bool
+    @property
+    def seconds_per_byte(self) -> float: ...
     def __init__(
         self,
         set_current: int,

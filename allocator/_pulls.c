@@ -48,8 +48,10 @@ static int has_written(const uint32_t *words, uint32_t value) {
 static void learn(Pulls *pulls, const Flight *ended, int64_t now) {
     if (ended->begun_ns - ended->given_ns > OVERLAP_NS)
         return;
-    const double found = (double)(now - ended->begun_ns) / (double)ended->nbytes;
-    pulls->ns_per_byte = pulls->ns_per_byte && found > pulls->ns_per_byte ? pulls->ns_per_byte * 1.0002 : found;
+    double found = (double)(now - ended->begun_ns) / (double)ended->nbytes;
+    if (pulls->ns_per_byte && found > pulls->ns_per_byte)
+        found = pulls->ns_per_byte * 1.0002;
+    __atomic_store(&pulls->ns_per_byte, &found, __ATOMIC_RELAXED); /* others may read it */
 }
 
 int look_at_runs(Pulls *pulls) {

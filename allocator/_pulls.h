@@ -46,7 +46,7 @@ typedef struct { /* of one thread, which alone calls what is here; whoever makes
     int num_open;
     Flight flights[MAX_FLIGHTS];
     int num_flights;
-    double ns_per_byte; /* of a run that has the link to itself */
+    double ns_per_byte; /* of a run that has the link to itself; 0: none has ended; atomic */
     int64_t given_ns; /* the latest run; or when it was asked whether runs still end */
     int pulled[MAX_RANKS];
 } Pulls;

@@ -61,6 +61,10 @@ class CudaIssuingThread:
         return cls(context, address("cuCtxSetCurrent", 4000), events, batch, choosing)
 
     @property
+    def seconds_per_byte(self) -> float:
+        return self._thread.seconds_per_byte
+
+    @property
     def whole(self) -> bool:
         return self._thread.whole
 

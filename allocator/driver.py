@@ -123,9 +123,13 @@ class IssuingThread(Protocol):
     Attributes:
         native_id: its number in the kernel.
         whole: whether nothing is chosen of what is submitted, though there are runs.
+        seconds_per_byte: of a run that had the link to itself; 0 before one has ended.
     """
 
     whole: bool
+
+    @property
+    def seconds_per_byte(self) -> float: ...
 
     @property
     def native_id(self) -> int: ...

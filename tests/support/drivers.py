@@ -181,6 +181,10 @@ class NativeThread:
         self.close = self._thread.close
 
     @property
+    def seconds_per_byte(self) -> float:
+        return self._thread.seconds_per_byte
+
+    @property
     def whole(self) -> bool:
         return self._thread.whole
 

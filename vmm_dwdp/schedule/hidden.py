@@ -9,7 +9,8 @@ Where compute hides the copies, choosing gains nothing. So a pass that is expect
 was held up by its copies is given whole: a stream for each owner, as with ``slice_bytes: streams``. Of a pass that
 waits it is the copies that set the pace, so its time is theirs, in the way in which they were given; and what a pass
 computes is its time without its waits, in proportion to its tokens where they are told. As long as nothing was
-measured, runs are chosen.
+measured, runs are chosen; and where even copies at `WHOLE_RATE` of the link's rate would take longer than the compute,
+since copies that are given whole reach that at best where there is something to choose.
 
                     time of a pass   waits   its compute   held up for at most   the next with as many tokens
     chosen, hidden            40 ms    0 ms         40 ms                  0 ms   whole
@@ -24,6 +25,7 @@ from typing import Final
 
 from vmm_dwdp.observe.timing import PassTimes
 
+WHOLE_RATE: Final = 0.71  # docs/several-gpus.md
 WAITS: Final = 0.01  # the part of a pass that may be waits before it counts as held up
 FORGOTTEN: Final = 0.01  # of what held passes up, with each that was not: what the neighbours do changes
 
@@ -38,12 +40,13 @@ class HiddenPasses:
         self._tokens: int | None = None  # of it
         self._timed_tokens: int | None = None  # of the pass that was begun and timed last
 
-    def hides(self, latest: PassTimes | None, tokens: int | None, *, timed: bool) -> bool:
+    def hides(self, latest: PassTimes | None, tokens: int | None, copies_s: float, *, timed: bool) -> bool:
         """A pass begins: whether it is expected to hide its copies.
 
         Args:
             latest: the latest pass that was timed and read, which began before this one.
             tokens: of this pass, if the caller tells. ``timed``: whether it is.
+            copies_s: what its copies take at the rate of the link, as far as a pass is timed; 0: not known.
         """
         if latest is not None and latest is not self._seen:
             self._learn(latest)
@@ -52,7 +55,7 @@ class HiddenPasses:
         expected = self._compute_s
         if tokens is not None and self._tokens:
             expected *= tokens / self._tokens
-        return expected > self._held_up_s
+        return expected > max(self._held_up_s, copies_s / WHOLE_RATE)
 
     def _learn(self, latest: PassTimes) -> None:
         self._seen, self._tokens = latest, self._timed_tokens

@@ -98,10 +98,14 @@ class Issuer(Protocol):
 
     Attributes:
         whole: whether nothing is chosen of what is submitted, though there are runs.
+        seconds_per_byte: of a run that had the link to itself; 0 where that is not known.
     """
 
     issued_by: IssuedBy
     whole: bool
+
+    @property
+    def seconds_per_byte(self) -> float: ...
 
     def job(self, work: Callable[[], None], lanes: Sequence[Lane]) -> Any:
         """What gives ``lanes`` to the driver, as ``work`` does. Made once, because the launching thread, which submits
@@ -158,6 +162,7 @@ class InlineIssuer:
 
     issued_by: IssuedBy = "launching thread"
     whole = False
+    seconds_per_byte = 0.0
 
     def job(self, work: Callable[[], None], lanes: Sequence[Lane]) -> Job:
         return Job(work)
@@ -182,6 +187,7 @@ class ThreadIssuer:
 
     issued_by: IssuedBy = "thread"
     whole = False
+    seconds_per_byte = 0.0
 
     def __init__(self, driver: Driver, ledger: Ledger, lines: SharedLines | None = None) -> None:
         self._ledger = ledger
@@ -243,6 +249,10 @@ class NativeIssuer:
         self._thread = thread
         self._ledger = ledger
         self._token: int | None = ledger.add("threads", _LABEL)
+
+    @property
+    def seconds_per_byte(self) -> float:
+        return self._thread.seconds_per_byte
 
     @property
     def whole(self) -> bool:

@@ -47,6 +47,7 @@ class Staging:
         self._driver = driver
         self._issuer = issuer
         self._hidden = HiddenPasses()
+        self._timed_nbytes = sum(fetch.nbytes for fetch in fetches[1:])  # until a pass comes to its last layer
         self._resources = ResourceStack()
         try:
             depth = min(prefetch_depth, len(fetches))
@@ -83,7 +84,8 @@ class Staging:
         """A pass of ``tokens`` has begun; gives the latest that was timed before it."""
         pipeline = self.pipeline
         latest = pipeline.timer.latest
-        self._issuer.whole = self._hidden.hides(latest, tokens, timed=pipeline.timed)
+        copies_s = self._timed_nbytes * self._issuer.seconds_per_byte
+        self._issuer.whole = self._hidden.hides(latest, tokens, copies_s, timed=pipeline.timed)
         return latest
 
     def reset(self, stream: StreamId) -> None:

@@ -89,6 +89,13 @@ BUGS: Final = (
         _HIDDEN,
     ),
     Bug(
+        "what is hopeless is given whole",
+        "vmm_dwdp/schedule/hidden.py",
+        "return expected > max(self._held_up_s, copies_s / WHOLE_RATE)",
+        "return expected > max(self._held_up_s, copies_s * WHOLE_RATE)",
+        _HIDDEN,
+    ),
+    Bug(
         "a measurement is learned from again and again",
         "vmm_dwdp/schedule/hidden.py",
         "if latest is not None and latest is not self._seen:",

@@ -119,6 +119,7 @@ class FakeThread:
         self.closed = 0
         self.native_id = -1  # there is none
         self.whole = False
+        self.seconds_per_byte = 0.0
 
     def job(self, lanes: Sequence[Lane]) -> FakeJob:
         return FakeJob(lanes)

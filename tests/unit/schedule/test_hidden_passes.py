@@ -13,7 +13,7 @@ def decisions(
 ) -> list[bool]:
     """Of passes that are all timed: each begins after ``times`` of the one before was read."""
     return [
-        hidden.hides(latest, count, timed=True)
+        hidden.hides(latest, count, 0.0, timed=True)
         for latest, count in zip(times, tokens or [None] * len(times), strict=True)
     ]
 
@@ -50,20 +50,27 @@ def test_more_tokens_compute_longer() -> None:
 def test_tokens_are_those_of_the_pass_that_was_timed() -> None:
     """The one between is not timed: its 10 tokens have nothing to do with the 40 ms."""
     hidden = HiddenPasses()
-    assert not hidden.hides(None, 4000, timed=True)
-    assert not hidden.hides(None, 10, timed=False)
-    hidden.hides(PassTimes(0.050, 0.010), 10, timed=False)
-    assert hidden.hides(hidden._seen, 5100, timed=False), "40 ms for 4000: 51"
-    assert not hidden.hides(hidden._seen, 4900, timed=False)
+    assert not hidden.hides(None, 4000, 0.0, timed=True)
+    assert not hidden.hides(None, 10, 0.0, timed=False)
+    hidden.hides(PassTimes(0.050, 0.010), 10, 0.0, timed=False)
+    assert hidden.hides(hidden._seen, 5100, 0.0, timed=False), "40 ms for 4000: 51"
+    assert not hidden.hides(hidden._seen, 4900, 0.0, timed=False)
 
 
 @pytest.mark.parametrize("waited", [0.0, 0.02])
 def test_a_measurement_counts_once(waited: float) -> None:
     hidden, latest = HiddenPasses(), PassTimes(0.040, waited)
     held_up = PassTimes(0.041, 0.030)
-    hidden.hides(held_up, None, timed=False)
-    hidden.hides(latest, None, timed=False)
+    hidden.hides(held_up, None, 0.0, timed=False)
+    hidden.hides(latest, None, 0.0, timed=False)
     first = hidden._held_up_s
     for _ in range(100):
-        hidden.hides(latest, None, timed=False)
+        hidden.hides(latest, None, 0.0, timed=False)
     assert hidden._held_up_s == first == (0.041 if waited else 0.041 * 0.99)
+
+
+def test_copies_that_no_way_of_giving_them_could_hide_are_chosen() -> None:
+    """At the link's rate they take 21 ms, and given whole 30 at best."""
+    hidden, latest = HiddenPasses(), PassTimes(0.029, 0.0)
+    assert not hidden.hides(latest, None, 0.0213, timed=False)
+    assert hidden.hides(PassTimes(0.031, 0.0), None, 0.0213, timed=False)

@@ -330,9 +330,9 @@ def test_of_passes_that_compute_hides_nothing_is_chosen(
         monkeypatch.setattr(gives, call, lambda *of: (runs.append(of), own(*of)))
         hides = staging._hidden.hides
 
-        def told(latest: Any, tokens: int | None, *, timed: bool) -> bool:
-            asked.append((tokens, timed))
-            hides(latest, tokens, timed=timed)
+        def told(latest: Any, tokens: int | None, copies_s: float, *, timed: bool) -> bool:
+            asked.append((tokens, timed, copies_s))
+            hides(latest, tokens, copies_s, timed=timed)
             return True
 
         monkeypatch.setattr(staging._hidden, "hides", told)
@@ -345,8 +345,11 @@ def test_of_passes_that_compute_hides_nothing_is_chosen(
                     )
                 del weights
         staging.held()
-        assert [tokens for tokens, _ in asked] == [5, 7]
+        assert [tokens for tokens, *_ in asked] == [5, 7]
         assert asked[0][1], "the first passes are timed"
+        nbytes = sum(layer.nbytes for layer in staging.layers[1:])
+        assert asked[0][2] == pytest.approx(nbytes * staging._issuer.seconds_per_byte, rel=0.1)
+        assert (asked[0][2] > 0) == (driver == "native"), "which sees how long a run takes"
         assert not runs
         monkeypatch.setattr(staging._hidden, "hides", lambda *_, timed: False)
         check_pass(runtime, OLD)
