@@ -55,7 +55,7 @@ def chosen_gemm(x: Tensor, weight: Tensor, rows: Tensor, scale: Tensor | None = 
 def _multiply_on_cpu(x: Tensor, weight: Tensor, rows: Tensor, scale: Tensor | None, form: Format) -> Tensor:
     out = x.new_zeros((*rows.shape, weight.shape[1]))
     tokens = x if x.dim() == 3 else x[:, None].expand(-1, rows.shape[1], -1)
-    for row in rows.unique().tolist():
+    for row in set(rows.flatten().tolist()):
         if 0 <= row < len(weight):
             here = rows == row
             expert = dequantize_weight(weight[row], form, None if scale is None else scale[row])
