@@ -53,7 +53,7 @@ from vmm_dwdp.planning.routing import RoutingTrace, read_trace, used_experts
 
 TRACES = Path(__file__).parent / "traces"
 WHERE = ("in place", "bank", "gpu")
-PAGE = 2 << 20
+SMALL_PAGE = 64 << 10  # on the CPU, so that experts of the tiny model fill some
 
 
 class Turn(NamedTuple):
@@ -81,25 +81,26 @@ def steps_of(trace: RoutingTrace, shape: Shape, batch: int, turn: int) -> tuple[
     return torch.from_numpy(np.stack(layers).transpose(2, 0, 1, 3)).contiguous(), trace.prefill.shape[1]
 
 
-def bank_nbytes(shape: Shape, weights: str, part: float) -> int:
+def bank_nbytes(shape: Shape, weights: str, part: float, page: int) -> int:
     """Of a bank with room for ``part`` of the experts, each of whose weights takes whole pages in each layer."""
     rows = max(shape.top_k, round(part * shape.experts))
-    pages = sum(-(-rows * spec.expert_nbytes // PAGE) for spec in specs(weights, shape.experts, shape.sizes).values())
-    return shape.layers * pages * PAGE
+    pages = sum(-(-rows * spec.expert_nbytes // page) for spec in specs(weights, shape.experts, shape.sizes).values())
+    return shape.layers * pages * page
 
 
 @contextmanager
 def published(shape: Shape, weights: str, part: float, distinct: int, device: torch.device) -> Iterator[DWDPRuntime]:
     """A runtime of one rank with all experts in host memory, those of ``distinct`` layers again and again."""
     of_layer = specs(weights, shape.experts, shape.sizes)
+    opened = open_driver(device, SMALL_PAGE if device.type == "cpu" else None)
     config = DWDPConfig(
         group_size=1,
         host_experts=shape.experts,
         prefetch_depth=0,
         mode="in_place",
-        expert_bank=bank_nbytes(shape, weights, part),
+        expert_bank=bank_nbytes(shape, weights, part, opened.granularity()),
     )
-    driver = cast(Driver, RepeatedLayers(open_driver(device), distinct * len(of_layer)))
+    driver = cast(Driver, RepeatedLayers(opened, distinct * len(of_layer)))
     with (
         tempfile.TemporaryDirectory() as folder,
         DWDPRuntime(config, 0, device, Path(folder) / "group", driver=driver) as runtime,
@@ -282,8 +283,11 @@ def main() -> None:
     add("--steps", type=int, default=128, help="that are timed, and as many of the prompts at most (default: 128)")
     add("--turns", type=int, default=2, help="with other sequences each (default: 2)")
     add("--distinct-layers", type=int, help="layers have the experts' bytes of so many (default: of all)")
+    add("--quick", action="store_true", help="a rehearsal: 16 steps, one turn, two distinct layers")
     add("--tiny", action="store_true", help="a model of seven small layers, and the demo's trace")
     arguments = arguments_of.parse_args()
+    if arguments.quick:
+        arguments.steps, arguments.turns, arguments.distinct_layers = 16, 1, 2
     name, trace = ("tiny", "demo") if arguments.tiny else (arguments.model, arguments.trace)
     shape, recorded = SHAPES[name], read_trace(TRACES / f"{trace}.npz")
     tables: dict[str, list[Row]] = {}
