@@ -1,4 +1,4 @@
-"""The product of few tokens with the experts that each chose, on a GPU: right, and of the same bits wherever they are."""
+"""The product of few tokens with the experts that each chose, on a GPU: right, and the same bits wherever they lie."""
 
 from __future__ import annotations
 
