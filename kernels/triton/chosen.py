@@ -79,7 +79,7 @@ def _kernel(
         factors = _scales_of(scale, number, chunk, first, in_row, n, mask, scale_stride, FORM, CPR)
     inside = in_row[:, None] * NUMBERS + tl.arange(0, NUMBERS)[None, :]
     sums = tl.arange(0, ROWS)
-    for _ in range(tl.sum(same.to(tl.int32), 0)):
+    while pair < PAIRS:
         x_row = x + (pair // SHARED).to(tl.int64) * (CPR * NUMBERS)
         products = tl.sum(values * tl.load(x_row + inside, mask[:, None], 0.0).to(tl.float32), 1) * factors
         product = tl.sum(tl.where((row[None, :] == sums[:, None]) & mask[None, :], products[None, :], 0.0), 1)
