@@ -143,6 +143,7 @@ class Readers:
 def require_room(nbytes: int, device: torch.device) -> None:
     if device.type != "cuda":
         return
+    torch.cuda.empty_cache()  # of other kinds of weights
     free = torch.cuda.mem_get_info(device)[0]
     if nbytes > free:
         raise SystemExit(
