@@ -199,15 +199,16 @@ def forget(runtime: DWDPRuntime) -> None:
     bank.empty()
 
 
-def measured_link(shape: Shape, runtime: DWDPRuntime) -> float:
+def measured_link(runtime: DWDPRuntime) -> float:
     """GB/s of a copy from host memory."""
     with runtime.layer(0, mode="in_place") as weights:
-        source = weights["w13"].view(-1)[: COPIED // shape.dtype.itemsize]  # type: ignore[union-attr]
+        weight = weights["w13"]
+        source = weight.view(-1)[: COPIED // weight.dtype.itemsize]  # type: ignore[union-attr]
         copy = partial(torch.empty_like(source).copy_, source)
         copy()
         seconds = statistics.median(elapsed(copy, runtime.device) for _ in range(COPIES))
         nbytes = source.nbytes
-        del weights, source, copy
+        del weights, weight, source, copy
     return nbytes / seconds / 1e9
 
 
@@ -233,7 +234,7 @@ def main() -> None:
             for routing in routings:
                 if routing == "none hits" and 2 * batch * shape.top_k > shape.experts:
                     continue  # some of what is in the bank would be used
-                link = measured_link(shape, runtime)
+                link = measured_link(runtime)
                 rows.append(measure(shape, runtime, whole, batch, routing, arguments.groups, link))
     about = f"{arguments.model}: {shape.layers} layers of {shape.experts} experts, {shape.dtype}, a bank of a quarter"
     report(arguments, {about: rows})

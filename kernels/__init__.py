@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from vmm_dwdp.kernels import contiguous, tensor_list
+from vmm_dwdp.kernels.chosen import chosen_gemm
 from vmm_dwdp.kernels.contiguous import grouped_gemm
 from vmm_dwdp.kernels.formats import Format, Scales
 from vmm_dwdp.kernels.tensor_list import tensor_list_grouped_gemm
@@ -41,4 +42,13 @@ def providers() -> list[ProviderStatus]:
     return found
 
 
-__all__ = ["Format", "ProviderStatus", "Scales", "grouped_gemm", "providers", "tensor_list_grouped_gemm", "warm_up"]
+__all__ = [
+    "Format",
+    "ProviderStatus",
+    "Scales",
+    "chosen_gemm",
+    "grouped_gemm",
+    "providers",
+    "tensor_list_grouped_gemm",
+    "warm_up",
+]

@@ -110,12 +110,12 @@ def reference(operands: Operands) -> Tensor:
         for local in range(weight.shape[0]):
             end = ends[expert]
             if end > start:
-                out[start:end] = x[start:end] @ _dense(operands, i, local).T
+                out[start:end] = x[start:end] @ dense(operands, i, local).T
             start, expert = end, expert + 1
     return out
 
 
-def _dense(operands: Operands, entry: int, local: int) -> Tensor:
+def dense(operands: Operands, entry: int, local: int) -> Tensor:
     """fp64 ``[N, K]`` of one expert, from its bytes: written apart from ``formats.dequantize_weight`` on purpose."""
     stored = operands.weights[entry][local]
     if operands.scales is None:

@@ -72,16 +72,27 @@ def _entry_address(bases, strides, firsts, expert, NUM: tl.constexpr):
 
 
 @triton.jit
+def unpack_e2m1(packed, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """fp32 ``[ROWS, COLUMNS]`` of packed FP4 ``[ROWS, COLUMNS / 2]`` (see [Note: Decoding FP4])."""
+    codes = tl.reshape(tl.join(packed & 0xF, packed >> 4), (ROWS, COLUMNS)).to(tl.uint16)
+    return (((codes & 8) << 12) | ((codes & 7) << 9)).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
+
+
+@triton.jit
+def e8m0(scale):
+    """fp32 of the bytes of e8m0 scales: powers of two."""
+    return (scale.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _decode_fp4(packed, scale, NV: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr):
     """fp32 ``[TILE_N, TILE_K]`` of packed FP4 and the bytes of its block scales (see [Note: Decoding FP4])."""
     BLOCK: tl.constexpr = 16 if NV else 32
-    codes = tl.reshape(tl.join(packed & 0xF, packed >> 4), (TILE_N, TILE_K)).to(tl.uint16)
-    values = (((codes & 8) << 12) | ((codes & 7) << 9)).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
     if NV:
         factors = ((scale & 0x7F).to(tl.uint16) << 7).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
     else:
-        factors = (scale.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
-    values = tl.reshape(values, (TILE_N, TILE_K // BLOCK, BLOCK)) * factors[:, :, None]
+        factors = e8m0(scale)
+    values = tl.reshape(unpack_e2m1(packed, TILE_N, TILE_K), (TILE_N, TILE_K // BLOCK, BLOCK)) * factors[:, :, None]
     return tl.reshape(values, (TILE_N, TILE_K))
 
 
