@@ -31,18 +31,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from common import parser, report, seen
 from decode import COPIED, SHAPES, Shape, Weights, captured, copied, elapsed, our_gemm, published
-from routing import lanes, recorded
+from routing import recorded
 from torch import Tensor
 
 from vmm_dwdp import DWDPRuntime
 from vmm_dwdp.kernels.bank_table import HALF_LIFE
 from vmm_dwdp.memory import bank as memory_bank
-from vmm_dwdp.planning.caches import decayed_frequency, foresight, replay
+from vmm_dwdp.planning.caches import decayed_frequency, foresight, replay_decoding
 
 TRACES = Path(__file__).parent / "traces"
 COPIES = 5  # of the link, of which the median counts
@@ -113,11 +112,8 @@ def steps_of(
         ids = [
             torch.from_numpy(part.nonzero()[-1]).view(*part.shape[:-1], shape.top_k).transpose(1, 2) for part in used
         ]
-        together = lanes(np.concatenate(used), batch)
-        shares = {}
-        for name, policy in ("replayed", decayed_frequency(HALF_LIFE)), ("foresight", foresight):
-            replayed = replay(together, room, policy)
-            shares[name] = float(replayed.hits[len(ids[0]) :].sum() / replayed.uses[len(ids[0]) :].sum())
+        policies = {"replayed": decayed_frequency(HALF_LIFE), "foresight": foresight}
+        shares = {name: replay_decoding(*used, room, policy, batch).share() for name, policy in policies.items()}
         yield ids[0].contiguous(), ids[1].contiguous(), shares
 
 
