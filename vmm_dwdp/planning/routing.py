@@ -45,7 +45,6 @@ class RoutingTrace:
     def top_k(self) -> int:
         return int(self.decode.shape[3])
 
-
     def mixed(self) -> RoutingTrace:
         """The same sequences in an order in which neighbours are of different kinds, which come round."""
         nth = [self.kinds[:place].count(kind) for place, kind in enumerate(self.kinds)]
