@@ -8,7 +8,7 @@ SGLang 0.5.17     `--cpu-offload-gb` (OffloaderV1): copies to the GPU in each fo
 vLLM              `--cpu-offload-gb` (UVAOffloader): kernels read pinned memory
                   `--offload-group-size` (PrefetchOffloader): copies layers ahead into buffers that stay
 
-vLLM's classes are imported without its package initialisers and without its platform, which is CUDA here. The view by
+vLLM's classes are imported without its package initialisers, loggers, and platforms, of which this is CUDA. The view by
 which kernels read pinned memory is made by a function of its compiled extension, which needs another torch; here
 `tensor_at` makes it, over the same address.
 
@@ -19,6 +19,7 @@ process with 0.5.17.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import types
@@ -91,6 +92,13 @@ class Offloader(NamedTuple):
     on_cpu: bool = False
 
 
+class _Logger(logging.Logger):
+    """What vLLM's classes log by."""
+
+    info_once = logging.Logger.info
+    debug_once = logging.Logger.debug
+
+
 def _accelerate() -> list[Offloader]:
     big_modeling = importlib.import_module("accelerate.big_modeling")
 
@@ -125,7 +133,6 @@ def _sglang() -> list[Offloader]:
 
 def _vllm() -> list[Offloader]:
     root = _found("vllm")
-    os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # it would write to where results go
     packages = ("vllm", "vllm.model_executor", "vllm.model_executor.offloader")
     for package in packages:  # without what their initialisers import
         bare: Any = types.ModuleType(package)
@@ -140,6 +147,9 @@ def _vllm() -> list[Offloader]:
         dispatch_key="CUDA",
     )
     sys.modules["vllm.platforms"] = platforms
+    loggers: Any = types.ModuleType("vllm.logger")  # its own ask which rank of an engine this is
+    loggers.init_logger = _Logger
+    sys.modules["vllm.logger"] = loggers
     base, uva, prefetch = (importlib.import_module(f"{packages[-1]}.{name}") for name in ("base", "uva", "prefetch"))
     pinned: list[Tensor] = []
 
@@ -154,7 +164,7 @@ def _vllm() -> list[Offloader]:
         return Offloaded(uva.UVAOffloader(cpu_offload_max_bytes=1 << 60).wrap_modules(iter(layers)))
 
     def ahead(layers: list[nn.Module]) -> Offloaded:
-        offloader = prefetch.PrefetchOffloader(group_size=1, num_in_group=1, prefetch_step=LAYERS_AHEAD)
+        offloader = prefetch.PrefetchOffloader(1, 1, LAYERS_AHEAD, offload_params=set(NAMES))
         base.set_offloader(offloader)  # whom its operators ask
         wrapped = offloader.wrap_modules(iter(layers))
         offloader.post_init()

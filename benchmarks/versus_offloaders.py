@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bank import TRACES, Passes, forget, tokens_of
+from bank import Passes, forget, tokens_of
 from common import LINK_TOLERANCE, Row, parser, report, seen
 from decode import COPIED, SHAPES, Gemm, Shape, copied, our_gemm, published, synchronize, torch_gemm
 from offloaders import KINDS, DecoderLayer, Moved, Offloaded, Offloader, available
@@ -208,6 +208,23 @@ class Bench:
             staging.drain()
         synchronize(self.device)
 
+    def all_rows(
+        self, offloaders: Sequence[Offloader], settings: Sequence[Setting], left_out: dict[str, str]
+    ) -> Iterator[Row]:
+        """Ours, then theirs; who fails goes to ``left_out``, by name, with the reason."""
+        decoding, prefill = ([each for each in settings if each.decodes is few] for few in (True, False))
+        for ours, those in zip(self.ours, (decoding, decoding, prefill), strict=True):
+            yield from self.rows(those, ours) if those else []
+        for offloader in offloaders:
+            try:
+                yield from self.rows(settings, self.theirs(offloader))
+            except Exception as error:  # of another's package, in one of many ways
+                left_out[offloader.name] = str(error).partition("\n")[0] or type(error).__name__
+
+    def let_go(self) -> None:
+        """Of the runtime's memory, which is to be closed."""
+        del self.source, self.copy
+
     def rows(self, settings: Sequence[Setting], contender: Contender) -> list[Row]:
         """Those of one contender; a capture comes last, since it may leave their modules as they should not be."""
         found = [self.row(setting, contender) for setting in settings]
@@ -263,13 +280,14 @@ def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, float, i
 
 
 def require_possible(row: Row) -> None:
-    """End the command, before it prints anything, if a pass seems to be shorter than what it moves takes, or computes.
+    """End the command, before it prints anything, if a pass seems to be shorter than its bytes take over the link.
 
     Raises:
         SystemExit: with a sentence, so that the exit status is 1.
     """
-    if not float(row["over own"]) * LINK_TOLERANCE >= 1:  # type: ignore[arg-type]
-        raise SystemExit(f"{dict(row)} cannot be: the pass is shorter than its bytes over the link, or its compute")
+    ms, moved, link = (float(row[name]) for name in ("ms", "moved GB", "link"))  # type: ignore[arg-type]
+    if not 0 < moved / link * 1e3 <= ms * LINK_TOLERANCE and moved:
+        raise SystemExit(f"{dict(row)} cannot be: what it moves takes {moved / link * 1e3:.2f} ms over the link")
 
 
 def allocated(device: torch.device) -> int:
@@ -286,37 +304,30 @@ def free_host_bytes() -> int:
     raise SystemExit("/proc/meminfo states no MemAvailable")
 
 
-def settings(shape: Shape, device: torch.device, tokens: Sequence[int], trace: str, steps: int) -> Iterator[Setting]:
-    for each in tokens:
-        if each > MOST_COPIED:
-            even = torch.rand(steps, shape.layers, each, shape.experts, device=device).topk(shape.top_k).indices
-            yield Setting(each, "even", torch_gemm, even[:0], even)
+def settings(shape: Shape, arguments: Any) -> Iterator[Setting]:
+    steps, device, trace = arguments.steps, arguments.device, "demo" if arguments.tiny else "mixed-0.01"
+    for tokens in arguments.tokens:
+        if tokens > MOST_COPIED:
+            even = torch.rand(steps, shape.layers, tokens, shape.experts, device=device).topk(shape.top_k).indices
+            yield Setting(tokens, "even", torch_gemm, even[:0], even)
         else:
-            prompt, decoding = next(tokens_of(trace, shape, each))
-            ids = torch.cat([prompt, decoding]).to(device)
-            yield Setting(each, trace, our_gemm, ids[:-steps], ids[-steps:])
+            ids = torch.cat(next(tokens_of(trace, shape, tokens))).to(device)
+            yield Setting(tokens, trace, our_gemm, ids[:-steps], ids[-steps:])
 
 
 def measure(shape: Shape, arguments: Any) -> tuple[list[Row], list[Row]]:
     """The rows, and who was left out."""
     device = arguments.device
     offloaders, left_out = available(arguments.rivals, device)
-    found: list[Row] = []
     synchronize(device)  # the context takes host memory, too
     host = free_host_bytes()
     banked = 2.0 if arguments.tiny else BANK  # tiny experts fill no page
     with published(shape, device, 0.0, banked=banked) as runtime:
         bench = Bench(shape, runtime, host - free_host_bytes())
-        every = list(settings(shape, device, arguments.tokens, arguments.trace, arguments.steps))
-        decoding, prefill = ([each for each in every if each.decodes is few] for few in (True, False))
-        for ours, those in zip(bench.ours, (decoding, decoding, prefill), strict=True):
-            found += bench.rows(those, ours) if those else []
-        for offloader in offloaders:
-            try:
-                found += bench.rows(every, bench.theirs(offloader))
-            except Exception as error:  # of another's package, in one of many ways
-                left_out[offloader.name] = str(error).partition("\n")[0] or type(error).__name__
-        del bench
+        try:
+            found = list(bench.all_rows(offloaders, list(settings(shape, arguments)), left_out))
+        finally:
+            bench.let_go()
     return found, [{"who": name, "why": why} for name, why in left_out.items()]
 
 
@@ -326,15 +337,11 @@ def main() -> None:
     add("--tiny", action="store_true", help="few small layers")
     add("--tokens", type=int, nargs="+", help="of a pass (default: 1 4 16384)")
     add("--steps", type=int, default=8, help="passes of each that are timed (default: 8)")
-    add("--trace", help="of benchmarks/traces (default: mixed-0.01)")
     add("--rivals", nargs="+", choices=KINDS, default=list(KINDS), help="(default: all)")
     add("--rival-path", type=Path, action="append", default=[], help="a folder with a package of theirs, unpacked")
     arguments = arguments_of.parse_args()
     shape = SHAPES["tiny"]._replace(top_k=4) if arguments.tiny else SHAPES["Qwen3-30B-A3B"]
     arguments.tokens = arguments.tokens or ([1, 4, 64] if arguments.tiny else [1, 4, 16384])
-    arguments.trace = arguments.trace or ("demo" if arguments.tiny else "mixed-0.01")
-    if not (TRACES / f"{arguments.trace}.npz").is_file():
-        arguments_of.error(f"there is no trace {arguments.trace}")
     sys.path[:0] = [str(folder.resolve()) for folder in arguments.rival_path]
     rows, left_out = measure(shape, arguments)
     about = f"{shape.layers} layers of {shape.experts} experts, {shape.dtype}, all in host memory"
