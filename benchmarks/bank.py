@@ -51,14 +51,23 @@ TRACES = Path(__file__).parent / "traces"
 COPIES = 5  # of the link, of which the median counts
 
 
-def routed(x: Tensor, rows: Tensor, weights: Weights, gemm: Gemm) -> Tensor:
-    """What a layer gives, ``[batch, hidden]``; ``rows`` ``[batch, top_k]``: where chosen experts are in the weights."""
+def each_expert(x: Tensor, rows: Tensor, weights: Weights, gemm: Gemm) -> Tensor:
+    """What each of a token's experts gives, ``[batch, top_k, hidden]``.
+
+    Args:
+        rows: ``[batch, top_k]``, where each chosen expert is in the weights.
+    """
     in_order, order = rows.flatten().sort(stable=True)
     places = torch.arange(len(weights["w13"]), device=x.device)
     ends = torch.searchsorted(in_order, places, right=True).int()
     gate, up = gemm(x[order // rows.shape[1]], weights["w13"], ends, None).chunk(2, dim=1)
     y = gemm((F.silu(gate) * up).contiguous(), weights["w2"], ends, None)
-    return torch.empty_like(y).index_copy_(0, order, y).view(*rows.shape, -1).mean(1)
+    return torch.empty_like(y).index_copy_(0, order, y).view(*rows.shape, -1)
+
+
+def routed(x: Tensor, rows: Tensor, weights: Weights, gemm: Gemm) -> Tensor:
+    """What a layer gives, ``[batch, hidden]``: the mean of its experts'."""
+    return each_expert(x, rows, weights, gemm).mean(1)
 
 
 class Passes:

@@ -6,8 +6,8 @@ accelerate). For up to 32 tokens routing is recorded: decoding goes on after the
 our Triton kernel; for more it is even, and the product is torch's. Ours reads in place, in place with a bank of a
 quarter of the experts, or stages. In each step a pass of one of theirs, one of ours, one with everything on the GPU,
 and a copy over the link run in turns. Where a pass leaves copies for the next one, it runs twice, and the second
-counts. Every pass is compared to the bit with the one on the GPU. On the CPU the same runs on the host driver, which
-says nothing about a link.
+counts. Every output is compared with the one of the GPU: ours must have its bits, and theirs be close. On the CPU the
+same runs on the host driver, which says nothing about a link.
 
 tokens          of a pass
 who             whose classes, or how ours reads
@@ -20,10 +20,11 @@ over bound      ms over the longer of gpu ms and used GB / link
 over own        ms over the longer of gpu ms and moved GB / link
 ours ms         with the bank, or staged
 ours / it       the median of the ratios of pairs
+same bits       as the pass on the GPU
 launch ms       of the launching thread's CPU time in a pass
 host / weights  bytes of host memory that are gone, per byte of weights
 GPU MiB         that it takes for weights, at the most
-graph           whether a CUDA graph of a pass gives the right bits for other routing, or why not
+graph           whether a CUDA graph of a pass gives the right output for other routing, or why not
 
 Those who compute experts on the CPU (llama.cpp, KTransformers) are not here: a pass of theirs is bound by the bytes of
 the experts that it uses over the bandwidth of the RAM, where ours is bound by what misses over the link.
@@ -51,6 +52,7 @@ from vmm_dwdp import DWDPRuntime
 from vmm_dwdp.memory.bank import MOST_COPIED
 
 BANK = 0.25  # of the experts
+CLOSE = 0.02  # of the largest value: bf16 has 8 bits, and rounds after each layer
 
 
 class Setting(NamedTuple):
@@ -90,6 +92,7 @@ class Contender(NamedTuple):
     gpu_bytes: int
     before: Callable[[], None] = lambda: None
     after: Callable[[], None] = lambda: None
+    missed: Callable[[], int] | None = None  # experts that were not on the GPU, of all so far; None if it keeps none
 
 
 class Bench:
@@ -105,14 +108,11 @@ class Bench:
         self.nbytes = shape.layers * shape.experts * self.expert
         stats = runtime.stats()
         assert stats.bank is not None
+        banked, staged = partial(Passes.spread, banked=True), partial(Passes.spread, mode="staged")
         self.ours = [
             Contender("ours, in place", Passes.spread, "used", False, host_bytes, 0),
-            Contender(
-                "ours, bank", partial(Passes.spread, banked=True), "missed", False, host_bytes, stats.bank.nbytes
-            ),
-            Contender(
-                "ours, staged", partial(Passes.spread, mode="staged"), "all", True, host_bytes, stats.staged_bytes
-            ),
+            Contender("ours, bank", banked, "missed", False, host_bytes, stats.bank.nbytes, missed=self.missed),
+            Contender("ours, staged", staged, "all", True, host_bytes, stats.staged_bytes),
         ]
 
     def best(self, setting: Setting) -> Contender:
@@ -134,7 +134,9 @@ class Bench:
             return x
 
         taken, kept = host - free_host_bytes(), allocated(self.device) - gpu
-        return Contender(offloader.name, run, offloader.moves, offloader.ahead, taken, kept, done.before, done.after)
+        return Contender(
+            offloader.name, run, offloader.moves, offloader.ahead, taken, kept, done.before, done.after, done.missed
+        )
 
     def row(self, setting: Setting, contender: Contender) -> dict[str, Any]:
         """What is printed of one contender in one setting."""
@@ -159,6 +161,7 @@ class Bench:
             "over own": ms["it"] / max(ms["gpu"], moved / link / 1e6),
             "ours ms": ms["ours"],
             "ours / it": statistics.median(turn["ours"] / turn["it"] for turn in turns),
+            "same bits": all(turn["same"] for turn in turns),
             "launch ms": ms["launch"],
             "host / weights": contender.host_bytes / self.nbytes if self.device.type == "cuda" else None,
             "GPU MiB": (contender.gpu_bytes + max(0.0, ms["more"])) / 2**20,
@@ -172,25 +175,29 @@ class Bench:
     ) -> Iterator[dict[str, float]]:
         """By step milliseconds of each, what of the launching thread, bytes of the GPU's memory, and what missed."""
         forget(self.runtime)
+        order = [("it", contender), ("ours", best)] if contender is not best else [("it", contender)]
         for chosen in setting.before:
             passes.chosen.copy_(chosen)
-            passes.spread(banked=True)
+            for _, each in order:
+                if each.missed is not None:
+                    each.run(passes)
         for place, chosen in enumerate(setting.steps):
             passes.chosen.copy_(chosen)
             expected = passes.on_gpu()
             turn: dict[str, float] = {}
-            order = [("it", contender), ("ours", best)] if contender is not best else [("it", contender)]
             for name, each in order if place % 2 else reversed(order):
-                missed = self.missed()
+                missed = each.missed() if each.missed else 0
                 self.settle()
                 if each.twice:
                     each.run(passes)
                 took, launch, peak, y = timed(partial(each.run, passes), self.device)
-                if not torch.equal(y, expected):
-                    raise SystemExit(f"{each.name} gives other bits than the layers on the GPU")
+                same = torch.equal(y, expected)
+                if not same and (each in self.ours or not close(y, expected)):
+                    raise SystemExit(f"{each.name} gives another output than the layers on the GPU")
                 turn[name] = took
                 if name == "it":
-                    turn |= {"launch": launch, "more": peak, "missed": self.missed() - missed}
+                    turn |= {"launch": launch, "more": peak, "same": same}
+                    turn["missed"] = each.missed() - missed if each.missed else 0
             turn.setdefault("ours", turn["it"])
             self.settle()
             turn["gpu"], _, peak, _ = timed(passes.on_gpu, self.device)
@@ -214,10 +221,10 @@ class Bench:
         """Ours, then theirs; who fails goes to ``left_out``, by name, with the reason."""
         decoding, prefill = ([each for each in settings if each.decodes is few] for few in (True, False))
         for ours, those in zip(self.ours, (decoding, decoding, prefill), strict=True):
-            yield from self.rows(those, ours) if those else []
+            yield from self.rows(those, ours)
         for offloader in offloaders:
             try:
-                yield from self.rows(settings, self.theirs(offloader))
+                yield from self.rows(settings if offloader.prefills else decoding, self.theirs(offloader))
             except Exception as error:  # of another's package, in one of many ways
                 left_out[offloader.name] = str(error).partition("\n")[0] or type(error).__name__
 
@@ -228,7 +235,7 @@ class Bench:
     def rows(self, settings: Sequence[Setting], contender: Contender) -> list[Row]:
         """Those of one contender; a capture comes last, since it may leave their modules as they should not be."""
         found = [self.row(setting, contender) for setting in settings]
-        graph = self.graph(settings[0], contender) if self.device.type == "cuda" else None
+        graph = self.graph(settings[0], contender) if found and self.device.type == "cuda" else None
         seen({"who": contender.name, "graph": graph})
         return [{**row, "graph": graph} for row in found]
 
@@ -248,11 +255,16 @@ class Bench:
                 passes.chosen.copy_(chosen)
                 contender.before()
                 graph.replay()
-                if not torch.equal(y, passes.on_gpu()):
-                    return "other bits"
+                if not close(y, passes.on_gpu()):
+                    return "another output"
         except Exception as error:  # whatever torch or another's package raises of it
             return str(error).partition("\n")[0] or type(error).__name__
         return "yes"
+
+
+def close(y: Tensor, expected: Tensor) -> bool:
+    """Whether they differ by rounding only."""
+    return bool((y - expected).abs().max() <= CLOSE * expected.abs().max())
 
 
 def used_experts(chosen: Tensor) -> int:

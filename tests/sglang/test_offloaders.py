@@ -1,7 +1,8 @@
 """benchmarks/offloaders.py: SGLang's own offloaders are driven as its engine drives them.
 
-They refuse to do anything without a GPU. So a first parameter says that the layers are elsewhere, and CUDA's streams,
-events and pinned memory are stand-ins; what is moved, when, and read by whom is theirs.
+Those of 0.5.17 refuse to do anything without a GPU. So a first parameter says that the layers are elsewhere, and CUDA's
+streams, events and pinned memory are stand-ins; what is moved, when, and read by whom is theirs. The paged experts of
+0.5.23 run as they are.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 
 from vmm_dwdp.integrations.sglang import contract
 
-pytestmark = pytest.mark.skipif(contract.version() != "0.5.17", reason="the benchmark drives SGLang 0.5.17's classes")
+OF_0_5_17 = pytest.mark.skipif(contract.version() != "0.5.17", reason="the benchmark drives its offloaders")
+OF_0_5_23 = pytest.mark.skipif(contract.version() != "0.5.23", reason="it has paged experts")
 
 LAYERS, EXPERTS, SIZE = 5, 4, 6
 
@@ -36,6 +38,7 @@ def gemm(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, scales: None
     return torch.cat(parts)
 
 
+@OF_0_5_17
 def test_it_is_left_out_where_there_is_no_gpu(offloaders: Any) -> None:
     found, left_out = offloaders.available(["sglang"], torch.device("cpu"))
 
@@ -44,6 +47,7 @@ def test_it_is_left_out_where_there_is_no_gpu(offloaders: Any) -> None:
     assert all(name.startswith("SGLang 0.5.17, OffloaderV") for name in left_out)
 
 
+@OF_0_5_17
 def test_layers_are_brought_ahead_and_read_as_they_were(offloaders: Any) -> None:
     (_, ahead), _ = offloaders.available(["sglang"], torch.device("cuda"))
     theirs = sys.modules["sglang.srt.utils.offloader"]
@@ -81,3 +85,28 @@ def test_layers_are_brought_ahead_and_read_as_they_were(offloaders: Any) -> None
                 y = layer(y, rows, gemm)
             assert torch.equal(y, expected)
     assert brought[4:] == [layer for number in range(2, 2 + 2 * LAYERS) for layer in [number % LAYERS] * 2]
+
+
+@OF_0_5_23
+def test_paged_experts_keep_those_that_were_used_last(offloaders: Any) -> None:
+    (paged,), _ = offloaders.available(["paged"], torch.device("cpu"))
+    count = 8  # of which two are kept
+    weights = [{"w13": torch.randn(count, 2 * SIZE, SIZE), "w2": torch.randn(count, SIZE, SIZE)} for _ in range(LAYERS)]
+    done = paged.offload([offloaders.DecoderLayer(dict(each)) for each in weights])
+    held, missed = [1, 0], 0  # the latest first; both are there at first
+    for chosen in ([0, 1], [1, 5], [5, 1], [7, 2], [2, 5]):
+        rows, x = torch.tensor([chosen]), torch.randn(1, SIZE)
+        missed += LAYERS * len(set(chosen) - set(held))
+        used = sorted(chosen, key=lambda expert: (expert not in held, expert))  # in which they become the latest
+        held = [*reversed(used), *(expert for expert in held if expert not in chosen)][:2]
+        y = expected = x
+        for layer, each in zip(done.layers, weights, strict=True):
+            y = layer(y, rows, gemm)
+            expected = offloaders.routed(expected, rows, each, gemm)
+        assert torch.equal(y, expected)
+        assert done.missed() == missed
+
+    several, x = torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.randn(3, SIZE)
+    torch.testing.assert_close(
+        done.layers[0](x, several, gemm), offloaders.routed(x, several, weights[0], gemm), msg="in three waves"
+    )
