@@ -34,8 +34,8 @@ BUGS: Final = (
     Bug(
         "nothing misses the bank",
         "benchmarks/versus_offloaders.py",
-        "each.missed() - missed if each.missed else 0}",
-        "0}",
+        "each.missed() - missed if each.missed else 0",
+        "0",
         _OFFLOADERS,
     ),
     Bug(
