@@ -25,6 +25,7 @@ in place of bound  (bytes used / link + gpu) / in place
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -35,17 +36,38 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import parser, report, seen
-from decode import COPIED, SHAPES, Shape, Weights, captured, copied, elapsed, our_gemm, published
-from routing import lanes, recorded
+from decode import COPIED, SHAPES, Gemm, Shape, Weights, captured, copied, elapsed, our_gemm, published
+from routing import recorded
 from torch import Tensor
 
 from vmm_dwdp import DWDPRuntime
+from vmm_dwdp.config import ModeSetting
 from vmm_dwdp.kernels.bank_table import HALF_LIFE
 from vmm_dwdp.memory import bank as memory_bank
-from vmm_dwdp.planning.caches import decayed_frequency, foresight, replay
+from vmm_dwdp.planning.caches import decayed_frequency, foresight, replay_decoding
+from vmm_dwdp.planning.routing import used_experts
 
 TRACES = Path(__file__).parent / "traces"
 COPIES = 5  # of the link, of which the median counts
+
+
+def each_expert(x: Tensor, rows: Tensor, weights: Weights, gemm: Gemm) -> Tensor:
+    """What each of a token's experts gives, ``[batch, top_k, hidden]``.
+
+    Args:
+        rows: ``[batch, top_k]``, where each chosen expert is in the weights.
+    """
+    in_order, order = rows.flatten().sort(stable=True)
+    places = torch.arange(len(weights["w13"]), device=x.device)
+    ends = torch.searchsorted(in_order, places, right=True).int()
+    gate, up = gemm(x[order // rows.shape[1]], weights["w13"], ends, None).chunk(2, dim=1)
+    y = gemm((F.silu(gate) * up).contiguous(), weights["w2"], ends, None)
+    return torch.empty_like(y).index_copy_(0, order, y).view(*rows.shape, -1)
+
+
+def routed(x: Tensor, rows: Tensor, weights: Weights, gemm: Gemm) -> Tensor:
+    """What a layer gives, ``[batch, hidden]``: the mean of its experts'."""
+    return each_expert(x, rows, weights, gemm).mean(1)
 
 
 class Passes:
@@ -55,35 +77,28 @@ class Passes:
         chosen: int64 ``[layers, batch, top_k]`` on the device: the experts of each token of the pass to come.
     """
 
-    def __init__(self, shape: Shape, runtime: DWDPRuntime, whole: dict[int, Weights], batch: int) -> None:
-        self.shape, self.runtime, self.whole = shape, runtime, whole
+    def __init__(
+        self, shape: Shape, runtime: DWDPRuntime, whole: dict[int, Weights], batch: int, gemm: Gemm = our_gemm
+    ) -> None:
+        self.shape, self.runtime, self.whole, self.gemm = shape, runtime, whole, gemm
         self.x = torch.randn(batch, shape.hidden, device=runtime.device).to(shape.dtype)
         self.chosen = torch.zeros(shape.layers, batch, shape.top_k, dtype=torch.long, device=runtime.device)
         self.chosen[:] = torch.arange(shape.top_k, device=runtime.device)
 
-    def layer(self, x: Tensor, rows: Tensor, weights: Weights) -> Tensor:
-        """``rows`` ``[batch, top_k]``: where each chosen expert is in the weights."""
-        in_order, order = rows.flatten().sort(stable=True)
-        places = torch.arange(len(weights["w13"]), device=x.device)
-        ends = torch.searchsorted(in_order, places, right=True).int()
-        gate, up = our_gemm(x[order // self.shape.top_k], weights["w13"], ends, None).chunk(2, dim=1)
-        y = our_gemm((F.silu(gate) * up).contiguous(), weights["w2"], ends, None)
-        return torch.empty_like(y).index_copy_(0, order, y).view(*rows.shape, -1).mean(1)
-
     def on_gpu(self) -> Tensor:
         x = self.x
         for number, weights in self.whole.items():
-            x = self.layer(x, self.chosen[number], weights)
+            x = routed(x, self.chosen[number], weights, self.gemm)
         return x
 
-    def spread(self, *, banked: bool) -> Tensor:
+    def spread(self, *, banked: bool = False, mode: ModeSetting = "in_place") -> Tensor:
         x = self.x
         for number in range(self.shape.layers):
-            with self.runtime.layer(number, mode="in_place", tokens=len(x)) as weights:
+            with self.runtime.layer(number, mode=mode, tokens=len(x)) as weights:
                 rows = self.chosen[number]
                 if banked:
                     weights, rows = self.runtime.look_up(number, rows)
-                x = self.layer(x, rows, weights)  # type: ignore[arg-type]
+                x = routed(x, rows, weights, self.gemm)  # type: ignore[arg-type]
         return x
 
 
@@ -102,23 +117,24 @@ def in_turn(runs: dict[str, Callable[[], object]], place: int, device: torch.dev
     return {name: elapsed(runs[name], device) * 1e3 for name in (reversed(names) if place % 2 else names)}
 
 
+def tokens_of(trace: str, shape: Shape, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of one group of sequences after another: experts ``[tokens, layers, batch, top_k]`` of the prompts and in
+    decoding."""
+    found = recorded(TRACES / f"{trace}.npz")
+    for first in range(0, len(found.kinds) - batch + 1, batch):
+        used = [part[:, first : first + batch, : shape.layers] for part in (found.prefill, found.decode)]
+        ids = [torch.from_numpy(part.nonzero()[-1]).view(*part.shape[:-1], shape.top_k) for part in used]
+        yield ids[0].transpose(1, 2).contiguous(), ids[1].transpose(1, 2).contiguous()
+
+
 def steps_of(
     trace: str, shape: Shape, batch: int, groups: int, room: int
 ) -> Iterator[tuple[Tensor, Tensor, dict[str, float]]]:
-    """Of one group of sequences after another: experts ``[tokens, layers, batch, top_k]`` of the prompts and in
-    decoding, and the hits that the replay has, in banks with ``room``."""
-    found = recorded(TRACES / f"{trace}.npz")
-    for group in range(groups):
-        used = [part[:, group * batch : (group + 1) * batch, : shape.layers] for part in (found.prefill, found.decode)]
-        ids = [
-            torch.from_numpy(part.nonzero()[-1]).view(*part.shape[:-1], shape.top_k).transpose(1, 2) for part in used
-        ]
-        together = lanes(np.concatenate(used), batch)
-        shares = {}
-        for name, policy in ("replayed", decayed_frequency(HALF_LIFE)), ("foresight", foresight):
-            replayed = replay(together, room, policy)
-            shares[name] = float(replayed.hits[len(ids[0]) :].sum() / replayed.uses[len(ids[0]) :].sum())
-        yield ids[0].contiguous(), ids[1].contiguous(), shares
+    """So many of these groups, and the hits that the replay has, in banks with ``room``."""
+    policies = {"replayed": decayed_frequency(HALF_LIFE), "foresight": foresight}
+    for ids in itertools.islice(tokens_of(trace, shape, batch), groups):
+        used = [used_experts(part.transpose(1, 2).numpy().astype(np.uint16), shape.experts) for part in ids]
+        yield *ids, {name: replay_decoding(*used, room, policy, batch).share() for name, policy in policies.items()}
 
 
 def none_hits(shape: Shape, batch: int) -> Iterator[tuple[Tensor, Tensor, dict[str, float]]]:
@@ -136,7 +152,7 @@ def measure(
     bank = runtime._assembly.bank
     assert bank is not None
     on_gpu, expected = graphed(run.on_gpu)
-    in_place, _ = graphed(partial(run.spread, banked=False))
+    in_place, _ = graphed(run.spread)
     banked, found = graphed(partial(run.spread, banked=True))
     most, memory_bank.MOST_COPIED = memory_bank.MOST_COPIED, 0  # type: ignore[misc]
     planned, _ = graphed(partial(run.spread, banked=True))

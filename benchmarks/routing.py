@@ -38,10 +38,11 @@ from vmm_dwdp.planning.caches import (
     decayed_frequency,
     first_uses,
     foresight,
+    lanes,
     least_recently_used,
     most_frequent,
     random_victims,
-    replay,
+    replay_decoding,
 )
 from vmm_dwdp.planning.routing import PHASES, Used, read_trace, used_experts
 
@@ -83,12 +84,8 @@ def recorded(path: Path) -> Recorded:
             f"{path} cannot be compared by kinds of text: it needs two kinds or more, with equally many sequences of "
             "each, two or more"
         )
+    trace = trace.mixed()
     kinds = np.array([names.index(kind) for kind in trace.kinds])
-    nth = [trace.kinds[:place].count(kind) for place, kind in enumerate(trace.kinds)]
-    order = np.lexsort((kinds, nth))
-    prefill, decode = (
-        used_experts(chosen[order], trace.num_experts).swapaxes(0, 1) for chosen in (trace.prefill, trace.decode)
-    )
     about = {
         "trace": path.stem,
         "layers": trace.num_layers,
@@ -98,25 +95,12 @@ def recorded(path: Path) -> Recorded:
         "sequences": len(kinds),
         **{f"tokens in {phase}": getattr(trace, phase).shape[1] for phase in PHASES},
     }
-    return Recorded(path.stem, prefill, decode, kinds[order], about)
-
-
-def lanes(used: Used, together: int = 1) -> Used:
-    """bool ``[tokens, lanes, experts]``: a lane is a layer of so many neighbouring sequences, decoded together."""
-    tokens, sequences, layers, experts = used.shape
-    groups = sequences // together
-    return (
-        used[:, : groups * together]
-        .reshape(tokens, groups, together, layers, experts)
-        .any(2)
-        .reshape(tokens, -1, experts)
-    )
+    return Recorded(path.stem, trace.used("prefill"), trace.used("decode"), kinds, about)
 
 
 def warm(trace: Recorded, room: float, policy: Policy, together: int = 1) -> Replay:
     """The steps of decoding, after those of the prompts."""
-    used = lanes(np.concatenate([trace.prefill, trace.decode]), together)
-    return Replay(*(part[len(trace.prefill) :] for part in replay(used, round(room * trace.experts), policy)))
+    return replay_decoding(trace.prefill, trace.decode, round(room * trace.experts), policy, together)
 
 
 def chosen_often(trace: Recorded) -> npt.NDArray[np.int64]:
@@ -174,9 +158,7 @@ def topic(trace: Recorded) -> Iterator[Row]:
     for name, policy in POLICIES.items():
         found = {}
         for which, first in before.items():
-            used = lanes(np.concatenate([first, trace.decode]))
-            done = replay(used, round(QUARTER * trace.experts), policy)
-            found[which] = Replay(*(part[len(first) :] for part in done))
+            found[which] = replay_decoding(first, trace.decode, round(QUARTER * trace.experts), policy)
         for start, end in itertools.pairwise([window for window in WINDOWS if window <= len(trace.decode)]):
             shares = {which: Replay(*(part[start:end] for part in done)).share() for which, done in found.items()}
             yield {"trace": trace.name, "policy": name, "tokens since": f"{start + 1} to {end}", **shares}

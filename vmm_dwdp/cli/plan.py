@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vmm_dwdp.cli import plan_decode
 from vmm_dwdp.cli.checks import number_or_auto, require_writable, slice_bytes
 from vmm_dwdp.cli.console import print_table, size
-from vmm_dwdp.config import DWDPConfig
+from vmm_dwdp.config import DWDPConfig, ModeSetting
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.planning.estimate import Estimate, recommend
 from vmm_dwdp.planning.gpus import load_gpu
@@ -73,18 +74,24 @@ def add_group_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
-def estimate_from(arguments: argparse.Namespace, imbalance: float = 0.0) -> Estimate:
-    """The estimate that the arguments of `add_group_arguments` ask for; raises `ConfigError`."""
-    if imbalance < 0:
-        raise ConfigError(f"--imbalance must be at least 0, not {imbalance}")
-    config = DWDPConfig(
+def config_from(arguments: argparse.Namespace, mode: ModeSetting = "staged") -> DWDPConfig:
+    """The config that the arguments of `add_group_arguments` ask for; raises `ConfigError`."""
+    return DWDPConfig(
         group_size=arguments.group_size,
         num_local_experts=arguments.local_experts,
         memory_bytes=arguments.memory_bytes,
         prefetch_depth=arguments.depth,
         slice_bytes=arguments.slice_bytes,
         host_experts=arguments.host_experts,
+        mode=mode,
     )
+
+
+def estimate_from(arguments: argparse.Namespace, imbalance: float = 0.0) -> Estimate:
+    """The estimate that the arguments of `add_group_arguments` ask for; raises `ConfigError`."""
+    if imbalance < 0:
+        raise ConfigError(f"--imbalance must be at least 0, not {imbalance}")
+    config = config_from(arguments)
     if arguments.nodes < 1:
         raise ConfigError(f"--nodes must be at least 1, not {arguments.nodes}")
     if arguments.network is not None and arguments.nodes == 1:
@@ -109,9 +116,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="by how much the slowest rank's compute exceeds the mean under expert parallelism (default: 0)",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw pass times over tokens, and memory")
+    plan_decode.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    plan_decode.require_its_own(arguments)
+    if arguments.decode:
+        return plan_decode.run(config_from(arguments, mode="auto" if arguments.depth else "in_place"), arguments)
     require_writable("--plot", arguments.plot)
     estimate = estimate_from(arguments, arguments.imbalance)
     estimate.require_fit()

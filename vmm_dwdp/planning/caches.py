@@ -62,6 +62,32 @@ def replay(used: Used, room: int, policy: Policy) -> Replay:
     return Replay(used.sum(-1, dtype=np.int64), hits)
 
 
+def lanes(used: Used, together: int = 1) -> Used:
+    """A lane for each layer of so many neighbouring sequences, which are decoded together.
+
+    Args:
+        used: bool ``[tokens, sequences, layers, experts]``; sequences that are left over are left out.
+
+    Returns:
+        bool ``[tokens, lanes, experts]``: what any of a lane's sequences used.
+    """
+    tokens, sequences, layers, experts = used.shape
+    groups = sequences // together
+    kept = used[:, : groups * together].reshape(tokens, groups, together, layers, experts)
+    return kept.any(2).reshape(tokens, -1, experts)
+
+
+def replay_decoding(prefill: Used, decode: Used, room: int, policy: Policy, together: int = 1) -> Replay:
+    """The steps of decoding so many sequences together, after those of the ends of their prompts, replayed as if they
+    had been decoded, too.
+
+    Args:
+        prefill, decode: bool ``[tokens, sequences, layers, experts]``.
+    """
+    done = replay(lanes(np.concatenate([prefill, decode]), together), room, policy)
+    return Replay(*(part[len(prefill) :] for part in done))
+
+
 def first_uses(used: Used) -> Counts:
     """By step and lane, experts that no step before had used: what misses in an empty bank of any size."""
     before = np.logical_or.accumulate(used, axis=0)

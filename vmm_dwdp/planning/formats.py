@@ -68,3 +68,9 @@ def expert_format(quantization: Mapping[str, Any] | None) -> WeightFormat:
         return WeightFormat.NVFP4
     known = "fp8 in blocks of 128 x 128, mxfp4, and modelopt with NVFP4"
     raise ConfigError(f"the quantization_config {dict(quantization)} is not one that is known here: {known}")
+
+
+def attention_format(experts: WeightFormat) -> WeightFormat:
+    """Of the attention of a checkpoint whose experts are stored so: those with FP4 experts keep it in bf16 (their
+    ``modules_to_not_convert``, ``exclude_modules``)."""
+    return experts if experts is WeightFormat.FP8_BLOCK else WeightFormat.BF16

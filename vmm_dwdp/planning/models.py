@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.layout.weight_spec import WeightSpec
-from vmm_dwdp.planning.formats import WeightFormat, expert_format
+from vmm_dwdp.planning.formats import WeightFormat, attention_format, expert_format
 from vmm_dwdp.planning.presets import load_preset, read_mapping
 
 
@@ -73,6 +73,10 @@ class ModelSpec:
     attention_format: WeightFormat
     expert_bias: bool
     kv_value_bytes: int
+
+    def stored_as(self, weights: WeightFormat) -> ModelSpec:
+        """The same model with its weights in another format."""
+        return replace(self, expert_format=weights, attention_format=attention_format(weights))
 
     @cached_property
     def expert_weights(self) -> dict[str, WeightSpec]:
@@ -163,8 +167,7 @@ def model_from_config(name: str, config: Mapping[str, Any]) -> ModelSpec:
         attention=_attention(config, size),
         windows=_windows(config, num_layers),
         expert_format=weights,
-        # Checkpoints with FP4 experts keep attention in bf16 (their modules_to_not_convert, exclude_modules).
-        attention_format=weights if weights is WeightFormat.FP8_BLOCK else WeightFormat.BF16,
+        attention_format=attention_format(weights),
         expert_bias=config.get("model_type") == "gpt_oss",
         kv_value_bytes=1 if (quantization or {}).get("kv_cache_quant_algo") == "FP8" else 2,
     )

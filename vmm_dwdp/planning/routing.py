@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, Final
 
@@ -44,6 +44,18 @@ class RoutingTrace:
     @property
     def top_k(self) -> int:
         return int(self.decode.shape[3])
+
+    def mixed(self) -> RoutingTrace:
+        """The same sequences in an order in which neighbours are of different kinds, which come round."""
+        nth = [self.kinds[:place].count(kind) for place, kind in enumerate(self.kinds)]
+        names = list(dict.fromkeys(self.kinds))
+        order = np.lexsort(([names.index(kind) for kind in self.kinds], nth))
+        kinds = tuple(self.kinds[place] for place in order)
+        return replace(self, prefill=self.prefill[order], decode=self.decode[order], kinds=kinds)
+
+    def used(self, phase: str) -> Used:
+        """What was used in one of `PHASES`, bool ``[tokens, sequences, layers, experts]``."""
+        return used_experts(getattr(self, phase), self.num_experts).swapaxes(0, 1)
 
 
 def read_trace(path: str | PathLike[str]) -> RoutingTrace:

@@ -1,4 +1,4 @@
-"""In the benchmark of SGLang on several GPUs."""
+"""In the benchmarks of SGLang on several GPUs, and against what others offload with."""
 
 from __future__ import annotations
 
@@ -7,8 +7,51 @@ from typing import Final
 from mutants.seeded import Bug
 
 _FIGURES = ("tests/unit/project/test_sglang_multi_gpu.py",)
+_OFFLOADERS = ("tests/unit/project/test_versus_offloaders.py",)
 
 BUGS: Final = (
+    Bug(
+        "an offloader's wrong weights are timed",
+        "benchmarks/versus_offloaders.py",
+        "(each in self.ours or not close(y, expected))",
+        "each in self.ours",
+        _OFFLOADERS,
+    ),
+    Bug(
+        "an offloader that fails ends the command",
+        "benchmarks/versus_offloaders.py",
+        "            except Exception as error:  # of another's package, in one of many ways\n",
+        "            except KeyError as error:\n",
+        _OFFLOADERS,
+    ),
+    Bug(
+        "what hits the bank is counted as moved",
+        "benchmarks/versus_offloaders.py",
+        "counts.uses - counts.hits for counts",
+        "counts.uses for counts",
+        _OFFLOADERS,
+    ),
+    Bug(
+        "nothing misses the bank",
+        "benchmarks/versus_offloaders.py",
+        "each.missed() - missed if each.missed else 0",
+        "0",
+        _OFFLOADERS,
+    ),
+    Bug(
+        "a pass that is too short is printed",
+        "benchmarks/versus_offloaders.py",
+        "<= ms * LINK_TOLERANCE and moved",
+        "<= ms * 2 and moved",
+        _OFFLOADERS,
+    ),
+    Bug(
+        "prompts are not what fills the bank",
+        "benchmarks/versus_offloaders.py",
+        "ids[:-steps], ids[-steps:]",
+        "ids[:0], ids[:steps]",
+        _OFFLOADERS,
+    ),
     Bug(
         "what an engine started lives on",
         "benchmarks/engine_processes.py",

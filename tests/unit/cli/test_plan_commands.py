@@ -276,3 +276,85 @@ def test_a_slow_rank_slows_only_itself(capsys: pytest.CaptureFixture[str]) -> No
     assert slow["slowest_rank_ms"] == pytest.approx(1.5 * even["slowest_rank_ms"], rel=0.1)
     assert slow["fastest_rank_ms"] == pytest.approx(even["fastest_rank_ms"], rel=0.02)
     assert slow["throughput_over_expert_parallel"] > even["throughput_over_expert_parallel"]
+
+
+DECODE = ["plan", "qwen3-30b-a3b", "--gpu", "h100", "--group-size", "1", "--host-experts", "128", "--tokens", "1"]
+TRACE = str(Path(__file__).parents[3] / "benchmarks" / "traces" / "mixed-0.01.npz")
+
+
+def test_plan_of_decoding_says_tokens_a_second_by_the_size_of_a_bank(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--decode", "--format", "fp8", "--trace", TRACE, "--bank", "25%"]
+    assert cli.main([*DECODE, *options, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    none, *banks = report["by_bank"]
+    token = 48 * 8 * report["expert_bytes"]
+    rows = [bank["bank_rows"] for bank in banks]
+
+    assert rows == [8, 16, 32, 48, 64, 96]
+    assert none["missed_bytes"] == token == pytest.approx(1.81e9, rel=0.005)
+    assert none["link_s"] == pytest.approx(token / (0.84 * 64e9))
+    assert {name: report[name] for name in none} == banks[rows.index(32)]
+    assert report["missed_bytes"] == pytest.approx((1 - report["hits"]) * token)
+    assert report["hits"] == pytest.approx(0.621, abs=0.0005), "docs/routing.md"
+    assert report["bound_tokens_per_s"] == pytest.approx(1 / (report["link_s"] + report["gpu_s"]))
+    step = (report["link_s"] + report["gpu_s"] + 48 * report["kernels_s"]) / report["of_bound"]
+    assert report["expected_tokens_per_s"] == pytest.approx(1 / step)
+    assert [bank["hits"] for bank in banks] == sorted(bank["hits"] for bank in banks)
+    for bank in banks:
+        assert bank["left_for_kv_cache"] == none["left_for_kv_cache"] - bank["bank_bytes"]
+
+    assert cli.main([*DECODE, *options]) == 0
+    said = capsys.readouterr().out
+    assert "32 experts *" in said
+    assert f"{report['expected_tokens_per_s']:.1f}" in said
+    assert "limited by the link to host memory" in said
+
+
+def test_plan_of_decoding_takes_a_link_and_a_bank_in_gigabytes(capsys: pytest.CaptureFixture[str]) -> None:
+    reports = []
+    for link in ("25", "50"):
+        assert cli.main([*DECODE, "--decode", "--link", link, "--bank", "8", "--depth", "0", "--json"]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    slow, fast = reports
+
+    assert slow["link_s"] == pytest.approx(2 * fast["link_s"])
+    assert 0 < fast["bank_bytes"] <= 8e9 < fast["bank_bytes"] * (fast["bank_rows"] + 1) / fast["bank_rows"]
+    assert fast["hits"] == fast["bank_rows"] / 128, "tokens choose evenly"
+    assert fast["bank_rows"] in [bank["bank_rows"] for bank in fast["by_bank"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--bank", "25%"], "--bank needs --decode"),
+        (["--trace", TRACE], "--trace needs --decode"),
+        (["--decode", "--nodes", "2"], "--nodes is not for --decode"),
+        (["--decode", "--run-bytes", "5"], "--run-bytes is not for --decode"),
+        (["--decode", "--plot", "a.png"], "--plot is not for --decode"),
+        (["--decode", "--link", "0"], "--link must be more than 0, not 0"),
+        (["--decode", "--bank", "101%"], "--bank is a share as 25%, or a number of GB, not '101%'"),
+        (["--decode", "--bank", "much"], "--bank is a share as 25%, or a number of GB, not 'much'"),
+        (["--decode", "--bank", "nan"], "--bank is a share as 25%, or a number of GB, not 'nan'"),
+        (["--decode", "--bank", "inf"], "--bank is a share as 25%, or a number of GB, not 'inf'"),
+        (["--decode", "--bank", "1"], "room for 2 experts of each layer, and a token uses 8"),
+        (["--decode", "--bank", "100%", "--request-tokens", "400000"], "does not fit on H100"),
+        (["--decode", "--trace", "missing.npz"], "missing.npz cannot be read as a routing trace"),
+    ],
+)
+def test_plan_of_decoding_refuses_in_a_sentence(
+    options: list[str], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*DECODE, *options]) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_the_page_has_what_plan_prints_of_decoding(capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(__file__).parents[3]
+    page = (root / "docs" / "planning.md").read_text()
+    (command,) = [
+        line.split()[1:] for line in page.splitlines() if line.startswith("vmm-dwdp plan") and "--bank" in line
+    ]
+    assert cli.main([str(root / word) if word.endswith(".npz") else word for word in command]) == 0
+    table = capsys.readouterr().out.splitlines()[:-2]
+
+    assert "\n".join(table) in page

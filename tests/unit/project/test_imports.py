@@ -35,7 +35,7 @@ ROOMS: Final = {  # from the bottom up: what it is about, in a word, and all tha
     "runtime": ("passes", "errors config layout allocator observe memory schedule group together"),
     "operators": ("compilers", "errors runtime"),
     "checkpoint": ("files", "errors config layout allocator runtime"),
-    "planning": ("paper", "errors config layout allocator observe memory schedule runtime"),
+    "planning": ("paper", "errors config layout allocator kernels observe memory schedule runtime"),
     "integrations": (
         "engines",
         "errors config model_folder layout nodes allocator kernels observe memory schedule group runtime checkpoint",
