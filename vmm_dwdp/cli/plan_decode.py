@@ -11,7 +11,7 @@ from typing import Any, Final
 from vmm_dwdp.cli.console import print_table, size
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.planning.decoding import KERNELS, OF_BOUND, Decoding
+from vmm_dwdp.planning.decoding import KERNELS, OF_BOUND, REST, Decoding
 from vmm_dwdp.planning.formats import WeightFormat
 from vmm_dwdp.planning.gpus import load_gpu
 from vmm_dwdp.planning.local_experts import settled
@@ -107,7 +107,7 @@ def _as_json(decoding: Decoding, others: Sequence[Decoding]) -> dict[str, Any]:
         "context": decoding.context,
         "expert_bytes": decoding.expert_bytes,
         "of_bound": OF_BOUND,
-        "kernels_s": KERNELS,
+        "kernels_s": decoding.kernels_seconds,
         **_step(decoding),
         "by_bank": [_step(other) for other in others],
     }
@@ -163,6 +163,6 @@ def _print(decoding: Decoding, others: Sequence[Decoding]) -> None:
         f"GPU's memory it would take {1e3 * decoding.gpu_seconds:.1f} by its roofline."
     )
     print(
-        f"Bound: what misses, at the rate of a copy, and that. Expected: with {1e6 * KERNELS:.0f} microseconds more a "
-        f"MoE layer, and {OF_BOUND:g} of the bound, as measured over PCIe; small kernels of attention are not in it."
+        f"Bound: what misses, at the rate of a copy, and that. Expected: with {1e6 * KERNELS:.0f} microseconds more for "
+        f"the experts of a layer and {1e6 * REST:.0f} for the rest of it, and {OF_BOUND:g} of that, as measured over PCIe."
     )

@@ -7,8 +7,8 @@ cross the link once, and the rest is as with all experts on the GPU. So no step 
     bytes that missed / what a copy reaches over the link  +  the step with everything in the GPU's memory
 
 of which the second is the roofline of its operations (roofline.py). That is the bound of docs/decode.md, but for a
-GPU pass that is measured there. What is expected is longer by two things that were measured: a MoE layer's small
-kernels, `KERNELS`, and what passes reached of the bound, `OF_BOUND`.
+GPU pass that is measured there. What is expected is longer by what was measured: small kernels, those of a MoE layer's
+experts, `KERNELS`, and those of the rest of a layer, `REST`, and what passes reached of the bound, `OF_BOUND`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ from vmm_dwdp.planning.work import average_operations
 # Both from benchmarks/results/bank-h200.json, passes of Qwen3-30B-A3B's experts in a CUDA graph, the link PCIe.
 OF_BOUND: Final = 0.93  # the least that passes with a bank reached of their bound, with hits and without
 KERNELS: Final = 50e-6  # seconds of such a layer with its experts on the GPU beyond its roofline
+
+# Whole steps of one sequence, everything on the GPU, beyond the roofline and that: 47 and 60 us a layer with
+# Qwen3-30B-A3B's shapes (benchmarks/results/whole_model-fp8-h100.json and -mxfp4-), 115 with gpt-oss-120b's (-gpt-oss-).
+REST: Final = 50e-6
 
 Limit = Literal["the link to host memory", "the links to other GPUs", "the GPU"]
 
@@ -180,13 +184,17 @@ class Decoding:
 
     @property
     def expected_seconds(self) -> float:
-        return (self.bound_seconds + len(self.model.moe_layers) * KERNELS) / OF_BOUND
+        return (self.bound_seconds + self.kernels_seconds) / OF_BOUND
+
+    @property
+    def kernels_seconds(self) -> float:
+        """Of the small kernels of all layers, beyond the roofline."""
+        return len(self.model.moe_layers) * KERNELS + self.model.num_layers * REST
 
     @property
     def limit(self) -> Limit:
         """What takes the greatest part of what is expected."""
-        on_gpu = self.gpu_seconds + len(self.model.moe_layers) * KERNELS
-        parts: dict[Limit, float] = {**self.link_seconds, "the GPU": on_gpu}
+        parts: dict[Limit, float] = {**self.link_seconds, "the GPU": self.gpu_seconds + self.kernels_seconds}
         return max(parts, key=lambda part: parts[part])
 
     def with_bank(self, nbytes: int) -> Decoding:
