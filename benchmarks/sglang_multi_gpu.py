@@ -220,13 +220,13 @@ def _ended(process: EngineProcess) -> float | None:
     return max(((now - was) / 2**30 for was, now in zip(before, free(), strict=True)), default=None)
 
 
-def checkpoint(folder: Path, shape: Shape, device: torch.device, *, fp8: bool) -> None:
+def checkpoint(folder: Path, shape: Shape, device: torch.device, *, weights: str) -> None:
     """In ``folder``, written unless it is there."""
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.json"
     if not config.exists():
-        sglang_checkpoint.write(folder, shape, device, fp8=fp8)
-    elif json.loads(config.read_text()) != sglang_checkpoint.config(shape, fp8=fp8):
+        sglang_checkpoint.write(folder, shape, device, weights=weights)
+    elif json.loads(config.read_text()) != sglang_checkpoint.config(shape, weights=weights):
         raise SystemExit(f"{folder} has another checkpoint than the one asked for")
 
 
@@ -277,7 +277,7 @@ def main() -> None:
         model, logs = given.model_folder or folder / "model", given.logs or folder
         logs.mkdir(parents=True, exist_ok=True)
         begin = time.perf_counter()
-        checkpoint(model, shape, given.device, fp8=fp8)
+        checkpoint(model, shape, given.device, weights="fp8" if fp8 else "bf16")
         about = {
             "sglang": importlib.metadata.version("sglang"),
             "ranks": given.gpus,
