@@ -1,9 +1,9 @@
 """SGLang's own offline engine with its experts in host memory, beside the same engine without this library.
 
-Writes a Qwen3-MoE checkpoint with random weights, or with ``--weights mxfp4`` a gpt-oss (or, with ``--load-format dummy``,
-fills the weights in each engine: sglang_dummy_weights.py), and starts one engine per variant, each of ``--tp`` ranks. They
-start side by side, in processes of their own; once all are ready, one after the other answers the same prompts, greedily.
-Needs sglang and a GPU. The plugin is found by SGLang through the installed package's entry point.
+Writes a Qwen3-MoE checkpoint with random weights, or with ``--weights mxfp4`` a gpt-oss (or, with ``--load-format
+dummy``, fills the weights in each engine: sglang_dummy_weights.py), and starts one engine per variant, each of ``--tp``
+ranks. They start side by side, in processes of their own; once all are ready, one after the other answers the same
+prompts, greedily. Needs sglang and a GPU. The plugin is found by SGLang through the installed package's entry point.
 
 Variants: ``gpu`` all experts in GPU memory, without this library; ``offload`` SGLang's own CPU offloading; ``host`` all
 experts in host memory, copied ahead; ``half`` half of them; ``in_place`` all in host memory, read in place; ``auto``

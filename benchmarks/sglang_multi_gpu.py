@@ -48,7 +48,7 @@ import sglang_checkpoint
 import torch
 from common import Row, parser, report, seen
 from engine_processes import EngineProcess, Failed
-from sglang_checkpoint import Shape
+from sglang_checkpoint import TINY, Shape
 from sglang_mixes import MIXES, chosen_remote_seconds, least_decode_seconds, least_prefill_seconds, lengths
 from sglang_variants import GRAPHS, Task, Variant, serve
 
@@ -57,7 +57,6 @@ from vmm_dwdp.planning.gpus import GpuSpec, load_gpu
 
 KINDS = ("dwdp", "ep", "one", "own", "tp")
 QWEN3_235B = Shape(4, 4096, 128, 1536, heads=64, positions=131072)
-TINY = Shape(2, 256, 8, 1024, heads=4, kv_heads=2, head_dim=64, experts_per_token=2, vocabulary=512)
 TINY_UNIT = 8  # tokens for 1024
 
 

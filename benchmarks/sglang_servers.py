@@ -15,11 +15,34 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
+import torch
 from engine_processes import Failed, reason
 
 READY = "ready to roll"  # SGLang's server, after its own first request
 
 Tokens = list[list[int]]
+
+
+def options_of(device: torch.device, attention_backend: str, *, graphs: bool = False) -> str:
+    """With which servers start fast and several share a GPU; graphs are of decode only."""
+    common = "--sampling-backend pytorch --grammar-backend none --moe-runner-backend triton --random-seed 0"
+    if device.type == "cpu":
+        return f"{common} --device cpu --dtype float32 --attention-backend torch_native --disable-cuda-graph"
+    kept = "--disable-prefill-cuda-graph" if graphs else "--disable-cuda-graph"
+    together = "--mem-fraction-static 0.85 --enforce-disable-flashinfer-allreduce-fusion"
+    return f"{common} --attention-backend {attention_backend} {kept} {together}"
+
+
+def environment_of(device: torch.device, ranks: int) -> dict[str, str]:
+    """That of this process, without what it says of this library, and what ``ranks`` need that share a machine."""
+    found = {name: value for name, value in os.environ.items() if not name.startswith("VMM_DWDP")}
+    found["SGLANG_HOST_IP"] = "127.0.0.1"
+    found["NCCL_NVLS_ENABLE"] = "0"  # no NVLink multicast
+    found["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"  # other servers take memory meanwhile
+    if device.type == "cpu" and ranks > 1:
+        found["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank % 2) for rank in range(ranks))
+        found["SGLANG_NCCL_SO_PATH"] = "none"  # a CUDA build of torch brings it, and SGLang uses it on the CPU too
+    return found
 
 
 class Server:
