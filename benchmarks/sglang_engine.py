@@ -72,6 +72,7 @@ def _arguments() -> argparse.Namespace:
     result.add_argument("--intermediate", type=int, default=768, help="of one expert")
     result.add_argument("--weights", choices=RUNNERS, default="bf16")
     result.add_argument("--tp", type=int, default=1, help="GPUs of each engine, over which every expert is cut")
+    result.add_argument("--kv-cache-dtype", default="auto", help="SGLang's, such as fp8_e4m3")
     result.add_argument("--load-format", choices=["safetensors", "dummy"], default="safetensors")
     result.add_argument("--prompts", type=int, default=4)
     result.add_argument("--prompt-tokens", type=int, nargs="+", default=[512])
@@ -162,6 +163,7 @@ def _engine(pipe: Connection, folder: Path, variant: str, arguments: argparse.Na
         sampling_backend="pytorch",
         moe_runner_backend=RUNNERS[arguments.weights],
         tp_size=arguments.tp,
+        kv_cache_dtype=arguments.kv_cache_dtype,
         enforce_disable_flashinfer_allreduce_fusion=True,  # of several ranks SGLang would compile it at start
         grammar_backend="none",
         disable_radix_cache=True,

@@ -7,7 +7,7 @@ GPUs that they share where there are few. KV caches go by ``--transfer-backend``
 
 Servers: ``one`` an ordinary server; ``dwdp`` a prefill server of two ranks with ``--dwdp-size 2``, and a decode server;
 ``host`` a prefill server whose experts are in host memory, and a decode server. A prefill server is on the first GPUs,
-the others are on the last. None has CUDA graphs.
+the others are on the last. None has CUDA graphs, nor a cache of prompts that were asked before.
 
 same tokens  as ``one`` gives, greedily, for prompts that are asked one after the other; digest: of all of them
 seconds      until all prompts are answered, asked at once, each with a length of its own: the median of the repeats.
@@ -89,7 +89,7 @@ def pairs(given: argparse.Namespace, shape: Shape, folder: Path) -> Iterator[dic
 
     def start(name: str, more: str, gpu: int, ranks: int = 1, **environment: str) -> Server:
         common = f"--model-path {model} {options_of(given.device, given.attention_backend)} --base-gpu-id {gpu}"
-        common += f" --max-total-tokens {given.room} --chunked-prefill-size {given.chunk * ranks}"
+        common += f" --disable-radix-cache --max-total-tokens {given.room} --chunked-prefill-size {given.chunk * ranks}"
         begun.append(
             Server(
                 f"{common} --skip-tokenizer-init {more}".split(),
@@ -185,8 +185,6 @@ def _arguments() -> argparse.Namespace:
     if given.tiny:
         given.prompt_tokens = 16
     given.chunk = given.prompt_tokens * 2
-    if given.device.type == "cpu":
-        given.chunk *= given.prompts  # for a prompt that it cuts, SGLang's prefill server makes events of CUDA
     given.room = given.prompts * (2 * given.prompt_tokens + 2 * given.new_tokens + 64)
     return given
 
