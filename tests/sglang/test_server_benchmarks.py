@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_prefill_server import mooncake as mooncake
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def test_sglangs_client_asks_servers_with_and_without_this_library() -> None:
     assert all(row[name] > 0 for row in found for name in ("prompt tokens/s", "answer tokens/s", "TTFT ms", "TPOT ms"))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("mooncake") is None, reason="needs mooncake-transfer-engine-non-cuda")
+@pytest.mark.usefixtures("mooncake")
 def test_a_pair_answers_as_one_server() -> None:
     found = rows("sglang_prefill_server.py")
 

@@ -48,7 +48,7 @@ def test_integers_are_of_the_size_of_a_weight(weights: str, unpacked: object, sh
     for expert in range(3):
         found = unpacked({name: tensor[expert] for name, tensor in made.items()})  # type: ignore[operator]
         assert found.shape == shape
-        assert abs(float(found.mean())) < 0.15 * COLUMNS**-0.5  # they go from -8 to 7
+        assert -0.15 < float(found.mean()) * COLUMNS**0.5 < 0, "they go from -8 to 7"
         assert float(found.std()) == pytest.approx(COLUMNS**-0.5, rel=0.1)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,7 +31,7 @@ from vmm_dwdp.planning.gpus import load_gpu
 SMALL = Shape(2, 256, 4, 128, heads=2, kv_heads=1, experts_per_token=2, vocabulary=512)
 SERVES = """
 import http.server, json, os, subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
 class Answers(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -63,7 +65,10 @@ def test_it_answers_and_its_children_end_with_it(tmp_path: Path) -> None:
         lives = select.poll()
         lives.register(os.pidfd_open(child))
         assert not lives.poll(0)
-    assert lives.poll(60_000), "it has ended"
+    ended = lives.poll(20_000)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    assert ended
 
 
 def test_one_that_dies_has_its_sentence(tmp_path: Path) -> None:
