@@ -1,4 +1,4 @@
-"""A Qwen3-MoE checkpoint with random weights in bf16 or FP8 blocks, at a scale at which every layer matters."""
+"""A Qwen3-MoE checkpoint with random weights, at a scale at which every layer matters."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import sglang_quantised
 import torch
-
-BLOCK = 128  # rows and columns that share a scale
-LARGEST = 448.0  # number of float8_e4m3fn
-Tensors = dict[str, torch.Tensor]
+from sglang_quantised import Tensors
 
 
 class Shape(NamedTuple):
@@ -46,23 +44,30 @@ class Shape(NamedTuple):
         return {"gate": wide, "up": wide, "down": wide[::-1]}
 
 
-def write(folder: Path, shape: Shape, device: torch.device, *, fp8: bool = False) -> None:
-    """Into ``folder``, which exists; random numbers are made on ``device``. The config comes last."""
+TINY = Shape(2, 256, 8, 1024, heads=4, kv_heads=2, head_dim=64, experts_per_token=2, vocabulary=512)
+
+
+def write(folder: Path, shape: Shape, device: torch.device, *, weights: str = "bf16") -> None:
+    """Into ``folder``, which exists; random numbers are made on ``device``. The config comes last.
+
+    Args:
+        weights: a key of `sglang_quantised.CONFIGS`.
+    """
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    for number, tensors in enumerate(_files(shape, device, fp8)):
+    for number, tensors in enumerate(_files(shape, device, weights)):
         save_file(tensors, folder / f"model-{number:05d}.safetensors")
-    write_config(folder, shape, fp8=fp8)
+    write_config(folder, shape, weights=weights)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the engines will want it
 
 
-def write_config(folder: Path, shape: Shape, *, fp8: bool = False) -> None:
-    (folder / "config.json").write_text(json.dumps(config(shape, fp8=fp8)))
+def write_config(folder: Path, shape: Shape, *, weights: str = "bf16") -> None:
+    (folder / "config.json").write_text(json.dumps(config(shape, weights=weights)))
 
 
-def config(shape: Shape, *, fp8: bool) -> dict[str, Any]:
+def config(shape: Shape, *, weights: str) -> dict[str, Any]:
     stated = {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
@@ -86,27 +91,21 @@ def config(shape: Shape, *, fp8: bool) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "hidden_act": "silu",
     }
-    if fp8:
-        blocks = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "fmt": "e4m3"}
-        stated["quantization_config"] = blocks | {"activation_scheme": "dynamic"}
+    if sglang_quantised.CONFIGS[weights]:
+        stated["quantization_config"] = sglang_quantised.CONFIGS[weights]
     return stated
 
 
-def _files(shape: Shape, device: torch.device, fp8: bool) -> Iterator[Tensors]:
+def _files(shape: Shape, device: torch.device, weights: str) -> Iterator[Tensors]:
     """What is in none of the layers, and then a file per layer."""
 
-    def matrices(count: int, rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(count, rows, columns, device=device).div_(columns**0.5)
-
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        return matrices(1, rows, columns)[0].to(torch.bfloat16).cpu()
+        return sglang_quantised.matrices("bf16", 1, rows, columns, device)["weight"][0].cpu()
 
     def ones(size: int) -> torch.Tensor:
         return torch.ones(size, dtype=torch.bfloat16)
 
-    def projections(names: list[str], rows: int, columns: int) -> Tensors:
-        made = matrices(len(names), rows, columns)
-        kinds = in_blocks(made) if fp8 else {"weight": made.to(torch.bfloat16)}
+    def named(names: list[str], kinds: Tensors) -> Tensors:
         return {
             f"{name}_proj.{kind}": one
             for kind, stacked in kinds.items()
@@ -127,20 +126,9 @@ def _files(shape: Shape, device: torch.device, fp8: bool) -> Iterator[Tensors]:
             f"{prefix}.self_attn.k_norm.weight": ones(shape.head_dim),
         }
         for name, size in shape.attention.items():
-            tensors |= projections([f"{prefix}.self_attn.{name}"], *size)
+            tensors |= named([f"{prefix}.self_attn.{name}"], sglang_quantised.matrices(weights, 1, *size, device))
         tensors[f"{prefix}.mlp.gate.weight"] = matrix(shape.experts, shape.hidden)
         for name, size in shape.expert.items():
-            tensors |= projections([f"{prefix}.mlp.experts.{e}.{name}" for e in range(shape.experts)], *size)
+            names = [f"{prefix}.mlp.experts.{expert}.{name}" for expert in range(shape.experts)]
+            tensors |= named(names, sglang_quantised.experts(weights, shape.experts, *size, device))
         yield tensors
-
-
-def in_blocks(weights: torch.Tensor) -> Tensors:
-    """``[N, rows, columns]`` in FP8, and ``[N, rows / 128, columns / 128]`` what each block is to be multiplied by.
-
-    Rows and columns are multiples of 128.
-    """
-    count, rows, columns = weights.shape
-    blocks = weights.float().view(count, rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
-    scales = blocks.abs().amax((2, 4), keepdim=True) / LARGEST
-    quantised = (blocks / scales).view(weights.shape).to(torch.float8_e4m3fn)
-    return {"weight": quantised, "weight_scale_inv": scales.squeeze(4).squeeze(2)}

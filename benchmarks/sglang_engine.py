@@ -1,9 +1,9 @@
 """SGLang's own offline engine with its experts in host memory, beside the same engine without this library.
 
-Writes a Qwen3-MoE checkpoint with random weights (or, with ``--load-format dummy``, fills the weights in each engine:
-sglang_dummy_weights.py) and starts one engine per variant. They start side by side, in processes of their own; once all
-are ready, one after the other answers the same prompts, greedily. Needs sglang and a GPU. The plugin is found by SGLang
-through the installed package's entry point.
+Writes a Qwen3-MoE checkpoint with random weights, or with ``--weights mxfp4`` a gpt-oss (or, with ``--load-format
+dummy``, fills the weights in each engine: sglang_dummy_weights.py), and starts one engine per variant, each of ``--tp``
+ranks. They start side by side, in processes of their own; once all are ready, one after the other answers the same
+prompts, greedily. Needs sglang and a GPU. The plugin is found by SGLang through the installed package's entry point.
 
 Variants: ``gpu`` all experts in GPU memory, without this library; ``offload`` SGLang's own CPU offloading; ``host`` all
 experts in host memory, copied ahead; ``half`` half of them; ``in_place`` all in host memory, read in place; ``auto``
@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import sglang_checkpoint
+import sglang_gpt_oss
 import sglang_plugins
 import torch
 from common import Row, parser, report, seen
@@ -44,6 +45,8 @@ Tokens = list[list[int]]
 CONFIGS = {"host": (1, "staged"), "half": (2, "staged"), "in_place": (1, "in_place"), "auto": (1, "auto")}
 """What of all experts is in host memory, one part in so many, and the mode."""
 KINDS = ["gpu", "offload", *CONFIGS]
+RUNNERS = {"bf16": "triton", "fp8": "triton", "awq": "auto", "wna16": "auto", "mxfp4": "triton_kernel"}
+"""The MoE runner of each kind of weights: of integers SGLang takes marlin, in its schemes."""
 PREFILLS, PREFILL_SECONDS = 3, 2.0  # at most
 IDLE_SECONDS = 0.5  # longer than a decode step
 
@@ -67,6 +70,9 @@ def _arguments() -> argparse.Namespace:
     result.add_argument("--experts", type=int, default=64)
     result.add_argument("--hidden", type=int, default=2048)
     result.add_argument("--intermediate", type=int, default=768, help="of one expert")
+    result.add_argument("--weights", choices=RUNNERS, default="bf16")
+    result.add_argument("--tp", type=int, default=1, help="GPUs of each engine, over which every expert is cut")
+    result.add_argument("--kv-cache-dtype", default="auto", help="SGLang's, such as fp8_e4m3")
     result.add_argument("--load-format", choices=["safetensors", "dummy"], default="safetensors")
     result.add_argument("--prompts", type=int, default=4)
     result.add_argument("--prompt-tokens", type=int, nargs="+", default=[512])
@@ -74,17 +80,22 @@ def _arguments() -> argparse.Namespace:
     names = [kind + graph for kind in KINDS for graph in ("", "-graph")]
     result.add_argument("--variants", nargs="+", choices=names, default=["gpu", "host", "half", "offload"])
     arguments = result.parse_args()
+    if arguments.weights == "mxfp4" and arguments.load_format == "dummy":
+        result.error("the made-up weights are of floating point; --load-format dummy is not for --weights mxfp4")
     if importlib.util.find_spec("sglang") is None:
         result.error("SGLang is not installed here: pip install '.[sglang]'")
     return arguments
 
 
 def _write_model(folder: Path, arguments: argparse.Namespace) -> None:
-    shape = sglang_checkpoint.Shape(arguments.layers, arguments.hidden, arguments.experts, arguments.intermediate)
-    if arguments.load_format == "safetensors":
-        sglang_checkpoint.write(folder, shape, arguments.device)
+    sizes = (arguments.layers, arguments.hidden, arguments.experts, arguments.intermediate)
+    if arguments.weights == "mxfp4":
+        shape = sglang_gpt_oss.GPT_OSS_120B._replace(**dict(zip(sglang_checkpoint.Shape._fields, sizes, strict=False)))
+        sglang_gpt_oss.write(folder, shape, arguments.device)
+    elif arguments.load_format == "safetensors":
+        sglang_checkpoint.write(folder, sglang_checkpoint.Shape(*sizes), arguments.device, weights=arguments.weights)
     else:
-        sglang_checkpoint.write_config(folder, shape)
+        sglang_checkpoint.write_config(folder, sglang_checkpoint.Shape(*sizes), weights=arguments.weights)
 
 
 @contextmanager
@@ -150,7 +161,10 @@ def _engine(pipe: Connection, folder: Path, variant: str, arguments: argparse.Na
         skip_tokenizer_init=True,
         attention_backend="triton" if arguments.device.type == "cuda" else "torch_native",
         sampling_backend="pytorch",
-        moe_runner_backend="triton",
+        moe_runner_backend=RUNNERS[arguments.weights],
+        tp_size=arguments.tp,
+        kv_cache_dtype=arguments.kv_cache_dtype,
+        enforce_disable_flashinfer_allreduce_fusion=True,  # of several ranks SGLang would compile it at start
         grammar_backend="none",
         disable_radix_cache=True,
         mem_fraction_static=0.9,
@@ -178,6 +192,8 @@ def _engine(pipe: Connection, folder: Path, variant: str, arguments: argparse.Na
 
 def _set_environment(folder: Path, variant: str, kind: str, num_experts: int) -> None:
     os.environ.pop("VMM_DWDP_CONFIG", None)
+    os.environ["NCCL_NVLS_ENABLE"] = "0"  # no NVLink multicast
+    os.environ["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"  # other engines take memory meanwhile
     if kind in CONFIGS:
         part, mode = CONFIGS[kind]
         config = folder / f"{variant}.yaml"

@@ -48,7 +48,7 @@ import sglang_checkpoint
 import torch
 from common import Row, parser, report, seen
 from engine_processes import EngineProcess, Failed
-from sglang_checkpoint import Shape
+from sglang_checkpoint import TINY, Shape
 from sglang_mixes import MIXES, chosen_remote_seconds, least_decode_seconds, least_prefill_seconds, lengths
 from sglang_variants import GRAPHS, Task, Variant, serve
 
@@ -57,7 +57,6 @@ from vmm_dwdp.planning.gpus import GpuSpec, load_gpu
 
 KINDS = ("dwdp", "ep", "one", "own", "tp")
 QWEN3_235B = Shape(4, 4096, 128, 1536, heads=64, positions=131072)
-TINY = Shape(2, 256, 8, 1024, heads=4, kv_heads=2, head_dim=64, experts_per_token=2, vocabulary=512)
 TINY_UNIT = 8  # tokens for 1024
 
 
@@ -220,13 +219,13 @@ def _ended(process: EngineProcess) -> float | None:
     return max(((now - was) / 2**30 for was, now in zip(before, free(), strict=True)), default=None)
 
 
-def checkpoint(folder: Path, shape: Shape, device: torch.device, *, fp8: bool) -> None:
+def checkpoint(folder: Path, shape: Shape, device: torch.device, *, weights: str) -> None:
     """In ``folder``, written unless it is there."""
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.json"
     if not config.exists():
-        sglang_checkpoint.write(folder, shape, device, fp8=fp8)
-    elif json.loads(config.read_text()) != sglang_checkpoint.config(shape, fp8=fp8):
+        sglang_checkpoint.write(folder, shape, device, weights=weights)
+    elif json.loads(config.read_text()) != sglang_checkpoint.config(shape, weights=weights):
         raise SystemExit(f"{folder} has another checkpoint than the one asked for")
 
 
@@ -277,7 +276,7 @@ def main() -> None:
         model, logs = given.model_folder or folder / "model", given.logs or folder
         logs.mkdir(parents=True, exist_ok=True)
         begin = time.perf_counter()
-        checkpoint(model, shape, given.device, fp8=fp8)
+        checkpoint(model, shape, given.device, weights="fp8" if fp8 else "bf16")
         about = {
             "sglang": importlib.metadata.version("sglang"),
             "ranks": given.gpus,

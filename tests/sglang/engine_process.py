@@ -73,15 +73,21 @@ def publish(stated: Any, rank: int) -> None:
 def init_dwdp(model: torch.nn.Module) -> Any:
     """What a `ModelRunner` does once its model is loaded; returns the manager that SGLang now has, if any."""
     from sglang.srt.model_executor.model_runner import ModelRunner
-    from sglang.srt.runtime_context import get_global_dwdp_manager
 
     ModelRunner.maybe_init_dwdp(SimpleNamespace(is_draft_worker=False, model=model, server_args=None))
+    return manager()
+
+
+def manager() -> Any:
+    """SGLang's, if it has any."""
+    from sglang.srt.runtime_context import get_global_dwdp_manager
+
     return get_global_dwdp_manager()
 
 
 def shut_down() -> None:
     """What SGLang does with its manager at the end."""
-    from sglang.srt.runtime_context import get_global_dwdp_manager, set_global_dwdp_manager
+    from sglang.srt.runtime_context import set_global_dwdp_manager
 
-    get_global_dwdp_manager().cleanup()
+    manager().cleanup()
     set_global_dwdp_manager(None)

@@ -15,6 +15,7 @@ import torch
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 3, 8, 2
 HIDDEN, INTERMEDIATE = 512, 384
+AS_GPT_OSS = {"with_bias": True, "gemm1_alpha": 1.702, "gemm1_clamp_limit": 7.0}
 
 
 def _compressed(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
@@ -45,7 +46,7 @@ COMPRESSED_FP8 = {
 
 def quantisation(kind: str) -> Any:
     """SGLang's quantisation config of one of the supported kinds of weights."""
-    if kind == "bf16":
+    if kind.startswith("bf16"):
         return None
     if kind == "fp8 tensor of ModelOpt":
         from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp8Config
@@ -61,7 +62,7 @@ def quantisation(kind: str) -> Any:
         if kind.startswith("fp8 block"):
             return Fp8Config(is_checkpoint_fp8_serialized=True, weight_block_size=[128, 128])
         return Fp8Config(is_checkpoint_fp8_serialized=True, activation_scheme="static")
-    if kind == "mxfp4":
+    if kind.startswith("mxfp4"):
         from sglang.srt.layers.quantization.mxfp4 import Mxfp4Config
 
         return Mxfp4Config(is_checkpoint_mxfp4_serialized=True)
@@ -100,6 +101,7 @@ def model(kind: str, num_experts: int = NUM_EXPERTS, top_k: int = TOP_K) -> torc
             top_k=top_k,
             quant_config=quantisation(kind),
             prefix=f"model.layers.{number}.mlp.experts",
+            **(AS_GPT_OSS if kind.startswith("mxfp4") else {}),
         )
         for number in range(NUM_LAYERS)
     )
@@ -138,6 +140,8 @@ def checkpoint_tensor(layer: Any, name: str, parameter: torch.Tensor, expert: in
     """What a checkpoint has for one expert's ``gate`` (w1), ``up`` (w3) or ``down`` (w2), or the ``whole`` of it."""
     shape = list(parameter.shape[1:])
     transposed = getattr(parameter, "is_transposed", False)
+    if layer.quant_config is None and layer.use_triton_kernels:
+        shape.reverse()  # that runner's are transposed as they are loaded
     if "g_idx" in name or "weight_shape" in name:
         pass  # the same for gate and up
     elif shard_id in ("w1", "w3") and transposed:
@@ -150,6 +154,10 @@ def checkpoint_tensor(layer: Any, name: str, parameter: torch.Tensor, expert: in
         shard_id = "both"  # gate and up must have the same
     seed = hashlib.sha256(f"{layer.layer_id} {name} {expert} {shard_id}".encode()).digest()
     generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(seed[:6], "little"))
+    if "g_idx" in name:  # the group of each input: a kernel takes it for a place in the scales
+        return (torch.randperm(shape[0], generator=generator, device="cpu") // 128).to(parameter.dtype)
+    if "scale" in name and parameter.dtype == torch.uint8:  # of MXFP4, a power of two: from 2**-10 to 2**-7
+        return torch.randint(117, 121, shape, generator=generator, dtype=torch.uint8, device="cpu")
     if not parameter.dtype.is_floating_point:
         of_all_values = torch.iinfo(parameter.dtype)
         return torch.randint(

@@ -19,6 +19,7 @@ from vmm_dwdp.testing import run_group
 
 KINDS = {  # with which MoE runner
     "bf16": "triton",
+    "bf16 for triton_kernel": "triton_kernel",
     "fp8 block": "triton",
     "fp8 block for deep_gemm": "deep_gemm",
     "fp8 tensor": "triton",

@@ -1,4 +1,4 @@
-"""In the benchmarks of SGLang on several GPUs, and against what others offload with."""
+"""In the benchmarks of SGLang's engines and servers, and against what others offload with."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from mutants.seeded import Bug
 
 _FIGURES = ("tests/unit/project/test_sglang_multi_gpu.py",)
 _OFFLOADERS = ("tests/unit/project/test_versus_offloaders.py",)
+_SERVERS = ("tests/unit/project/test_sglang_servers.py",)
+_CHECKPOINTS = ("tests/unit/project/test_sglang_checkpoints.py",)
 
 BUGS: Final = (
     Bug(
@@ -121,5 +123,61 @@ BUGS: Final = (
         '{"routed_dp_rank": rank} if variant.has_queues else {}',
         "{}",
         _FIGURES,
+    ),
+    Bug(
+        "what a server started lives on",
+        "benchmarks/sglang_servers.py",
+        "            os.killpg(self.pid, signal.SIGKILL)\n",
+        "            self._process.kill()\n",
+        _SERVERS,
+    ),
+    Bug(
+        "a server that died is taken for ready",
+        "benchmarks/sglang_servers.py",
+        "        if not self._is_ready:\n            raise",
+        "        if False:\n            raise",
+        _SERVERS,
+    ),
+    Bug(
+        "a client that counted less work has figures",
+        "benchmarks/sglang_serving.py",
+        "    if work != wanted:\n",
+        "    if work > wanted:\n",
+        _SERVERS,
+    ),
+    Bug(
+        "the first run that the client ever wrote counts",
+        "benchmarks/sglang_serving.py",
+        "file.read_text().splitlines()[-1]",
+        "file.read_text().splitlines()[0]",
+        _SERVERS,
+    ),
+    Bug(
+        "a pair of servers gives what the prefill server says",
+        "benchmarks/sglang_prefill_server.py",
+        "(_, first), (found, seconds) = threads.map",
+        "(found, first), (_, seconds) = threads.map",
+        _SERVERS,
+    ),
+    Bug(
+        "requests of a pair of servers meet where others met",
+        "benchmarks/sglang_prefill_server.py",
+        "[next(rooms) for _ in prompts]",
+        "list(range(len(prompts)))",
+        _SERVERS,
+    ),
+    Bug(
+        "zero points of AWQ are 7",
+        "benchmarks/sglang_quantised.py",
+        "-0x77777778, dtype",
+        "0x77777777, dtype",
+        _CHECKPOINTS,
+    ),
+    Bug(
+        "scales of MXFP4 are of a product's square",
+        "benchmarks/sglang_gpt_oss.py",
+        "math.log2(SPREAD * columns**0.5)",
+        "math.log2(SPREAD * columns)",
+        _CHECKPOINTS,
     ),
 )

@@ -10,7 +10,7 @@ import types
 
 MISSING = (
     *("torchvision", "torchao", "xgrammar", "IPython", "gguf", "zstandard", "watchfiles", "vllm._custom_ops"),
-    "soundfile",
+    *("soundfile", "datasets"),
 )
 
 

@@ -13,9 +13,9 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 
-import sglang_checkpoint
 import sglang_mixes
 import sglang_multi_gpu
+import sglang_quantised
 import sglang_variants
 from engine_processes import Failed
 from sglang_checkpoint import Shape
@@ -186,7 +186,7 @@ def test_each_variant_says_whether_this_library_takes_part(
 
 def test_blocks_of_fp8_have_a_scale_each() -> None:
     weights = torch.randn(2, 256, 384, generator=torch.Generator().manual_seed(0))
-    found = sglang_checkpoint.in_blocks(weights)
+    found = sglang_quantised.in_blocks(weights)
     quantised, scales = found["weight"], found["weight_scale_inv"]
     assert (quantised.dtype, quantised.shape, scales.shape) == (torch.float8_e4m3fn, weights.shape, (2, 2, 3))
     again = quantised.float() * scales.repeat_interleave(128, 1).repeat_interleave(128, 2)
@@ -235,7 +235,7 @@ def test_a_checkpoint_is_written_once(fp8: bool, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     def checkpoint(shape: Shape) -> None:
-        sglang_multi_gpu.checkpoint(tmp_path / "model", shape, torch.device("cpu"), fp8=fp8)
+        sglang_multi_gpu.checkpoint(tmp_path / "model", shape, torch.device("cpu"), weights="fp8" if fp8 else "bf16")
 
     checkpoint(SMALL)
     files = sorted((tmp_path / "model").glob("*.safetensors"))
