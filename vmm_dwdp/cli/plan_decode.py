@@ -163,6 +163,7 @@ def _print(decoding: Decoding, others: Sequence[Decoding]) -> None:
         f"GPU's memory it would take {1e3 * decoding.gpu_seconds:.1f} by its roofline."
     )
     print(
-        f"Bound: what misses, at the rate of a copy, and that. Expected: with {1e6 * KERNELS:.0f} microseconds more for "
-        f"the experts of a layer and {1e6 * REST:.0f} for the rest of it, and {OF_BOUND:g} of that, as measured over PCIe."
+        f"Bound: what misses, at the rate of a copy, and that. Expected: with {1e6 * KERNELS:.0f} microseconds more "
+        f"for the experts of a layer and {1e6 * REST:.0f} for the rest of it, and {OF_BOUND:g} of that, as measured over "
+        "PCIe."
     )

@@ -38,8 +38,8 @@ from vmm_dwdp.planning.work import average_operations
 OF_BOUND: Final = 0.93  # the least that passes with a bank reached of their bound, with hits and without
 KERNELS: Final = 50e-6  # seconds of such a layer with its experts on the GPU beyond its roofline
 
-# Whole steps of one sequence, everything on the GPU, beyond the roofline and that: 47 and 60 us a layer with
-# Qwen3-30B-A3B's shapes (benchmarks/results/whole_model-fp8-h100.json and -mxfp4-), 115 with gpt-oss-120b's (-gpt-oss-).
+# Whole steps of one sequence, everything on the GPU, beyond the roofline and that, in benchmarks/results/whole_model-*:
+# 47 (fp8) and 60 us (mxfp4) a layer with Qwen3-30B-A3B's shapes, 115 with gpt-oss-120b's.
 REST: Final = 50e-6
 
 Limit = Literal["the link to host memory", "the links to other GPUs", "the GPU"]
