@@ -164,6 +164,6 @@ def _print(decoding: Decoding, others: Sequence[Decoding]) -> None:
     )
     print(
         f"Bound: what misses, at the rate of a copy, and that. Expected: with {1e6 * KERNELS:.0f} microseconds more "
-        f"for the experts of a layer and {1e6 * REST:.0f} for the rest of it, and {OF_BOUND:g} of that, as measured over "
-        "PCIe."
+        f"for the experts of a layer and {1e6 * REST:.0f} for the rest of it, and {OF_BOUND:g} of that, as measured "
+        "over PCIe."
     )
