@@ -10,7 +10,44 @@ _SPREAD = ("tests/unit/integrations/test_spread_tensor.py",)
 
 _LAYERS = ("tests/unit/integrations/test_sglang_sizes.py",)
 
+_BANK = ("tests/unit/integrations/test_transformers_bank.py",)
+
 BUGS: Final = (
+    Bug(
+        "transformers reads a bank's tensor by expert",
+        "vmm_dwdp/integrations/transformers/experts.py",
+        "        return weights, *with_choice(args, kwargs, routed, found.rows)\n",
+        "        return weights, args, kwargs\n",
+        _BANK,
+    ),
+    Bug(
+        "transformers counts experts where there are rows of a bank before them",
+        "vmm_dwdp/integrations/transformers/experts.py",
+        "        self._count_rows(len(next(iter(weights.values()))))\n",
+        "",
+        _BANK,
+    ),
+    Bug(
+        "a module still counts rows of a bank after its pass",
+        "vmm_dwdp/integrations/transformers/experts.py",
+        "        self._count_rows(self._experts.num_experts)\n\n    def _count",
+        "        pass\n\n    def _count",
+        _BANK,
+    ),
+    Bug(
+        "eager experts read rows of a bank",
+        "vmm_dwdp/integrations/transformers/bank.py",
+        "    if implementation not in IMPLEMENTATIONS:\n",
+        "    if implementation not in (*IMPLEMENTATIONS, 'eager'):\n",
+        _BANK,
+    ),
+    Bug(
+        "a model whose modules cannot read rows of a bank is spread",
+        "vmm_dwdp/integrations/transformers/model.py",
+        "            require_reads_rows(found)\n",
+        "            found.identity\n",
+        _BANK,
+    ),
     Bug(
         "a part of a shared expert passes for a whole one",
         "vmm_dwdp/integrations/sglang/shared_experts.py",

@@ -21,6 +21,7 @@ from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError, DWDPError
 from vmm_dwdp.group.doors import Where
 from vmm_dwdp.integrations.transformers.across_nodes import NodeExperts, NodesOfModel
+from vmm_dwdp.integrations.transformers.bank import require_reads_rows
 from vmm_dwdp.integrations.transformers.experts import (
     ExpertsModule,
     RefreshSchedule,
@@ -95,7 +96,6 @@ def from_pretrained(
     for argument in REFUSED_ARGUMENTS:
         if kwargs.pop(argument, None) not in (None, False):
             raise ConfigError(f"{argument} cannot be used with experts that are spread over a group")
-    _refuse_bank(config)
     directory = find_folder(path, kwargs.get("revision"))
     described = read_spreadable_config(directory)
     model_class = model_class or _class_named_by(described, directory)
@@ -137,15 +137,9 @@ def attach(
         return whole[expert]
 
     with _closed_on_failure(runtime):
-        _refuse_bank(runtime.config)
         modules = {found.path: found for found in find_experts(model)}
         layers = by_layer(modules.values(), lambda found, name: found.identity(name))
         _spread(model, layers, runtime, read, timeout, _revision_of(model), rail)
-
-
-def _refuse_bank(config: DWDPConfig) -> None:
-    if config.expert_bank:
-        raise ConfigError("expert_bank is not for transformers models, which read rows by expert: use resident_cache")
 
 
 def _class_named_by(config: dict[str, Any], directory: Path) -> type[transformers.PreTrainedModel]:
@@ -186,6 +180,9 @@ def _spread(
 ) -> None:
     """Make a layer of each list of ``layers``, whose modules share their weights, fill it and publish it."""
     whole = [found for sharing in layers for found in sharing]
+    if runtime.config.expert_bank:
+        for found in whole:
+            require_reads_rows(found)
     nodes = None if rail is None else NodesOfModel(rail)
     if nodes is not None:
         layers = nodes.own(layers)
