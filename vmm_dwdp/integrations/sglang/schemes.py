@@ -253,6 +253,12 @@ def scheme_of(layer: Any) -> Scheme:
     raise NotServedError(why, runner, _runners_of(kind))
 
 
+def reads_rows(layer: Any) -> bool:
+    """Whether the kernels of a `FusedMoE` layer, which is in the table, can be told rows of a bank in the place of
+    experts: SGLang's own in Triton, and torch's loop on a CPU."""
+    return runner_of(layer) == "triton"
+
+
 def caution(layer: Any) -> str | None:
     """A sentence about a `FusedMoE` layer that is in the table, if no GPU has run such a layer's forward pass yet."""
     _, kind, runner = _row_of(layer)

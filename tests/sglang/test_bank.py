@@ -1,0 +1,110 @@
+"""Real `FusedMoE` layers that look up what they read in a bank: the bits of ordinary layers, in passes of few tokens.
+
+On a GPU these are SGLang's Triton kernels; elsewhere its plain PyTorch path, for bf16.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import engine_process
+import experts
+import numpy as np
+import pytest
+import torch
+from ports import free_port
+
+from vmm_dwdp.testing import run_group
+
+KINDS = ("bf16", "fp8 block", "fp8 tensor") if torch.cuda.is_available() else ("bf16",)
+NUM_EXPERTS, TOP_K, ROWS = 16, 4, 6
+NUM_TOKENS = (1, 2, 1, 3, 1, 1, 2, 1, 40, 1, 2, 1, 300, 1)
+EXPERT_NBYTES = 3 * experts.HIDDEN * experts.INTERMEDIATE * 2  # in bf16; in FP8 half of it, and scales
+PAGES = 4 * (2 << 20)  # of a layer, parts of which are left over
+
+Passes = list[np.ndarray]
+
+
+def outputs(rank: int, *, port: int, folder: Path) -> dict[str, tuple[Passes, Passes]]:
+    """By kind of weights, of layers that are ordinary, and of the same with a bank."""
+    engine_process.start(rank, 1, port)
+    config = folder / "dwdp.yaml"
+    room = experts.NUM_LAYERS * (ROWS * EXPERT_NBYTES + PAGES)
+    config.write_text(f"group_size: 1\nhost_experts: 14\nmode: in_place\nchecksums: true\nexpert_bank: {room}\n")
+    found = {}
+    for kind in KINDS:
+        os.environ.pop("VMM_DWDP_CONFIG", None)
+        ordinary = passes(kind, rank)
+        os.environ["VMM_DWDP_CONFIG"] = str(config)
+        found[kind] = ordinary, passes(kind, rank)
+    return found
+
+
+def passes(kind: str, rank: int) -> Passes:
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    engine_process.use_runner("triton", rank, 1)
+    model: Any = experts.model(kind, NUM_EXPERTS, TOP_K)
+    experts.load(model)
+    manager = engine_process.init_dwdp(model)
+    generator = torch.Generator(device="cpu").manual_seed(1)
+    found = []
+    for num_tokens in NUM_TOKENS:
+        hidden = torch.randn(num_tokens, experts.HIDDEN, generator=generator, device="cpu")
+        hidden = hidden.to(engine_process.DEVICE, torch.bfloat16)
+        for layer in model.layers:
+            logits = torch.randn(num_tokens, NUM_EXPERTS, generator=generator, device="cpu")
+            weights, chosen = logits.to(engine_process.DEVICE).softmax(dim=-1).topk(TOP_K)
+            routed = StandardTopKOutput(weights.float(), chosen.to(torch.int32), logits)
+            hidden = hidden + layer.forward_impl(hidden.clone(), routed)
+        found.append(hidden.float().cpu().numpy())
+    if manager is not None:
+        runtime = manager.runtime
+        for number, counts in runtime.bank_counts().items():
+            assert 0 < counts.hits < counts.uses
+            assert counts.copied > runtime.stats().bank.rows[number]
+        runtime.check_integrity(verify=True)
+        engine_process.shut_down()
+    return found
+
+
+def test_layers_with_a_bank_have_the_bits_of_ordinary_ones(tmp_path: Path) -> None:
+    [found] = run_group(partial(outputs, port=free_port(), folder=tmp_path), 1, engine_process.DEVICE)
+    assert found.keys() == set(KINDS)
+    for kind, (ordinary, with_a_bank) in found.items():
+        assert all(output.std() > 0.1 for output in ordinary)
+        assert all(map(np.array_equal, with_a_bank, ordinary)), kind
+
+
+@pytest.mark.parametrize("rows", [2, 9])
+@pytest.mark.parametrize("num_tokens", [1, 12, 100])
+def test_a_kernel_has_the_tiles_that_it_has_without_a_bank(num_tokens: int, rows: int) -> None:
+    """By SGLang's own rule, which goes by the number of tokens over that of experts."""
+    run_group(partial(require_same_tiles, port=free_port(), num_tokens=num_tokens, bank=rows), 1)
+
+
+def require_same_tiles(rank: int, *, port: int, num_tokens: int, bank: int) -> None:
+    engine_process.start(rank, 1, port)
+    from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe, fused_moe_triton_config
+
+    from vmm_dwdp.integrations.sglang import hooks
+
+    def tiles(function: Any, count: int) -> Any:
+        return function((count, 96, 64), (count, 64, 48), 2, None, num_tokens, return_down_config=True)
+
+    num_experts = 8
+    expected = tiles(fused_moe_triton_config.try_get_optimal_moe_config, num_experts)
+
+    class Manager:
+        closed = False
+        _layers = {0: type("Layer", (), {"num_experts": num_experts})}
+        of_experts = hooks.ExpertManager.of_experts
+
+    hooks._manager = Manager()  # type: ignore[assignment]
+    assert tiles(fused_moe.try_get_optimal_moe_config, num_experts + bank) == expected
+    hooks._manager = None
+    differs = tiles(fused_moe.try_get_optimal_moe_config, num_experts + bank) != expected
+    assert differs == (num_experts < num_tokens <= num_experts + bank)
