@@ -9,11 +9,11 @@ import os
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import engine_process
 import experts
 import numpy as np
-import pytest
 import torch
 from ports import free_port
 
@@ -79,32 +79,28 @@ def test_layers_with_a_bank_have_the_bits_of_ordinary_ones(tmp_path: Path) -> No
         assert all(map(np.array_equal, with_a_bank, ordinary)), kind
 
 
-@pytest.mark.parametrize("rows", [2, 9])
-@pytest.mark.parametrize("num_tokens", [1, 12, 100])
-def test_a_kernel_has_the_tiles_that_it_has_without_a_bank(num_tokens: int, rows: int) -> None:
-    """By SGLang's own rule, which goes by the number of tokens over that of experts."""
-    run_group(partial(require_same_tiles, port=free_port(), num_tokens=num_tokens, bank=rows), 1)
+def test_a_kernel_has_the_tiles_that_it_has_without_a_bank() -> None:
+    run_group(partial(require_same_tiles, port=free_port()), 1)
 
 
-def require_same_tiles(rank: int, *, port: int, num_tokens: int, bank: int) -> None:
+def require_same_tiles(rank: int, *, port: int) -> None:
+    """By SGLang's own rule, which compares the number of tokens with that of experts."""
     engine_process.start(rank, 1, port)
     from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe, fused_moe_triton_config
 
     from vmm_dwdp.integrations.sglang import hooks
+    from vmm_dwdp.integrations.sglang.manager import ExpertManager
 
-    def tiles(function: Any, count: int) -> Any:
-        return function((count, 96, 64), (count, 64, 48), 2, None, num_tokens, return_down_config=True)
+    def tiles(count: int, num_tokens: int) -> Any:
+        shapes = (count, 96, 64), (count, 64, 48)
+        return fused_moe.try_get_optimal_moe_config(*shapes, 2, None, num_tokens, return_down_config=True)
 
-    num_experts = 8
-    expected = tiles(fused_moe_triton_config.try_get_optimal_moe_config, num_experts)
-
-    class Manager:
-        closed = False
-        _layers = {0: type("Layer", (), {"num_experts": num_experts})}
-        of_experts = hooks.ExpertManager.of_experts
-
-    hooks._manager = Manager()  # type: ignore[assignment]
-    assert tiles(fused_moe.try_get_optimal_moe_config, num_experts + bank) == expected
-    hooks._manager = None
-    differs = tiles(fused_moe.try_get_optimal_moe_config, num_experts + bank) != expected
-    assert differs == (num_experts < num_tokens <= num_experts + bank)
+    manager = mock.Mock(closed=False, _layers={0: mock.Mock(num_experts=NUM_EXPERTS)})
+    manager.of_experts = partial(ExpertManager.of_experts, manager)
+    with mock.patch.object(fused_moe_triton_config, "get_device_name", return_value="a GPU"):
+        for num_tokens in (1, NUM_EXPERTS + 1, NUM_EXPERTS + ROWS, 100):
+            ordinary = tiles(NUM_EXPERTS, num_tokens)
+            others = tiles(NUM_EXPERTS + ROWS, num_tokens)
+            assert (others != ordinary) == (num_tokens in (NUM_EXPERTS + 1, NUM_EXPERTS + ROWS))
+            with mock.patch.object(hooks, "_manager", manager):
+                assert tiles(NUM_EXPERTS + ROWS, num_tokens) == ordinary
