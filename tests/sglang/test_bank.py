@@ -14,6 +14,8 @@ from unittest import mock
 import engine_process
 import experts
 import numpy as np
+import pytest
+import test_loading
 import torch
 from ports import free_port
 
@@ -76,6 +78,61 @@ def test_layers_with_a_bank_have_the_bits_of_ordinary_ones(tmp_path: Path) -> No
     for kind, (ordinary, with_a_bank) in found.items():
         assert all(output.std() > 0.1 for output in ordinary)
         assert all(map(np.array_equal, with_a_bank, ordinary)), kind
+
+
+SERVED = [kind for kind, runner in test_loading.KINDS.items() if runner == "triton" and "fp8 tensor" not in kind]
+
+
+def load_with_a_bank(rank: int, *, port: int, folder: Path) -> dict[str, str]:
+    """By kind of weights, what is wrong with what its kernels read."""
+    from vmm_dwdp.allocator.host_driver import HostDriver
+    from vmm_dwdp.integrations.sglang import manager
+
+    manager.open_driver = lambda device: HostDriver(test_loading.PAGE_NBYTES)
+    engine_process.start(rank, 1, port)
+    config = folder / "dwdp.yaml"
+    config.write_text("group_size: 1\nhost_experts: 6\nmode: in_place\nchecksums: true\nexpert_bank: 12 MB\n")
+    found = {}
+    for kind in SERVED:
+        engine_process.use_runner("triton", rank, 1)
+        models: list[Any] = []
+        for environment in ({}, {"VMM_DWDP_CONFIG": str(config)}):
+            os.environ.pop("VMM_DWDP_CONFIG", None)
+            os.environ.update(environment)
+            with experts.without_a_gpu():
+                models.append(experts.model(kind))
+                experts.load(models[-1])
+        runtime = engine_process.init_dwdp(models[1]).runtime
+        found[kind] = ", ".join(sorted(different(*models, runtime)))
+        runtime.check_integrity(verify=True)
+        engine_process.shut_down()
+    return found
+
+
+def same_bytes(read: torch.Tensor, expected: torch.Tensor) -> bool:
+    return torch.equal(*(each.contiguous().flatten().view(torch.uint8) for each in (read, expected)))
+
+
+def different(whole: Any, model: Any, runtime: Any) -> set[str]:
+    """Tensors in which rows that were looked up have other bytes than their experts in a whole model."""
+    wrong = set()
+    for layer, ordinary in zip(model.layers, whole.layers, strict=True):
+        names = test_loading.tensors_of(ordinary)
+        for chosen in ((0, 5), (5, 7), (2, 3), (7, 1), (6, 5)):
+            with runtime.layer(layer.layer_id, tokens=1):
+                rows = runtime.look_up(layer.layer_id, torch.tensor([chosen], dtype=torch.int32)).rows.flatten().long()
+                found, expected = (experts.tensors(each, names) for each in (layer, ordinary))
+                for name, tensor, one in zip(names, found, expected, strict=True):
+                    if not same_bytes(tensor[rows], one[list(chosen)]) or len(tensor) <= len(one):
+                        wrong.add(name)
+                del found, tensor
+    return wrong
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels stand for a GPU's")
+def test_every_tensor_of_every_kind_of_weights_is_in_the_bank(tmp_path: Path) -> None:
+    [found] = run_group(partial(load_with_a_bank, port=free_port(), folder=tmp_path), 1)
+    assert found == dict.fromkeys(SERVED, "")
 
 
 def test_a_kernel_has_the_tiles_that_it_has_without_a_bank() -> None:

@@ -29,7 +29,7 @@ CONFIG = DWDPConfig(
 
 def module(number: int, runner: str = "triton") -> Any:
     made = fused_moe(EXPERTS, EXPERTS, w13_weight=weight(EXPERTS), w2_weight=weight(EXPERTS))
-    method = type("CompressedTensorsW8A8Fp8MoE", (), {"weight_quant": SimpleNamespace(strategy="tensor")})
+    method = type("CompressedTensorsW8A8Fp8MoE", (), {"weight_quant": SimpleNamespace(strategy="channel")})
     vars(made).update(vars(moe_layer("UnquantizedFusedMoEMethod", runner)))
     if runner == "triton":
         made.scheme = method()
@@ -135,7 +135,7 @@ def test_where_no_kernel_is_told_rows_there_is_no_bank_and_it_is_said(
     manager = opened(CONFIG, modules)
     with caplog.at_level(logging.WARNING, "vmm_dwdp"):
         whole = loaded(manager, modules, monkeypatch)
-    sentence = "experts are read in place without a bank: the MoE runner triton_kernel is told no rows"
+    sentence = "experts are read in place without a bank: bf16 with the MoE runner triton_kernel is told no rows"
     assert [record.getMessage() for record in caplog.records] == [sentence]
     assert manager.runtime.stats().bank is None
     routed = Routed(hidden_states=torch.zeros(2, 4), topk_output=Routed(topk_ids=torch.tensor([[3, 6]])))

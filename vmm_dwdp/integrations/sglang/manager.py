@@ -17,7 +17,7 @@ from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.integrations.sglang import shared_experts, sizes
 from vmm_dwdp.integrations.sglang.expert_layer import ExpertLayer
 from vmm_dwdp.integrations.sglang.expert_view import ViewedRuntime
-from vmm_dwdp.integrations.sglang.schemes import caution, reads_rows, runner_of
+from vmm_dwdp.integrations.sglang.schemes import caution, without_rows
 from vmm_dwdp.integrations.sglang.settings import Stated
 from vmm_dwdp.layout.placement import ExpertPlacement
 
@@ -93,7 +93,7 @@ class ExpertManager:
                     f"DWDP needs as many experts in every MoE layer: layer {layer.number} has "
                     f"{layer.module.num_experts}, layer {number} has {module.num_experts}"
                 )
-        looks_up = self._stated.config.expert_bank > 0 and reads_rows(module)
+        looks_up = self._stated.config.expert_bank > 0 and without_rows(module) is None
         layer = ExpertLayer(module, self._driver.granularity(), reads_rows=looks_up)
         cautioned = caution(module) if not self._layers and self._rank == 0 else None
         if cautioned is not None:
@@ -145,8 +145,7 @@ class ExpertManager:
         """Which would take memory for nothing."""
         if self._stated.config.expert_bank and not any(layer.reads_rows for layer in self._layers.values()):
             if self._rank == 0:
-                runner = runner_of(next(iter(self._layers.values())).module)
-                _log.warning("experts are read in place without a bank: the MoE runner %s is told no rows", runner)
+                _log.warning(without_rows(next(iter(self._layers.values())).module))
             self._stated = replace(self._stated, config=replace(self._stated.config, expert_bank=0))
 
     def _config(self) -> DWDPConfig:
