@@ -64,13 +64,6 @@ BUGS: Final = (
         _ROWS,
     ),
     Bug(
-        "transformers reads a bank's tensor by expert",
-        "vmm_dwdp/integrations/transformers/experts.py",
-        "        return weights, *with_choice(args, kwargs, routed, found.rows)\n",
-        "        return weights, args, kwargs\n",
-        _BANK,
-    ),
-    Bug(
         "transformers counts experts where there are rows of a bank before them",
         "vmm_dwdp/integrations/transformers/experts.py",
         "        self._count_rows(len(next(iter(weights.values()))))\n",
@@ -94,7 +87,7 @@ BUGS: Final = (
     Bug(
         "a model whose modules cannot read rows of a bank is spread",
         "vmm_dwdp/integrations/transformers/model.py",
-        "            require_reads_rows(found)\n",
+        "            found.require_reads_rows()\n",
         "            found.identity\n",
         _BANK,
     ),

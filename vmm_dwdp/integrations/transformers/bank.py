@@ -8,32 +8,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final
 
 from vmm_dwdp.errors import ConfigError
-
-if TYPE_CHECKING:
-    from vmm_dwdp.integrations.transformers.experts import ExpertsModule
 
 IMPLEMENTATIONS: Final = ("batched_mm", "grouped_mm")
 
 
-def require_reads_rows(experts: ExpertsModule) -> None:
-    """Raise `ConfigError` unless the module, as it is set now, can read a bank's rows; see [Note: Rows for experts]."""
-    if experts.in_kernels:
+def require_reads_rows(path: str, module: Any, *, in_kernels: bool) -> None:
+    """Raise `ConfigError` unless an experts module, as it is set now, can read rows; see [Note: Rows for experts].
+
+    Args:
+        path: its name in the model.
+        in_kernels: whether its weights are in a layout of kernels; see [Note: Kernel layouts].
+    """
+    if in_kernels:
         raise ConfigError(
-            f"{experts.path} is in a layout of its kernels, which are told all experts at once, so the config must not "
+            f"{path} is in a layout of its kernels, which are told all experts at once, so the config must not "
             "have expert_bank: use resident_cache"
         )
-    if not hasattr(experts.module, "is_transposed"):
+    if not hasattr(module, "is_transposed"):
         raise ConfigError(
-            f"{experts.path} does not follow transformers' interface of experts, by which rows of a bank are told, so "
+            f"{path} does not follow transformers' interface of experts, by which rows of a bank are told, so "
             "the config must not have expert_bank: use resident_cache"
         )
-    implementation = experts.module.config._experts_implementation
+    implementation = module.config._experts_implementation
     if implementation not in IMPLEMENTATIONS:
         raise ConfigError(
-            f"{experts.path} runs by the experts implementation {implementation!r}, which would add in another order "
+            f"{path} runs by the experts implementation {implementation!r}, which would add in another order "
             f"by rows of a bank: call set_experts_implementation with {' or '.join(map(repr, IMPLEMENTATIONS))}, or "
             "leave expert_bank out of the config"
         )

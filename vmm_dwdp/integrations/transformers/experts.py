@@ -74,6 +74,10 @@ class ExpertsModule:
         """Of a weight of a model that is whole: equal for two that are tied."""
         return id(self.module.get_parameter(name) if name in self.parameters else self.in_kernels[name].storage)
 
+    def require_reads_rows(self) -> None:
+        """Raise `ConfigError` unless it can read rows of a bank; see [Note: Rows for experts]."""
+        require_reads_rows(self.path, self.module, in_kernels=bool(self.in_kernels))
+
     def is_in(self, path: str) -> bool:
         """Whether the module of this name, ``""`` for the model, contains it."""
         return not path or self.path.startswith(f"{path}.")
@@ -257,7 +261,7 @@ class SpreadExperts:
                 "moved it would use wrong ones, so the config must not have movable_experts"
             )
         if self._runtime.config.expert_bank:
-            require_reads_rows(self._experts)
+            self._experts.require_reads_rows()
         found = self._runtime.look_up(self._layer, routed.chosen.contiguous())
         weights: Mapping[str, Any] = found.weights
         self._count_rows(len(next(iter(weights.values()))))

@@ -21,7 +21,6 @@ from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError, DWDPError
 from vmm_dwdp.group.doors import Where
 from vmm_dwdp.integrations.transformers.across_nodes import NodeExperts, NodesOfModel
-from vmm_dwdp.integrations.transformers.bank import require_reads_rows
 from vmm_dwdp.integrations.transformers.experts import (
     ExpertsModule,
     RefreshSchedule,
@@ -182,7 +181,7 @@ def _spread(
     whole = [found for sharing in layers for found in sharing]
     if runtime.config.expert_bank:
         for found in whole:
-            require_reads_rows(found)
+            found.require_reads_rows()
     nodes = None if rail is None else NodesOfModel(rail)
     if nodes is not None:
         layers = nodes.own(layers)
