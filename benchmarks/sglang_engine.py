@@ -6,8 +6,10 @@ ranks. They start side by side, in processes of their own; once all are ready, o
 prompts, greedily. Needs sglang and a GPU. The plugin is found by SGLang through the installed package's entry point.
 
 Variants: ``gpu`` all experts in GPU memory, without this library; ``offload`` SGLang's own CPU offloading; ``host`` all
-experts in host memory, copied ahead; ``half`` half of them; ``in_place`` all in host memory, read in place; ``auto``
-either, by the number of tokens. With ``-graph`` at the end, decode runs in CUDA graphs.
+experts in host memory, copied ahead; ``half`` half of them; ``in_place`` all in host memory, read in place; ``bank``
+the same with a bank for a quarter of the experts; ``auto`` copied ahead or read in place, by the number of tokens. With
+``-graph`` at the end, decode runs in CUDA graphs. Routing is that of random weights: what hits in a bank is not what
+hits with a model that learned.
 
 prefill      tokens per second, all prompts in one batch, for each length of a prompt: the median of three, or of fewer
              if they are slow
@@ -42,7 +44,13 @@ import torch
 from common import Row, parser, report, seen
 
 Tokens = list[list[int]]
-CONFIGS = {"host": (1, "staged"), "half": (2, "staged"), "in_place": (1, "in_place"), "auto": (1, "auto")}
+CONFIGS = {
+    "host": (1, "staged"),
+    "half": (2, "staged"),
+    "in_place": (1, "in_place"),
+    "bank": (1, "in_place"),
+    "auto": (1, "auto"),
+}
 """What of all experts is in host memory, one part in so many, and the mode."""
 KINDS = ["gpu", "offload", *CONFIGS]
 RUNNERS = {"bf16": "triton", "fp8": "triton", "awq": "auto", "wna16": "auto", "mxfp4": "triton_kernel"}
@@ -147,7 +155,7 @@ def _answer(pipe: Connection, variant: str) -> Any:
 def _engine(pipe: Connection, folder: Path, variant: str, arguments: argparse.Namespace) -> None:
     """The process of one engine: sends the seconds that it took to start, and on request its figures and tokens."""
     kind, _, graph = variant.partition("-")
-    _set_environment(folder, variant, kind, arguments.experts)
+    _set_environment(folder, variant, kind, arguments)
     if arguments.load_format == "dummy":
         sglang_plugins.add(folder / variant, "sglang_dummy_weights")
     from sglang import Engine
@@ -190,14 +198,18 @@ def _engine(pipe: Connection, folder: Path, variant: str, arguments: argparse.Na
         engine.shutdown()
 
 
-def _set_environment(folder: Path, variant: str, kind: str, num_experts: int) -> None:
+def _set_environment(folder: Path, variant: str, kind: str, arguments: argparse.Namespace) -> None:
     os.environ.pop("VMM_DWDP_CONFIG", None)
     os.environ["NCCL_NVLS_ENABLE"] = "0"  # no NVLink multicast
     os.environ["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"  # other engines take memory meanwhile
     if kind in CONFIGS:
         part, mode = CONFIGS[kind]
         config = folder / f"{variant}.yaml"
-        config.write_text(f"group_size: 1\nhost_experts: {num_experts // part}\nmode: {mode}\n")
+        stated = f"group_size: 1\nhost_experts: {arguments.experts // part}\nmode: {mode}\n"
+        if kind == "bank":
+            all_experts = arguments.layers * arguments.experts * 3 * arguments.hidden * arguments.intermediate * 2
+            stated += f"expert_bank: {all_experts // 4}\n"
+        config.write_text(stated)
         os.environ["VMM_DWDP_CONFIG"] = str(config)
 
 

@@ -3,6 +3,7 @@
     python tests/families.py                        all of them, some minutes
     python tests/families.py qwen3_moe jetmoe       these families
     python tests/families.py --group-size 3 --host-experts 1
+    python tests/families.py --group-size 1 --host-experts 6 --expert-bank 16777216     in place, looked up in a bank
 
 Each is saved by `save_pretrained`, loaded whole by transformers, and loaded by each rank; every bit of their logits is
 compared with the whole model's.
@@ -53,6 +54,7 @@ def main() -> int:
     parser.add_argument("families", nargs="*", metavar="FAMILY", help="a folder of transformers/models (default: all)")
     parser.add_argument("--group-size", type=int, default=2)
     parser.add_argument("--host-experts", type=int, default=0, help="of seven")
+    parser.add_argument("--expert-bank", type=int, default=0, help="bytes; experts are read in place then")
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -64,7 +66,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         outcomes = {model.__name__: _whole(model, Path(folder) / model.__name__) for _, model in asked}
         saved = [name for name, outcome in outcomes.items() if outcome is None]
-        config = DWDPConfig(group_size=options.group_size, host_experts=options.host_experts)
+        config = DWDPConfig(
+            group_size=options.group_size,
+            host_experts=options.host_experts,
+            mode="in_place" if options.expert_bank else "staged",
+            expert_bank=options.expert_bank,
+        )
         ranks = run_group(
             functools.partial(_spread, folder=Path(folder), names=saved, config=config), config.group_size
         )

@@ -11,6 +11,7 @@ from support.walk import Walk
 
 IN_THREADS = 60
 IN_PROCESSES = 3
+BANKED = (9, 12, 19)  # whose groups look up in banks: experts of other ranks and of host memory
 STEPS = 60
 
 
@@ -30,3 +31,14 @@ def _server() -> None:
 @pytest.mark.usefixtures("_server", "open_descriptors")
 def test_in_processes_that_die_and_come_back(seed: int) -> None:
     Walk(seed, processes=True).run(STEPS)
+
+
+@pytest.mark.parametrize("seed", BANKED)
+@pytest.mark.usefixtures("_server", "open_descriptors")
+def test_with_banks_in_processes_that_die_and_come_back(seed: int) -> None:
+    walk = Walk(seed, processes=True)
+    assert walk.config.expert_bank
+    walk.run(STEPS)
+    looked_up = [place for place, step in enumerate(walk.steps) if "looked_up" in step and "done" in step]
+    back = [place for place, step in enumerate(walk.steps) if "rejoin" in step and "done" in step]
+    assert looked_up[0] < back[0] < looked_up[-1], "before a rank died, and after it came back"

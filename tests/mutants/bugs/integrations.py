@@ -10,7 +10,87 @@ _SPREAD = ("tests/unit/integrations/test_spread_tensor.py",)
 
 _LAYERS = ("tests/unit/integrations/test_sglang_sizes.py",)
 
+_BANK = ("tests/unit/integrations/test_transformers_bank.py",)
+_ROWS = ("tests/unit/integrations/test_sglang_bank.py",)
+
 BUGS: Final = (
+    Bug(
+        "a bank of SGLang's lacks the tensors that are smaller than a page",
+        "vmm_dwdp/integrations/sglang/expert_layer.py",
+        "(self.reads_rows or expert_nbytes * self._share >= self._page)",
+        "expert_nbytes * self._share >= self._page",
+        _ROWS,
+    ),
+    Bug(
+        "SGLang's kernels read a bank's tensor by expert",
+        "vmm_dwdp/integrations/sglang/manager.py",
+        "routed._replace(topk_ids=rows)",
+        "routed",
+        _ROWS,
+    ),
+    Bug(
+        "SGLang's layer shows experts where rows of a bank were looked up",
+        "vmm_dwdp/integrations/sglang/expert_view.py",
+        "        self.views[layer].show(found.weights)\n",
+        "",
+        _ROWS,
+    ),
+    Bug(
+        "SGLang's layer counts experts where it shows rows",
+        "vmm_dwdp/integrations/sglang/expert_view.py",
+        "        return self._exchange(made, rows)\n",
+        "        return self._exchange(made, self._num_experts)\n",
+        _ROWS,
+    ),
+    Bug(
+        "tiles are chosen by rows of a bank",
+        "vmm_dwdp/integrations/sglang/manager.py",
+        "shape if shape[0] <= num_experts else (num_experts, *shape[1:])",
+        "shape",
+        _ROWS,
+    ),
+    Bug(
+        "SGLang keeps memory for a bank that no kernel reads",
+        "vmm_dwdp/integrations/sglang/manager.py",
+        "replace(self._stated.config, expert_bank=0)",
+        "replace(self._stated.config)",
+        _ROWS,
+    ),
+    Bug(
+        "a bank without room for a token is told in the first pass",
+        "vmm_dwdp/integrations/sglang/manager.py",
+        "                        runtime.look_up(layer.number, nobody)\n",
+        "                        assert len(nobody)\n",
+        _ROWS,
+    ),
+    Bug(
+        "transformers counts experts where there are rows of a bank before them",
+        "vmm_dwdp/integrations/transformers/experts.py",
+        "        self._count_rows(len(next(iter(weights.values()))))\n",
+        "",
+        _BANK,
+    ),
+    Bug(
+        "a module still counts rows of a bank after its pass",
+        "vmm_dwdp/integrations/transformers/experts.py",
+        "        self._count_rows(self._experts.num_experts)\n\n    def _count",
+        "        pass\n\n    def _count",
+        _BANK,
+    ),
+    Bug(
+        "eager experts read rows of a bank",
+        "vmm_dwdp/integrations/transformers/bank.py",
+        "    if implementation not in IMPLEMENTATIONS:\n",
+        "    if implementation not in (*IMPLEMENTATIONS, 'eager'):\n",
+        _BANK,
+    ),
+    Bug(
+        "a model whose modules cannot read rows of a bank is spread",
+        "vmm_dwdp/integrations/transformers/model.py",
+        "            found.require_reads_rows()\n",
+        "            found.identity\n",
+        _BANK,
+    ),
     Bug(
         "a part of a shared expert passes for a whole one",
         "vmm_dwdp/integrations/sglang/shared_experts.py",

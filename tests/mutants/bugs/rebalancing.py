@@ -123,7 +123,7 @@ BUGS: Final = (
     Bug(
         "a transformers module is given experts for rows",
         "vmm_dwdp/integrations/transformers/routing.py",
-        "rows[each].to(each.dtype) if each is chosen else each",
+        "chosen if each is routed.chosen else each",
         "each",
         ("tests/unit/integrations/test_transformers_moved.py::test_logits_stay_whoever_holds_an_expert",),
     ),

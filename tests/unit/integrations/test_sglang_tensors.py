@@ -367,11 +367,6 @@ def test_a_tensor_that_cannot_be_exchanged_is_refused() -> None:
             1,
             "states resident_cache, but SGLang's layers do not tell which experts tokens use",
         ),
-        (
-            "group_size: 1\nhost_experts: 4\nmode: in_place\nexpert_bank: 4194304",
-            1,
-            "states expert_bank, but SGLang's layers do not look up which rows they read",
-        ),
         ("group_size: 1\nhost_experts: auto\nnum_local_experts: 4", 1, "which leaves no number to num_local_experts"),
         ("group_size: 1\nnum_local_experts: auto", 1, "states group_size 1 and no host_experts"),
         (

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.banked_models import with_rows
 from support.groups import PAGE
 from support.moe_models import logits, tiny_model
 
@@ -98,3 +99,20 @@ def test_a_pass_that_is_joined_sends_nothing(tmp_path: Path) -> None:
 def test_nobody_joins_a_model_of_one_node() -> None:
     with pytest.raises(ConfigError, match="the model is not spread over nodes"):
         join_pass(tiny_model("qwen3_moe"))
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_nodes_experts_are_looked_up_in_a_bank(nodes: int, tmp_path: Path) -> None:
+    """Pairs of a token and an expert of this node are; and what a rank computes is as without a bank."""
+    in_place = DWDPConfig(group_size=1, host_experts=3, mode="in_place", prefetch_depth=0)
+    found = []
+    for number, config in enumerate((in_place, with_rows(in_place, tiny_model("qwen3_moe"), 2, PAGE))):
+        place = tmp_path / str(number)
+        with DWDPRuntime(config, 0, "cpu", place, driver=HostDriver(PAGE)) as opened, torch.no_grad():
+            model = tiny_model("qwen3_moe")
+            attach(model, opened, rail=NobodyElse(nodes))
+            found.append([model(torch.tensor([[token, token + 1]])).logits for token in range(3, 20)])
+            if config.expert_bank:
+                assert all(0 < counts.hits < counts.uses for counts in opened.bank_counts().values())
+                opened.check_integrity(verify=True)
+    assert all(map(torch.equal, *found))

@@ -28,6 +28,7 @@ _MODEL_CONFIG = (
 )
 CHECK_FINAL_ARGUMENTS = "sglang.srt.server_args.ServerArgs.check_server_args"  # what the engine calls last of all
 CONSTRUCT_MODEL = "sglang.srt.model_loader.loader._initialize_model"  # what every loader calls before it loads
+CHOOSE_TILES = "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe.try_get_optimal_moe_config"
 CHECK_WEIGHTS = "sglang.srt.utils.weight_checker.WeightChecker.handle"
 SAVE = (f"{_WEIGHT_EXPORTER}.save_sharded_model", f"{_WEIGHT_EXPORTER}.save_remote_model")
 SEND = (
@@ -69,6 +70,7 @@ _EXPECTED = (
     _Expected(f"{_FUSED_MOE}.weight_loader", ("param", "expert_id"), (_MAP, "_weight_loader_impl")),
     _Expected(f"{_FUSED_MOE}.{_MAP}", ("expert_id",)),
     _Expected(CONSTRUCT_MODEL),
+    _Expected(CHOOSE_TILES, ("w1_shape", "w2_shape")),
     _Expected(
         "sglang.srt.layers.linear.RowParallelLinear.__init__", (), ("reduce_results", "input_size_per_partition")
     ),

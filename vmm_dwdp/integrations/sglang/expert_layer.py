@@ -43,14 +43,17 @@ class ExpertLayer:
     Args:
         module: a `FusedMoE` just constructed, with an equal share of the experts in its parameters.
         page_nbytes: bytes per page of the device's memory.
+        reads_rows: its kernels are told rows of a bank: then every tensor of an expert is spread, small ones too.
 
     Raises:
         NotServedError: the layer's quantisation method, MoE runner or tensors are not supported; it is as constructed.
     """
 
-    def __init__(self, module: Any, page_nbytes: int) -> None:
+    def __init__(self, module: Any, page_nbytes: int, *, reads_rows: bool = False) -> None:
         self.module = module
+        self.reads_rows = reads_rows
         self.number = int(module.layer_id)
+        self.num_experts = int(module.num_experts)
         self.finished = False
         self.loads: tuple[int, ...] = ()  # the experts that are loaded on this rank, in the order of its parameters
         self._share = int(module.num_local_experts)
@@ -92,7 +95,7 @@ class ExpertLayer:
             raise ConfigError(f"the experts of layer {self.number} are smaller than a page of {self._page} bytes")
 
     def _is_large(self, expert_nbytes: int) -> bool:
-        return expert_nbytes * self._share >= self._page
+        return expert_nbytes > 0 and (self.reads_rows or expert_nbytes * self._share >= self._page)
 
     def weights(self) -> dict[str, WeightSpec]:
         """What of the layer is spread, by its bytes; where post-processing is still to make it, what it is made of."""

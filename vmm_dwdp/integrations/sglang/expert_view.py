@@ -13,12 +13,15 @@ from vmm_dwdp.integrations.spread_tensor import SpreadTensor
 from vmm_dwdp.memory.assembly import Weights
 from vmm_dwdp.runtime import DWDPRuntime
 from vmm_dwdp.schedule.compiled_models import between_regions
+from vmm_dwdp.schedule.in_place import LookedUp
 
 _Exchange = list[tuple[dict[str, Any], dict[str, Any]]]  # dictionaries of the layer, and what is to be put into each
 
 
 class ExpertView:
     """The places of one layer's spread tensors: `SpreadTensor`s, but between `show` and `hide` the assembled tensors.
+
+    With rows of a bank before the experts, the layer's number of experts is that of rows meanwhile.
 
     Takes effect when it is made, until `remove`. What is exchanged is known before: to show and to hide is to update a
     dictionary of the layer, or a few.
@@ -31,6 +34,8 @@ class ExpertView:
 
     def __init__(self, module: Any, blocks: Mapping[str, ExpertBlocks], device: torch.device) -> None:
         self._blocks: Final = blocks
+        self._module: Final = vars(module)
+        self._num_experts: Final = module.num_experts
         self._first: Final = next(iter(blocks))
         self._places: Final = {name: places(module, name) for name in blocks}
         self._found: Final = {name: holder[key] for name, [(holder, key), *_] in self._places.items()}
@@ -43,11 +48,11 @@ class ExpertView:
             vars(placeholder).update(vars(self._found[name]))  # what SGLang's loaders and kernels noted on it
             nothing[name] = placeholder
             note_count(module, name, placeholder)
-        self._nothing: Final = self._exchange(nothing)
+        self._nothing: Final = self._exchange(nothing, self._num_experts)
         self.hide()
 
     def show(self, weights: Weights) -> None:
-        """Let the layer's kernels read ``weights``, of which there is one for each mode."""
+        """Let the layer's kernels read ``weights``, of which there is one for each mode, and one with a bank."""
         first = weights[self._first]
         assert isinstance(first, torch.Tensor)
         exchange = self._assembled.get(first.data_ptr())
@@ -63,22 +68,27 @@ class ExpertView:
 
     def remove(self) -> None:
         """Put back what was found when this was made, and refer to no assembled tensor any more."""
-        for holder, tensors in self._exchange(self._found):
+        for holder, tensors in self._exchange(self._found, self._num_experts):
             holder.update(tensors)
         self._assembled.clear()
 
     @torch.inference_mode(mode=False)  # a first pass may run in it, and others later outside of it
     def _made_of(self, weights: Weights) -> _Exchange:
         made: dict[str, torch.Tensor] = {}
+        rows = 0
         for name, block in self._blocks.items():
             assembled = weights[name]
             assert isinstance(assembled, torch.Tensor)
+            rows = len(assembled)
             made[name] = torch.Tensor._make_subclass(type(self._found[name]), block.from_bytes(assembled))
             vars(made[name]).update(vars(self._found[name]))
-        return self._exchange(made)
+        return self._exchange(made, rows)
 
-    def _exchange(self, tensors: Mapping[str, torch.Tensor]) -> _Exchange:
-        by_holder: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+    def _exchange(self, tensors: Mapping[str, torch.Tensor], rows: int) -> _Exchange:
+        """``rows``: what the layer is to take for its number of experts, by which torch's own loop counts them."""
+        by_holder: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {
+            id(self._module): (self._module, {"num_experts": rows})
+        }
         for name, tensor in tensors.items():
             for holder, key in self._places[name]:
                 by_holder.setdefault(id(holder), (holder, {}))[1][key] = tensor
@@ -86,7 +96,8 @@ class ExpertView:
 
 
 class ViewedRuntime(DWDPRuntime):
-    """A runtime that shows each layer's tensors in its module from `acquire` to `release`."""
+    """A runtime that shows each layer's tensors in its module from `acquire` to `release`: after `look_up`, those that
+    it tells."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -98,6 +109,13 @@ class ViewedRuntime(DWDPRuntime):
         weights = super().acquire(layer, **given)
         self.views[layer].show(weights)
         return weights
+
+    @between_regions
+    def look_up(self, layer: int, chosen: torch.Tensor, **given: Any) -> LookedUp:
+        """As of any runtime; afterwards the layer's module holds the weights in which the rows are."""
+        found = super().look_up(layer, chosen, **given)
+        self.views[layer].show(found.weights)
+        return found
 
     @between_regions
     def release(self, layer: int, **given: Any) -> None:

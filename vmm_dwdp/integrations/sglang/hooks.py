@@ -51,6 +51,7 @@ def _register_all() -> None:
         contract.CHECK_FINAL_ARGUMENTS: check_final_arguments,
         contract.fused_moe("__init__"): construct_layer,
         contract.CONSTRUCT_MODEL: construct_model,
+        contract.CHOOSE_TILES: choose_tiles,
         contract.fused_moe("weight_loader"): load_weight,
         contract.fused_moe("weight_loader_fused"): load_weights_at_once,
         "sglang.srt.model_executor.model_runner.ModelRunner.maybe_init_dwdp": init_dwdp,
@@ -200,6 +201,14 @@ def construct_model(original: _Original, *args: Any, **kwargs: Any) -> torch.nn.
     elif _left_to_sglang:  # whose own DWDP skips the sum as well, and would have fused them but for us
         shared_experts.require_whole(model)
     return model
+
+
+def choose_tiles(original: _Original, w1_shape: Any, w2_shape: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around what chooses the tiles of SGLang's Triton kernels by the shapes of weights: those of the experts."""
+    found = manager()
+    if found is not None:
+        w1_shape, w2_shape = found.of_experts(w1_shape), found.of_experts(w2_shape)
+    return original(w1_shape, w2_shape, *args, **kwargs)
 
 
 def load_weight(original: _Original, module: Any, *args: Any, **kwargs: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -15,7 +17,7 @@ from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.integrations.sglang import shared_experts, sizes
 from vmm_dwdp.integrations.sglang.expert_layer import ExpertLayer
 from vmm_dwdp.integrations.sglang.expert_view import ViewedRuntime
-from vmm_dwdp.integrations.sglang.schemes import caution
+from vmm_dwdp.integrations.sglang.schemes import caution, without_rows
 from vmm_dwdp.integrations.sglang.settings import Stated
 from vmm_dwdp.layout.placement import ExpertPlacement
 
@@ -91,7 +93,8 @@ class ExpertManager:
                     f"DWDP needs as many experts in every MoE layer: layer {layer.number} has "
                     f"{layer.module.num_experts}, layer {number} has {module.num_experts}"
                 )
-        layer = ExpertLayer(module, self._driver.granularity())
+        looks_up = self._stated.config.expert_bank > 0 and without_rows(module) is None
+        layer = ExpertLayer(module, self._driver.granularity(), reads_rows=looks_up)
         cautioned = caution(module) if not self._layers and self._rank == 0 else None
         if cautioned is not None:
             _log.info(cautioned)
@@ -124,6 +127,7 @@ class ExpertManager:
         """
         if self._runtime is not None:
             return
+        self._leave_out_a_bank_that_nobody_reads()
         try:
             if self._stated.config.group_size > 1:
                 shared_experts.require_whole(model)
@@ -136,6 +140,13 @@ class ExpertManager:
         except BaseException:
             self.cleanup()
             raise
+
+    def _leave_out_a_bank_that_nobody_reads(self) -> None:
+        """Which would take memory for nothing."""
+        if self._stated.config.expert_bank and not any(layer.reads_rows for layer in self._layers.values()):
+            if self._rank == 0:
+                _log.warning(without_rows(next(iter(self._layers.values())).module))
+            self._stated = replace(self._stated, config=replace(self._stated.config, expert_bank=0))
 
     def _config(self) -> DWDPConfig:
         stated = self._stated
@@ -171,7 +182,16 @@ class ExpertManager:
         if not self._running:
             return apply(layer=layer, dispatch_output=dispatch_output)
         with self.runtime.layer(of.number, tokens=len(dispatch_output.hidden_states), top_k=of.module.top_k):
+            if of.reads_rows:
+                routed = dispatch_output.topk_output
+                rows = self.runtime.look_up(of.number, routed.topk_ids.contiguous()).rows
+                dispatch_output = dispatch_output._replace(topk_output=routed._replace(topk_ids=rows))
             return apply(layer=layer, dispatch_output=dispatch_output)
+
+    def of_experts(self, shape: Sequence[int]) -> Sequence[int]:
+        """Of weights that a kernel of these layers reads, without rows of a bank: what its tiles are chosen by."""
+        num_experts = next(iter(self._layers.values())).num_experts
+        return shape if shape[0] <= num_experts else (num_experts, *shape[1:])
 
     # -- SGLang's five methods ---------------------------------------------------------------------------------------
     def setup(self, model: torch.nn.Module) -> None:
@@ -193,8 +213,10 @@ class ExpertManager:
             mode: Mode = "in_place" if runtime.config.reads_in_place else "staged"
             for layer in self._layers.values():
                 runtime.views[layer.number] = layer.bind()
-                with runtime.layer(layer.number, mode=mode):
-                    pass  # what the layer shows is made now, not in the first pass
+                with runtime.layer(layer.number, mode=mode):  # what it shows is made now, not in the first pass
+                    if layer.reads_rows:
+                        nobody = torch.full((1, layer.module.top_k or 1), -1, dtype=torch.int32, device=runtime.device)
+                        runtime.look_up(layer.number, nobody)
             self._running = True
         except BaseException:
             self.cleanup()

@@ -184,6 +184,7 @@ _SCHEMES: dict[tuple[str, str], Scheme] = {
     ("awq", "marlin"): _AWQ_MARLIN,
     ("gptq", "marlin"): _GPTQ_MARLIN,
 }
+_READ_BY_ROW = frozenset({"bf16", "fp8 block", "fp8 channel", "compressed fp8 block", "wna16"})  # by SGLang's Triton
 _RAN_ON_A_GPU = frozenset({("bf16", "triton"), ("fp8 block", "triton")})  # a forward pass, bit-identical
 
 
@@ -251,6 +252,15 @@ def scheme_of(layer: Any) -> Scheme:
     variant = f" ({kind})" if kind else ""
     why = f"DWDP cannot spread experts of {method}{variant} with the MoE runner {runner}"
     raise NotServedError(why, runner, _runners_of(kind))
+
+
+def without_rows(layer: Any) -> str | None:
+    """A sentence about a `FusedMoE` layer that is in the table, if a bank does not serve it: its kernels cannot be told
+    rows in the place of experts, or post-processing makes smaller scales than were loaded."""
+    _, kind, runner = _row_of(layer)
+    if runner == "triton" and kind in _READ_BY_ROW:
+        return None
+    return f"experts are read in place without a bank: {kind} with the MoE runner {runner} is told no rows"
 
 
 def caution(layer: Any) -> str | None:

@@ -62,8 +62,6 @@ def stated(dwdp_size: int) -> Stated:
         raise ConfigError(f"{path} states assembly: {config.assembly}, but SGLang's kernels need assembly: vmm")
     if config.resident_cache:
         raise ConfigError(f"{path} states resident_cache, but SGLang's layers do not tell which experts tokens use")
-    if config.expert_bank:
-        raise ConfigError(f"{path} states expert_bank, but SGLang's layers do not look up which rows they read")
     if config.movable_experts:
         raise ConfigError(f"{path} states movable_experts, but SGLang's layers do not map what their routers choose")
     if group_size == 1 and not (config.host_experts or found.spills):

@@ -23,8 +23,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vmm_dwdp.errors import ConfigError, StateError
 from vmm_dwdp.integrations.spread_tensor import SpreadTensor
+from vmm_dwdp.integrations.transformers.bank import require_reads_rows
 from vmm_dwdp.integrations.transformers.mxfp4 import KernelWeight, kernel_weights
-from vmm_dwdp.integrations.transformers.routing import in_rows, routing_of
+from vmm_dwdp.integrations.transformers.routing import routed_tokens, routing_of, with_choice
 from vmm_dwdp.integrations.transformers.turns import Turns
 from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.runtime import DWDPRuntime
@@ -72,6 +73,10 @@ class ExpertsModule:
     def identity(self, name: str) -> int:
         """Of a weight of a model that is whole: equal for two that are tied."""
         return id(self.module.get_parameter(name) if name in self.parameters else self.in_kernels[name].storage)
+
+    def require_reads_rows(self) -> None:
+        """Raise `ConfigError` unless it can read rows of a bank; see [Note: Rows for experts]."""
+        require_reads_rows(self.path, self.module, in_kernels=bool(self.in_kernels))
 
     def is_in(self, path: str) -> bool:
         """Whether the module of this name, ``""`` for the model, contains it."""
@@ -204,9 +209,7 @@ class SpreadExperts:
         entry = "forward_routed" if hasattr(self._module, "forward_routed") else "forward"
         self._own_forward = getattr(self._module, entry)
         self._across = across
-        self._rows = runtime.logical_to_physical(layer) if runtime.config.movable_experts else None
-        if hasattr(self._module, "num_experts"):  # by which transformers' own code counts rows of the weights
-            self._module.num_experts = experts.num_experts
+        self._looks_up = runtime.config.movable_experts or runtime.config.expert_bank > 0
         self._placeholders = {
             name: SpreadTensor(f"{self.path}.{name}", spec.shape, None, spec.dtype, runtime.device)
             for name, spec in self._weights.items()
@@ -236,24 +239,33 @@ class SpreadExperts:
 
     def _compute(self, args: Any, kwargs: Any, tokens: int, top_k: int | None, chosen: Tensor | None) -> Any:
         with self._runtime.layer(self._layer, tokens=tokens, top_k=top_k, chosen=chosen) as weights:
-            merged = {name: torch.cat(list(tensors)) for name, tensors in weights.items()} if self._merge else weights
+            shown: Mapping[str, Any] = weights
+            if self._merge:
+                shown = {name: torch.cat(list(tensors)) for name, tensors in weights.items()}
             if self._across is not None and not args[0].numel():
                 return args[0]  # nobody's tokens came to this node
-            if self._rows is not None:
-                args, kwargs = self._in_rows(args, kwargs, self._rows)
             try:
-                self._show(merged)
+                if self._looks_up:
+                    shown, args, kwargs = self._look_up(args, kwargs)
+                self._show(shown)
                 return self._own_forward(*args, **kwargs)
             finally:
                 self._hide()
 
-    def _in_rows(self, args: Any, kwargs: Any, rows: Tensor) -> tuple[Any, Any]:
-        if (mapped := in_rows(args, kwargs, rows)) is None:
+    def _look_up(self, args: Any, kwargs: Any) -> tuple[Mapping[str, Any], Any, Any]:
+        """The layer's weights by row, and the arguments with the row in the place of each expert that was chosen."""
+        routed = routed_tokens(args, kwargs)
+        if routed is None:
             raise ConfigError(
                 f"{self.path} is given something else than tokens, their experts and their weights: once experts have "
                 "moved it would use wrong ones, so the config must not have movable_experts"
             )
-        return mapped
+        if self._runtime.config.expert_bank:
+            self._experts.require_reads_rows()
+        found = self._runtime.look_up(self._layer, routed.chosen.contiguous())
+        weights: Mapping[str, Any] = found.weights
+        self._count_rows(len(next(iter(weights.values()))))
+        return weights, *with_choice(args, kwargs, routed, found.rows)
 
     def _show(self, weights: Mapping[str, Any]) -> None:
         for name, weight in weights.items():
@@ -266,6 +278,12 @@ class SpreadExperts:
         self._module._parameters.update(self._placeholders)
         for name, weight in self._experts.in_kernels.items():
             weight.hide(f"{self.path}.{name}", self._runtime.device)
+        self._count_rows(self._experts.num_experts)
+
+    def _count_rows(self, number: int) -> None:
+        """Let transformers' own code know of so many rows of the weights."""
+        if hasattr(self._module, "num_experts"):
+            self._module.num_experts = number
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
         """What `Module.to` and its like call: whatever else the module holds may move, the experts may not."""

@@ -95,7 +95,6 @@ def from_pretrained(
     for argument in REFUSED_ARGUMENTS:
         if kwargs.pop(argument, None) not in (None, False):
             raise ConfigError(f"{argument} cannot be used with experts that are spread over a group")
-    _refuse_bank(config)
     directory = find_folder(path, kwargs.get("revision"))
     described = read_spreadable_config(directory)
     model_class = model_class or _class_named_by(described, directory)
@@ -137,15 +136,9 @@ def attach(
         return whole[expert]
 
     with _closed_on_failure(runtime):
-        _refuse_bank(runtime.config)
         modules = {found.path: found for found in find_experts(model)}
         layers = by_layer(modules.values(), lambda found, name: found.identity(name))
         _spread(model, layers, runtime, read, timeout, _revision_of(model), rail)
-
-
-def _refuse_bank(config: DWDPConfig) -> None:
-    if config.expert_bank:
-        raise ConfigError("expert_bank is not for transformers models, which read rows by expert: use resident_cache")
 
 
 def _class_named_by(config: dict[str, Any], directory: Path) -> type[transformers.PreTrainedModel]:
@@ -186,6 +179,9 @@ def _spread(
 ) -> None:
     """Make a layer of each list of ``layers``, whose modules share their weights, fill it and publish it."""
     whole = [found for sharing in layers for found in sharing]
+    if runtime.config.expert_bank:
+        for found in whole:
+            found.require_reads_rows()
     nodes = None if rail is None else NodesOfModel(rail)
     if nodes is not None:
         layers = nodes.own(layers)

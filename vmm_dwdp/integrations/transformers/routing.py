@@ -29,20 +29,12 @@ def routed_tokens(args: Any, kwargs: Any) -> Routed | None:
     return None
 
 
-def in_rows(args: Any, kwargs: Any, rows: Tensor) -> tuple[Any, Any] | None:
-    """The arguments of an experts module, with the row in the place of each expert that was chosen; ``None`` as above.
-
-    Args:
-        rows: int64 ``[E]``, as `DWDPRuntime.logical_to_physical` gives them.
-    """
-    routed = routed_tokens(args, kwargs)
-    if routed is None:
-        return None
-    chosen = routed.chosen
-    mapped: tuple[Any, Any] = tree_map_only(
-        Tensor, lambda each: rows[each].to(each.dtype) if each is chosen else each, (args, kwargs)
+def with_choice(args: Any, kwargs: Any, routed: Routed, chosen: Tensor) -> tuple[Any, Any]:
+    """The arguments in which ``routed`` was found, with ``chosen`` in the place of its own."""
+    changed: tuple[Any, Any] = tree_map_only(
+        Tensor, lambda each: chosen if each is routed.chosen else each, (args, kwargs)
     )
-    return mapped
+    return changed
 
 
 def routing_of(args: Any, kwargs: Any, counted: bool) -> tuple[int, int | None, Tensor | None]:
