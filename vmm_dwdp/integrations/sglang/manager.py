@@ -15,6 +15,7 @@ from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.integrations.sglang import shared_experts, sizes
 from vmm_dwdp.integrations.sglang.expert_layer import ExpertLayer
 from vmm_dwdp.integrations.sglang.expert_view import ViewedRuntime
+from vmm_dwdp.integrations.sglang.progress import Progress
 from vmm_dwdp.integrations.sglang.schemes import caution
 from vmm_dwdp.integrations.sglang.settings import Stated
 from vmm_dwdp.layout.placement import ExpertPlacement
@@ -59,6 +60,7 @@ class ExpertManager:
         self._runtime: ViewedRuntime | None = None
         self._layers: dict[int, ExpertLayer] = {}
         self._running = False
+        self._progress: Progress | None = None
         self.closed = False
 
     @property
@@ -195,6 +197,7 @@ class ExpertManager:
                 runtime.views[layer.number] = layer.bind()
                 with runtime.layer(layer.number, mode=mode):
                     pass  # what the layer shows is made now, not in the first pass
+            self._progress = Progress(runtime.stats)
             self._running = True
         except BaseException:
             self.cleanup()
@@ -214,6 +217,9 @@ class ExpertManager:
     def prefetch_first_layers(self) -> None:
         """A pass begins. The first layers are already being fetched, unless the last pass ended early."""
         self.runtime.reset()
+        said = None if self._progress is None else self._progress.line()
+        if said is not None:
+            _log.info("DWDP, rank %d: %s", self._rank, said)
 
     def wait_prefetch(self, layer_idx: int) -> None:
         """Nothing: SGLang's forward pass calls it before tokens are dispatched, and weights are read in `apply`."""
