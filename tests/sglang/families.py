@@ -28,7 +28,7 @@ FAMILIES: Final[dict[str, dict[str, Any]]] = {
     | _LATENT
     | {"v_head_dim": 64, "n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1}
     | {"num_key_value_heads": 4, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.0}
-    | {"scoring_func": "softmax", "norm_topk_prob": False}
+    | {"scoring_func": "softmax", "norm_topk_prob": False, "moe_layer_freq": 1}
     | {"rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}},
     "Qwen2Moe": _SHARED | {"num_experts": 8, "shared_expert_intermediate_size": 1024, "norm_topk_prob": False},
     "Mixtral": {"intermediate_size": 1024, "num_local_experts": 8},
