@@ -23,7 +23,9 @@ _LATENT: Final = {"q_lora_rank": None, "kv_lora_rank": 64, "qk_rope_head_dim": 3
 # By the name of transformers' model without ``ForCausalLM``: what its config says besides. SGLang has no other rotary
 # embedding for DeepSeek on the CPU.
 FAMILIES: Final[dict[str, dict[str, Any]]] = {
-    "Glm4Moe": _SHARED | {"head_dim": 64, "n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "Glm4Moe": _SHARED
+    | {"head_dim": 64, "n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1}
+    | {"routed_scaling_factor": 2.5},
     "DeepseekV2": _SHARED
     | _LATENT
     | {"v_head_dim": 64, "n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1}

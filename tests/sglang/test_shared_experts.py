@@ -1,7 +1,7 @@
 """Models with an expert that every token uses, beside those that are spread: each rank has it whole.
 
-Checkpoints with random weights that transformers writes. A whole engine has GLM-4-MoE, DeepSeek-V2 and Mixtral; of
-Qwen2-MoE and Llama 4, which SGLang does not run on a CPU, the shared expert alone is computed.
+With random weights. GLM-4-MoE has a whole engine; of DeepSeek-V2, Qwen2-MoE and Llama 4, for which SGLang has no plain
+PyTorch on the CPU, the shared expert alone is computed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import engine_process
@@ -21,7 +20,6 @@ from ports import free_port
 from test_plugin import sentence
 from torch.nn import functional
 
-from vmm_dwdp.integrations.sglang import contract
 from vmm_dwdp.testing import RankFailed, run_group
 
 pytestmark = pytest.mark.timeout(900)  # engines start slowly beside other tests
@@ -98,35 +96,26 @@ def test_sglang_itself_cuts_them() -> None:
 
 
 # -- whole engines -----------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module", params=["Glm4Moe", "DeepseekV2", "Mixtral"])
-def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A checkpoint, and what SGLang answers without this library."""
-    folder = tmp_path_factory.mktemp(request.param) / "checkpoint"
-    run_group(partial(families.write, family=request.param, folder=folder), 1)
-    [(tokens, _)] = run_group(partial(generate, checkpoint=folder, size=1, environment={}), 1)
-    assert len({token for answer in tokens for token in answer}) > 8
-    return SimpleNamespace(family=request.param, folder=folder, tokens=tokens)
-
-
 @pytest.mark.long
-def test_an_engine_with_two_ranks_gives_the_same_tokens(
-    written: SimpleNamespace, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """But SGLang 0.5.17's Mixtral has no attention data parallel: it is refused."""
-    ask = partial(generate, checkpoint=written.folder, size=2, environment=TWO_RANKS, dwdp_size=2)
-    if (written.family, contract.version()) == ("Mixtral", "0.5.17"):
-        with pytest.raises(RankFailed):
-            run_group(ask, 1)
-        told = capfd.readouterr()
-        assert "MixtralForCausalLM cuts model.layers.0.self_attn.o_proj over --tp-size" in told.out + told.err
-    else:
-        assert run_group(ask, 1) == [(written.tokens, 2)]
-
-
-@pytest.mark.long
-def test_an_engine_with_experts_in_host_memory_gives_the_same_tokens(written: SimpleNamespace, tmp_path: Path) -> None:
-    config = tmp_path / "dwdp.yaml"
+def test_engines_give_the_same_tokens(tmp_path: Path) -> None:
+    """GLM-4-MoE: over two ranks, and with experts in host memory on one."""
+    folder, config = tmp_path / "checkpoint", tmp_path / "dwdp.yaml"
+    run_group(partial(families.write, family="Glm4Moe", folder=folder), 1)
     config.write_text("group_size: 1\nhost_experts: 3\n")
-    environment = {"VMM_DWDP_CONFIG": str(config)}
-    [answer] = run_group(partial(generate, checkpoint=written.folder, size=1, environment=environment), 1)
-    assert answer == (written.tokens, 1)
+    ask = partial(generate, checkpoint=folder)
+
+    [(tokens, _)] = run_group(partial(ask, size=1, environment={}), 1)
+    assert len({token for answer in tokens for token in answer}) > 8
+    assert run_group(partial(ask, size=2, environment=TWO_RANKS, dwdp_size=2), 1) == [(tokens, 2)]
+    assert run_group(partial(ask, size=1, environment={"VMM_DWDP_CONFIG": str(config)}), 1) == [(tokens, 1)]
+
+
+@pytest.mark.long
+def test_a_model_without_attention_data_parallel_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Mixtral: SGLang cuts its attention over all ranks, whose tokens differ."""
+    folder = tmp_path / "checkpoint"
+    run_group(partial(families.write, family="Mixtral", folder=folder), 1)
+    with pytest.raises(RankFailed):
+        run_group(partial(generate, checkpoint=folder, size=2, environment=TWO_RANKS, dwdp_size=2), 1)
+    told = capfd.readouterr()
+    assert "MixtralForCausalLM cuts model.layers.0.self_attn.o_proj over --tp-size" in told.out + told.err
