@@ -1,7 +1,7 @@
 """Models with an expert that every token uses, beside those that are spread: each rank has it whole.
 
-With random weights. GLM-4-MoE has a whole engine; of DeepSeek-V2, Qwen2-MoE and Llama 4, for which SGLang has no plain
-PyTorch on the CPU, the shared expert alone is computed.
+With random weights. GLM-4-MoE and Qwen2-MoE have a whole engine; of DeepSeek-V2 and Llama 4, for which SGLang has no
+plain PyTorch on the CPU, the shared expert alone is computed.
 """
 
 from __future__ import annotations
@@ -97,17 +97,22 @@ def test_sglang_itself_cuts_them() -> None:
 
 # -- whole engines -----------------------------------------------------------------------------------------------------
 @pytest.mark.long
-def test_engines_give_the_same_tokens(tmp_path: Path) -> None:
-    """GLM-4-MoE: over two ranks, and with experts in host memory on one."""
+@pytest.mark.parametrize(
+    ("family", "environment"),
+    [("Glm4Moe", {}), ("Qwen2Moe", {"TRITON_INTERPRET": "1"})],  # the gate of Qwen2's shared expert is a Triton kernel
+)
+def test_engines_give_the_same_tokens(family: str, environment: dict[str, str], tmp_path: Path) -> None:
+    """Over two ranks, and with experts in host memory on one."""
     folder, config = tmp_path / "checkpoint", tmp_path / "dwdp.yaml"
-    run_group(partial(families.write, family="Glm4Moe", folder=folder), 1)
+    run_group(partial(families.write, family=family, folder=folder), 1)
     config.write_text("group_size: 1\nhost_experts: 3\n")
     ask = partial(generate, checkpoint=folder)
 
-    [(tokens, _)] = run_group(partial(ask, size=1, environment={}), 1)
+    [(tokens, _)] = run_group(partial(ask, size=1, environment=environment), 1)
     assert len({token for answer in tokens for token in answer}) > 8
-    assert run_group(partial(ask, size=2, environment=TWO_RANKS, dwdp_size=2), 1) == [(tokens, 2)]
-    assert run_group(partial(ask, size=1, environment={"VMM_DWDP_CONFIG": str(config)}), 1) == [(tokens, 1)]
+    assert run_group(partial(ask, size=2, environment=environment | TWO_RANKS, dwdp_size=2), 1) == [(tokens, 2)]
+    in_host_memory = environment | {"VMM_DWDP_CONFIG": str(config)}
+    assert run_group(partial(ask, size=1, environment=in_host_memory), 1) == [(tokens, 1)]
 
 
 @pytest.mark.long
