@@ -18,7 +18,7 @@ _COMMON: Final[dict[str, Any]] = {
 }
 _SHARED: Final = {"intermediate_size": 512, "moe_intermediate_size": 1024}
 _YARN: Final = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 256}
-_LATENT: Final = {"q_lora_rank": None, "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32}
+_LATENT: Final = {"q_lora_rank": None, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128}
 
 # By the name of transformers' model without ``ForCausalLM``: what its config says besides. SGLang has no other rotary
 # embedding for DeepSeek on the CPU.
@@ -28,7 +28,7 @@ FAMILIES: Final[dict[str, dict[str, Any]]] = {
     | {"routed_scaling_factor": 2.5},
     "DeepseekV2": _SHARED
     | _LATENT
-    | {"v_head_dim": 64, "n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1}
+    | {"v_head_dim": 128, "n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1}
     | {"num_key_value_heads": 4, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.0}
     | {"scoring_func": "softmax", "norm_topk_prob": False, "moe_layer_freq": 1}
     | {"rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}},
