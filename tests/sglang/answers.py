@@ -19,14 +19,7 @@ Tokens = list[list[int]]
 
 
 def generate(
-    rank: int,
-    *,
-    checkpoint: Path,
-    size: int,
-    environment: dict[str, str],
-    save: bool = False,
-    attention: str = "torch_native",
-    **arguments: Any,
+    rank: int, *, checkpoint: Path, size: int, environment: dict[str, str], save: bool = False, **arguments: Any
 ) -> tuple[Tokens, int]:
     """What an engine of ``size`` ranks answers to the prompts, and how many of its processes have our memory.
 
@@ -40,7 +33,7 @@ def generate(
         device="cpu",
         dtype="float32",
         skip_tokenizer_init=True,
-        attention_backend=attention,
+        attention_backend="torch_native",
         sampling_backend="pytorch",
         grammar_backend="none",
         moe_runner_backend="triton",
