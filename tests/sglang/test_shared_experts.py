@@ -1,7 +1,7 @@
 """Models with an expert that every token uses, beside those that are spread: each rank has it whole.
 
-With random weights. GLM-4-MoE and Qwen2-MoE have a whole engine; of DeepSeek-V2 and Llama 4, for which SGLang has no
-plain PyTorch on the CPU, the shared expert alone is computed.
+With random weights. GLM-4-MoE, Qwen2-MoE and DeepSeek-V2 have a whole engine; of Llama 4, whose experts SGLang does not
+compute on the CPU, the shared expert alone is computed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from vmm_dwdp.testing import RankFailed, run_group
 
 pytestmark = pytest.mark.timeout(900)  # engines start slowly beside other tests
 
+INTERPRETED = {"TRITON_INTERPRET": "1"}
 WITH_ONE = ("Glm4Moe", "DeepseekV2", "Qwen2Moe", "Llama4")
 
 
@@ -98,15 +99,19 @@ def test_sglang_itself_cuts_them() -> None:
 # -- whole engines -----------------------------------------------------------------------------------------------------
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("family", "environment"),
-    [("Glm4Moe", {}), ("Qwen2Moe", {"TRITON_INTERPRET": "1"})],  # the gate of Qwen2's shared expert is a Triton kernel
+    ("family", "environment", "attention"),
+    [
+        ("Glm4Moe", {}, "torch_native"),
+        ("Qwen2Moe", INTERPRETED, "torch_native"),  # the gate of its shared expert is a Triton kernel
+        ("DeepseekV2", INTERPRETED, "triton"),  # the plain one knows no latent attention
+    ],
 )
-def test_engines_give_the_same_tokens(family: str, environment: dict[str, str], tmp_path: Path) -> None:
+def test_engines_give_the_same_tokens(family: str, environment: dict[str, str], attention: str, tmp_path: Path) -> None:
     """Over two ranks, and with experts in host memory on one."""
     folder, config = tmp_path / "checkpoint", tmp_path / "dwdp.yaml"
     run_group(partial(families.write, family=family, folder=folder), 1)
     config.write_text("group_size: 1\nhost_experts: 3\n")
-    ask = partial(generate, checkpoint=folder)
+    ask = partial(generate, checkpoint=folder, attention=attention)
 
     [(tokens, _)] = run_group(partial(ask, size=1, environment=environment), 1)
     assert len({token for answer in tokens for token in answer}) > 8
