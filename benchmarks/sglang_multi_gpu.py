@@ -8,8 +8,9 @@ it is known. A variant that fails or hangs has a row that says why.
 
 Variants: ``dwdp`` SGLang with ``--dwdp-size`` and this library, for each plan of copies and each mode; ``ep`` expert
 parallelism, attention data parallel; ``tp`` tensor parallelism; ``own`` SGLang's own DWDP; ``one`` all of the model on
-every GPU. With DWDP SGLang has no CUDA graphs; the others have them as by default, up to 8,192 tokens of prefill
-(``--graphs``). Each rank has prompts of its own, the same in all variants; with ``tp`` all have one queue.
+every GPU. With DWDP there are CUDA graphs of decoding alone, and none of mode staged; the others have them as by
+default, up to 8,192 tokens of prefill (``--graphs``). Each rank has prompts of its own, the same in all variants; with
+``tp`` all have one queue.
 
 prefill     tokens a second of each GPU until all prompts of a mix have one token, the median of the repeats; and of
             each rank until its own have. "in step" and "drifting" are the same prompts in another order: drifting,

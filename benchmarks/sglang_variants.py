@@ -112,7 +112,7 @@ def start(variant: Variant, number: int, task: Task, folder: Path) -> Any:
     if task.device_type == "cpu":
         device = {"dtype": "float32", "attention_backend": "torch_native", "disable_overlap_schedule": True}
         device |= GRAPHS["off"]
-    else:  # with DWDP SGLang has no graphs
+    else:  # with DWDP the mode decides
         device = {"attention_backend": task.attention_backend, **({} if has_dwdp else GRAPHS[task.graphs])}
     return Engine(
         model_path=str(task.model),

@@ -19,7 +19,14 @@ Tokens = list[list[int]]
 
 
 def generate(
-    rank: int, *, checkpoint: Path, size: int, environment: dict[str, str], save: bool = False, **arguments: Any
+    rank: int,
+    *,
+    checkpoint: Path,
+    size: int,
+    environment: dict[str, str],
+    save: bool = False,
+    attention: str = "torch_native",
+    **arguments: Any,
 ) -> tuple[Tokens, int]:
     """What an engine of ``size`` ranks answers to the prompts, and how many of its processes have our memory.
 
@@ -33,7 +40,7 @@ def generate(
         device="cpu",
         dtype="float32",
         skip_tokenizer_init=True,
-        attention_backend="torch_native",
+        attention_backend=attention,
         sampling_backend="pytorch",
         grammar_backend="none",
         moe_runner_backend="triton",

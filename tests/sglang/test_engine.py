@@ -16,9 +16,10 @@ ROOM = 3 * 4 * (3 << 20)  # an expert of a layer has 3 MiB
 
 
 def test_an_engine_with_two_ranks(checkpoint: Path, ordinary: Tokens, tmp_path: Path) -> None:
-    """Whose shares overlap, and with experts in host memory besides: ranks hold 3 of 8 each, from 0 and 2 on."""
+    """Whose shares overlap, with experts in host memory besides: ranks hold 3 of 8 each, from 0 and 2 on. Passes of few
+    tokens read in place, others are staged."""
     config = tmp_path / "dwdp.yaml"
-    config.write_text("group_size: 2\nnum_local_experts: 3\nhost_experts: 3\n")
+    config.write_text("group_size: 2\nnum_local_experts: 3\nhost_experts: 3\nmode: auto\n")
     environment = TWO_RANKS | {"VMM_DWDP_CONFIG": str(config)}
     run = partial(generate, checkpoint=checkpoint, size=2, environment=environment, dwdp_size=2)
 

@@ -8,6 +8,8 @@ from mutants.seeded import Bug
 
 _SPREAD = ("tests/unit/integrations/test_spread_tensor.py",)
 
+_SHARED = ("tests/unit/integrations/test_sglang_shared_experts.py",)
+
 _LAYERS = ("tests/unit/integrations/test_sglang_sizes.py",)
 
 _BANK = ("tests/unit/integrations/test_transformers_bank.py",)
@@ -94,9 +96,23 @@ BUGS: Final = (
     Bug(
         "a part of a shared expert passes for a whole one",
         "vmm_dwdp/integrations/sglang/shared_experts.py",
-        "input_size_per_partition != module.input_size",
-        "input_size_per_partition > module.input_size",
-        ("tests/unit/integrations/test_sglang_shared_experts.py",),
+        "part != whole",
+        "part > whole",
+        _SHARED,
+    ),
+    Bug(
+        "what an encoder adds up in its own way is refused",
+        "vmm_dwdp/integrations/sglang/shared_experts.py",
+        " and _list_of(name) in decoders",
+        "",
+        _SHARED,
+    ),
+    Bug(
+        "a minute's passes are told again in the next",
+        "vmm_dwdp/integrations/sglang/progress.py",
+        "        self._told = dict(found.layers)\n",
+        "",
+        ("tests/unit/integrations/test_sglang_progress.py",),
     ),
     Bug(
         "a placeholder has an address",

@@ -54,7 +54,7 @@ _LOAD_FORMATS: Final = frozenset(
 
 def check(server_args: Any, dwdp_size: int) -> None:
     """Raise `ConfigError` if the arguments, as far as they are resolved, leave no place for DWDP."""
-    resolved = _resolved(server_args)
+    resolved = view(server_args)
     for name, neutral in _EXCLUDED.items():
         value = getattr(resolved, name, None)
         if value not in (neutral, None, "none"):
@@ -75,7 +75,7 @@ def check(server_args: Any, dwdp_size: int) -> None:
 
 def check_graphs(server_args: Any) -> None:
     """Raise `ConfigError` if the final arguments have prefill graphs in pieces, for which some ask by name."""
-    prefill = _resolved(server_args).cuda_graph_config.prefill.backend
+    prefill = view(server_args).cuda_graph_config.prefill.backend
     backend = getattr(prefill, "value", prefill)
     if backend not in (None, "disabled", "full"):
         raise ConfigError(
@@ -92,7 +92,7 @@ def runner_for_gpt_oss(server_args: Any) -> str | None:
     """
     from sglang.srt.utils.common import is_triton_kernels_available
 
-    resolved, config = _resolved(server_args), contract.model_config(server_args)
+    resolved, config = view(server_args), contract.model_config(server_args)
     in_mxfp4 = "GptOssForCausalLM" in config.hf_config.architectures and config.quantization == "mxfp4"
     left_open = resolved.moe_runner_backend == "auto" and is_triton_kernels_available()
     return "triton_kernel" if in_mxfp4 and left_open else None
@@ -100,7 +100,7 @@ def runner_for_gpt_oss(server_args: Any) -> str | None:
 
 def foretold(server_args: Any) -> NotServedError | None:
     """Why the experts will not be served, where the final arguments and the checkpoint's config already say it."""
-    resolved, config = _resolved(server_args), contract.model_config(server_args)
+    resolved, config = view(server_args), contract.model_config(server_args)
     try:
         require_served(resolved.quantization or config.quantization, resolved.moe_runner_backend)
     except NotServedError as not_served:
@@ -110,7 +110,7 @@ def foretold(server_args: Any) -> NotServedError | None:
 
 def revision(server_args: Any) -> str | None:
     """Of the checkpoint that the engine reads, for `DWDPRuntime.publish`, if that is a folder of safetensors files."""
-    resolved = _resolved(server_args)
+    resolved = view(server_args)
     folder = Path(resolved.model_path)
     read = getattr(resolved.load_format, "value", resolved.load_format) in ("auto", "safetensors")
     return revision_of(folder) if read and any(folder.glob("*.safetensors")) else None
@@ -118,10 +118,21 @@ def revision(server_args: Any) -> str | None:
 
 def static_fraction(server_args: Any) -> float:
     """The part of a GPU's memory that the engine gives to weights and the KV cache; the rest is for activations."""
-    return float(_resolved(server_args).mem_fraction_static or 1)
+    return float(view(server_args).mem_fraction_static or 1)
 
 
-def _resolved(server_args: Any) -> Any:
+def change(server_args: Any, name: str, value: object) -> None:
+    """Change an argument before the engine publishes them: later versions record a change instead of making it."""
+    try:
+        from sglang.srt.arg_groups.overrides import declare_resolution
+    except ImportError:  # 0.5.17
+        server_args.override("vmm_dwdp", **{name: value})
+    else:
+        declare_resolution(server_args, "vmm_dwdp", **{name: value})
+
+
+def view(server_args: Any) -> Any:
+    """The arguments as far as they are resolved."""
     from sglang.srt.arg_groups.overrides import resolved_view
 
     return resolved_view(server_args)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,15 @@ _MODEL_CONFIG = (
 CHECK_FINAL_ARGUMENTS = "sglang.srt.server_args.ServerArgs.check_server_args"  # what the engine calls last of all
 CONSTRUCT_MODEL = "sglang.srt.model_loader.loader._initialize_model"  # what every loader calls before it loads
 CHOOSE_TILES = "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe.try_get_optimal_moe_config"
+# The constructors of linear layers that may be cut over ranks, and the sum over all of them in a pass.
+LINEARS = tuple(
+    f"sglang.srt.layers.linear.{name}.__init__"
+    for name in ("ColumnParallelLinear", "MergedColumnParallelLinear", "RowParallelLinear")
+)
+# Whether a rank's decode graphs are chosen by its own batch alone.
+IS_LOCAL = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner._forward_is_dp_local"
+_WHOLE: tuple[dict[str, Any], ...] = ({"parallel_group": "replicated"}, {"tp_rank": 0, "tp_size": 1})  # 0.5.23, 0.5.17
+SUM_OVER_RANKS = "sglang.srt.distributed.communication_op.tensor_model_parallel_all_reduce"
 CHECK_WEIGHTS = "sglang.srt.utils.weight_checker.WeightChecker.handle"
 SAVE = (f"{_WEIGHT_EXPORTER}.save_sharded_model", f"{_WEIGHT_EXPORTER}.save_remote_model")
 SEND = (
@@ -71,9 +81,10 @@ _EXPECTED = (
     _Expected(f"{_FUSED_MOE}.{_MAP}", ("expert_id",)),
     _Expected(CONSTRUCT_MODEL),
     _Expected(CHOOSE_TILES, ("w1_shape", "w2_shape")),
-    _Expected(
-        "sglang.srt.layers.linear.RowParallelLinear.__init__", (), ("reduce_results", "input_size_per_partition")
-    ),
+    *(_Expected(path, ("prefix",)) for path in LINEARS),
+    _Expected(LINEARS[-1], (), ("input_size_per_partition",)),
+    _Expected(SUM_OVER_RANKS),
+    _Expected(IS_LOCAL, ("model_runner",)),
     _Expected(f"{_FUSED_MOE}.weight_loader_fused", ("param",), ()),
     _Expected(
         "sglang.srt.model_executor.model_runner.ModelRunner.maybe_init_dwdp",
@@ -115,6 +126,9 @@ def difference() -> str | None:
     for either in (_CHECK_ARGUMENTS, _MODEL_CONFIG):
         if not any(map(_exists, either)):
             return f"neither {' nor '.join(either)} exists"
+    for path in LINEARS:
+        if whole(pkgutil.resolve_name(path)) is None:
+            return f"{path} has no parameter that keeps it whole"
     if not updates():
         return f"{_WEIGHT_UPDATER} has none of {', '.join(_UPDATES)}"
     return None
@@ -129,6 +143,12 @@ def model_config(server_args: Any) -> Any:
     """SGLang's config of the checkpoint that the arguments name."""
     path = next(path for path in _MODEL_CONFIG if _exists(path))
     return pkgutil.resolve_name(path)(server_args)
+
+
+def whole(linear: Callable[..., None]) -> dict[str, Any] | None:
+    """The arguments with which the constructor of a linear layer does not cut it over ranks."""
+    accepted = inspect.signature(linear).parameters
+    return next((each for each in _WHOLE if set(each) <= set(accepted)), None)
 
 
 def updates() -> list[str]:

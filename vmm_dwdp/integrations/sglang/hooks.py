@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.integrations.sglang import arguments, contract, remedies, settings, shared_experts
+from vmm_dwdp.integrations.sglang import arguments, contract, graphs, remedies, settings, shared_experts
 from vmm_dwdp.integrations.sglang.expert_layer import NO_UPDATES
 from vmm_dwdp.integrations.sglang.manager import ExpertManager
 from vmm_dwdp.integrations.sglang.schemes import NotServedError, scheme_of
@@ -52,10 +52,13 @@ def _register_all() -> None:
         contract.fused_moe("__init__"): construct_layer,
         contract.CONSTRUCT_MODEL: construct_model,
         contract.CHOOSE_TILES: choose_tiles,
+        contract.SUM_OVER_RANKS: shared_experts.sum_over_ranks,
+        contract.IS_LOCAL: graphs.is_local,
         contract.fused_moe("weight_loader"): load_weight,
         contract.fused_moe("weight_loader_fused"): load_weights_at_once,
         "sglang.srt.model_executor.model_runner.ModelRunner.maybe_init_dwdp": init_dwdp,
     }
+    hooks |= dict.fromkeys(contract.LINEARS, shared_experts.construct_linear)
     hooks |= dict.fromkeys(contract.updates(), update_weights)
     hooks |= dict.fromkeys(contract.SEND, send_weights)
     hooks |= dict.fromkeys((*contract.SAVE, contract.CHECK_WEIGHTS), read_weights)
@@ -103,14 +106,17 @@ def check_arguments(original: _Original, server_args: Any) -> Any:
     dwdp_size = _dwdp_size(server_args)
     if not settings.wanted(dwdp_size):
         return original(server_args)
-    settings.stated(dwdp_size)
+    config = settings.stated(dwdp_size).config
     arguments.check(server_args, dwdp_size)
-    _set_argument(
-        server_args, "disable_shared_experts_fusion", True
-    )  # a fused one would be one of those that are spread
-    if dwdp_size <= 1:
-        _set_argument(server_args, "disable_prefill_cuda_graph", True)  # captured in pieces; a pass is captured whole
-    return original(server_args)
+    # A fused one would be one of those that are spread.
+    arguments.change(server_args, "disable_shared_experts_fusion", True)
+    decode_graphs = graphs.are_left_on(arguments.view(server_args), config)
+    if dwdp_size <= 1 or decode_graphs:
+        arguments.change(server_args, "disable_prefill_cuda_graph", True)  # in pieces; a pass is captured whole
+    found = original(server_args)
+    if decode_graphs:
+        arguments.change(server_args, "disable_cuda_graph", False)
+    return found
 
 
 def check_final_arguments(original: _Original, server_args: Any) -> None:
@@ -126,7 +132,7 @@ def check_final_arguments(original: _Original, server_args: Any) -> None:
     arguments.check_graphs(server_args)
     runner = arguments.runner_for_gpt_oss(server_args) if dwdp_size > 1 else None
     if runner is not None:
-        _set_argument(server_args, "moe_runner_backend", runner)
+        arguments.change(server_args, "moe_runner_backend", runner)
         _log.info("gpt-oss: --moe-runner-backend %s, as on one GPU, since with DWDP every rank has all experts", runner)
     not_served = arguments.foretold(server_args)
     if not_served is not None:
@@ -167,6 +173,7 @@ def _leave_to_sglang(not_served: NotServedError) -> None:
         raise ConfigError(remedies.refusal(not_served, server_args))
     if found is not None:
         found.give_back()
+    graphs.switch_off()
     _left_to_sglang = True
     if get_parallel().tp_rank == 0 and arguments.foretold(server_args) is None:
         _log.warning(remedies.fallback(not_served))
@@ -295,16 +302,6 @@ def _device() -> torch.device:
 
 def _dwdp_size(server_args: Any) -> int:
     return int(getattr(server_args, "dwdp_size", 1) or 1)
-
-
-def _set_argument(server_args: Any, name: str, value: object) -> None:
-    """Change an argument before the engine publishes them: later versions record a change instead of making it."""
-    try:
-        from sglang.srt.arg_groups.overrides import declare_resolution
-    except ImportError:  # 0.5.17
-        server_args.override("vmm_dwdp", **{name: value})
-    else:
-        declare_resolution(server_args, "vmm_dwdp", **{name: value})
 
 
 def _active_dwdp_size() -> int:

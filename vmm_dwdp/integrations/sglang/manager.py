@@ -17,6 +17,7 @@ from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.integrations.sglang import shared_experts, sizes
 from vmm_dwdp.integrations.sglang.expert_layer import ExpertLayer
 from vmm_dwdp.integrations.sglang.expert_view import ViewedRuntime
+from vmm_dwdp.integrations.sglang.progress import Progress
 from vmm_dwdp.integrations.sglang.schemes import caution, without_rows
 from vmm_dwdp.integrations.sglang.settings import Stated
 from vmm_dwdp.layout.placement import ExpertPlacement
@@ -61,6 +62,7 @@ class ExpertManager:
         self._runtime: ViewedRuntime | None = None
         self._layers: dict[int, ExpertLayer] = {}
         self._running = False
+        self._progress: Progress | None = None
         self.closed = False
 
     @property
@@ -217,6 +219,7 @@ class ExpertManager:
                     if layer.reads_rows:
                         nobody = torch.full((1, layer.module.top_k or 1), -1, dtype=torch.int32, device=runtime.device)
                         runtime.look_up(layer.number, nobody)
+            self._progress = Progress(runtime.stats)
             self._running = True
         except BaseException:
             self.cleanup()
@@ -236,6 +239,9 @@ class ExpertManager:
     def prefetch_first_layers(self) -> None:
         """A pass begins. The first layers are already being fetched, unless the last pass ended early."""
         self.runtime.reset()
+        said = None if self._progress is None else self._progress.line()
+        if said is not None:
+            _log.info("DWDP, rank %d: %s", self._rank, said)
 
     def wait_prefetch(self, layer_idx: int) -> None:
         """Nothing: SGLang's forward pass calls it before tokens are dispatched, and weights are read in `apply`."""
