@@ -18,7 +18,8 @@ from vmm_dwdp.testing import run_group
 
 GROUP = {"tp_size": 2, "dwdp_size": 2}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # what the config says besides the group's size, and arguments
-    "staged": ("", GROUP),
+    "nothing stated": ("", GROUP),
+    "staged": ("mode: staged\n", GROUP),
     "in place": ("mode: in_place\n", GROUP),
     "auto": ("mode: auto\n", GROUP),
     "auto, but without graphs": ("mode: auto\n", GROUP | {"disable_cuda_graph": True}),
@@ -68,6 +69,7 @@ def resolve(rank: int, *, folder: Path) -> dict[str, Any]:
 def test_graphs_are_on_where_few_tokens_are_read_in_place(tmp_path: Path) -> None:
     [found] = run_group(partial(resolve, folder=tmp_path), 1)
     assert {name: found[name] for name in CASES} == {
+        "nothing stated": ON,
         "staged": OFF,
         "in place": ON,
         "auto": ON,

@@ -397,5 +397,21 @@ def test_configs_that_sglang_cannot_have(
 def test_the_config_without_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(settings.CONFIG, raising=False)
 
-    assert settings.stated(4) == Stated(DWDPConfig(group_size=4))
+    assert settings.stated(4) == Stated(DWDPConfig(group_size=4, mode="auto"))
+
+
+@pytest.mark.parametrize(
+    ("written", "mode"),
+    [
+        ("group_size: 4", "auto"),
+        ("group_size: 4\nmode: staged", "staged"),
+        ("group_size: 4\nmode: in_place\nprefetch_depth: 0", "in_place"),
+        ("group_size: 1\nhost_experts: 4", "staged"),
+    ],
+)
+def test_ranks_that_share_experts_choose_the_mode_of_each_pass(written: str, mode: str, tmp_path: Path) -> None:
+    path = tmp_path / "dwdp.yaml"
+    path.write_text(written)
+
+    assert settings.read(str(path)).config.mode == mode
     assert not settings.wanted(1)

@@ -12,6 +12,10 @@ from vmm_dwdp.errors import ConfigError
 DISABLE: Final = "VMM_DWDP_DISABLE"  # "1": SGLang's own DWDP runs
 CONFIG: Final = "VMM_DWDP_CONFIG"  # path of a YAML file of `DWDPConfig`, with what `Stated` has besides
 
+# Of ranks that share experts, unless the config says otherwise: engines prefill, which is best staged, and decode,
+# which is not; and they begin a step of decoding before they take the results of a prefill (docs/several-gpus.md).
+_MODE: Final = "auto"
+
 
 @dataclass(frozen=True)
 class Stated:
@@ -53,7 +57,7 @@ def stated(dwdp_size: int) -> Stated:
     group_size = max(1, dwdp_size)
     path = os.environ.get(CONFIG)
     if path is None:
-        return Stated(DWDPConfig(group_size=group_size))
+        return Stated(DWDPConfig(group_size=group_size, mode=_MODE))
     found = read(path)
     config = found.config
     if config.group_size != group_size:
@@ -78,6 +82,8 @@ def read(path: str) -> Stated:
             raise ConfigError(f"{path} states host_experts: auto, which leaves no number to num_local_experts")
         values |= {"host_experts": 0, "num_local_experts": "auto"}
     kv_cache = in_bytes(values.pop("kv_cache", None))
+    if values.get("group_size", 1) != 1 and values.get("prefetch_depth") != 0 and "assembly" not in values:
+        values.setdefault("mode", _MODE)
     config = DWDPConfig.from_dict(values)
     if kv_cache is not None:
         if not isinstance(kv_cache, int) or isinstance(kv_cache, bool) or kv_cache < 0:
