@@ -245,9 +245,9 @@ def elapsed(run: Callable[[], object], device: torch.device) -> float:
     return start.elapsed_time(stop) / 1e3
 
 
-def captured(run: Callable[[], object]) -> Callable[[], object]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+def captured(run: Callable[[], object], other_threads: str = "global") -> Callable[[], object]:
+    """``other_threads``: whose calls end the capture, too; "thread_local" for none, as where NCCL has some."""
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), capture_error_mode=other_threads):
         run()
     return graph.replay
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from expert_formats import Sizes, product
+from expert_formats import Sizes, through
 from torch import Tensor
 
 CONTEXT = 512  # tokens in the cache when decoding begins
@@ -137,8 +137,7 @@ class Decoder:
         scores.topk(self.shape.top_k)  # what was recorded stands for it
         gates = scores.gather(1, chosen).softmax(-1)
         with read(number, chosen) as (weights, rows):
-            gate, up = product(x, weights, "w13", rows).chunk(2, -1)
-            y = product((F.silu(gate) * up).contiguous(), weights, "w2", rows)
+            y = through(x, weights, rows)
         return (y * gates[..., None]).sum(1)
 
 

@@ -1,4 +1,4 @@
-"""Experts of a MoE layer in bf16, FP8 with scales of blocks, and MXFP4: random weights, and their product."""
+"""Experts of a MoE layer in bf16, FP8 with scales of blocks, and MXFP4: random weights, and their products."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vmm_dwdp import HOST, DWDPRuntime, WeightSpec
+from vmm_dwdp import WeightSpec
 from vmm_dwdp.kernels import chosen_gemm
 
 FORMATS = ("bf16", "fp8", "mxfp4")
@@ -38,13 +39,18 @@ def product(x: Tensor, weights: Mapping[str, Tensor], name: str, rows: Tensor) -
     return chosen_gemm(x, weights[name], rows, weights.get(f"{name}_scale"))
 
 
-def fill(runtime: DWDPRuntime, layer: int, weights: str, sizes: Sizes) -> None:
-    """Random numbers for the experts of a layer, all of which are in host memory: products are about as large as x."""
-    generator = torch.Generator(runtime.device).manual_seed(layer)
+def through(x: Tensor, weights: Mapping[str, Tensor], rows: Tensor) -> Tensor:
+    """``[T, top_k, hidden]``: each token through each of the experts in ``rows``."""
+    gate, up = product(x, weights, "w13", rows).chunk(2, -1)
+    return product((F.silu(gate) * up).contiguous(), weights, "w2", rows)
+
+
+def fill(shards: Mapping[str, Tensor], weights: str, sizes: Sizes, generator: torch.Generator) -> None:
+    """Random numbers for experts of a layer, by weight ``[experts, ...]``: products are about as large as x."""
     for name, (_, k) in sizes.items():
-        _repeat(runtime.local_shard(layer, name, HOST), _random(weights, k, generator))
+        _repeat(shards[name], _random(weights, k, generator))
         if weights != "bf16":
-            scales = runtime.local_shard(layer, f"{name}_scale", HOST)
+            scales = shards[f"{name}_scale"]
             _repeat(scales, _random_scales(scales.dtype, k, generator))
 
 

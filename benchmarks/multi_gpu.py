@@ -15,6 +15,8 @@
     beside     kernel launches and all-reduces alone and beside the copies of all ranks, and what the issuing thread
                takes of a core; and copies of the others while one rank is stopped or killed in the middle of a layer
     slowdown   a dense and a grouped product on each rank, alone and beside the copies of all ranks, and the SMs' clock
+    decode     steps of decoding by 1, 4 and 16 sequences a rank, of recorded routing, in CUDA graphs: experts in place,
+               with a bank, and expert parallelism; with --only alone: decode_over_links.py says what
     predicted  the planner's crossovers alone, for any GPU with a preset; needs none: --only predicted --preset h200
 
 ``--nodes 2`` takes the GPUs for nodes, joined by rails, and runs that part alone: nodes.py says what.
@@ -43,6 +45,7 @@ import torch.distributed as dist
 from beside_pulls import beside, without_one
 from common import parser, report, require_within_link
 from crossovers import Row, crossovers, spread_tokens
+from decode_over_links import decode
 from moe_stack import (
     STACKS,
     Bind,
@@ -66,7 +69,7 @@ from vmm_dwdp.planning.calibrate import preset_of
 from vmm_dwdp.planning.gpus import load_gpu
 from vmm_dwdp.testing import run_group
 
-PARTS = ("links", "tests", "prefetch", "stack", "beside", "slowdown", "predicted")
+PARTS = ("links", "tests", "prefetch", "stack", "beside", "slowdown", "decode", "predicted")
 
 PASSES = 6  # that are timed together
 IN_A_ROW = 4  # large copies that are timed together, so that to wait for the device hardly counts
@@ -223,7 +226,7 @@ def main() -> None:
         default="balanced",
         help="balanced: every expert gets as many tokens, which favours expert parallelism (default)",
     )
-    options.add_argument("--only", nargs="*", choices=PARTS, default=None)
+    options.add_argument("--only", nargs="*", choices=PARTS, help="(default: all but decode and predicted)")
     options.add_argument("--plans", nargs="*", choices=PLANS, default=list(PLANS), help="of copies, with prefetch")
     options.add_argument(
         "--slice-bytes",
@@ -255,7 +258,7 @@ def main() -> None:
     link = None
     if given.nodes > 1:
         wanted = ["links"] if present >= count and not given.only else []
-    if present > 1 and {"links", "prefetch", "stack", "beside"} & set(wanted):
+    if present > 1 and {"links", "prefetch", "stack", "beside", "decode"} & set(wanted):
         tables["links"] = links(min(present, count))
         link = max(row["GB/s"] for row in tables["links"])
     elif "links" in wanted:
@@ -292,6 +295,8 @@ def main() -> None:
         tables["crossover"] = crossovers(tables["stack"])
     if "slowdown" in wanted:
         tables["slowdown"] = slowdown(place, chosen[0], count)
+    if "decode" in wanted:
+        tables["decode"] = decode(place, count, link_of_all, preset)
     if "predicted" in wanted and preset:
         rows = [row for stack in chosen for row in predictions(stack, count, per_rank, preset, given.slice_bytes)]
         tables["predicted"] = crossovers(rows)

@@ -28,7 +28,7 @@ from decode import KERNELS, Gemm, Routing, Shape, elapsed, our_gemm
 from expert_formats import FORMATS, fill, product, specs
 from torch import Tensor
 
-from vmm_dwdp import DWDPConfig, DWDPRuntime
+from vmm_dwdp import HOST, DWDPConfig, DWDPRuntime
 from vmm_dwdp.kernels import Scales
 
 ROUTINGS, REPEATS = 4, 3
@@ -49,8 +49,10 @@ def held(kind: str, experts: int, n: int, k: int, device: torch.device, *, cut: 
         group_size=1, host_experts=experts, mode="in_place", prefetch_depth=0, resident_cache=SMALL if cut else 0
     )
     with tempfile.TemporaryDirectory() as folder, DWDPRuntime(config, 0, device, Path(folder) / "group") as runtime:
-        runtime.add_layer(0, specs(kind, experts, {"w": (n, k)}))
-        fill(runtime, 0, kind, {"w": (n, k)})
+        of_layer = specs(kind, experts, {"w": (n, k)})
+        runtime.add_layer(0, of_layer)
+        generator = torch.Generator(device).manual_seed(0)
+        fill({name: runtime.local_shard(0, name, HOST) for name in of_layer}, kind, {"w": (n, k)}, generator)
         runtime.publish()
         yield runtime
 

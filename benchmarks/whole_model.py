@@ -26,7 +26,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from expert_formats import FORMATS, fill, specs
 from repeated_layers import RepeatedLayers
 from torch import Tensor
 
-from vmm_dwdp import DWDPConfig, DWDPRuntime
+from vmm_dwdp import HOST, DWDPConfig, DWDPRuntime
 from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.errors import ConfigError
@@ -108,20 +108,31 @@ def published(shape: Shape, weights: str, part: float, distinct: int, device: to
         for layer in range(shape.layers):
             runtime.add_layer(layer, of_layer)
         for layer in range(distinct):
-            fill(runtime, layer, weights, shape.sizes)
+            shards = {name: runtime.local_shard(layer, name, HOST) for name in of_layer}
+            fill(shards, weights, shape.sizes, torch.Generator(device).manual_seed(layer))
+        del shards
         runtime.publish()
         yield runtime
 
 
-class Readers:
-    """The ways to the experts of a layer, by `WHERE`."""
+def copied(runtime: DWDPRuntime, distinct: int) -> list[Weights]:
+    """All experts of the first layers in the GPU's own memory."""
+    copies: list[Weights] = []
+    for number in range(distinct):
+        with runtime.layer(number) as weights:
+            copies.append({name: cast(Tensor, weight).clone() for name, weight in weights.items()})
+    return copies
 
-    def __init__(self, runtime: DWDPRuntime, distinct: int, batch: int) -> None:
-        self.runtime, self.batch = runtime, batch
-        self.copies: list[dict[str, Tensor]] = []
-        for number in range(distinct):
-            with runtime.layer(number) as weights:
-                self.copies.append({name: cast(Tensor, weight).clone() for name, weight in weights.items()})
+
+class Readers:
+    """The ways to the experts of a layer, by `WHERE`.
+
+    Args:
+        copies: experts in the GPU's own memory, of so many layers, which repeat.
+    """
+
+    def __init__(self, runtime: DWDPRuntime, copies: Sequence[Weights], batch: int) -> None:
+        self.runtime, self.copies, self.batch = runtime, copies, batch
         self.ways: dict[str, Read] = {"in place": self.in_place, "bank": self.banked, "gpu": self.on_gpu}
 
     @contextmanager
@@ -258,7 +269,7 @@ def measure(arguments: Any, shape: Shape, weights: str, trace: RoutingTrace) -> 
         require_room(distinct * sum(spec.num_experts * spec.expert_nbytes for spec in of_layer.values()), device)
         decoder = Decoder(shape, batch, prompt + steps, device)
         decoder.table.copy_(steps_of(trace, shape, batch, 0)[0][: prompt + steps])
-        run = Steps(decoder, runtime, Readers(runtime, distinct, batch), prompt, steps)
+        run = Steps(decoder, runtime, Readers(runtime, copied(runtime, distinct), batch), prompt, steps)
         seen({"weights": weights, "seconds of setting up": time.monotonic() - began, "distinct layers": distinct})
         turns = [run.turn(number, trace, measured_link(runtime)) for number in range(arguments.turns)]
         bank = runtime._assembly.bank

@@ -5,8 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pytest
+
+from vmm_dwdp.kernels.bank_table import HALF_LIFE
+from vmm_dwdp.planning.caches import decayed_frequency, replay
+from vmm_dwdp.planning.routing import read_trace, used_experts
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,3 +68,37 @@ def test_others_go_on_beside_a_rank_that_stops_or_dies() -> None:
     assert sorted(row["rank"] for row in report["beside"]) == [0, 0, 1, 1, 2, 2]
     for row in report["beside"]:
         assert row["beside / alone"] == row["beside copies"] / row["alone"]
+
+
+def test_decoding_by_every_way_has_the_same_states_and_reads_what_missed() -> None:
+    rows = printed("--only", "decode")["decode"]  # which ends where a state has other bits
+    assert len(rows) == 2 * 2 * (3 + 3 + 2), "weights, sequences, and ways with routing of both kinds"
+    assert {row["weights"] for row in rows} == {"bf16", "fp8"}
+    for sequences, hits_of_replay, used in replayed():
+        for row in (row for row in rows if row["sequences"] == sequences):
+            expert_gb = 3 * 256 * 128 * {"bf16": 2.0, "fp8": 1 + 4 / 128**2}[row["weights"]] / 1e9
+            if row["experts"] in ("all-to-all", "all-gather"):
+                assert 0 < row["error"] < 2e-2, "bfloat16 sums in another order"
+            elif row["routing"] == "none hits":
+                assert row["hits"] == (0 if row["experts"] == "bank" else None)
+            elif row["experts"] == "in place":
+                assert row["GB"] == pytest.approx(used * expert_gb)
+            elif row["experts"] == "bank":
+                assert row["hits"] == pytest.approx(hits_of_replay, rel=0.1)
+                assert row["GB"] == pytest.approx(used * expert_gb * (1 - row["hits"]), rel=0.03)
+
+
+def replayed() -> Iterator[tuple[int, float, float]]:
+    """Sequences of each rank, and the means of two: the hits that the replay of the demo's trace has in banks of a
+    quarter, in later rounds, and others' experts of a step."""
+    trace = read_trace(ROOT / "benchmarks/traces/demo.npz").mixed()
+    for sequences in (1, 3):
+        hits, used = [], []
+        for rank in range(2):
+            chosen = trace.decode[sequences * rank : sequences * (rank + 1), :8]
+            now = used_experts(chosen, 16).any(0)  # [steps, layers, experts]
+            now[..., 8 * rank : 8 * rank + 8] = False
+            found = replay(np.concatenate([now] * 3), 4, decayed_frequency(HALF_LIFE))
+            hits.append(found.hits[8:].sum() / found.uses[8:].sum())
+            used.append(now.sum() / 8)
+        yield sequences, float(np.mean(hits)), float(np.mean(used))
