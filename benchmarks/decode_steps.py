@@ -85,7 +85,15 @@ def read_by(reader: Read) -> Mix:
     return mix
 
 
-def all_to_all(there: Tensor, back: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+Exchange = Callable[[Tensor], Tensor]
+
+
+def all_to_all(there: Tensor, back: Tensor) -> tuple[Exchange, Exchange]:
+    """What gives the rows of all ranks for this rank's; and, of what each rank has for all of them, the sums for its own.
+
+    Args:
+        there, back: ``[ranks * batch, ...]``, where they arrive.
+    """
     ranks = dist.get_world_size()
 
     def dispatch(x: Tensor) -> Tensor:
@@ -99,7 +107,8 @@ def all_to_all(there: Tensor, back: Tensor) -> tuple[Callable[[Tensor], Tensor],
     return dispatch, combine
 
 
-def all_gather(there: Tensor, back: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+def all_gather(there: Tensor, back: Tensor) -> tuple[Exchange, Exchange]:
+    """The same by all-gather and reduce-scatter."""
     own = back[: len(back) // dist.get_world_size()]
 
     def dispatch(x: Tensor) -> Tensor:

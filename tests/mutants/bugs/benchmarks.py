@@ -7,6 +7,8 @@ from typing import Final
 from mutants.seeded import Bug
 
 _FIGURES = ("tests/unit/project/test_sglang_multi_gpu.py",)
+_DECODE = ("tests/unit/project/test_decode_over_links.py",)
+_DECODE_RUN = ("tests/multiprocess/test_multi_gpu_benchmark.py", "-k", "decoding")
 _OFFLOADERS = ("tests/unit/project/test_versus_offloaders.py",)
 _SERVERS = ("tests/unit/project/test_sglang_servers.py",)
 _CHECKPOINTS = ("tests/unit/project/test_sglang_checkpoints.py",)
@@ -179,5 +181,61 @@ BUGS: Final = (
         "math.log2(SPREAD * columns**0.5)",
         "math.log2(SPREAD * columns)",
         _CHECKPOINTS,
+    ),
+    Bug(
+        "decoding over links: other bits are printed",
+        "benchmarks/decode_over_links.py",
+        'if row["identical"] is False:',
+        "if False:",
+        _DECODE,
+    ),
+    Bug(
+        "decoding over links: what hits is counted as moved",
+        "benchmarks/decode_over_links.py",
+        "BANKED: 1 - (share or 0.0)}",
+        "BANKED: 1.0}",
+        _DECODE_RUN,
+    ),
+    Bug(
+        "decoding over links: the bank begins empty",
+        "benchmarks/decode_over_links.py",
+        "                for _ in table:\n                    way.once()\n",
+        "",
+        _DECODE_RUN,
+    ),
+    Bug(
+        "decoding over links: the bound leaves out the step in own memory",
+        "benchmarks/decode_over_links.py",
+        '(each["GB"] / link * 1e3 + own)',
+        '(each["GB"] / link * 1e3 + 0 * own or 1.0)',
+        _DECODE,
+    ),
+    Bug(
+        "decoding over links: all ranks decode the same sequences",
+        "benchmarks/decode_steps.py",
+        "steps_of(trace, shape, batch, rank)",
+        "steps_of(trace, shape, batch, 0)",
+        _DECODE,
+    ),
+    Bug(
+        "decoding over links: what is not to hit is of one rank after another",
+        "benchmarks/decode_steps.py",
+        ".view(ranks, -1).T.flatten()",
+        "",
+        _DECODE,
+    ),
+    Bug(
+        "decoding over links: a rank's experts are taken for others",
+        "benchmarks/decode_steps.py",
+        "row_of[rank * each : (rank + 1) * each] = ",
+        "row_of[:each] = ",
+        _DECODE_RUN,
+    ),
+    Bug(
+        "decoding over links: states of one way are taken for another's",
+        "benchmarks/decode_steps.py",
+        '        self.kept.fill_(float("nan"))\n',
+        "",
+        _DECODE,
     ),
 )
