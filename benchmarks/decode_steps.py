@@ -89,7 +89,7 @@ Exchange = Callable[[Tensor], Tensor]
 
 
 def all_to_all(there: Tensor, back: Tensor) -> tuple[Exchange, Exchange]:
-    """What gives the rows of all ranks for this rank's; and, of what each rank has for all of them, the sums for its own.
+    """What gives all ranks' rows for those of this one; and, for what each rank has for all rows, the sums of its own.
 
     Args:
         there, back: ``[ranks * batch, ...]``, where they arrive.
