@@ -13,6 +13,7 @@ _SHARED = ("tests/unit/integrations/test_sglang_shared_experts.py",)
 _LAYERS = ("tests/unit/integrations/test_sglang_sizes.py",)
 
 _BANK = ("tests/unit/integrations/test_transformers_bank.py",)
+_STATIC = ("tests/unit/integrations/test_transformers_static_cache.py",)
 _ROWS = ("tests/unit/integrations/test_sglang_bank.py",)
 
 BUGS: Final = (
@@ -71,6 +72,13 @@ BUGS: Final = (
         "        self._count_rows(len(next(iter(weights.values()))))\n",
         "",
         _BANK,
+    ),
+    Bug(
+        "a pass waits for the device to tell how many tokens it has",
+        "vmm_dwdp/integrations/transformers/routing.py",
+        "    tokens = tensors[0].shape[:-1].numel()\n",
+        "    tokens = int(torch.ones_like(tensors[0][..., 0]).sum())\n",
+        _STATIC,
     ),
     Bug(
         "a module still counts rows of a bank after its pass",
