@@ -95,5 +95,5 @@ def test_an_exception_in_a_capture_costs_that_capture_only(tmp_path: Path) -> No
             pytest.raises((ZeroDivisionError, RuntimeError)),  # torch may find the capture broken before it raises ours
         ):
             captured(runtime, decoding)
-        require_same_logits(decoding.run(1), expected.run(1))
-        require_same_logits(decoding.run(2, captured(runtime, decoding)), expected.run(2))
+        require_same_logits(decoding.run(1, captured(runtime, decoding)), expected.run(1))
+        require_same_logits(decoding.run(2), expected.run(2))

@@ -197,8 +197,22 @@ BUGS: Final = (
     Bug(
         "a pass that raised is not given up",
         "vmm_dwdp/integrations/transformers/turns.py",
-        "            self._runtime.reset()\n            self._broken, self.reached",
-        "            self._broken, self.reached",
+        "            self._runtime.reset()\n        except DWDPError",
+        "            pass\n        except DWDPError",
         ("tests/unit/integrations/test_transformers_turns.py::test_after_a_pass_that_raised_every_thread_begins_anew",),
+    ),
+    Bug(
+        "a pass that could not be given up is forgotten where a capture asks for it",
+        "vmm_dwdp/integrations/transformers/turns.py",
+        "            self._begin()\n            try:\n",
+        "            try:\n                self._begin()\n",
+        _STATIC,
+    ),
+    Bug(
+        "after a capture that failed none can begin",
+        "vmm_dwdp/integrations/transformers/turns.py",
+        "            if not is_captured(self._runtime.device):",
+        "            if not torch.jit.is_tracing():",
+        _STATIC,
     ),
 )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from support.moe_models import NUM_EXPERTS, tiny_model
 from support.static_decoding import STEPS, Decoding, Tape, require_same_logits
 from transformers import PreTrainedModel
 
-from vmm_dwdp import DWDPConfig, DWDPRuntime
+from vmm_dwdp import DriverError, DWDPConfig, DWDPRuntime, StateError
 from vmm_dwdp.allocator.host_driver import HostDriver
-from vmm_dwdp.integrations.transformers import attach
+from vmm_dwdp.integrations.transformers import attach, turns
 from vmm_dwdp.integrations.transformers.experts import align_experts
 
 IN_PLACE = DWDPConfig(group_size=1, host_experts=NUM_EXPERTS - 1, mode="in_place", prefetch_depth=0)
@@ -72,6 +73,48 @@ def test_a_step_that_was_recorded_is_right_for_every_token_of_every_sequence(fam
         for seed in range(1, 4):
             require_same_logits(decoding.run(seed, tape.replay), expected.run(seed))
         del tape
+
+
+def test_a_capture_may_follow_one_that_failed(tmp_path: Path) -> None:
+    """Without a pass between: a capture has left the slots as they were, and `reset` in one is refused."""
+    whole, model = models("qwen3_moe")
+    expected = Decoding(whole)
+    with spread(model, tmp_path / "group", replace(IN_PLACE, mode="auto", prefetch_depth=1)):
+        decoding = Decoding(model)
+        require_same_logits(decoding.run(0), expected.run(0))
+        experts = model.get_submodule("model.layers.1.mlp.experts")
+        with (
+            mock.patch.object(HostDriver, "capturing", return_value=True),
+            mock.patch.object(turns, "is_captured", return_value=True),
+        ):
+            with mock.patch.object(experts.act_fn, "forward", side_effect=KeyError), pytest.raises(KeyError):
+                decoding.step()
+            tape = Tape(decoding.step)
+        require_same_logits(decoding.run(1, tape.replay), expected.run(1))
+        del tape
+
+
+def test_no_capture_follows_a_pass_that_could_not_be_given_up(tmp_path: Path) -> None:
+    """Until another pass has begun anew."""
+    whole, model = models("qwen3_moe")
+    expected = Decoding(whole)
+    with spread(model, tmp_path / "group", replace(IN_PLACE, mode="auto", prefetch_depth=1)) as runtime:
+        decoding = Decoding(model)
+        experts = model.get_submodule("model.layers.1.mlp.experts")
+        with (
+            mock.patch.object(experts.act_fn, "forward", side_effect=KeyError),
+            mock.patch.object(runtime, "reset", side_effect=DriverError("wait", "CUDA_ERROR_UNKNOWN", "give up")),
+            pytest.raises(KeyError),
+        ):
+            decoding.begin(torch.arange(3, 8)[None])
+        for _ in range(2):
+            with (
+                mock.patch.object(HostDriver, "capturing", return_value=True),
+                mock.patch.object(turns, "is_captured", return_value=True),
+                pytest.raises(StateError, match="leaves the slots as they are"),
+            ):
+                decoding.step()
+        require_same_logits(decoding.run(1), expected.run(1))
 
 
 def test_experts_that_ask_the_device_are_found() -> None:
