@@ -96,6 +96,10 @@ def test_a_capture_may_follow_one_that_failed(tmp_path: Path) -> None:
 
 def test_no_capture_follows_a_pass_that_could_not_be_given_up(tmp_path: Path) -> None:
     """Until another pass has begun anew."""
+
+    def fail() -> None:
+        raise DriverError("wait", "CUDA_ERROR_UNKNOWN", "give up the pass")
+
     whole, model = models("qwen3_moe")
     expected = Decoding(whole)
     with spread(model, tmp_path / "group", replace(IN_PLACE, mode="auto", prefetch_depth=1)) as runtime:
@@ -103,7 +107,7 @@ def test_no_capture_follows_a_pass_that_could_not_be_given_up(tmp_path: Path) ->
         experts = model.get_submodule("model.layers.1.mlp.experts")
         with (
             mock.patch.object(experts.act_fn, "forward", side_effect=KeyError),
-            mock.patch.object(runtime, "reset", side_effect=DriverError("wait", "CUDA_ERROR_UNKNOWN", "give up")),
+            mock.patch.object(runtime, "reset", fail),
             pytest.raises(KeyError),
         ):
             decoding.begin(torch.arange(3, 8)[None])
