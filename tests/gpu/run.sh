@@ -29,7 +29,7 @@ step demo 240 "python3 -m vmm_dwdp demo --device cuda --json >$out/demo.json; s=
 step tests 240 "python3 -m pytest -q -p no:cacheprovider -m 'gpu and not faults' tests"
 step faults 90 "python3 -m pytest -q -p no:cacheprovider -m 'gpu and faults' tests"
 # Sanitizers that run at the same time need ports of their own to attach by, so these steps name theirs.
-grouped="--ignore tests/gpu/test_group_on_gpu.py --ignore tests/gpu/test_transformers_on_gpu.py --ignore tests/gpu/test_demo_on_gpu.py"
+grouped="--ignore tests/gpu/test_group_on_gpu.py --ignore tests/gpu/test_transformers_on_gpu.py --ignore tests/gpu/test_transformers_graphs_on_gpu.py --ignore tests/gpu/test_demo_on_gpu.py"
 step memcheck 240 "$memcheck --port 50100 --target-processes application-only python3 -m pytest -q -p no:cacheprovider -m 'gpu and not faults' tests/unit tests/multiprocess/test_memory_between_processes.py tests/gpu $grouped --ignore $kernels"
 step memgroup 240 "$memcheck --port 50300 --target-processes all python3 -m pytest -q -p no:cacheprovider -m gpu tests/gpu/test_group_on_gpu.py"
 step memmodels 300 "$memcheck --port 50500 --target-processes all python3 -m pytest -q -p no:cacheprovider -m gpu tests/gpu/test_transformers_on_gpu.py"

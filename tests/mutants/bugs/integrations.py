@@ -13,6 +13,7 @@ _SHARED = ("tests/unit/integrations/test_sglang_shared_experts.py",)
 _LAYERS = ("tests/unit/integrations/test_sglang_sizes.py",)
 
 _BANK = ("tests/unit/integrations/test_transformers_bank.py",)
+_STATIC = ("tests/unit/integrations/test_transformers_static_cache.py",)
 _ROWS = ("tests/unit/integrations/test_sglang_bank.py",)
 
 BUGS: Final = (
@@ -71,6 +72,13 @@ BUGS: Final = (
         "        self._count_rows(len(next(iter(weights.values()))))\n",
         "",
         _BANK,
+    ),
+    Bug(
+        "a pass waits for the device to tell how many tokens it has",
+        "vmm_dwdp/integrations/transformers/routing.py",
+        "    tokens = tensors[0].shape[:-1].numel()\n",
+        "    tokens = int(torch.ones_like(tensors[0][..., 0]).sum())\n",
+        _STATIC,
     ),
     Bug(
         "a module still counts rows of a bank after its pass",
@@ -189,8 +197,22 @@ BUGS: Final = (
     Bug(
         "a pass that raised is not given up",
         "vmm_dwdp/integrations/transformers/turns.py",
-        "            self._runtime.reset()\n            self._broken, self.reached",
-        "            self._broken, self.reached",
+        "            self._runtime.reset()\n        except DWDPError",
+        "            pass\n        except DWDPError",
         ("tests/unit/integrations/test_transformers_turns.py::test_after_a_pass_that_raised_every_thread_begins_anew",),
+    ),
+    Bug(
+        "a pass that could not be given up is forgotten where a capture asks for it",
+        "vmm_dwdp/integrations/transformers/turns.py",
+        "            self._begin()\n            try:\n",
+        "            try:\n                self._begin()\n",
+        _STATIC,
+    ),
+    Bug(
+        "after a capture that failed none can begin",
+        "vmm_dwdp/integrations/transformers/turns.py",
+        "            if not is_captured(self._runtime.device):",
+        "            if not torch.jit.is_tracing():",
+        _STATIC,
     ),
 )

@@ -39,6 +39,12 @@ def tokenizer(text, return_tensors):
     ids = torch.tensor([list(text.encode())])
     return transformers.BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 """
+SPREAD = """
+from vmm_dwdp import DWDPConfig
+from vmm_dwdp.integrations.transformers import from_pretrained
+config = DWDPConfig(group_size=1, host_experts=4, mode="auto")
+model = from_pretrained(path, config, rank=rank, device="cpu", rendezvous="group", dtype="auto")
+"""
 RUNTIME = """
 import torch
 from vmm_dwdp import DWDPConfig, DWDPRuntime, WeightSpec
@@ -141,6 +147,22 @@ AROUND = {
         instead=(("cuda:0", "cpu"), ("group_size=4", "group_size=2"), ("**tokenizer", "max_new_tokens=2, **tokenizer")),
         ranks=2,
         printed=("1",),
+    ),
+    ("transformers.md", 1): Around(
+        before=f"{MODEL}{SPREAD}",
+        after="expected = model.generate(ids, do_sample=False, max_new_tokens=32)\n"
+        "print(torch.cat([ids, *made], 1).equal(expected))",
+        instead=(
+            ("cuda:0", "cpu"),
+            ("    graph = torch.cuda.CUDAGraph()\n", ""),
+            (", torch.cuda.graph(graph)", ""),
+            ("graph.replay()", "step()"),
+            (
+                "        step()\n    for _ in range(30)",
+                "        step()\n    made.append(token.clone())\n    for _ in range(29)",
+            ),
+        ),
+        printed=("True",),
     ),
 }  # by page, and number of the piece among the page's Python
 

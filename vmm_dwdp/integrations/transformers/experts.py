@@ -26,7 +26,7 @@ from vmm_dwdp.integrations.spread_tensor import SpreadTensor
 from vmm_dwdp.integrations.transformers.bank import require_reads_rows
 from vmm_dwdp.integrations.transformers.mxfp4 import KernelWeight, kernel_weights
 from vmm_dwdp.integrations.transformers.routing import routed_tokens, routing_of, with_choice
-from vmm_dwdp.integrations.transformers.turns import Turns
+from vmm_dwdp.integrations.transformers.turns import Turns, is_captured
 from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.runtime import DWDPRuntime
 
@@ -161,18 +161,12 @@ class RefreshSchedule:
 
     def begin_pass(self) -> None:
         """A pass begins, in which no layer is acquired yet. Refreshes may wait for the device, but not in a capture."""
-        if not self._runtime.config.resident_cache or self._captured():
+        if not self._runtime.config.resident_cache or is_captured(self._runtime.device):
             return
         if self._passes >= self._interval:
             self._runtime.refresh_cache()
             self._passes, self._interval = 0, min(2 * self._interval, MOST)
         self._passes += 1
-
-    def _captured(self) -> bool:
-        if self._runtime.device.type != "cuda":
-            return False
-        with torch.cuda.device(self._runtime.device):
-            return torch.cuda.is_current_stream_capturing()
 
 
 class SpreadExperts:

@@ -25,6 +25,14 @@ _NOBODY: Final = -1  # no thread has this number
 _run_as_it_is: Any = functools.partial(torch.compiler.disable, recursive=False)  # but compile what it calls
 
 
+def is_captured(device: torch.device) -> bool:
+    """Whether the current stream of ``device`` is captured into a graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 class Turns:
     """Takes care that the passes of ``runtime`` do not overlap, and that each begins where a pass begins.
 
@@ -67,12 +75,13 @@ class Turns:
         self._taken = True
         try:
             self._begin()
-            output = forward(*args, **kwargs)
+            try:
+                output = forward(*args, **kwargs)
+            except BaseException as failure:
+                self._give_up(failure)
+                raise
             self._broken = False
             return output
-        except BaseException as failure:
-            self._give_up(failure)
-            raise
         finally:
             self._taken = False
 
@@ -88,6 +97,8 @@ class Turns:
     def _give_up(self, failure: BaseException) -> None:
         try:
             self._runtime.reset()
-            self._broken, self.reached = False, self._num_layers
-        except DWDPError as error:  # the next turn tries again
-            failure.add_note(f"and then, while giving up the pass: {error}")
+        except DWDPError as error:  # as of any capture, which leaves the slots as they were: nothing is to be reset
+            if not is_captured(self._runtime.device):
+                failure.add_note(f"and then, while giving up the pass: {error}")
+                return  # the next turn tries again
+        self._broken, self.reached = False, self._num_layers
