@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from support.banked_models import with_rows
 from support.moe_models import NUM_EXPERTS, tiny_model
 from support.static_decoding import Decoding, require_same_logits
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 
 from vmm_dwdp import DWDPConfig, DWDPRuntime
 from vmm_dwdp.integrations.transformers import attach
@@ -68,6 +69,8 @@ def test_replays_for_changing_tokens_have_the_bits_of_the_whole_model(
     family: str, implementation: str, rows: int, tmp_path: Path
 ) -> None:
     """Of several sequences, each after a prompt that was read eagerly."""
+    if family == "gpt_oss" and "torch.tensor(0.0" in inspect.getsource(masking_utils.eager_mask):
+        pytest.skip("this transformers' mask for eager attention takes a number from the host")
     whole, model = sized(family, implementation).to("cuda"), sized(family, implementation)
     config = with_rows(IN_PLACE, model, rows, PAGE) if rows else IN_PLACE
     with spread(model, config, tmp_path / "group") as runtime:

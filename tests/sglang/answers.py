@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import ports
 import psutil
 import pytest
 
@@ -49,6 +50,7 @@ def generate(
         max_total_tokens=2048,
         max_running_requests=4,
         random_seed=0,
+        port=ports.port_of_an_engine(),
         tp_size=size,
         **arguments,
     )

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import engine_process
+import ports
 import pytest
 import torch
 from answers import PROMPTS
@@ -99,6 +100,7 @@ def decode(rank: int, *, checkpoint: Path, config: Path, graphs: bool) -> list[l
         max_total_tokens=4096,
         max_running_requests=8,
         random_seed=0,
+        port=ports.port_of_an_engine(),
         disable_decode_cuda_graph=not graphs,
         **GROUP,
     )

@@ -109,7 +109,8 @@ def load_shard(rank: int, *, size: int, port: int, config: str | None) -> dict[s
         }
         ours = engine_process.init_dwdp(model)
         seen["held"] = [len(ours.runtime.local_experts(0, owner)) for owner in (rank, "host")]
-        seen["passes"] = [one_pass(model, ours), one_pass(model, ours)]
+        other = "in_place" if ours.runtime.config.reads_in_place else "staged"
+        seen["passes"] = [one_pass(model, ours, "staged"), one_pass(model, ours, other)]
         seen["bound"] = [layer._dwdp_bound and layer.num_local_experts == layer.num_experts for layer in model.layers]
         engine_process.shut_down()
         seen["restored"] = [routing(layer) for layer in model.layers] == before
@@ -121,11 +122,11 @@ def load_shard(rank: int, *, size: int, port: int, config: str | None) -> dict[s
     return found
 
 
-def one_pass(model: Any, ours: Any) -> Digests:
+def one_pass(model: Any, ours: Any, mode: Any) -> Digests:
     ours.prefetch_first_layers()
     seen = []
     for layer in model.layers:
-        with ours.runtime.layer(layer.layer_id):
+        with ours.runtime.layer(layer.layer_id, mode=mode):
             seen.append(experts.digests(layer, [*tensors_of(layer), *maxima_of(layer)]))
     return seen
 

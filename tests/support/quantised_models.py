@@ -195,9 +195,16 @@ def keeping_fp8() -> Iterator[None]:
         parts = rows.tensor_split(offsets[:-1].tolist())
         return torch.cat([linear(part, w, s, block_size) for part, w, s in zip(parts, weight, scales, strict=True)])
 
+    def batched(
+        rows: Tensor, weight: Tensor, scales: Tensor, block_size: Any, *, expert_ids: Tensor, **_: Any
+    ) -> Tensor:
+        chosen = expert_ids.tolist()
+        parts = zip(rows.split(1), chosen, strict=True)
+        return torch.cat([linear(row, weight[expert], scales[expert], block_size) for row, expert in parts])
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
         patch.setattr(finegrained_fp8, "fp8_linear", linear)
-        kernels = finegrained_fp8.FineGrainedFP8(linear, linear, grouped)
+        kernels = finegrained_fp8.FineGrainedFP8(linear, batched, grouped)
         patch.setattr(finegrained_fp8, "load_finegrained_fp8_kernel", lambda: kernels)
         yield
