@@ -275,12 +275,12 @@ def _found(package: str) -> Path:
     raise ModuleNotFoundError(f"No module named {package!r}")
 
 
-# accelerate is the last: what fails in a capture may leave a device on which nothing runs any more
+# The paged experts are the last: what fails in a capture may leave a device on which nothing runs any more
 KINDS: dict[str, Callable[[], list[Offloader]]] = {
     "sglang": _sglang,
-    "paged": _paged,
     "vllm": _vllm,
     "accelerate": _accelerate,
+    "paged": _paged,
 }
 
 
