@@ -10,7 +10,7 @@ from cuda.bindings import driver as cuda
 
 from vmm_dwdp.allocator.cuda_batch import BatchCall, CopyBatch
 from vmm_dwdp.allocator.cuda_events import EventCalls, address
-from vmm_dwdp.allocator.driver import Lane, LinesAt, StreamId
+from vmm_dwdp.allocator.driver import Choosing, Lane, LinesAt, StreamId
 from vmm_dwdp.allocator.native import HAS_NATIVE
 from vmm_dwdp.errors import DriverError
 
@@ -46,6 +46,7 @@ class CudaIssuingThread:
         calls = set_current, events.wait_at, batch.address, events.record_at
         self._thread = _native.Issuer(*calls, context, _failure, pulls)
         self.native_id = self._thread.native_id
+        self.choosing: Choosing = self._thread
         self.submit = self._thread.submit
         self.flush = self._thread.flush
         self.close = self._thread.close
@@ -59,18 +60,6 @@ class CudaIssuingThread:
             write_value, query_event, exchange_mode = (address(call, version) for call, version in since.items())
             choosing = lines, write_value, query_event, exchange_mode
         return cls(context, address("cuCtxSetCurrent", 4000), events, batch, choosing)
-
-    @property
-    def seconds_per_byte(self) -> float:
-        return self._thread.seconds_per_byte
-
-    @property
-    def whole(self) -> bool:
-        return self._thread.whole
-
-    @whole.setter
-    def whole(self, whole: bool) -> None:
-        self._thread.whole = whole
 
     def job(self, lanes: Sequence[Lane]) -> _native.Job:
         kept: list[Any] = [*lanes]

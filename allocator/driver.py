@@ -117,19 +117,29 @@ class Ticket(Protocol):
         """
 
 
-class IssuingThread(Protocol):
-    """A thread that calls the driver and never takes the interpreter's lock.
+class Choosing(Protocol):
+    """How runs are chosen by whoever gives them.
 
     Attributes:
-        native_id: its number in the kernel.
         whole: whether nothing is chosen of what is submitted, though there are runs.
-        seconds_per_byte: of a run that had the link to itself; 0 before one has ended.
+        seconds_per_byte: of a run that had the link to itself; 0 where that is not known.
     """
 
     whole: bool
 
     @property
     def seconds_per_byte(self) -> float: ...
+
+
+class IssuingThread(Protocol):
+    """A thread that calls the driver and never takes the interpreter's lock.
+
+    Attributes:
+        native_id: its number in the kernel.
+        choosing: of runs.
+    """
+
+    choosing: Choosing
 
     @property
     def native_id(self) -> int: ...

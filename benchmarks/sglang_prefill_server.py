@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import importlib.util
 import itertools
 import statistics
 import sys
@@ -39,7 +38,7 @@ from common import Row, parser, report, seen
 from engine_processes import Failed
 from sglang_checkpoint import Shape
 from sglang_mixes import least_prefill_seconds
-from sglang_servers import Server, Tokens, environment_of, options_of
+from sglang_servers import Server, Tokens, environment_of, options_of, parsed
 from sglang_variants import FIRST_PORT, PORTS
 
 from vmm_dwdp.planning.calibrate import preset_of
@@ -174,12 +173,7 @@ def _arguments() -> argparse.Namespace:
     result.add_argument("--attention-backend", default="triton")
     result.add_argument("--logs", type=Path, help="where what the servers say is kept")
     result.add_argument("--tiny", action="store_true", help="sizes that show only that everything runs")
-    given = result.parse_args()
-    if importlib.util.find_spec("sglang") is None:
-        result.error("SGLang is not installed here: pip install '.[sglang]'")
-    if given.device.type != "cuda" and not given.tiny:
-        result.error("these sizes need a GPU; --tiny shows without one that everything runs")
-    given.gpus = torch.cuda.device_count() if given.device.type == "cuda" else 2
+    given = parsed(result)
     if given.gpus < 2:
         given.servers = [kind for kind in given.servers if kind != "dwdp"]  # its ranks need a GPU each
     if given.tiny:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -21,6 +23,17 @@ from engine_processes import Failed, reason
 READY = "ready to roll"  # SGLang's server, after its own first request
 
 Tokens = list[list[int]]
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments of a benchmark of servers, with ``gpus``; the CPU counts as two. Ends it where it cannot be run."""
+    given = parser.parse_args()
+    if importlib.util.find_spec("sglang") is None:
+        parser.error("SGLang is not installed here: pip install '.[sglang]'")
+    if given.device.type != "cuda" and not given.tiny:
+        parser.error("these sizes need a GPU; --tiny shows without one that everything runs")
+    given.gpus = torch.cuda.device_count() if given.device.type == "cuda" else 2
+    return given
 
 
 def options_of(device: torch.device, attention_backend: str, *, graphs: bool = False) -> str:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import itertools
 import json
 import os
@@ -39,7 +38,7 @@ from common import Row, parser, report, seen
 from engine_processes import Failed
 from sglang_checkpoint import Shape
 from sglang_mixes import least_prefill_seconds
-from sglang_servers import Server, environment_of, options_of
+from sglang_servers import Server, environment_of, options_of, parsed
 from sglang_variants import FIRST_PORT, PORTS
 
 from vmm_dwdp.planning.calibrate import preset_of
@@ -182,12 +181,7 @@ def _arguments() -> argparse.Namespace:
     result.add_argument("--attention-backend", default="triton")
     result.add_argument("--logs", type=Path, help="where what the servers say is kept")
     result.add_argument("--tiny", action="store_true", help="sizes that show only that everything runs")
-    given = result.parse_args()
-    if importlib.util.find_spec("sglang") is None:
-        result.error("SGLang is not installed here: pip install '.[sglang]'")
-    if given.device.type != "cuda" and not given.tiny:
-        result.error("these sizes need a GPU; --tiny shows without one that everything runs")
-    given.gpus = torch.cuda.device_count() if given.device.type == "cuda" else 2
+    given = parsed(result)
     if given.tiny:
         given.prompts, given.concurrency, given.prompt_tokens, given.new_tokens, given.chunk = 4, 2, 32, 4, 64
     given.shape = sglang_checkpoint.TINY if given.tiny else Shape(given.layers, 2048, 128, 768, heads=32)

@@ -176,21 +176,10 @@ class NativeThread:
             choosing = (*lines, *(ctypes.cast(function, _POINTER).value for function in self._choosing))
         self._thread = _native.Issuer(*addresses, 1, self._failure, choosing)  # type: ignore[arg-type]
         self.native_id = self._thread.native_id
+        self.choosing = self._thread
         self.submit = self._thread.submit
         self.flush = self._thread.flush
         self.close = self._thread.close
-
-    @property
-    def seconds_per_byte(self) -> float:
-        return self._thread.seconds_per_byte
-
-    @property
-    def whole(self) -> bool:
-        return self._thread.whole
-
-    @whole.setter
-    def whole(self, whole: bool) -> None:
-        self._thread.whole = whole
 
     def job(self, lanes: Sequence[Lane]) -> Any:
         stated = [self._stated(lane) for lane in sorted(lanes, key=lambda lane: lane.owner is not None)]

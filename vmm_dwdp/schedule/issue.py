@@ -12,10 +12,11 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal, Protocol
 
-from vmm_dwdp.allocator.driver import Driver, IssuingThread, Lane, Ticket
+from vmm_dwdp.allocator.driver import Choosing, Driver, IssuingThread, Lane, Ticket
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.allocator.numa import keep_near
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
@@ -29,6 +30,14 @@ from vmm_dwdp.schedule.pulls import Puller
 # an H200's host); where a thread gave them, acquire, release and 60 kernels took 0.5 ms longer than the kernels alone
 # (on an H100's). See docs/copy-path.md.
 _FEW: Final = 32
+
+
+@dataclass
+class _Choosing:
+    """See `Choosing`."""
+
+    whole: bool = False
+    seconds_per_byte: float = 0.0
 
 
 class Job:
@@ -97,15 +106,11 @@ class Issuer(Protocol):
     """Runs jobs one after another, in the order in which they were submitted.
 
     Attributes:
-        whole: whether nothing is chosen of what is submitted, though there are runs.
-        seconds_per_byte: of a run that had the link to itself; 0 where that is not known.
+        choosing: of runs; who has no thread of the driver's does not know how long one takes.
     """
 
     issued_by: IssuedBy
-    whole: bool
-
-    @property
-    def seconds_per_byte(self) -> float: ...
+    choosing: Choosing
 
     def job(self, work: Callable[[], None], lanes: Sequence[Lane]) -> Any:
         """What gives ``lanes`` to the driver, as ``work`` does. Made once, because the launching thread, which submits
@@ -161,8 +166,9 @@ class InlineIssuer:
     """Runs each job in the thread that submits it."""
 
     issued_by: IssuedBy = "launching thread"
-    whole = False
-    seconds_per_byte = 0.0
+
+    def __init__(self) -> None:
+        self.choosing: Choosing = _Choosing()
 
     def job(self, work: Callable[[], None], lanes: Sequence[Lane]) -> Job:
         return Job(work)
@@ -186,10 +192,9 @@ class ThreadIssuer:
     """Runs jobs in a thread of its own, which the ledger counts."""
 
     issued_by: IssuedBy = "thread"
-    whole = False
-    seconds_per_byte = 0.0
 
     def __init__(self, driver: Driver, ledger: Ledger, lines: SharedLines | None = None) -> None:
+        self.choosing: Choosing = _Choosing()
         self._ledger = ledger
         self._puller = None if lines is None else Puller(driver, ledger, lines)
         self._jobs: queue.SimpleQueue[_Awaited | None] = queue.SimpleQueue()
@@ -216,7 +221,7 @@ class ThreadIssuer:
         return _Awaited(work, partial(self._puller.give, lanes))
 
     def submit(self, job: _Awaited) -> Ticket:
-        job.submit(self._jobs, whole=self.whole)
+        job.submit(self._jobs, whole=self.choosing.whole)
         return job
 
     def flush(self) -> None:
@@ -246,21 +251,10 @@ class NativeIssuer:
 
     def __init__(self, thread: IssuingThread, ledger: Ledger) -> None:
         """Takes over ``thread``."""
+        self.choosing = thread.choosing
         self._thread = thread
         self._ledger = ledger
         self._token: int | None = ledger.add("threads", _LABEL)
-
-    @property
-    def seconds_per_byte(self) -> float:
-        return self._thread.seconds_per_byte
-
-    @property
-    def whole(self) -> bool:
-        return self._thread.whole
-
-    @whole.setter
-    def whole(self, whole: bool) -> None:
-        self._thread.whole = whole
 
     def job(self, work: Callable[[], None], lanes: Sequence[Lane]) -> Ticket:
         return self._thread.job(lanes)

@@ -84,8 +84,9 @@ class Staging:
         """A pass of ``tokens`` has begun; gives the latest that was timed before it."""
         pipeline = self.pipeline
         latest = pipeline.timer.latest
-        copies_s = self._timed_nbytes * self._issuer.seconds_per_byte
-        self._issuer.whole = self._hidden.hides(latest, tokens, copies_s, timed=pipeline.timed)
+        choosing = self._issuer.choosing
+        copies_s = self._timed_nbytes * choosing.seconds_per_byte
+        choosing.whole = self._hidden.hides(latest, tokens, copies_s, timed=pipeline.timed)
         return latest
 
     def reset(self, stream: StreamId) -> None:

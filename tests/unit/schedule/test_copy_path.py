@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,8 +119,7 @@ class FakeThread:
         self.submitted: list[FakeJob] = []
         self.closed = 0
         self.native_id = -1  # there is none
-        self.whole = False
-        self.seconds_per_byte = 0.0
+        self.choosing = SimpleNamespace(whole=False, seconds_per_byte=0.0)
 
     def job(self, lanes: Sequence[Lane]) -> FakeJob:
         return FakeJob(lanes)

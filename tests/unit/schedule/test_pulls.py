@@ -348,7 +348,7 @@ def test_of_passes_that_compute_hides_nothing_is_chosen(
         assert [tokens for tokens, *_ in asked] == [5, 7]
         assert asked[0][1], "the first passes are timed"
         nbytes = sum(layer.nbytes for layer in staging.layers[1:])
-        assert asked[0][2] == pytest.approx(nbytes * staging._issuer.seconds_per_byte, rel=0.1)
+        assert asked[0][2] == pytest.approx(nbytes * staging._issuer.choosing.seconds_per_byte, rel=0.1)
         assert (asked[0][2] > 0) == (driver == "native"), "which sees how long a run takes"
         assert not runs
         monkeypatch.setattr(staging._hidden, "hides", lambda *_, timed: False)
