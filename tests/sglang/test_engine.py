@@ -26,7 +26,7 @@ def test_an_engine_with_two_ranks(checkpoint: Path, ordinary: Tokens, tmp_path: 
     assert run_group(run, 1) == [(ordinary, 2)]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_an_engine_that_looks_up_in_a_bank(checkpoint: Path, ordinary: Tokens, tmp_path: Path, ranks: int) -> None:
     """With room for 4 of 8 experts of each of its layers; of other ranks' experts, and of host memory's."""
     config = tmp_path / "dwdp.yaml"
