@@ -54,13 +54,13 @@ def run_rank(rank: int, *, port: int, config: str) -> dict[str, dict[str, Any]]:
             model = experts.model(kind)
             experts.load(model)
             ours = engine_process.init_dwdp(model)
-            seen: dict[str, Any] = {"before": test_loading.one_pass(model, ours)}
+            seen: dict[str, Any] = {"before": test_loading.one_pass(model, ours, "staged")}
             seen["outside"] = not_here(model)
             found_by_name = model.layers[0].named_parameters()
             seen["first"] = next((name for name, p in found_by_name if p.nbytes >= test_loading.PAGE_NBYTES), None)
             seen["told"] = {name: sentence(call) for name, call in attempts(model).items()}
             seen["raised"] = interrupted(model, ours)
-            seen["after"] = test_loading.one_pass(model, ours)
+            seen["after"] = test_loading.one_pass(model, ours, "staged")
             seen["outside afterwards"] = not_here(model)
         engine_process.shut_down()
         found[kind] = seen
