@@ -109,6 +109,27 @@ BUGS: Final = (
         _SHARED,
     ),
     Bug(
+        "a shared expert is cut over ranks",
+        "vmm_dwdp/integrations/sglang/shared_experts.py",
+        "kwargs |= contract.whole(original) or {}",
+        "kwargs |= {}",
+        _SHARED,
+    ),
+    Bug(
+        "shared experts are whole without DWDP, too",
+        "vmm_dwdp/integrations/sglang/shared_experts.py",
+        'if _NAME in stated.get("prefix", "") and _each_has_its_tokens():',
+        'if _NAME in stated.get("prefix", ""):',
+        _SHARED,
+    ),
+    Bug(
+        "tokens of several ranks are added up",
+        "vmm_dwdp/integrations/sglang/shared_experts.py",
+        "    if _each_has_its_tokens():\n        raise",
+        "    if False:\n        raise",
+        _SHARED,
+    ),
+    Bug(
         "what an encoder adds up in its own way is refused",
         "vmm_dwdp/integrations/sglang/shared_experts.py",
         " and _list_of(name) in decoders",
