@@ -404,6 +404,7 @@ def test_the_config_without_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     ("written", "mode"),
     [
         ("group_size: 4", "auto"),
+        ("group_size: 4\nassembly: vmm", "auto"),
         ("group_size: 4\nmode: staged", "staged"),
         ("group_size: 4\nmode: in_place\nprefetch_depth: 0", "in_place"),
         ("group_size: 1\nhost_experts: 4", "staged"),

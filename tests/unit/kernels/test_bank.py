@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.bank_model import BankModel
+from support.triton_scripts import python
 
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.kernels.bank import look_up
@@ -52,18 +49,9 @@ for case in json.loads(sys.stdin.read()):
 
 COMPILE = """
 import json, sys, torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from support.triton_scripts import compile_for
 from vmm_dwdp.kernels.bank_table import BankTable
 from vmm_dwdp.kernels.triton import bank
-
-class Driver:
-    class utils:
-        get_device_properties = staticmethod(lambda device: {"max_shared_mem": 232448})
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", int(sys.argv[1]), 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device=0: 0)
-    get_device_capability = staticmethod(lambda device=0: divmod(int(sys.argv[1]), 10))
 
 class Compile:
     def __init__(self, kernel):
@@ -74,7 +62,7 @@ class Compile:
         return compiled
 
 bank._plan, bank._move = Compile(bank._plan), Compile(bank._move)
-driver.set_active(Driver())
+compile_for(int(sys.argv[1]))
 for experts in (60, 512):
     table = BankTable.empty(experts, 5, range(0), torch.device("cpu"))
     for dtype, copies in ((torch.int32, True), (torch.int64, True), (torch.int64, False)):
@@ -82,21 +70,6 @@ for experts in (60, 512):
     for size in (64, 3):
         bank.move(table, [torch.zeros(5 + experts, size, dtype=torch.uint8)], programs=1)
 """
-
-
-def python(script: str, *arguments: str, given: object = None, **environment: str) -> list[Any]:
-    """Run ``script`` in a process of its own; what it printed, a JSON value a line."""
-    pytest.importorskip("triton")
-    finished = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
-        input=json.dumps(given),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return [json.loads(line) for line in finished.stdout.splitlines()]
 
 
 def routed(tokens: int, top_k: int, experts: int, generator: torch.Generator) -> list[list[int]]:

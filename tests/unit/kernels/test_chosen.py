@@ -6,15 +6,12 @@ Triton decides when a kernel is defined whether it is interpreted: each part run
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from support.chosen import FORMS, ROUTINGS, SHAPES, operands, relative_error
+from support.triton_scripts import python
 
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.kernels import Format, chosen_gemm
@@ -51,20 +48,11 @@ for form, (number, routing), (n, k) in itertools.product(FORMS, enumerate(ROUTIN
 
 COMPILE = """
 import itertools, json, re, sys, torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from support.chosen import FORMS, operands
+from support.triton_scripts import compile_for
 from vmm_dwdp.kernels.triton import chosen
 
 capability = int(sys.argv[1])
-
-class Driver:
-    class utils:
-        get_device_properties = staticmethod(lambda device: {"max_shared_mem": 232448})
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device=0: 0)
-    get_device_capability = staticmethod(lambda device=0: divmod(capability, 10))
 
 class Compile:
     def __getitem__(self, grid):
@@ -74,26 +62,12 @@ class Compile:
         return compiled
 
 kernel, chosen._kernel = chosen._kernel, Compile()
-driver.set_active(Driver())
+compile_for(capability)
 for form, (n, k) in itertools.product(FORMS, ((16, 2048), (16, 768), (16, 2880))):
     if form.value.startswith("fp8") and capability < 89:
         continue
     chosen.run(*operands(form, "one token", n, k, own=False, dtype=torch.bfloat16)[0], form)
 """
-
-
-def python(script: str, *arguments: str, **environment: str) -> list[Any]:
-    """Run ``script`` in a process of its own; what it printed, a JSON value a line."""
-    pytest.importorskip("triton")
-    finished = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return [json.loads(line) for line in finished.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -5,15 +5,11 @@ Triton decides when a kernel is defined whether it is interpreted: each part run
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
-from typing import Any
 
 import pytest
 import torch
+from support.triton_scripts import python
 
 from vmm_dwdp.kernels import Format
 from vmm_dwdp.kernels.cute.launch import DTYPES, compile_kernel
@@ -82,8 +78,7 @@ for form in Format:
 A_GPU = """
 import json, sys, torch
 from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from support.triton_scripts import compile_for
 from vmm_dwdp.kernels import Format, Scales, tensor_list, tensor_list_grouped_gemm, warm_up
 from vmm_dwdp.kernels.problem import check
 from vmm_dwdp.kernels.provider import Providers
@@ -93,21 +88,13 @@ from vmm_dwdp.kernels.triton.launch import TRITON
 
 capability = int(sys.argv[1])
 
-class Driver:
-    class utils:
-        get_device_properties = staticmethod(lambda device: {"max_shared_mem": 232448})
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device=0: 0)
-    get_device_capability = staticmethod(lambda device=0: divmod(capability, 10))
-
 class Compile:
     def __getitem__(self, grid):
         return lambda *arguments, **options: made.append(kernel.warmup(*arguments, grid=grid, **options))
 
 made = []
 kernel, grouped_gemm._kernel = grouped_gemm._kernel, Compile()
-driver.set_active(Driver())
+compile_for(capability)
 """
 
 COMPILE = f"""{A_GPU}
@@ -146,20 +133,6 @@ for form in Format:
         tensor_list_grouped_gemm(x, given.weights, somewhere(offsets), scales=scales)
     print(json.dumps([form.value, warm, len(forms)]))
 """
-
-
-def python(script: str, *arguments: str, **environment: str) -> list[Any]:
-    """Run ``script`` in a process of its own; what it printed, a JSON value a line."""
-    pytest.importorskip("triton")
-    finished = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return [json.loads(line) for line in finished.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,11 @@ def read(path: str) -> Stated:
             raise ConfigError(f"{path} states host_experts: auto, which leaves no number to num_local_experts")
         values |= {"host_experts": 0, "num_local_experts": "auto"}
     kv_cache = in_bytes(values.pop("kv_cache", None))
-    if values.get("group_size", 1) != 1 and values.get("prefetch_depth") != 0 and "assembly" not in values:
+    if (
+        values.get("group_size", 1) != 1
+        and values.get("prefetch_depth") != 0
+        and values.get("assembly", "vmm") == "vmm"
+    ):
         values.setdefault("mode", _MODE)
     config = DWDPConfig.from_dict(values)
     if kv_cache is not None:
