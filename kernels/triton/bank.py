@@ -143,7 +143,7 @@ def _move(
     program, programs = tl.program_id(0), tl.num_programs(0)
     num_moves = tl.load(moves)
     for i in tl.static_range(NUM):
-        words = expert_words[i].to(tl.int64)
+        words = tl.cast(expert_words[i], tl.int64)  # of an expert of one word Triton makes a constant
         blocks = tl.cdiv(words, BLOCK).to(tl.int32)
         for work in range(program, num_moves * blocks, programs):
             expert = tl.load(moves + 1 + work // blocks)

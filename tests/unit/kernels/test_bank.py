@@ -67,7 +67,7 @@ for experts in (60, 512):
     table = BankTable.empty(experts, 5, range(0), torch.device("cpu"))
     for dtype, copies in ((torch.int32, True), (torch.int64, True), (torch.int64, False)):
         bank.plan(table, torch.zeros(3, 2, dtype=dtype), copies=copies)
-    for size in (64, 3):
+    for size in (64, 3, 8):  # of one word, too
         bank.move(table, [torch.zeros(5 + experts, size, dtype=torch.uint8)], programs=1)
 """
 
@@ -164,7 +164,7 @@ def test_an_interrupted_copy_leaves_no_expert_in_a_row_that_has_not_its_bytes() 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_triton_kernels_compile(capability: int) -> None:
-    assert len(python(COMPILE, str(capability))) == 2 * 5
+    assert len(python(COMPILE, str(capability))) == 2 * 6
 
 
 def test_a_plan_that_nobody_carries_out_changes_nothing_that_is_read() -> None:
