@@ -87,16 +87,16 @@ def quantisation(kind: str) -> Any:
     raise ValueError(kind)
 
 
-def model(kind: str, num_experts: int = NUM_EXPERTS, top_k: int = TOP_K) -> torch.nn.Module:
-    """A model of nothing but MoE layers."""
+def model(kind: str, num_experts: int = NUM_EXPERTS, top_k: int = TOP_K, *, scale: int = 1) -> torch.nn.Module:
+    """A model of nothing but MoE layers, with experts ``scale`` times as wide both ways."""
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
     made = torch.nn.Module()
     made.layers = torch.nn.ModuleList(
         FusedMoE(
             num_experts=num_experts,
-            hidden_size=HIDDEN,
-            intermediate_size=INTERMEDIATE,
+            hidden_size=HIDDEN * scale,
+            intermediate_size=INTERMEDIATE * scale,
             layer_id=number,
             top_k=top_k,
             quant_config=quantisation(kind),

@@ -11,7 +11,10 @@ from typing import Any
 import engine_process
 import experts
 import pytest
+import torch
 from ports import free_port
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.integrations.sglang import contract
@@ -224,6 +227,46 @@ def test_paged_experts_have_the_same_tensors(
 def test_a_loaded_layer_is_in_its_shard(kind: str, ranks: Ranks) -> None:
     for rank in (rank for rank in ranks if kind in rank):
         assert rank[kind]["outside"] == [0] * experts.NUM_LAYERS
+
+
+class Operations(TorchDispatchMode):
+    """The names of operations that are given one of these tensors' memory."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._memory = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        if any(each.untyped_storage().data_ptr() in self._memory for each in given):
+            self.names.add(operation.overloadpacket.__name__)
+        return operation(*args, **(kwargs or {}))
+
+
+def post_process(rank: int, *, port: int) -> dict[str, set[str]]:
+    """Of kinds that are loaded where they stay: what post-processing does with tensors of which a share is a page."""
+    from vmm_dwdp.integrations.sglang.schemes import scheme_of
+
+    engine_process.start(rank, 1, port)
+    found = {}
+    for kind, runner in KINDS.items():
+        engine_process.use_runner(runner, rank, 1)
+        with experts.without_a_gpu():
+            layer = experts.model(kind).layers[0]
+            if scheme_of(layer).kept:
+                tensors = experts.tensors(layer, tensors_of(layer))
+                with Operations([tensor for tensor in tensors if tensor.nbytes >= PAGE_NBYTES]) as operations:
+                    layer.quant_method.process_weights_after_loading(layer)
+                found[kind] = operations.names
+    return found
+
+
+def test_nothing_is_computed_with_what_may_be_loaded_into_host_memory() -> None:
+    """What it would be computed with is on the GPU."""
+    [found] = run_group(partial(post_process, port=free_port()), 1)
+    assert {"bf16", "fp8 block"} <= found.keys()
+    assert set().union(*found.values()) <= {"alias", "detach", "view"}, found
 
 
 @pytest.mark.parametrize("kind", KINDS)

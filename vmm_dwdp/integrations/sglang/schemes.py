@@ -8,7 +8,7 @@ between what versions call differently, the latest first.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vmm_dwdp.errors import ConfigError
@@ -64,6 +64,8 @@ _FP8_SCALE = Scheme(
     kept=True,
     maximum=("w13_input_scale", "w2_input_scale"),
 )
+
+_FP8_TENSOR = replace(_FP8_SCALE, kept=False)  # gate and up are quantised anew by one scale, where the scales are
 
 _MXFP4_MARLIN = Scheme(
     ("w13_weight", "w13_weight_scale", "w13_weight_bias", "w2_weight", "w2_weight_scale", "w2_weight_bias"),
@@ -171,7 +173,7 @@ _SCHEMES: dict[tuple[str, str], Scheme] = {
     ("bf16", "triton_kernel"): _UNQUANTIZED,
     ("fp8 block", "triton"): _FP8_BLOCK,
     ("fp8 block", "deep_gemm"): _FP8_BLOCK,
-    ("fp8 tensor", "triton"): _FP8_SCALE,
+    ("fp8 tensor", "triton"): _FP8_TENSOR,
     ("fp8 channel", "triton"): _FP8_SCALE,
     ("compressed fp8 block", "triton"): _FP8_SCALE,
     ("mxfp4", "marlin"): _MXFP4_MARLIN,
