@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,6 +74,21 @@ def test_a_reader_takes_as_evenly_from_its_owners_as_whole_experts_allow(placeme
         load = {owner: list(chosen.values()).count(owner) for owner in placement.owners}
         for expert, owner in chosen.items():
             assert all(load[owner] <= load[other] + 1 for other, _ in placement.locate(expert))
+
+
+@given(placements(60))
+def test_owners_take_turns_each_as_often_as_it_is_read_from(placement: ExpertPlacement) -> None:
+    for reader in range(placement.config.group_size):
+        order = placement.in_turn(reader)
+        assert sorted(order) == list(range(placement.num_experts))
+        of = dict.fromkeys(placement.experts(reader), reader)
+        of |= {expert: source.owner for source in placement.sources(reader) for expert in source.experts}
+        share = Counter(of.values())
+        seen: Counter[object] = Counter()
+        for count, expert in enumerate(order, 1):
+            seen[of[expert]] += 1
+            for owner, number in share.items():  # less than one from its part of what was read, of each other owner
+                assert abs(seen[owner] - number * count / len(order)) < len(share)
 
 
 @given(layouts())

@@ -116,6 +116,20 @@ class ExpertPlacement:
                     start += count
         return tuple(_merged(sources))
 
+    def in_turn(self, reader: int) -> tuple[int, ...]:
+        """All experts in an order in which those from whom ``reader`` reads them take turns, itself included, each as
+        often as it is read from; ranks in step begin with different ones."""
+        runs: dict[Owner, list[int]] = {reader: list(self.experts(reader))}
+        for experts, owner in self.sources(reader):
+            runs.setdefault(owner, []).extend(experts)
+        owners = nearest_first(runs, reader, self.config.group_size)
+        turns = [
+            ((2 * place + 1) / len(runs[owner]), turn, expert)
+            for turn, owner in enumerate(owners)
+            for place, expert in enumerate(runs[owner])
+        ]
+        return tuple(expert for _, _, expert in sorted(turns))
+
     @cached_property
     def _runs(self) -> tuple[tuple[range, tuple[Owner, ...]], ...]:
         """The experts cut wherever an owner's run begins or ends: (experts, their owners)."""

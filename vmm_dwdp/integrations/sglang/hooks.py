@@ -52,6 +52,7 @@ def _register_all() -> None:
         contract.fused_moe("__init__"): construct_layer,
         contract.CONSTRUCT_MODEL: construct_model,
         contract.CHOOSE_TILES: choose_tiles,
+        contract.ALIGN_BLOCKS: align_blocks,
         contract.SUM_OVER_RANKS: shared_experts.sum_over_ranks,
         contract.IS_LOCAL: graphs.is_local,
         contract.fused_moe("weight_loader"): load_weight,
@@ -216,6 +217,13 @@ def choose_tiles(original: _Original, w1_shape: Any, w2_shape: Any, *args: Any, 
     if found is not None:
         w1_shape, w2_shape = found.of_experts(w1_shape), found.of_experts(w2_shape)
     return original(w1_shape, w2_shape, *args, **kwargs)
+
+
+def align_blocks(original: _Original, *args: Any, **kwargs: Any) -> Any:
+    """Around what sorts tokens by expert for SGLang's grouped products, which go through experts in that order."""
+    found = manager()
+    order = None if found is None else found.block_order
+    return original(*args, **kwargs) if order is None else order.align(original, *args, **kwargs)
 
 
 def load_weight(original: _Original, module: Any, *args: Any, **kwargs: Any) -> None:

@@ -15,6 +15,7 @@ from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.config import DWDPConfig, Mode
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.integrations.sglang import shared_experts, sizes
+from vmm_dwdp.integrations.sglang.block_order import BlockOrder
 from vmm_dwdp.integrations.sglang.expert_layer import ExpertLayer
 from vmm_dwdp.integrations.sglang.expert_view import ViewedRuntime
 from vmm_dwdp.integrations.sglang.progress import Progress
@@ -63,6 +64,7 @@ class ExpertManager:
         self._layers: dict[int, ExpertLayer] = {}
         self._running = False
         self._progress: Progress | None = None
+        self.block_order: BlockOrder | None = None  # of a rank that reads in place, from several owners
         self.closed = False
 
     @property
@@ -219,11 +221,19 @@ class ExpertManager:
                     if layer.reads_rows:
                         nobody = torch.full((1, layer.module.top_k or 1), -1, dtype=torch.int32, device=runtime.device)
                         runtime.look_up(layer.number, nobody)
+            self.block_order = self._block_order()
             self._progress = Progress(runtime.stats)
             self._running = True
         except BaseException:
             self.cleanup()
             raise
+
+    def _block_order(self) -> BlockOrder | None:
+        placement = ExpertPlacement(next(iter(self._layers.values())).num_experts, self.runtime.config)
+        if not self.runtime.config.reads_in_place or len(placement.owners) == 1:
+            return None
+        bank = self.runtime.stats().bank
+        return BlockOrder(placement, self._rank, bank.rows.values() if bank else (), self._device)
 
     def _require_served(self, model: torch.nn.Module) -> None:
         """Raise `ConfigError` if some experts of ``model`` would be read past this manager."""
