@@ -2,12 +2,16 @@
 
 A pass is a number of MoE layers of a model's shapes, as in bank.py. Its weights are in host memory: ours in the
 runtime's pool, theirs wherever their own classes put the weights that they are given (offloaders.py: SGLang, vLLM,
-accelerate). For up to 32 tokens routing is recorded: decoding goes on after the prompts of a trace, and the product is
-our Triton kernel; for more it is even, and the product is torch's. Ours reads in place, in place with a bank of a
-quarter of the experts, or stages. In each step a pass of one of theirs, one of ours, one with everything on the GPU,
-and a copy over the link run in turns. Where a pass leaves copies for the next one, it runs twice, and the second
-counts. Every output is compared with the one of the GPU: ours must have its bits, and theirs be close. On the CPU the
-same runs on the host driver, which says nothing about a link.
+accelerate). For up to 32 tokens routing is recorded, that of the last tokens of a trace, after the 64 before them; the
+product is our Triton kernel. For more tokens it is even, and the product is torch's. Ours reads in place, in place with
+a bank of a quarter of the experts, or stages. In each step a pass of one of theirs, one of ours, one with everything on
+the GPU, and a copy over the link run in turns. Where a pass leaves copies for the next one, it runs twice, and the
+second counts. Every output is compared with the one of the GPU: ours must have its bits, and theirs be close. On the
+CPU the same runs on the host driver, which says nothing about a link.
+
+Each row goes to stderr when it is measured, with the seconds of the run so far, and so do those in which each of theirs
+was set up. SIGTERM, as of `timeout`, ends the run with the rows that there are, and says which are not; `--rivals` runs
+those alone.
 
 tokens          of a pass
 who             whose classes, or how ours reads
@@ -24,7 +28,8 @@ same bits       as the pass on the GPU
 launch ms       of the launching thread's CPU time in a pass
 host / weights  bytes of host memory that are gone, per byte of weights
 GPU MiB         that it takes for weights, at the most
-graph           whether a CUDA graph of a pass gives the right output for other routing, or why not
+graph           whether a CUDA graph of a pass gives the right output for other routing, or why not; none was tried
+                without a GPU, and of a contender in whose passes the run was cut
 
 Those who compute experts on the CPU (llama.cpp, KTransformers) are not here: a pass of theirs is bound by the bytes of
 the experts that it uses over the bandwidth of the RAM, where ours is bound by what misses over the link.
@@ -45,13 +50,17 @@ import torch
 from bank import Passes, forget, tokens_of
 from common import LINK_TOLERANCE, Row, parser, report, seen
 from decode import COPIED, SHAPES, Gemm, Shape, copied, our_gemm, published, synchronize, torch_gemm
+from findings import Cut, Findings, raise_when_cut
 from offloaders import KINDS, DecoderLayer, Moved, Offloaded, Offloader, available
+from pass_costs import allocated, free_host_bytes, timed
 from torch import Tensor
 
 from vmm_dwdp import DWDPRuntime
 from vmm_dwdp.memory.bank import MOST_COPIED
 
 BANK = 0.25  # of the experts
+FILLING = 64  # passes before those that are timed: four half-lives of the bank's scores
+OURS = "ours"
 CLOSE = 0.02  # of the largest value: bf16 has 8 bits, and rounds after each layer
 
 
@@ -121,6 +130,7 @@ class Bench:
 
     def theirs(self, offloader: Offloader) -> Contender:
         """One of theirs, over layers of its own."""
+        begin = time.perf_counter()
         gc.collect()  # what was there of another one
         host, gpu = free_host_bytes(), allocated(self.device)
         layers = [DecoderLayer({name: weight.clone() for name, weight in each.items()}) for each in self.whole.values()]
@@ -134,6 +144,7 @@ class Bench:
             return x
 
         taken, kept = host - free_host_bytes(), allocated(self.device) - gpu
+        seen({"who": offloader.name, "set up s": round(time.perf_counter() - begin, 1)})
         return Contender(
             offloader.name, run, offloader.moves, offloader.ahead, taken, kept, done.before, done.after, done.missed
         )
@@ -165,10 +176,11 @@ class Bench:
             "launch ms": ms["launch"],
             "host / weights": contender.host_bytes / self.nbytes if self.device.type == "cuda" else None,
             "GPU MiB": (contender.gpu_bytes + max(0.0, ms["more"])) / 2**20,
+            "graph": None,
         }
         if self.device.type == "cuda":
             require_possible(row)
-        return dict(seen(row))
+        return row
 
     def turns(
         self, setting: Setting, passes: Passes, contender: Contender, best: Contender
@@ -215,29 +227,35 @@ class Bench:
             staging.drain()
         synchronize(self.device)
 
-    def all_rows(
-        self, offloaders: Sequence[Offloader], settings: Sequence[Setting], left_out: dict[str, str]
-    ) -> Iterator[Row]:
-        """Ours, then theirs; who fails goes to ``left_out``, by name, with the reason."""
+    def measure(
+        self, whose: Sequence[str], offloaders: Sequence[Offloader], settings: Sequence[Setting], findings: Findings
+    ) -> None:
+        """Ours if they are among ``whose``, then theirs; who fails is left out, with the reason."""
         decoding, prefill = ([each for each in settings if each.decodes is few] for few in (True, False))
-        for ours, those in zip(self.ours, (decoding, decoding, prefill), strict=True):
-            yield from self.rows(those, ours)
-        for offloader in offloaders:
+        ours = dict(zip(self.ours, (decoding, decoding, prefill), strict=True)) if OURS in whose else {}
+        theirs = {offloader: settings if offloader.prefills else decoding for offloader in offloaders}
+        findings.wanted = {each.name: [s.tokens for s in those] for each, those in [*ours.items(), *theirs.items()]}
+        for contender, those in ours.items():
+            self.rows(those, contender, findings)
+        for offloader, those in theirs.items():
             try:
-                yield from self.rows(settings if offloader.prefills else decoding, self.theirs(offloader))
+                self.rows(those, self.theirs(offloader), findings)
             except Exception as error:  # of another's package, in one of many ways
-                left_out[offloader.name] = str(error).partition("\n")[0] or type(error).__name__
+                findings.left_out[offloader.name] = str(error).partition("\n")[0] or type(error).__name__
 
     def let_go(self) -> None:
         """Of the runtime's memory, which is to be closed."""
         del self.source, self.copy
 
-    def rows(self, settings: Sequence[Setting], contender: Contender) -> list[Row]:
-        """Those of one contender; a capture comes last, since it may leave their modules as they should not be."""
-        found = [self.row(setting, contender) for setting in settings]
-        graph = self.graph(settings[0], contender) if found and self.device.type == "cuda" else None
+    def rows(self, settings: Sequence[Setting], contender: Contender, findings: Findings) -> None:
+        """Find those of one contender; a capture comes last, since it may leave their modules as they should not be."""
+        first = len(findings.rows)
+        for setting in settings:
+            findings.add(self.row(setting, contender))
+        graph = self.graph(settings[0], contender) if settings and self.device.type == "cuda" else None
         seen({"who": contender.name, "graph": graph})
-        return [{**row, "graph": graph} for row in found]
+        for row in findings.rows[first:]:
+            row["graph"] = graph
 
     def graph(self, setting: Setting, contender: Contender) -> str:
         """``yes`` if a pass can be captured and replayed with another routing, or why not."""
@@ -272,25 +290,6 @@ def used_experts(chosen: Tensor) -> int:
     return sum(len(of_layer.unique()) for of_layer in chosen)
 
 
-def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, float, int, Any]:
-    """Milliseconds of ``run``, and of the launching thread's CPU time; bytes of the GPU's memory that it takes beyond
-    what is taken, at the most; and what it gives."""
-    before = allocated(device)
-    if device.type == "cpu":
-        begin, cpu = time.perf_counter(), time.thread_time()
-        y = run()
-        return (time.perf_counter() - begin) * 1e3, (time.thread_time() - cpu) * 1e3, 0, y
-    torch.cuda.reset_peak_memory_stats(device)
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    cpu = time.thread_time()
-    y = run()
-    cpu = time.thread_time() - cpu
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop), cpu * 1e3, torch.cuda.max_memory_allocated(device) - before, y
-
-
 def require_possible(row: Row) -> None:
     """End the command, before it prints anything, if a pass seems to be shorter than its bytes take over the link.
 
@@ -302,20 +301,6 @@ def require_possible(row: Row) -> None:
         raise SystemExit(f"{dict(row)} cannot be: what it moves takes {moved / link * 1e3:.2f} ms over the link")
 
 
-def allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def free_host_bytes() -> int:
-    """What Linux says could be had; what torch keeps of pinned memory is given back before."""
-    if torch.cuda.is_available():
-        torch._C._host_emptyCache()
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    raise SystemExit("/proc/meminfo states no MemAvailable")
-
-
 def settings(shape: Shape, arguments: Any) -> Iterator[Setting]:
     steps, device, trace = arguments.steps, arguments.device, "demo" if arguments.tiny else "mixed-0.01"
     for tokens in arguments.tokens:
@@ -324,23 +309,32 @@ def settings(shape: Shape, arguments: Any) -> Iterator[Setting]:
             yield Setting(tokens, "even", torch_gemm, even[:0], even)
         else:
             ids = torch.cat(next(tokens_of(trace, shape, tokens))).to(device)
-            yield Setting(tokens, trace, our_gemm, ids[:-steps], ids[-steps:])
+            yield Setting(tokens, trace, our_gemm, ids[-steps - FILLING : -steps], ids[-steps:])
 
 
-def measure(shape: Shape, arguments: Any) -> tuple[list[Row], list[Row]]:
-    """The rows, and who was left out."""
+def measure(shape: Shape, arguments: Any, tell: Callable[[Findings], None]) -> None:
+    """Tell what was found, also where the run is cut, while the runtime is there: to close it may take long, or fail.
+
+    Raises:
+        Cut: after it was told.
+    """
     device = arguments.device
-    offloaders, left_out = available(arguments.rivals, device)
+    offloaders, left_out = available([each for each in arguments.rivals if each != OURS], device)
+    findings = Findings(left_out)
     synchronize(device)  # the context takes host memory, too
     host = free_host_bytes()
     banked = 2.0 if arguments.tiny else BANK  # tiny experts fill no page
     with published(shape, device, 0.0, banked=banked) as runtime:
         bench = Bench(shape, runtime, host - free_host_bytes())
         try:
-            found = list(bench.all_rows(offloaders, list(settings(shape, arguments)), left_out))
+            bench.measure(arguments.rivals, offloaders, list(settings(shape, arguments)), findings)
+            tell(findings)
+        except Cut:
+            findings.cut()
+            tell(findings)
+            raise
         finally:
             bench.let_go()
-    return found, [{"who": name, "why": why} for name, why in left_out.items()]
 
 
 def main() -> None:
@@ -349,15 +343,16 @@ def main() -> None:
     add("--tiny", action="store_true", help="few small layers")
     add("--tokens", type=int, nargs="+", help="of a pass (default: 1 4 16384)")
     add("--steps", type=int, default=8, help="passes of each that are timed (default: 8)")
-    add("--rivals", nargs="+", choices=KINDS, default=list(KINDS), help="(default: all)")
+    whose = [OURS, *KINDS]
+    add("--rivals", nargs="+", choices=whose, default=whose, help="whose rows (default: all); ours run beside theirs")
     add("--rival-path", type=Path, action="append", default=[], help="a folder with a package of theirs, unpacked")
     arguments = arguments_of.parse_args()
     shape = SHAPES["tiny"]._replace(top_k=4) if arguments.tiny else SHAPES["Qwen3-30B-A3B"]
     arguments.tokens = arguments.tokens or ([1, 4, 64] if arguments.tiny else [1, 4, 16384])
     sys.path[:0] = [str(folder.resolve()) for folder in arguments.rival_path]
-    rows, left_out = measure(shape, arguments)
     about = f"{shape.layers} layers of {shape.experts} experts, {shape.dtype}, all in host memory"
-    report(arguments, {about: rows, **({"left out": left_out} if left_out else {})})
+    raise_when_cut()
+    measure(shape, arguments, lambda findings: report(arguments, findings.tables(about)))
 
 
 if __name__ == "__main__":

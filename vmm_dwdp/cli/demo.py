@@ -108,7 +108,8 @@ def config_from(arguments: argparse.Namespace) -> DWDPConfig:
 def _print(report: Report, *, with_text: bool) -> None:
     title = f"{report.model}: {report.group_size} ranks on {report.device} ({report.driver} driver)"
     sizes, counts = ("experts", "resident", "staged", "fetched"), ("hits", "misses", "in place")
-    columns = ("rank", "on", *sizes, *counts, "waited", "tokens/s", "same")
+    graphs = ("in a graph",) if report.driver == "cuda" else ()
+    columns = ("rank", "on", *sizes, *counts, "waited", "tokens/s", *graphs, "same")
     rows = [
         (
             str(r.rank),
@@ -122,11 +123,15 @@ def _print(report: Report, *, with_text: bool) -> None:
             str(r.in_place),
             f"{r.exposed_wait_s * 1e3:.1f} ms",
             f"{r.tokens_per_s:.1f}",
-            "yes" if r.identical else "NO",
+            *(f"{r.replays.tokens_per_s:.1f}" if r.replays else "-" for _ in graphs),
+            "yes" if r.all_identical else "NO",
         )
         for r in report.ranks
     ]
     print_table(title, columns, rows)
+    for r in report.ranks:
+        if r.not_captured:
+            print(f"rank {r.rank}: {r.not_captured}")
     for r in report.ranks if with_text else ():
         print(f"\nrank {r.rank}: {r.prompt.strip()} ...")
         print(textwrap.indent(r.continuation.strip(), "    "))

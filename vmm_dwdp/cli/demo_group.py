@@ -2,7 +2,9 @@
 
 The reference is the unsharded model, run in this process over every rank's prompt with the same seed. Each rank is a
 process of its own that holds its share of the experts. Identical means: the logits of every generated token are equal
-bit by bit, and so is the text.
+bit by bit, and so is the text. On a GPU each rank continues its prompt once more, by replays of one captured step of
+decoding, and is compared again with what the whole model made eagerly; nothing counts replays, so all other figures
+are of the passes before.
 """
 
 from __future__ import annotations
@@ -11,15 +13,17 @@ import functools
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
 from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.handles import KINDS
 from vmm_dwdp.cli.console import group_progress, report_step, working
-from vmm_dwdp.cli.demo_models import Generated, Text, continue_by_the_whole, generate, quiet_transformers
+from vmm_dwdp.cli.demo_decoding import KERNELS, in_cuda_graph
+from vmm_dwdp.cli.demo_models import Continuation, Generated, Text, continue_by_the_whole, quiet_transformers
 from vmm_dwdp.config import DWDPConfig
+from vmm_dwdp.errors import StateError
 from vmm_dwdp.observe.stats import Stats
 from vmm_dwdp.temporary import temporary_folder
 from vmm_dwdp.testing import run_group
@@ -49,6 +53,8 @@ class RankResult:
     experts_held: int
     stats: Stats
     generated: Generated
+    replayed: Generated | None
+    not_captured: str
     leaked: dict[str, int]
 
     def compared(self, rank: int, expected: Generated) -> RankReport:
@@ -63,11 +69,24 @@ class RankResult:
             misses=self.stats.misses,
             in_place=self.stats.in_place,
             exposed_wait_s=round(self.stats.exposed_wait_s, 6),
-            tokens_per_s=round(len(self.generated.logits) / self.generated.seconds, 1),
+            tokens_per_s=self.generated.tokens_per_s,
             identical=self.generated.same(expected),
+            replays=None
+            if self.replayed is None
+            else Replays(len(self.replayed.logits) - 1, self.replayed.tokens_per_s, self.replayed.same(expected)),
+            not_captured=self.not_captured,
             prompt=self.generated.prompt,
             continuation=self.generated.text,
         )
+
+
+@dataclass(frozen=True)
+class Replays:
+    """What a rank's prompt was continued with once more: each token but the first by a replay."""
+
+    steps: int
+    tokens_per_s: float
+    identical: bool  # to what the whole model makes eagerly
 
 
 @dataclass(frozen=True)
@@ -86,8 +105,14 @@ class RankReport:
     exposed_wait_s: float
     tokens_per_s: float
     identical: bool  # to what the whole model makes of the same prompt
+    replays: Replays | None  # none on a CPU, and where a step cannot be captured
+    not_captured: str  # why it cannot
     prompt: str
     continuation: str
+
+    @property
+    def all_identical(self) -> bool:
+        return self.identical and (self.replays is None or self.replays.identical)
 
 
 @dataclass(frozen=True)
@@ -106,6 +131,8 @@ class Report:
     def problems(self, *, fetching: bool) -> list[str]:
         """What is not as it has to be, a sentence each; with ``fetching`` every rank must have read others' experts."""
         found = [f"{self.model}: rank {r.rank} differs from the whole model" for r in self.ranks if not r.identical]
+        wrong = [r.rank for r in self.ranks if r.replays and not r.replays.identical]
+        found += [f"{self.model}: replays of rank {rank} differ from the whole model" for rank in wrong]
         if fetching:
             idle = [r.rank for r in self.ranks if r.fetched_bytes == 0 and r.in_place == 0]
             found += [f"{self.model}: rank {rank} fetched nothing, so nothing was proved" for rank in idle]
@@ -137,7 +164,7 @@ def compare(
         device=device,
         driver=driver,
         group_size=config.group_size,
-        identical=all(rank.identical for rank in ranks),
+        identical=all(rank.all_identical for rank in ranks),
         ranks=ranks,
         leaked={kind: sum(result.leaked[kind] for result in results) for kind in KINDS},
         seconds=round(time.monotonic() - start, 3),
@@ -157,10 +184,27 @@ def _run_rank(job: Job, rank: int) -> RankResult:
     )
     try:
         report_step(job.directory, rank, "generating")
-        generated = generate(model, Text.of(job.model, model), job.prompts[rank], job.new_tokens)
-        stats = model.dwdp.stats()
+        generated, stats, replayed, not_captured = _continued(model, job, rank)
         held = len(model.dwdp.local_experts(0))
     finally:
         ledger = model.dwdp.close()
     report_step(job.directory, rank, "done")
-    return RankResult(device, held, stats, generated, ledger.counts())
+    return RankResult(device, held, stats, generated, replayed, not_captured, ledger.counts())
+
+
+def _continued(model: Any, job: Job, rank: int) -> tuple[Generated, Stats, Generated | None, str]:
+    """What the rank's prompt was continued with, the figures of that, and what it was by replays or why there are none.
+
+    Returns without anything that could be replayed, so that the runtime may be closed.
+    """
+    continuation = Continuation(model, Text.of(job.model, model), job.prompts[rank], job.new_tokens)
+    continuation.generate(min(KERNELS, job.new_tokens))  # what is timed loads no kernels
+    generated = continuation.generate()
+    stats = model.dwdp.stats()
+    if job.device == "cpu":
+        return generated, stats, None, ""
+    try:
+        continuation.capture(in_cuda_graph)
+    except StateError as error:
+        return generated, stats, None, str(error)
+    return generated, stats, continuation.generate(), ""

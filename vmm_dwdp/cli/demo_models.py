@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 
+from vmm_dwdp.cli.demo_decoding import Capture, Decoding, has_static_cache
 from vmm_dwdp.config import DWDPConfig
-from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.errors import ConfigError, StateError
 from vmm_dwdp.layout.placement import ExpertPlacement
 from vmm_dwdp.layout.weight_spec import WeightSpec
 from vmm_dwdp.temporary import temporary_folder
@@ -33,6 +35,10 @@ class Generated:
     logits: npt.NDArray[np.float32]  # [new tokens, vocabulary]: of every generated token, as `generate` saw them
     seconds: float
 
+    @property
+    def tokens_per_s(self) -> float:
+        return round(len(self.logits) / self.seconds, 1)
+
     def same(self, other: Generated) -> bool:
         return self.text == other.text and self.logits.tobytes() == other.logits.tobytes()
 
@@ -47,7 +53,7 @@ def continue_by_the_whole(path: Path, device: str, prompts: tuple[str, ...], new
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device).eval()
     align_experts(model)
     text = Text.of(path, model)
-    return [generate(model, text, prompt, new_tokens) for prompt in prompts]
+    return [Continuation(model, text, prompt, new_tokens).generate() for prompt in prompts]
 
 
 class Text:
@@ -77,25 +83,56 @@ class Text:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def generate(model: Any, text: Text, prompt: str, new_tokens: int) -> Generated:
-    """Continue ``prompt`` by exactly ``new_tokens`` as the model's generation config says, from a fixed seed."""
-    tokens = text.encode(prompt)
-    if not tokens:
-        raise ConfigError("the prompt is empty")
-    inputs = torch.tensor([tokens], device=model.device)
-    torch.manual_seed(0)
-    start = time.monotonic()
-    output = model.generate(
-        inputs,
-        attention_mask=torch.ones_like(inputs),
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    made = output.sequences[0, len(tokens) :].tolist()  # waits for the device
-    seconds = time.monotonic() - start
-    return Generated(prompt, text.decode(made), torch.cat(output.logits).float().cpu().numpy(), seconds)
+class Continuation:
+    """A prompt that a model continues as its generation config says, as often as it is asked, from a fixed seed.
+
+    By a loop of our own where the model has a static cache, else by transformers' own.
+
+    Args:
+        new_tokens: the most that are asked for.
+    """
+
+    def __init__(self, model: Any, text: Text, prompt: str, new_tokens: int) -> None:
+        tokens = text.encode(prompt)
+        if not tokens:
+            raise ConfigError("the prompt is empty")
+        self._model, self._text, self._prompt, self._new_tokens = model, text, prompt, new_tokens
+        self._inputs = torch.tensor([tokens], device=model.device)
+        self._decoding = Decoding(model, len(tokens) + new_tokens) if has_static_cache(model) else None
+
+    def generate(self, new_tokens: int | None = None) -> Generated:
+        """By exactly ``new_tokens``, or by the most."""
+        new_tokens = new_tokens or self._new_tokens
+        torch.manual_seed(0)
+        start = time.monotonic()
+        output = self._model.generate(
+            self._inputs,
+            attention_mask=torch.ones_like(self._inputs),
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            num_beams=1,
+            custom_generate=self._decoding,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        made = output.sequences[0, self._inputs.shape[1] :].tolist()  # waits for the device
+        seconds = time.monotonic() - start
+        logits = torch.cat(output.logits).float().cpu().numpy()
+        return Generated(self._prompt, self._text.decode(made), logits, seconds)
+
+    def capture(self, capture: Capture) -> None:
+        """Generate by replays of what ``capture`` makes of a step from now on; something was generated before.
+
+        Raises:
+            StateError: the model has no static cache, or a step of it cannot be captured. It generates as before.
+        """
+        if self._decoding is None:
+            raise StateError(f"transformers has no static cache for {type(self._model).__name__}")
+        try:
+            self._decoding.capture(capture)
+        except RuntimeError as error:
+            first = str(error).strip().partition("\n")[0]
+            raise StateError(f"a step of {type(self._model).__name__} cannot be captured: {first}") from error
 
 
 @contextmanager
@@ -171,5 +208,6 @@ def quiet_transformers() -> None:
         raise ConfigError("the demo needs transformers: pip install 'vmm-dwdp[hf]'") from error
 
     logging.getLogger("vmm_dwdp").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that older ones want
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -9,7 +9,7 @@ import pytest
 
 from vmm_dwdp.cli import demo
 from vmm_dwdp.cli.demo_group import RankReport as Rank
-from vmm_dwdp.cli.demo_group import Report
+from vmm_dwdp.cli.demo_group import RankResult, Replays, Report
 from vmm_dwdp.cli.demo_models import Generated
 from vmm_dwdp.config import DWDPConfig
 
@@ -57,23 +57,28 @@ RANK = Rank(
     exposed_wait_s=0.0,
     tokens_per_s=1.0,
     identical=True,
+    replays=None,
+    not_captured="",
     prompt="",
     continuation="",
 )
 
 
-def problems(*ranks: Rank, leaked: int = 0, fetching: bool = True) -> list[str]:
-    report = Report(
+def report_of(*ranks: Rank, leaked: int = 0, driver: str = "host") -> Report:
+    return Report(
         model="small",
         device="cpu",
-        driver="host",
+        driver=driver,
         group_size=len(ranks),
-        identical=all(rank.identical for rank in ranks),
+        identical=all(rank.all_identical for rank in ranks),
         ranks=list(ranks),
         leaked={"handles": leaked, "mappings": 0},
         seconds=1.0,
     )
-    return report.problems(fetching=fetching)
+
+
+def problems(*ranks: Rank, leaked: int = 0, fetching: bool = True) -> list[str]:
+    return report_of(*ranks, leaked=leaked).problems(fetching=fetching)
 
 
 def test_nothing_to_complain_of() -> None:
@@ -97,3 +102,48 @@ def test_rank_that_fetched_nothing_proves_nothing() -> None:
 
 def test_what_is_left_open_is_named() -> None:
     assert problems(RANK, leaked=2) == ["small: 2 handles left after close"]
+
+
+REPLAYED = dataclasses.replace(RANK, replays=Replays(steps=2, tokens_per_s=30.5, identical=True))
+WRONG = dataclasses.replace(RANK, rank=1, replays=Replays(steps=2, tokens_per_s=30.5, identical=False))
+
+
+def test_replays_that_differ_are_named() -> None:
+    assert problems(REPLAYED, WRONG) == ["small: replays of rank 1 differ from the whole model"]
+    assert (REPLAYED.all_identical, WRONG.all_identical) == (True, False)
+
+
+def test_replays_are_compared_with_the_whole_model(generated: Generated) -> None:
+    other = dataclasses.replace(generated, text=" me", seconds=0.5)
+    stats = argparse.Namespace(
+        resident_bytes=1, staged_bytes=1, fetched_bytes=1, hits=1, misses=0, in_place=0, exposed_wait_s=0.0
+    )
+    ranks = [
+        RankResult("cuda:0", 4, stats, eager, replayed, "", {}).compared(0, generated)  # type: ignore[arg-type]
+        for eager, replayed in ((generated, other), (other, generated), (generated, None))
+    ]
+
+    assert [rank.identical for rank in ranks] == [True, False, True]
+    assert [rank.replays for rank in ranks] == [Replays(2, 6.0, False), Replays(2, 3.0, True), None]
+    assert [rank.tokens_per_s for rank in ranks] == [3.0, 6.0, 3.0]
+
+
+def printed(report: Report, capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
+    demo._print(report, with_text=False)
+    return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_what_a_gpu_replays_stands_beside(capsys: pytest.CaptureFixture[str]) -> None:
+    without = dataclasses.replace(RANK, rank=2, not_captured="a step cannot be captured: no")
+    _, heads, *rows = printed(report_of(REPLAYED, WRONG, without, driver="cuda"), capsys)
+
+    assert heads[-6:] == ["waited", "tokens/s", "in", "a", "graph", "same"]
+    assert [row[-3:] for row in rows[:3]] == [["1.0", "30.5", "yes"], ["1.0", "30.5", "NO"], ["1.0", "-", "yes"]]
+    assert ["rank", "2:", "a", "step", "cannot", "be", "captured:", "no"] in rows
+
+
+def test_without_a_gpu_there_is_no_such_column(capsys: pytest.CaptureFixture[str]) -> None:
+    _, heads, row, *_ = printed(report_of(RANK), capsys)
+
+    assert heads[-2:] == ["tokens/s", "same"]
+    assert row[-2:] == ["1.0", "yes"]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 import offloaders
 import versus_offloaders
 from decode import SHAPES
+from findings import Cut, Findings, raise_when_cut
 
 from vmm_dwdp.planning.routing import read_trace
 
@@ -27,11 +31,22 @@ EXPERT = 3 * 256 * 128 * 2  # bytes
 STEPS = 2
 
 
-def measured(*offered: offloaders.Offloader, tokens: list[int], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The rows and who is left out, with these offloaders for theirs."""
+def measured(
+    *offered: offloaders.Offloader,
+    tokens: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    whose: tuple[str, ...] = ("ours",),
+) -> Any:
+    """The rows and who is left out, with these offloaders for theirs; also of what was cut."""
     monkeypatch.setattr(versus_offloaders, "available", lambda kinds, device: (list(offered), {}))
-    arguments = argparse.Namespace(device=CPU, rivals=[], tokens=tokens, steps=STEPS, tiny=True)
-    return versus_offloaders.measure(SHAPE, arguments)
+    arguments = argparse.Namespace(device=CPU, rivals=whose, tokens=tokens, steps=STEPS, tiny=True)
+    told: list[Findings] = []
+    try:
+        versus_offloaders.measure(SHAPE, arguments, told.append)
+    except Cut:
+        assert told, "what was found is told before anything else"
+    (found,) = told
+    return found.rows, found.left_out
 
 
 def offloader(name: str, change: Callable[[nn.Module], None] = lambda layer: None) -> offloaders.Offloader:
@@ -48,7 +63,7 @@ def test_each_is_compared_by_what_its_pass_has_to_move(monkeypatch: pytest.Monke
     by = {(row["who"], row["tokens"]): row for row in rows}
     demo = read_trace(ROOT / "benchmarks" / "traces" / "demo.npz").mixed()
 
-    assert left_out == []
+    assert left_out == {}
     ours = [("ours, in place", 1), ("ours, in place", 4), ("ours, bank", 1), ("ours, bank", 4), ("ours, staged", 40)]
     assert list(by) == [*ours, *(("theirs", tokens) for tokens in (1, 4, 40))]
     for tokens in 1, 4:
@@ -95,8 +110,93 @@ def test_who_cannot_run_is_left_out_and_says_why(monkeypatch: pytest.MonkeyPatch
     offered = offloader("failing", fail), offloader("theirs")
     rows, left_out = measured(*offered, tokens=[1], monkeypatch=monkeypatch)
 
-    assert left_out == [{"who": "failing", "why": "pinned memory is not to be had"}]
+    assert left_out == {"failing": "pinned memory is not to be had"}
     assert [row["who"] for row in rows] == ["ours, in place", "ours, bank", "theirs"]
+
+
+def test_what_was_measured_of_who_fails_later_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, left_out = measured(at_four_tokens("failing", fail), tokens=[1, 4], monkeypatch=monkeypatch, whose=())
+
+    assert [(row["who"], row["tokens"]) for row in rows] == [("failing", 1)]
+    assert left_out == {"failing": "no more"}
+
+
+def fail() -> None:
+    raise RuntimeError("no more")
+
+
+def at_four_tokens(name: str, do: Callable[[], None]) -> offloaders.Offloader:
+    """An offloader that does this in a pass of four tokens."""
+
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if len(args[0]) == 4:
+            do()
+
+    return offloader(name, lambda layer: layer.register_forward_pre_hook(hook))
+
+
+def sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def cutting() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    raise_when_cut()
+    yield
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN, "what is told then is not cut again"
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("cutting")
+def test_who_is_cut_keeps_what_was_measured_and_says_what_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    offered = offloader("first"), at_four_tokens("cut", sigterm), offloader("never")
+    rows, left_out = measured(*offered, tokens=[1, 4, 40], monkeypatch=monkeypatch)
+
+    assert [(row["who"], row["tokens"]) for row in rows[-4:]] == [("first", 1), ("first", 4), ("first", 40), ("cut", 1)]
+    assert {str(row["who"]) for row in rows[:-4]} == {"ours, in place", "ours, bank", "ours, staged"}
+    assert left_out == {
+        "cut": "the run was cut before its passes of 4, 40 tokens",
+        "never": "the run was cut before its passes of 1, 4, 40 tokens",
+    }
+
+
+@pytest.mark.usefixtures("cutting")
+def test_a_command_that_is_cut_prints_one_object(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def available(kinds: list[str], device: torch.device) -> tuple[list[offloaders.Offloader], dict[str, str]]:
+        asked.append(kinds)
+        return [at_four_tokens("theirs", sigterm)], {"vllm": "not there"}
+
+    monkeypatch.setattr(versus_offloaders, "available", available)
+    words = [
+        "--tiny",
+        "--tokens",
+        "1",
+        "4",
+        "--steps",
+        "2",
+        "--json",
+        "--device",
+        "cpu",
+        "--rivals",
+        "vllm",
+        "accelerate",
+    ]
+    monkeypatch.setattr(sys, "argv", ["versus_offloaders.py", *words])
+    with pytest.raises(Cut, match="cut by SIGTERM"):
+        versus_offloaders.main()
+    _, rows, left_out = json.loads(capsys.readouterr().out).values()
+
+    assert asked == [["vllm", "accelerate"]]
+    assert [(row["who"], row["tokens"], row["graph"]) for row in rows] == [("theirs", 1, None)]
+    assert left_out == [
+        {"who": "vllm", "why": "not there"},
+        {"who": "theirs", "why": "the run was cut before its passes of 4 tokens"},
+    ]
 
 
 @pytest.mark.parametrize(("ms", "link"), [(95.0, 50.0), (float("nan"), 50.0), (200.0, float("nan")), (200.0, -50.0)])
