@@ -55,7 +55,7 @@ from vmm_dwdp.planning.gpus import GpuSpec, load_gpu
 from vmm_dwdp.testing import RankFailed, run_group
 
 SLOW: Final = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
-LAYER_ERROR: Final = 2**-8  # of partial sums in bfloat16, relative; wrong experts make more than 1
+MOST_ERROR: Final = 0.3  # of a token; one wrong expert of its four in one layer makes 0.5 and more
 
 
 class Case(NamedTuple):
@@ -213,7 +213,9 @@ def _rank(
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+    """Of the token for which it is most, relative: partial sums are rounded once more, and layer after layer adds up."""
+    of_token = (found.double() - expected.double()).norm(dim=1) / expected.double().norm(dim=1)
+    return float(of_token.max())
 
 
 def sent_bytes(stack: Stack, nodes: int, node: int, routed: Routed) -> int:
@@ -353,7 +355,7 @@ def tables(
                 failed.append({"stack": stack.name, "network": case.name, "why": str(failure)})
                 continue
             found = with_rates(found, stack, nodes, count, case, granularity)
-            require_right(found, LAYER_ERROR * stack.num_layers)
+            require_right(found)
             if link is not None:
                 require_within_link(found, link, ["over nodes GB/s", "rail GB/s", "dwdp GB/s"])
             if gpu is not None and not place.tiny:
@@ -382,9 +384,9 @@ def _networks(rows: list[Row]) -> list[str]:
     return list(dict.fromkeys(row["network"] for row in rows))
 
 
-def require_right(rows: list[Row], most: float) -> None:
+def require_right(rows: list[Row]) -> None:
     for row in rows:
-        if not row.get("identical", True) or max(row["over nodes error"], row["expert parallel error"]) > most:
+        if not row.get("identical", True) or max(row["over nodes error"], row["expert parallel error"]) > MOST_ERROR:
             raise SystemExit(f"a result differs from the pass with all experts in the rank's own memory: {row}")
 
 

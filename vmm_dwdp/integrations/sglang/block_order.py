@@ -8,13 +8,15 @@ order in which owners take turns (`ExpertPlacement.in_turn`), and every rank rea
 
 The order is made where SGLang sorts tokens by expert, `moe_align_block_size`: it is given the experts' places in that
 order for their numbers, and what it says of each block is put back into numbers. Blocks have the same tokens as before
-and are multiplied by the same experts, only in another order: so every output has the same bits.
+and are multiplied by the same experts, only in another order. A program of SGLang's Triton kernels multiplies one block
+by all of K, so every output has the same bits. Marlin's share out all blocks' K in equal parts, and add up otherwise in
+another order; triton_kernels sort tokens in the router. Their order stays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -32,6 +34,8 @@ class BlockOrder:
         device: of the tokens.
     """
 
+    RUNNERS: Final = frozenset({"triton"})  # of MoE, whose sums do not depend on the order
+
     def __init__(self, placement: ExpertPlacement, reader: int, rows: Iterable[int], device: torch.device) -> None:
         turns = placement.in_turn(reader)
         self._tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -39,7 +43,8 @@ class BlockOrder:
             order = torch.tensor([*range(num_rows), *(num_rows + expert for expert in turns)], dtype=torch.int32)
             places = torch.empty_like(order)
             places[order.long()] = torch.arange(len(order), dtype=torch.int32)
-            self._tables[len(order)] = places, order = places.to(device), order.to(device)
+            places, order = places.to(device), order.to(device)
+            self._tables[len(order)] = places, order
             for dtype in (torch.int32, torch.int64):  # compiled now, as a first pass may be captured
                 relabel(order.to(dtype), places)
 

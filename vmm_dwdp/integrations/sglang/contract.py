@@ -29,7 +29,7 @@ _MODEL_CONFIG = (
 )
 CHECK_FINAL_ARGUMENTS = "sglang.srt.server_args.ServerArgs.check_server_args"  # what the engine calls last of all
 CONSTRUCT_MODEL = "sglang.srt.model_loader.loader._initialize_model"  # what every loader calls before it loads
-ALIGN_BLOCKS = "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe.moe_align_block_size"  # Marlin's, too
+ALIGN_BLOCKS = "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe.moe_align_block_size"
 CHOOSE_TILES = "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe.try_get_optimal_moe_config"
 # The constructors of linear layers that may be cut over ranks, and the sum over all of them in a pass.
 LINEARS = tuple(

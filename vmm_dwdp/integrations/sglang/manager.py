@@ -19,7 +19,7 @@ from vmm_dwdp.integrations.sglang.block_order import BlockOrder
 from vmm_dwdp.integrations.sglang.expert_layer import ExpertLayer
 from vmm_dwdp.integrations.sglang.expert_view import ViewedRuntime
 from vmm_dwdp.integrations.sglang.progress import Progress
-from vmm_dwdp.integrations.sglang.schemes import caution, without_rows
+from vmm_dwdp.integrations.sglang.schemes import caution, runner_of, without_rows
 from vmm_dwdp.integrations.sglang.settings import Stated
 from vmm_dwdp.layout.placement import ExpertPlacement
 
@@ -230,7 +230,8 @@ class ExpertManager:
 
     def _block_order(self) -> BlockOrder | None:
         placement = ExpertPlacement(next(iter(self._layers.values())).num_experts, self.runtime.config)
-        if not self.runtime.config.reads_in_place or len(placement.owners) == 1:
+        runners = {runner_of(layer.module) for layer in self._layers.values()}
+        if not self.runtime.config.reads_in_place or len(placement.owners) == 1 or runners != BlockOrder.RUNNERS:
             return None
         bank = self.runtime.stats().bank
         return BlockOrder(placement, self._rank, bank.rows.values() if bank else (), self._device)
