@@ -213,7 +213,7 @@ def _rank(
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of the token for which it is most, relative: partial sums are rounded once more, and layer after layer adds up."""
+    """Of the token for which it is most, relative: partial sums are rounded once more, and layers add up."""
     of_token = (found.double() - expected.double()).norm(dim=1) / expected.double().norm(dim=1)
     return float(of_token.max())
 
