@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.bank_model import BankModel
+from support.bank_model import SAVING, BankModel
 from support.triton_scripts import python
 
 from vmm_dwdp.errors import ConfigError
@@ -122,6 +122,10 @@ def test_triton_plans_and_copies_as_the_model() -> None:
         passes = [(routed(tokens, min(experts, 7), experts, generator), number % 4 != 3) for number in range(9)]
         stated = {"experts": experts, "rows": rows, "own": own, "sizes": sizes, "dtype": dtype, "programs": 3}
         cases.append(stated | {"passes": passes})
+    saving = [([used], True) for used in SAVING]
+    cases.append(
+        {"experts": 12, "rows": 4, "own": (0, 0), "sizes": [8], "dtype": "int32", "programs": 2, "passes": saving}
+    )
     for case, told in zip(cases, python(TRITON, given=cases, TRITON_INTERPRET="1"), strict=True):
         model = BankModel(case["experts"], case["rows"], range(*case["own"]))
         for (chosen, copies), (places, rows, counts) in zip(case["passes"], told, strict=True):
@@ -176,6 +180,13 @@ def test_only_what_was_used_lately_takes_a_row_and_for_eight_uses_one_does(data:
     assert all(saved >= 0 for saved in earned)
     # Between any two passes no more than was earned meanwhile, and what may be saved.
     assert all(now >= most - 8 * rows for most, now in zip(accumulate(earned, max), earned, strict=True))
+
+
+def test_no_more_copies_are_saved_than_there_are_rows() -> None:
+    table, model = BankTable.empty(12, 4, range(0), CPU), BankModel(12, 4)
+    for used in SAVING:
+        assert look_up(table, torch.tensor([used]), [], copies=True).tolist() == [model.look_up(used, copies=True)]
+    assert table.counts.tolist() == model.counts
 
 
 def test_where_an_expert_comes_back_only_after_all_others_none_takes_a_row() -> None:

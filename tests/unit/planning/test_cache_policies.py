@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from support.bank_model import BankModel
+from support.bank_model import SAVING, BankModel
 
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.planning.caches import (
@@ -86,6 +86,16 @@ def test_the_bank_s_policy_is_what_banks_do(room: int) -> None:
         replayed = (part[:, lane].cumsum() for part in found)
         assert list(zip(*replayed, strict=True)) == counts
         assert room > 11 or counts[-1][2] > room, "nobody has left the bank"
+
+
+def test_the_bank_s_policy_saves_no_more_copies_than_there_are_rows() -> None:
+    used, bank, copied = np.zeros((len(SAVING), 1, 12), np.bool_), BankModel(12, 4), []
+    for now, experts in zip(used, SAVING, strict=True):
+        now[:, experts] = True
+        bank.look_up(experts, copies=True)
+        copied.append(bank.counts[2])
+
+    assert replay(used, 4, bank_policy).copies.cumsum().tolist() == copied
 
 
 @pytest.mark.parametrize("policy", [*ONLINE.values(), bank_policy, foresight])
