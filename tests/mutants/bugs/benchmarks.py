@@ -232,9 +232,9 @@ BUGS: Final = (
         _DECODE,
     ),
     Bug(
-        "decoding over links: what is not to hit is of one rank after another",
-        "benchmarks/decode_steps.py",
-        ".view(ranks, -1).T.flatten()",
+        "chosen against a bank: what is used is of one rank after another",
+        "benchmarks/adversary.py",
+        ".reshape(ranks, -1).T.ravel()",
         "",
         _DECODE,
     ),
