@@ -8,8 +8,8 @@ the device says which expert is in which row. `look_up` is given what the router
    uses the expert. It is an integer, so that every device works out the same.
 2. who is to be in the bank: of the experts that are there and of the newcomers, which were just used and are not there,
    the ``S`` of the highest score; of equal ones the lower number. A newcomer's score is the one before this pass, so
-   that only what was used lately takes the row of another: a copy is worth its time if the expert is used again, and
-   one use says little of that. What is there and was just used stays in any case, as it is read now.
+   that it takes the row of another for earlier uses only: a copy is worth its time if the expert is used again, and one
+   use says little of that. What is there and was just used stays in any case, as it is read now.
 3. how many may come. Rows that nobody holds are given to whom there is room for. For the rows of others a bank has
    credit: each use of an expert that is not this device's own is worth a copy's ``1 / USES_A_COPY``, and what is not
    spent is kept for later, up to ``S`` copies. Of the newcomers only as many of the highest scores take part as there
@@ -24,8 +24,7 @@ multiprocessors; the product that follows on the same stream reads them there. S
 link once, whether it comes into the bank or not. Where nobody is to be copied, who is in the bank is only read.
 
 That frequency decides who is admitted, and not only who leaves, is of Einziger, Friedman and Manes, TinyLFU: A Highly
-Efficient Cache Admission Policy (arXiv 1512.00727); there a newcomer's own use counts. The credit is what networks
-call a token bucket.
+Efficient Cache Admission Policy (arXiv 1512.00727). The credit is what networks call a token bucket.
 
 The table says of an expert that it is in a row only once its bytes are there: `look_up` reads the table and writes a
 plan, and what copies the rows then makes the plan the table. Where one was launched and the other not, table and rows
