@@ -4,13 +4,15 @@ A pass is a number of MoE layers of a model's shapes, as in decode.py, with what
 a CUDA graph; ours in Triton is the grouped GEMM. In each step the same routing goes through a pass without a bank, one
 with it, and one with all experts in the GPU's own memory, in turns, because the link of a shared host drifts. Every
 pass with the bank is compared to the bit with the one on the GPU. Routing: a trace's sequences decode after their
-prompts' last tokens, which fill the bank and are not timed; or no expert comes back before all others were used. On the
-CPU the same runs on the host driver, without graphs, which says nothing about a link.
+prompts' last tokens, which fill the bank and are not timed; or adversary.py chooses, so that nothing hits and as much
+is copied as the planner lets happen. On the CPU the same runs on the host driver, without graphs, which says nothing
+about a link.
 
 batch        sequences decoded together
 routing      the trace, or "none hits"
 hits         part of the experts used that were in the bank
-replayed     the same, of the replay of its policy
+copied       part of the experts used that were copied into it
+replayed     hits, of the replay of its policy
 foresight    the same, if it were known what is used next
 gpu          ms, the mean over steps, all experts in the GPU's own memory
 in place     ms, without the bank
@@ -35,6 +37,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from adversary import BEFORE, none_hits
 from common import parser, report, seen
 from decode import COPIED, SHAPES, Gemm, Shape, Weights, captured, copied, elapsed, our_gemm, published
 from routing import recorded
@@ -42,13 +45,14 @@ from torch import Tensor
 
 from vmm_dwdp import DWDPRuntime
 from vmm_dwdp.config import ModeSetting
-from vmm_dwdp.kernels.bank_table import HALF_LIFE
 from vmm_dwdp.memory import bank as memory_bank
-from vmm_dwdp.planning.caches import decayed_frequency, foresight, replay_decoding
+from vmm_dwdp.planning.caches import bank_policy, foresight, replay_decoding
 from vmm_dwdp.planning.routing import used_experts
 
 TRACES = Path(__file__).parent / "traces"
 COPIES = 5  # of the link, of which the median counts
+NONE_HITS = "none hits"
+TIMED = 32  # passes in which nothing hits
 
 
 def each_expert(x: Tensor, rows: Tensor, weights: Weights, gemm: Gemm) -> Tensor:
@@ -127,21 +131,22 @@ def tokens_of(trace: str, shape: Shape, batch: int) -> Iterator[tuple[Tensor, Te
         yield ids[0].transpose(1, 2).contiguous(), ids[1].transpose(1, 2).contiguous()
 
 
+def nothing_hits(shape: Shape, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same of one group, chosen against the planner."""
+    chosen = torch.from_numpy(none_hits(shape.experts, shape.top_k, batch, passes=BEFORE + TIMED))
+    ids = chosen[:, None].expand(-1, shape.layers, -1, -1)
+    yield ids[:BEFORE].contiguous(), ids[BEFORE:].contiguous()
+
+
 def steps_of(
-    trace: str, shape: Shape, batch: int, groups: int, room: int
+    routing: str, shape: Shape, batch: int, groups: int, room: int
 ) -> Iterator[tuple[Tensor, Tensor, dict[str, float]]]:
     """So many of these groups, and the hits that the replay has, in banks with ``room``."""
-    policies = {"replayed": decayed_frequency(HALF_LIFE), "foresight": foresight}
-    for ids in itertools.islice(tokens_of(trace, shape, batch), groups):
+    policies = {"replayed": bank_policy, "foresight": foresight}
+    found = nothing_hits(shape, batch) if routing == NONE_HITS else tokens_of(routing, shape, batch)
+    for ids in itertools.islice(found, groups):
         used = [used_experts(part.transpose(1, 2).numpy().astype(np.uint16), shape.experts) for part in ids]
         yield *ids, {name: replay_decoding(*used, room, policy, batch).share() for name, policy in policies.items()}
-
-
-def none_hits(shape: Shape, batch: int) -> Iterator[tuple[Tensor, Tensor, dict[str, float]]]:
-    """The same, where tokens choose all experts one after another."""
-    used = batch * shape.top_k
-    ids = torch.arange(48 * used).view(48, 1, batch, shape.top_k).expand(-1, shape.layers, -1, -1) % shape.experts
-    yield ids[:16].contiguous(), ids[16:].contiguous(), {"replayed": 0.0, "foresight": 0.0}
 
 
 def measure(
@@ -159,10 +164,8 @@ def measure(
     memory_bank.MOST_COPIED = most  # type: ignore[misc]
     turns: list[dict[str, float]] = []
     shares: list[dict[str, float]] = []
-    used, hits = 0, 0
-    none = routing == "none hits"
-    steps = none_hits(shape, batch) if none else steps_of(routing, shape, batch, groups, bank.stats().rows[0])
-    for prompt, decoding, share in steps:
+    used, hits, copies = 0, 0, 0
+    for prompt, decoding, share in steps_of(routing, shape, batch, groups, bank.stats().rows[0]):
         shares.append(share)
         forget(runtime)
         plans = []
@@ -182,7 +185,8 @@ def measure(
             if not torch.equal(found, expected):
                 raise SystemExit("from the bank, weights give other bits than on the GPU")
         for number, counts in runtime.bank_counts().items():
-            used, hits = used + counts.uses - before[number].uses, hits + counts.hits - before[number].hits
+            counted = zip((used, hits, copies), counts, before[number], strict=True)
+            used, hits, copies = (total + now - then for total, now, then in counted)
         runtime.check_integrity(verify=False)
         bank.verify()
     ms = {name: statistics.mean(turn[name] for turn in turns) for name in turns[0]}
@@ -192,6 +196,7 @@ def measure(
         "batch": batch,
         "routing": routing,
         "hits": hits / used,
+        "copied": copies / used,
         **{name: statistics.mean(share[name] for share in shares) for name in ("replayed", "foresight")},
         **{name: ms[name] for name in ("gpu", "in place")},
         "planned": ms["in place"] + ms["planner"],
@@ -212,6 +217,7 @@ def forget(runtime: DWDPRuntime) -> None:
     assert bank is not None
     for table in bank._tables.values():
         table.scores.zero_()
+        table.credit.zero_()
     bank.empty()
 
 
@@ -233,14 +239,14 @@ def main() -> None:
     add = arguments_of.add_argument
     add("--model", choices=("Qwen3-30B-A3B", "tiny"), default="Qwen3-30B-A3B", help="(default: Qwen3-30B-A3B)")
     add("--batch", type=int, action="append", help="sequences; may be repeated (default: 1, 4, 16)")
-    add("--routing", action="append", help="a trace, or 'none hits'; may be repeated (default: both mixed, and that)")
+    add("--routing", action="append", help=f"a trace, or '{NONE_HITS}'; may be repeated (default: both, and that)")
     add("--groups", type=int, default=2, help="of sequences that are decoded, one after another (default: 2)")
     arguments = arguments_of.parse_args()
     shape = SHAPES[arguments.model]
     if arguments.model == "tiny":  # with as many experts as the demo's trace
         shape = shape._replace(top_k=4)
     routings = arguments.routing or (
-        ["mixed-0.01", "mixed-0.001", "none hits"] if arguments.model != "tiny" else ["demo", "none hits"]
+        ["mixed-0.01", "mixed-0.001", NONE_HITS] if arguments.model != "tiny" else ["demo", NONE_HITS]
     )
     rows = []
     banked = 2.0 if arguments.model == "tiny" else 0.25  # whose experts fill no page
@@ -248,8 +254,6 @@ def main() -> None:
         whole = copied(shape, runtime)
         for batch in arguments.batch or [1, 4, 16]:
             for routing in routings:
-                if routing == "none hits" and 2 * batch * shape.top_k > shape.experts:
-                    continue  # some of what is in the bank would be used
                 link = measured_link(runtime)
                 rows.append(measure(shape, runtime, whole, batch, routing, arguments.groups, link))
     about = f"{arguments.model}: {shape.layers} layers of {shape.experts} experts, {shape.dtype}, a bank of a quarter"

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from adversary import none_hits
 from decoder import Read, Shape, Weights
 from expert_formats import through
 from torch import Tensor
@@ -27,13 +28,10 @@ def recorded(trace: RoutingTrace, shape: Shape, batch: int, rank: int, steps: in
     return ids[prompt : prompt + steps]
 
 
-def none_hits(shape: Shape, batch: int, ranks: int, steps: int) -> Tensor:
-    """The same, where all experts are used one after another, a quarter in a step at most, of all ranks alike."""
-    distinct = min(batch, shape.experts // (4 * shape.top_k))
-    of_all_ranks = torch.arange(shape.experts).view(ranks, -1).T.flatten()
-    turns = torch.arange(steps * distinct * shape.top_k) % shape.experts
-    ids = of_all_ranks[turns].view(steps, 1, distinct, shape.top_k).expand(-1, shape.layers, -1, -1)
-    return ids[:, :, torch.arange(batch) % distinct].contiguous()
+def nothing_hits(shape: Shape, batch: int, ranks: int, steps: int) -> Tensor:
+    """The same, where it is chosen against the planners of all ranks' banks."""
+    chosen = torch.from_numpy(none_hits(shape.experts, shape.top_k, batch, ranks, steps))
+    return chosen[:, None].expand(-1, shape.layers, -1, -1).contiguous()
 
 
 def uses(table: Tensor, experts: int, own: range) -> tuple[list[int], int]:

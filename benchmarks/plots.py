@@ -28,7 +28,7 @@ PREFILL, DECODE, ROUTING = "multi_gpu-4-h200.json", "decode-cache-h100.json", "r
 ROUTED = "mixed-0.01"
 LINES = {  # by policy: colour, marker
     "foresight": ("#8a8a8a", "^"),
-    "decayed frequency, half-life 16": ("#1f6fb4", "o"),
+    "the bank's": ("#1f6fb4", "o"),
     "least recently used": ("#d1603d", "s"),
     "random": ("#b08a2e", "v"),
     "static, the same kind": ("#7fb0da", "D"),

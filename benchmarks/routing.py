@@ -6,9 +6,12 @@ Each trace of benchmarks/traces says which experts the tokens of one model chose
 has a bank with room for a part of its experts. Before what is counted, the end of each prompt is replayed as if it had
 been decoded. Hits are the share of the experts used in a step that were in the bank; the rest crosses the link.
 
-hits        by policy and room, one sequence at a time. Static lists have the experts that most tokens chose in other
-            sequences of the same kind of text, or of another kind (the mean over all other kinds). Foresight knows what
-            comes, but fetches nothing ahead: more hits than that no policy has.
+hits        by policy and room, one sequence at a time; and copied: the share of the experts used that came into the
+            bank. Static lists have the experts that most tokens chose in other sequences of the same kind of text, or
+            of another kind (the mean over all other kinds). Foresight knows what comes, but fetches nothing ahead: more
+            hits than that no policy has.
+against     the same where experts are not chosen by a model, but all in turn; in pairs of steps, of half of them, again
+            and again; or by adversary.py; a token's in a step, with room for a quarter, from the 193rd step on
 together    by sequences that are decoded together, of all kinds, with room for a quarter of the experts
 topic       after a sequence of the same kind of text, and of another, with room for a quarter, by tokens since
 reuse       tokens from one use of an expert to the next, by layer: as recorded, and with a sequence's tokens shuffled;
@@ -28,6 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from adversary import BEFORE, ROUND, in_turn, none_hits
 from common import Row, parser, report, seen
 
 from vmm_dwdp.errors import ConfigError
@@ -35,6 +39,7 @@ from vmm_dwdp.planning import locality
 from vmm_dwdp.planning.caches import (
     Policy,
     Replay,
+    bank_policy,
     decayed_frequency,
     first_uses,
     foresight,
@@ -42,6 +47,7 @@ from vmm_dwdp.planning.caches import (
     least_recently_used,
     most_frequent,
     random_victims,
+    replay,
     replay_decoding,
 )
 from vmm_dwdp.planning.routing import PHASES, Used, read_trace, used_experts
@@ -52,6 +58,7 @@ QUARTER = 1 / 4
 POLICIES: dict[str, Policy] = {
     "least recently used": least_recently_used,
     **{f"decayed frequency, half-life {steps}": decayed_frequency(steps) for steps in (4, 16, 64)},
+    "the bank's": bank_policy,
     "random": random_victims(seed=0),
     "foresight": foresight,
 }
@@ -129,9 +136,27 @@ def traces(trace: Recorded) -> Iterator[Row]:
 
 def hits(trace: Recorded) -> Iterator[Row]:
     for room in ROOMS:
-        shares = {name: warm(trace, room, policy).share() for name, policy in POLICIES.items()}
-        for name, share in {**shares, **static_lists(trace, room)}.items():
-            yield {"trace": trace.name, "room": room, "policy": name, "hits": share}
+        found = {name: warm(trace, room, policy) for name, policy in POLICIES.items()}
+        shares = {name: (done.share(), done.copied()) for name, done in found.items()}
+        listed = {name: (share, 0.0) for name, share in static_lists(trace, room).items()}
+        for name, (share, copied) in {**shares, **listed}.items():
+            yield {"trace": trace.name, "room": room, "policy": name, "hits": share, "copied": copied}
+
+
+def against(trace: Recorded) -> Iterator[Row]:
+    experts, top_k = trace.experts, int(trace.about["top k"])  # type: ignore[call-overload]
+    steps = BEFORE + ROUND
+    chosen = {
+        "all in turn": in_turn(experts, top_k, steps),
+        "half of them, in pairs": in_turn(experts // 2, top_k, steps).repeat(2, 0)[:steps],
+        "chosen against the bank": none_hits(experts, top_k, 1, passes=steps)[:, 0],
+    }
+    for routing, ids in chosen.items():
+        used = used_experts(ids.astype(np.uint16), experts)[:, None]
+        for name, policy in POLICIES.items():
+            found = Replay(*(part[BEFORE:] for part in replay(used, round(QUARTER * experts), policy)))
+            row = {"routing": routing, "policy": name, "hits": found.share(), "copied": found.copied()}
+            yield {"trace": trace.name, **row}
 
 
 def together(trace: Recorded) -> Iterator[Row]:
@@ -145,6 +170,7 @@ def together(trace: Recorded) -> Iterator[Row]:
                 "experts used": used,
                 "policy": name,
                 "hits": found.share(),
+                "copied": found.copied(),
             }
 
 
@@ -233,6 +259,7 @@ def owners(trace: Recorded) -> Iterator[Row]:
 TABLES = {
     "traces": traces,
     "hits": hits,
+    "against": against,
     "together": together,
     "topic": topic,
     "reuse": reuse,

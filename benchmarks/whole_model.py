@@ -46,8 +46,7 @@ from vmm_dwdp import HOST, DWDPConfig, DWDPRuntime
 from vmm_dwdp.allocator import open_driver
 from vmm_dwdp.allocator.driver import Driver
 from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.kernels.bank_table import HALF_LIFE
-from vmm_dwdp.planning.caches import decayed_frequency, foresight, replay
+from vmm_dwdp.planning.caches import bank_policy, foresight, replay
 from vmm_dwdp.planning.gpus import load_gpu
 from vmm_dwdp.planning.routing import RoutingTrace, read_trace, used_experts
 
@@ -200,7 +199,7 @@ class Steps:
             )
         shares = {"hits": hits / uses}
         rows = min(self.runtime.stats().bank.rows.values())  # type: ignore[union-attr]
-        for name, policy in ("replayed", decayed_frequency(HALF_LIFE)), ("foresight", foresight):
+        for name, policy in ("replayed", bank_policy), ("foresight", foresight):
             found = replay(used, rows, policy)
             shares[name] = float(found.hits[self.prompt :].sum() / uses)
         return Turn(link, ms, uses / self.steps, shares)

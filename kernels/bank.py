@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vmm_dwdp.kernels.bank_table import DECAY, ONE, PINNED, BankTable
+from vmm_dwdp.kernels.bank_table import DECAY, ONE, PINNED, USES_A_COPY, BankTable
 
 
 def look_up(table: BankTable, chosen: Tensor, weights: Sequence[Tensor], *, copies: bool) -> Tensor:
@@ -64,7 +64,20 @@ def _look_up_on_cpu(table: BankTable, chosen: Tensor, weights: Sequence[Tensor],
 
 def _changes(table: BankTable, used: Tensor, wanted: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
     """The experts that come into the bank, and those that leave it, in ascending order."""
-    key = (table.scores.long() << 16) - torch.arange(table.num_experts) + PINNED * (used & held)
-    kept = torch.zeros(table.num_experts, dtype=torch.bool)
-    kept[key.where(held | wanted, -PINNED).argsort(descending=True)[: table.num_rows]] = True
-    return (wanted & ~held & kept).nonzero().flatten(), (held & ~kept).nonzero().flatten()
+    past = table.scores.long() - ONE * (used & ~held)
+    key = (past << 16) - torch.arange(table.num_experts) + PINNED * (used & held)
+    free = table.num_rows - int(held.sum())
+    table.credit.add_(wanted.sum()).clamp_(max=USES_A_COPY * table.num_rows)
+    newcomers = _best(key, wanted & ~held, free + int(table.credit) // USES_A_COPY)
+    kept = _best(key, held | newcomers, table.num_rows)
+    leaving = (held & ~kept).nonzero().flatten()
+    table.credit.sub_(USES_A_COPY * len(leaving))
+    return (newcomers & kept).nonzero().flatten(), leaving
+
+
+def _best(key: Tensor, among: Tensor, most: int) -> Tensor:
+    """bool ``[E]``: ``most`` of those ``among`` which there are, of the largest keys."""
+    order = key.where(among, -PINNED).argsort(descending=True)
+    best = torch.zeros_like(among)
+    best[order[:most]] = True
+    return best & among

@@ -6,16 +6,25 @@ the device says which expert is in which row. `look_up` is given what the router
 
 1. how often each expert was used lately: a score that is halved every `HALF_LIFE` passes, and gains one for a pass that
    uses the expert. It is an integer, so that every device works out the same.
-2. who is to be in the bank: of the experts that are there and those that were just used, the ``S`` of the highest
-   score; of equal ones the lower number. What is there and was just used stays in any case, as it is read now. So an
-   expert may be left out that was just read: what the bank holds instead is used more often.
-3. who goes into which row. As long as the bank is not full nobody leaves, and rows are taken in their order: the rows
+2. who is to be in the bank: of the experts that are there and of the newcomers, which were just used and are not there,
+   the ``S`` of the highest score; of equal ones the lower number. A newcomer's score is the one before this pass, so
+   that it takes the row of another for earlier uses only: a copy is worth its time if the expert is used again, and one
+   use says little of that. What is there and was just used stays in any case, as it is read now.
+3. how many may come. Rows that nobody holds are given to whom there is room for. For the rows of others a bank has
+   credit: each use of an expert that is not this device's own is worth a copy's ``1 / USES_A_COPY``, and what is not
+   spent is kept for later, up to ``S`` copies. Of the newcomers only as many of the highest scores take part as there
+   are free rows and copies. So whatever is chosen, a bank that never hits copies no more than that part of what it
+   reads.
+4. who goes into which row. As long as the bank is not full nobody leaves, and rows are taken in their order: the rows
    in use are always the first. Who comes takes the row of somebody who leaves, or the next.
-4. for every chosen expert the row in which it is read: in the bank, or ``S + e`` where it is in place.
+5. for every chosen expert the row in which it is read: in the bank, or ``S + e`` where it is in place.
 
 Then those who come are copied into their rows, from where they are in place, by as many programs as the device has
 multiprocessors; the product that follows on the same stream reads them there. So what is not in the bank crosses the
 link once, whether it comes into the bank or not. Where nobody is to be copied, who is in the bank is only read.
+
+That frequency decides who is admitted, and not only who leaves, is of Einziger, Friedman and Manes, TinyLFU: A Highly
+Efficient Cache Admission Policy (arXiv 1512.00727). The credit is what networks call a token bucket.
 
 The table says of an expert that it is in a row only once its bytes are there: `look_up` reads the table and writes a
 plan, and what copies the rows then makes the plan the table. Where one was launched and the other not, table and rows
@@ -33,6 +42,7 @@ from torch import Tensor
 from vmm_dwdp.errors import ConfigError
 
 HALF_LIFE: Final = 16  # passes after which a use counts half: at most sizes the best of those in docs/routing.md
+USES_A_COPY: Final = 8  # for each of so many uses one expert may take another's row
 ONE: Final = 1 << 24  # what a use counts in the pass that makes it
 DECAY: Final = round(2 ** (16 - 1 / HALF_LIFE))  # of 2**16, what is left of a score from pass to pass
 MOST_EXPERTS: Final = 4096  # of a layer, which one program of the planner goes through
@@ -49,6 +59,7 @@ class BankTable:
         rows: int32 ``[E]``, the row of each expert in the bank, or -1.
         planned: int32 ``[E]``, the same once the experts in ``moves`` are copied.
         scores: int32 ``[E]``, how often it was used lately.
+        credit: int64 ``[1]``, uses that no copy was made for yet.
         moves: int32 ``[1 + S]``, how many experts are to be copied, and which.
         counts: int64 ``[3]``, since the table was made: uses of experts that are not this device's own, each once a
             pass; of these, those that were in the bank; and experts that were copied into it.
@@ -60,6 +71,7 @@ class BankTable:
     rows: Tensor
     planned: Tensor
     scores: Tensor
+    credit: Tensor
     moves: Tensor
     counts: Tensor
     scratch: Tensor
@@ -76,6 +88,7 @@ class BankTable:
                 rows=torch.full((num_experts,), -1, dtype=torch.int32, device=device),
                 planned=torch.full((num_experts,), -1, dtype=torch.int32, device=device),
                 scores=torch.zeros(num_experts, dtype=torch.int32, device=device),
+                credit=torch.zeros(1, dtype=torch.int64, device=device),
                 moves=torch.zeros(1 + num_rows, dtype=torch.int32, device=device),
                 counts=torch.zeros(3, dtype=torch.int64, device=device),
                 scratch=torch.zeros(num_experts, dtype=torch.int64, device=device),

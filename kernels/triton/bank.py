@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmm_dwdp.kernels.bank_table import DECAY, ONE, PINNED, BankTable
+from vmm_dwdp.kernels.bank_table import DECAY, ONE, PINNED, USES_A_COPY, BankTable
 
 IDS: Final = 512  # that the planner looks at in one step, however many there are: one form of it for all
 COMPARED: Final = 32  # experts with which it compares all in one step
@@ -32,26 +32,46 @@ def _ids(chosen, first, num_ids, num_experts, IDS: tl.constexpr):
 
 
 @triton.jit
-def _rank(keys, key, num_experts, E: tl.constexpr, COMPARED: tl.constexpr):
-    """How many of all keys are larger than each."""
-    rank = tl.zeros((E,), tl.int32)
+def _rank(keys, rows, key, num_experts, E: tl.constexpr, COMPARED: tl.constexpr):
+    """How many of the keys are larger than each: of those that are in the bank, and of others."""
+    there, others = tl.zeros((E,), tl.int32), tl.zeros((E,), tl.int32)
     for first in range(0, num_experts, COMPARED):
-        others = first + tl.arange(0, COMPARED)
-        other = tl.load(keys + others, others < num_experts, 0)
-        larger = (other[None, :] > key[:, None]) & (others < num_experts)[None, :]
-        rank += tl.sum(larger.to(tl.int32), 1)
-    return rank
+        compared = first + tl.arange(0, COMPARED)
+        other = tl.load(keys + compared, compared < num_experts, 0)
+        held = tl.load(rows + compared, compared < num_experts, -1) >= 0
+        larger = (other[None, :] > key[:, None]) & (compared < num_experts)[None, :]
+        there += tl.sum((larger & held[None, :]).to(tl.int32), 1)
+        others += tl.sum((larger & ~held[None, :]).to(tl.int32), 1)
+    return there, others
 
 
 @triton.jit
-def _exchange(scratch, moves, key, row, read, num_experts, num_rows, E: tl.constexpr, COMPARED: tl.constexpr):
+def _exchange(
+    rows,
+    credit,
+    scratch,
+    moves,
+    key,
+    row,
+    read,
+    num_experts,
+    num_rows,
+    USES_A_COPY: tl.constexpr,
+    E: tl.constexpr,
+    COMPARED: tl.constexpr,
+):
     """Who leaves, who comes, and into which row: the rows of all, and how many come, which are written to ``moves``.
     ``scratch`` holds the keys."""
     held = row >= 0
-    rank = _rank(scratch, key, num_experts, E, COMPARED)
-    coming = read & (row < 0) & (rank < num_rows)
+    num_held = tl.sum(held.to(tl.int32), 0)
+    saved = tl.load(credit) + tl.sum(read.to(tl.int32), 0)
+    saved = tl.minimum(saved, USES_A_COPY * num_rows)
+    most = num_rows - num_held + (saved // USES_A_COPY).to(tl.int32)
+    there, others = _rank(scratch, rows, key, num_experts, E, COMPARED)
+    rank = there + tl.minimum(others, most)
+    coming = read & (row < 0) & (others < most) & (rank < num_rows)
     leaving = held & (rank >= num_rows)
-    num_held, num_leaving = tl.sum(held.to(tl.int32), 0), tl.sum(leaving.to(tl.int32), 0)
+    num_leaving = tl.sum(leaving.to(tl.int32), 0)
     num_coming = tl.sum(coming.to(tl.int32), 0)
     place = tl.cumsum(coming.to(tl.int32), 0) - 1
     tl.debug_barrier()  # all have compared
@@ -59,6 +79,7 @@ def _exchange(scratch, moves, key, row, read, num_experts, num_rows, E: tl.const
     tl.debug_barrier()
     free = tl.load(scratch + place, coming & (place < num_leaving), 0).to(tl.int32)
     free = tl.where(place < num_leaving, free, num_held + place - num_leaving)
+    tl.store(credit, saved - USES_A_COPY * num_leaving)
     tl.store(moves + 1 + place, tl.arange(0, E), coming)
     tl.store(moves, num_coming)
     return tl.where(coming, free, tl.where(leaving, -1, row)), num_coming
@@ -75,6 +96,7 @@ def _plan(
     rows,
     planned,
     scores,
+    credit,
     moves,
     counts,
     scratch,
@@ -87,6 +109,7 @@ def _plan(
     DECAY: tl.constexpr,
     ONE: tl.constexpr,
     PINNED: tl.constexpr,
+    USES_A_COPY: tl.constexpr,
     E: tl.constexpr,
     IDS: tl.constexpr,
     COMPARED: tl.constexpr,
@@ -103,14 +126,17 @@ def _plan(
     score = tl.load(scores + experts, real, 0).to(tl.int64)
     score = ((score * DECAY) >> 16) + tl.where(used, ONE, 0)
     held = row >= 0
-    key = (score << 16) - experts + tl.where(used & held, PINNED, 0)
+    past = score - tl.where(used & ~held, ONE, 0)
+    key = (past << 16) - experts + tl.where(used & held, PINNED, 0)
     tl.store(scratch + experts, tl.where(held | read, key, -PINNED), real)
     tl.debug_barrier()  # all have read scores, too, of which several threads may hold one
     tl.store(scores + experts, score.to(tl.int32), real)
     num_used, num_hits = tl.sum(read.to(tl.int32), 0), tl.sum((used & held).to(tl.int32), 0)
     num_coming = 0
     if COPIES:
-        row, num_coming = _exchange(scratch, moves, key, row, read, num_experts, num_rows, E, COMPARED)
+        row, num_coming = _exchange(
+            rows, credit, scratch, moves, key, row, read, num_experts, num_rows, USES_A_COPY, E, COMPARED
+        )
     tl.store(planned + experts, row, real)
     tl.store(counts, tl.load(counts) + num_used)
     tl.store(counts + 1, tl.load(counts + 1) + num_hits)
@@ -170,6 +196,7 @@ def plan(table: BankTable, chosen: Tensor, *, copies: bool) -> Tensor:
         table.rows,
         table.planned,
         table.scores,
+        table.credit,
         table.moves,
         table.counts,
         table.scratch,
@@ -182,6 +209,7 @@ def plan(table: BankTable, chosen: Tensor, *, copies: bool) -> Tensor:
         DECAY=DECAY,
         ONE=ONE,
         PINNED=PINNED,
+        USES_A_COPY=USES_A_COPY,
         E=experts,
         IDS=IDS,
         COMPARED=COMPARED,

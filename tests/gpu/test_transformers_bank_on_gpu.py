@@ -46,5 +46,5 @@ def test_every_step_has_the_bits_of_the_whole_model(family: str, implementation:
         config = with_rows(IN_PLACE, whole, ROWS, open_driver(torch.device("cuda")).granularity())
         model = from_pretrained(folder, config, rank=0, device="cuda", rendezvous=tmp_path / "group", **stated)
         for given, wanted in zip(prompts, expected, strict=True):
-            require_same_bits(model, given, wanted)
+            require_same_bits(model, given, wanted, leave=family != "fp8")  # whose experts all fit in a page
         assert model.dwdp.close().open() == []

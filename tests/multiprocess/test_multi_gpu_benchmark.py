@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vmm_dwdp.kernels.bank_table import HALF_LIFE
-from vmm_dwdp.planning.caches import decayed_frequency, replay
+from vmm_dwdp.planning.caches import bank_policy, replay
 from vmm_dwdp.planning.routing import read_trace, used_experts
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +79,8 @@ def test_decoding_by_every_way_has_the_same_states_and_reads_what_missed() -> No
             if row["experts"] in ("all-to-all", "all-gather"):
                 assert 0 < row["error"] < 2e-2, "bfloat16 sums in another order"
             elif row["routing"] == "none hits":
-                assert row["hits"] == (0 if row["experts"] == "bank" else None)
+                assert (row["copied"] is None) == (row["hits"] is None) == (row["experts"] != "bank")
+                assert row["copied"] is None or row["copied"] == pytest.approx(1 / 8, rel=0.1)
             elif row["experts"] == "in place":
                 assert row["GB"] == pytest.approx(used * expert_gb)
             elif row["experts"] == "bank":
@@ -95,10 +95,10 @@ def replayed() -> Iterator[tuple[int, float, float]]:
     for sequences in (1, 3):
         hits, used = [], []
         for rank in range(2):
-            chosen = trace.decode[sequences * rank : sequences * (rank + 1), :8]
+            chosen = trace.decode[sequences * rank : sequences * (rank + 1), :24]
             now = used_experts(chosen, 16).any(0)  # [steps, layers, experts]
             now[..., 8 * rank : 8 * rank + 8] = False
-            found = replay(np.concatenate([now] * 3), 4, decayed_frequency(HALF_LIFE))
-            hits.append(found.hits[8:].sum() / found.uses[8:].sum())
-            used.append(now.sum() / 8)
+            found = replay(np.concatenate([now] * 3), 4, bank_policy)
+            hits.append(found.hits[48:].sum() / found.uses[48:].sum())
+            used.append(now.sum() / 24)
         yield sequences, float(np.mean(hits)), float(np.mean(used))

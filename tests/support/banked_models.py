@@ -44,11 +44,12 @@ def decoded(model: PreTrainedModel, prompt: Tensor) -> list[Tensor]:
     return list(out.logits)
 
 
-def require_same_bits(model: PreTrainedModel, prompt: Tensor, expected: list[Tensor]) -> None:
-    """As `decoded` gives; with routing that changes: experts came into the bank, were found there, and left it."""
+def require_same_bits(model: PreTrainedModel, prompt: Tensor, expected: list[Tensor], *, leave: bool = True) -> None:
+    """As `decoded` gives; with routing that changes: experts came into the bank, were found there, and, where there is
+    not room for all, left it."""
     for step, (each, wanted) in enumerate(zip(decoded(model, prompt), expected, strict=True)):
         assert torch.equal(each, wanted), f"step {step}"
     rows, counts = model.dwdp.stats().bank.rows, model.dwdp.bank_counts()
     assert all(0 < each.hits < each.uses for each in counts.values())
-    assert any(each.copied > rows[layer] for layer, each in counts.items())
+    assert leave == any(each.copied > rows[layer] for layer, each in counts.items())
     model.dwdp.check_integrity(verify=True)

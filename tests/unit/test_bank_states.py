@@ -51,8 +51,9 @@ def test_what_was_used_is_in_the_bank_from_then_on(runtime: DWDPRuntime) -> None
     assert use(runtime, 1, 4, 0, 2, 4) == [1, 3 + 0, 0, 1], "expert 0 is this rank's own"
     assert use(runtime, 1, 4, 2) == [1, 0]
     assert use(runtime, 1, 2, 5, 3) == [0, 3 + 5, 2], "of those used as often, the lower number"
-    assert use(runtime, 1, 5) == [2], "it was used later than expert 3"
-    assert runtime.bank_counts()[1] == BankCounts(uses=8, hits=3, copied=4)
+    assert use(runtime, 1, 5) == [3 + 5], "before, it was used as often as expert 3"
+    assert use(runtime, 1, 5) == [2], "before, it was used more often"
+    assert runtime.bank_counts()[1] == BankCounts(uses=9, hits=3, copied=4)
     assert runtime.bank_counts()[0] == BankCounts(0, 0, 0)
     runtime.check_integrity(verify=True)
 

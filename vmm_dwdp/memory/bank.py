@@ -9,7 +9,7 @@ Per layer and weight, in one range of addresses, mapped once:
 It is one tensor ``[S + E, ...]``, and what a kernel is told is which rows to read: an expert's row in the bank, or ``S
 + e``. All weights of a layer share a table, which says who is in which row, and is the device's own: the host keeps no
 copy, so what was captured and never replayed has changed nothing. How it is planned: [Note: The planner] in
-`kernels/bank.py`.
+`kernels/bank_table.py`.
 
 Whoever is about to change the bytes of experts, or to give memory back, makes the table empty first; then all is read
 in place, and what is used comes into the bank anew.

@@ -6,17 +6,21 @@ those in the bank are hits, and the others cross the link, whether they are read
 holds the experts of the highest scores among those that were there and those that were just used: nothing is fetched
 ahead, and a policy may leave out what was just used. Of equal scores the lower number is kept. Layers and sequences
 that do not share a bank are lanes, replayed side by side.
+
+The rule by which the device plans a bank is more careful about who comes: [Note: The planner] in kernels/bank_table.py.
+It is replayed here in numbers that are not rounded, and without a limit of the tokens of a pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.kernels.bank_table import HALF_LIFE, USES_A_COPY
 from vmm_dwdp.planning.routing import Used
 
 Scores = npt.NDArray[np.floating[Any]]
@@ -24,18 +28,37 @@ Counts = npt.NDArray[np.int64]
 
 # Of ``used``, bool [steps, lanes, experts]: after each step, scores [lanes, experts]. All but foresight look only at
 # the steps so far.
-Policy = Callable[[Used], Iterator[Scores]]
+Scoring = Callable[[Used], Iterator[Scores]]
+
+
+class Policy(NamedTuple):
+    """Which experts a bank holds.
+
+    Attributes:
+        scoring: which experts stay.
+        sparing: of those just used only those come that the device's rule lets come. Then ``scoring`` gives what was
+            used 0 at least, and changes no score of what a step does not use.
+    """
+
+    scoring: Scoring
+    sparing: bool = False
 
 
 class Replay(NamedTuple):
-    """By step and lane, int64 ``[steps, lanes]``: experts that were used, and those of them that were in the bank."""
+    """By step and lane, int64 ``[steps, lanes]``: experts that were used, those of them that were in the bank, and
+    those that came into it."""
 
     uses: Counts
     hits: Counts
+    copies: Counts
 
     def share(self) -> float:
         """Of all uses, those that were hits."""
         return float(self.hits.sum() / self.uses.sum())
+
+    def copied(self) -> float:
+        """Of all uses, those that brought the expert into the bank."""
+        return float(self.copies.sum() / self.uses.sum())
 
 
 def replay(used: Used, room: int, policy: Policy) -> Replay:
@@ -47,19 +70,52 @@ def replay(used: Used, room: int, policy: Policy) -> Replay:
     Raises:
         ConfigError: there is no room.
     """
-    experts = used.shape[-1]
     if room < 1:
         raise ConfigError(f"a bank has room for at least one expert, not {room}")
     held = np.zeros(used.shape[1:], np.bool_)
-    tie = np.arange(experts) * 1e-9
-    hits = np.empty(used.shape[:2], np.int64)
-    for step, (now, scores) in enumerate(zip(used, policy(used), strict=True)):
+    sparing = _Sparing(held.shape, room) if policy.sparing else None
+    tie = np.arange(used.shape[-1]) * 1e-9
+    hits, copies = (np.empty(used.shape[:2], np.int64) for _ in range(2))
+    for step, (now, scores) in enumerate(zip(used, policy.scoring(used), strict=True)):
         hits[step] = (now & held).sum(-1)
-        held = held | now
-        if room < experts:
-            ranked = np.where(held, scores - tie, -np.inf)
-            held &= ranked >= np.partition(ranked, experts - room, axis=-1)[:, experts - room, None]
-    return Replay(used.sum(-1, dtype=np.int64), hits)
+        newcomers, worth = now & ~held, scores - tie
+        if sparing:
+            newcomers, worth = sparing.let(now, held, worth)
+        kept = _best(worth, held | newcomers, room)
+        copies[step] = (kept & ~held).sum(-1)
+        if sparing:
+            sparing.pay((held & ~kept).sum(-1))
+        held = kept
+    return Replay(used.sum(-1, dtype=np.int64), hits, copies)
+
+
+class _Sparing:
+    """The part of the device's rule that is about newcomers."""
+
+    def __init__(self, shape: tuple[int, ...], room: int) -> None:
+        self._room = room
+        self._before = np.full(shape, -1.0) - np.arange(shape[-1]) * 1e-9
+        self._credit = np.zeros(shape[0], np.int64)
+
+    def let(self, now: Used, held: Used, worth: Scores) -> tuple[Used, Scores]:
+        """The newcomers that take part, and what all are worth: newcomers what they were worth before this step, and
+        what is read now more than anything."""
+        self._credit = np.minimum(self._credit + now.sum(-1), USES_A_COPY * self._room)
+        stated = np.where(now & held, np.inf, np.where(held, worth, self._before))
+        self._before = np.maximum(self._before, worth)
+        most = self._room - held.sum(-1) + self._credit // USES_A_COPY
+        return _best(stated, now & ~held, most[:, None]), stated
+
+    def pay(self, left: Counts) -> None:
+        """For so many who left."""
+        self._credit -= USES_A_COPY * left
+
+
+def _best(worth: Scores, among: Used, most: Counts | int) -> Used:
+    """``most`` of those ``among`` which there are, that are worth most."""
+    place = np.where(among, -worth, np.inf).argsort(-1, kind="stable").argsort(-1, kind="stable")
+    best: Used = among & (place < most)
+    return best
 
 
 def lanes(used: Used, together: int = 1) -> Used:
@@ -95,15 +151,17 @@ def first_uses(used: Used) -> Counts:
     return first
 
 
-def least_recently_used(used: Used) -> Iterator[Scores]:
-    """What was not used for longest goes."""
+def _last_use(used: Used) -> Iterator[Scores]:
     last = np.full(used.shape[1:], -1.0)
     for step, now in enumerate(used):
         last[now] = step
         yield last
 
 
-def decayed_frequency(half_life: float) -> Policy:
+least_recently_used: Final = Policy(_last_use)  # what was not used for longest goes
+
+
+def decayed_frequency(half_life: float, *, sparing: bool = False) -> Policy:
     """What was used least often goes; a use counts half after so many steps."""
 
     def scores(used: Used) -> Iterator[Scores]:
@@ -113,7 +171,10 @@ def decayed_frequency(half_life: float) -> Policy:
             logarithm[now] = np.logaddexp2(logarithm[now], step / half_life)
             yield logarithm
 
-    return scores
+    return Policy(scores, sparing)
+
+
+bank_policy: Final = decayed_frequency(HALF_LIFE, sparing=True)  # the device's
 
 
 def most_frequent(frequency: npt.NDArray[Any], room: int) -> Used:
@@ -132,14 +193,17 @@ def random_victims(seed: int) -> Policy:
         for now in used:
             yield chance.random(now.shape) + now
 
-    return scores
+    return Policy(scores)
 
 
-def foresight(used: Used) -> Iterator[Scores]:
-    """What is used again last goes: no policy without fetching ahead has more hits (Belady, IBM Systems Journal 5(2),
-    1966; that what was just used may be left out is the variant with bypass)."""
+def _next_use(used: Used) -> Iterator[Scores]:
     following = np.full(used.shape, len(used), np.int32)
     for step in range(len(used) - 2, -1, -1):
         following[step] = np.where(used[step + 1], step + 1, following[step + 1])
     for upcoming in following:
         yield -upcoming.astype(np.float64)
+
+
+# What is used again last goes: no policy without fetching ahead has more hits (Belady, IBM Systems Journal 5(2), 1966;
+# that what was just used may be left out is the variant with bypass).
+foresight: Final = Policy(_next_use)

@@ -21,12 +21,11 @@ from typing import Final, Literal, NamedTuple
 
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.kernels.bank_table import HALF_LIFE
 from vmm_dwdp.layout.bank import bank_nbytes, bank_rows
 from vmm_dwdp.layout.layer import Layer, describe_layer
 from vmm_dwdp.layout.placement import HOST
 from vmm_dwdp.memory.bank import MOST_COPIED
-from vmm_dwdp.planning.caches import decayed_frequency, lanes, replay_decoding
+from vmm_dwdp.planning.caches import bank_policy, lanes, replay_decoding
 from vmm_dwdp.planning.gpus import GpuSpec
 from vmm_dwdp.planning.memory import RankMemory, rank_memory
 from vmm_dwdp.planning.models import ModelSpec
@@ -237,9 +236,7 @@ class Decoding:
             crossing = sorted(itertools.chain(*remote.values()))
             hits = 0.0
             if self.rows:
-                policy = decayed_frequency(HALF_LIFE)
-                found = replay_decoding(
-                    prefill[..., crossing], decode[..., crossing], self.rows, policy, self.sequences
-                )
+                remote_only = prefill[..., crossing], decode[..., crossing]
+                found = replay_decoding(*remote_only, self.rows, bank_policy, self.sequences)
                 hits = found.share()
         return Uses(counts.get("host", 0.0), counts.get("ranks", 0.0), hits)

@@ -234,9 +234,23 @@ BUGS: Final = (
     Bug(
         "decoding over links: the bank begins empty",
         "benchmarks/decode_over_links.py",
-        "                for _ in table:\n                    way.once()\n",
+        "                for _ in range(2 * len(table)):\n                    way.once()\n",
         "",
         _DECODE_RUN,
+    ),
+    Bug(
+        "chosen against a bank: so few come to their end that others are copied",
+        "benchmarks/adversary.py",
+        "IN_A_ROW: Final = 6",
+        "IN_A_ROW: Final = 8",
+        _DECODE,
+    ),
+    Bug(
+        "chosen against a bank: experts come to their end between two copies",
+        "benchmarks/adversary.py",
+        "(np.arange(passes)[:, None] + apart * (places // ranks))",
+        "(np.arange(passes)[:, None] + places // ranks)",
+        _DECODE,
     ),
     Bug(
         "decoding over links: the bound leaves out the step in own memory",
@@ -253,9 +267,9 @@ BUGS: Final = (
         _DECODE,
     ),
     Bug(
-        "decoding over links: what is not to hit is of one rank after another",
-        "benchmarks/decode_steps.py",
-        ".view(ranks, -1).T.flatten()",
+        "chosen against a bank: what is used is of one rank after another",
+        "benchmarks/adversary.py",
+        ".reshape(ranks, -1).T.ravel()",
         "",
         _DECODE,
     ),

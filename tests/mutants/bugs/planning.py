@@ -8,6 +8,7 @@ from mutants.seeded import Bug
 
 _DECODING = ("tests/unit/planning/test_decoding.py",)
 _REPLAY = ("tests/unit/project/test_recorded_routing.py", "tests/unit/planning/test_decoding.py")
+_POLICIES = ("tests/unit/planning/test_cache_policies.py",)
 _FILE = "vmm_dwdp/planning/decoding.py"
 
 BUGS: Final = (
@@ -36,6 +37,34 @@ BUGS: Final = (
         "if trace is not None and (trace.num_experts, trace.top_k)",
         "if trace is None and (0, 0)",
         _DECODING,
+    ),
+    Bug(
+        "in the replay of a bank, a newcomer's own use counts",
+        "vmm_dwdp/planning/caches.py",
+        "np.where(held, worth, self._before)",
+        "np.where(held, worth, worth)",
+        _POLICIES,
+    ),
+    Bug(
+        "in the replay of a bank, copies are not paid for",
+        "vmm_dwdp/planning/caches.py",
+        "        self._credit -= USES_A_COPY * left\n",
+        "        self._credit -= 0 * left\n",
+        _POLICIES,
+    ),
+    Bug(
+        "in the replay of a bank, any number of copies is saved for later",
+        "vmm_dwdp/planning/caches.py",
+        "np.minimum(self._credit + now.sum(-1), USES_A_COPY * self._room)",
+        "self._credit + now.sum(-1)",
+        _POLICIES,
+    ),
+    Bug(
+        "what comes into a bank is counted with what stays",
+        "vmm_dwdp/planning/caches.py",
+        "        copies[step] = (kept & ~held).sum(-1)\n",
+        "        copies[step] = kept.sum(-1)\n",
+        _POLICIES,
     ),
     Bug(
         "the prompts' tokens count as decoded",

@@ -295,7 +295,7 @@ def test_plan_of_decoding_says_tokens_a_second_by_the_size_of_a_bank(capsys: pyt
     assert none["link_s"] == pytest.approx(token / (0.84 * 64e9))
     assert {name: report[name] for name in none} == banks[rows.index(32)]
     assert report["missed_bytes"] == pytest.approx((1 - report["hits"]) * token)
-    assert report["hits"] == pytest.approx(0.621, abs=0.0005), "docs/routing.md"
+    assert report["hits"] == pytest.approx(0.615, abs=0.0005), "docs/routing.md"
     assert report["bound_tokens_per_s"] == pytest.approx(1 / (report["link_s"] + report["gpu_s"]))
     assert report["kernels_s"] == pytest.approx(48 * 100e-6)
     step = (report["link_s"] + report["gpu_s"] + report["kernels_s"]) / report["of_bound"]

@@ -102,7 +102,8 @@ def test_kernels_are_told_rows_and_read_every_tensor_of_the_experts_there(
     manager = opened(CONFIG, modules)
     whole = loaded(manager, modules, monkeypatch)
     assert manager.runtime.stats().bank is not None
-    for chosen in [((2, 5),), ((5, 7), (2, 5)), ((0, 6),), ((6, 7), (1, 3)), ((-1, 4),), tuple([(2, 3)] * 33)] * 2:
+    passes = [((2, 5),), ((5, 7), (2, 5)), ((0, 6),), ((6, 7), (1, 3)), ((-1, 4),), tuple([(2, 3)] * 33)] * 2
+    for chosen in [*passes, *[((6, 7), (3, 4))] * 6]:
         for each, experts in zip(modules, whole, strict=True):
             rows, counted, found = each.quant_method.apply(layer=each, dispatch_output=dispatched(*chosen))
             assert counted == ROWS + EXPERTS

@@ -8,10 +8,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from support.bank_model import SAVING, BankModel
 
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.planning.caches import (
     Policy,
+    bank_policy,
     decayed_frequency,
     first_uses,
     foresight,
@@ -70,6 +72,43 @@ def test_a_policy_hits_what_the_plain_program_hits(
     assert (found.uses == 3).all()
 
 
+@pytest.mark.parametrize("room", [1, 3, 5, 11, 12, 20])
+def test_the_bank_s_policy_is_what_banks_do(room: int) -> None:
+    used = some(120, 5, 12, 3, seed=room)
+    used[60:] = used[60:, :, ::-1]  # others are used more often from then on
+    found = replay(used, room, bank_policy)
+
+    for lane in range(5):
+        bank, counts = BankModel(12, room), []
+        for now in history(used, lane):
+            bank.look_up(sorted(now), copies=True)
+            counts.append(tuple(bank.counts))
+        replayed = (part[:, lane].cumsum() for part in found)
+        assert list(zip(*replayed, strict=True)) == counts
+        assert room > 11 or counts[-1][2] > room, "nobody has left the bank"
+
+
+def test_the_bank_s_policy_saves_no_more_copies_than_there_are_rows() -> None:
+    used, bank, copied = np.zeros((len(SAVING), 1, 12), np.bool_), BankModel(12, 4), []
+    for now, experts in zip(used, SAVING, strict=True):
+        now[:, experts] = True
+        bank.look_up(experts, copies=True)
+        copied.append(bank.counts[2])
+
+    assert replay(used, 4, bank_policy).copies.cumsum().tolist() == copied
+
+
+@pytest.mark.parametrize("policy", [*ONLINE.values(), bank_policy, foresight])
+def test_what_is_copied_is_what_missed_and_hits_later(policy: Policy) -> None:
+    used = some(50, 4, 10, 2, seed=5)
+    found = replay(used, 4, policy)
+
+    assert (found.copies <= found.uses - found.hits).all()
+    assert (replay(used, 10, policy).copies == first_uses(used)).all(), "a row for each"
+    for steps in (1, 2, 5):  # whatever hits was brought there before
+        assert (found.hits[:steps].sum(0) <= steps * found.copies[: steps - 1].sum(0)).all()
+
+
 def test_one_expert_a_step_is_the_usual_least_recently_used() -> None:
     used = some(300, 1, 9, 1, seed=3)
     order: OrderedDict[int, None] = OrderedDict()
@@ -104,11 +143,11 @@ def test_no_choice_has_more_hits_than_foresight(room: int, a_step: int) -> None:
     hits = replay(used, room, foresight).hits.sum(0)
 
     assert hits.tolist() == [most_hits(history(used, lane), room) for lane in range(25)]
-    for policy in ONLINE.values():
+    for policy in (*ONLINE.values(), bank_policy):
         assert (replay(used, room, policy).hits.sum(0) <= hits).all()
 
 
-@pytest.mark.parametrize("policy", ONLINE.values(), ids=ONLINE)
+@pytest.mark.parametrize("policy", [*ONLINE.values(), bank_policy], ids=[*ONLINE, "the bank's"])
 def test_no_other_policy_knows_what_comes(policy: Policy) -> None:
     used = some(30, 4, 10, 2, seed=1)
     other = used.copy()
@@ -134,7 +173,7 @@ def test_what_was_just_used_stays_if_victims_are_random() -> None:
     assert (replay(used, 3, random_victims(0)).hits[2::3] == 3).all()
 
 
-@pytest.mark.parametrize("policy", [*ONLINE.values(), foresight])
+@pytest.mark.parametrize("policy", [*ONLINE.values(), bank_policy, foresight])
 def test_room_for_all_misses_only_first_uses(policy: Policy) -> None:
     used = some(25, 6, 10, 3, seed=4)
     found = replay(used, 10, policy)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.bank_model import BankModel
 
 from vmm_dwdp.config import DWDPConfig
 from vmm_dwdp.errors import ConfigError
@@ -107,7 +108,7 @@ def test_hits_are_those_that_the_benchmark_replays(name: str, room: float) -> No
     decoding = Decoding(QWEN, GPU, IN_HOST_MEMORY, sequences=1, trace=trace(name))
     banked = decoding.with_bank(decoding.bank_for(room))
 
-    policy = "decayed frequency, half-life 16"
+    policy = "the bank's"
     assert banked.uses.hits == pytest.approx(kept("hits", trace=name, room=room, policy=policy))
     assert banked.uses.from_host == 8
 
@@ -116,25 +117,23 @@ def test_hits_of_sequences_together_are_those_that_the_benchmark_replays() -> No
     decoding = Decoding(QWEN, GPU, IN_HOST_MEMORY, sequences=4, trace=trace("mixed-0.01"))
     banked = decoding.with_bank(decoding.bank_for(1 / 4))
 
-    policy = "decayed frequency, half-life 16"
+    policy = "the bank's"
     assert banked.uses.hits == pytest.approx(kept("together", trace="mixed-0.01", sequences=4, policy=policy))
 
 
 def plain(recorded: RoutingTrace, remote: range, room: int) -> tuple[float, float]:
     """Remote experts that a step of a sequence uses, and which share of them a bank of plain sets has."""
-    uses = hits = steps = 0
+    uses = hits = 0
     for sequence in range(len(recorded.kinds)):
         for layer in range(recorded.num_layers):
-            held: set[int] = set()
-            score = dict.fromkeys(remote, 0.0)
-            for phase in recorded.prefill, recorded.decode:
-                for chosen in phase[sequence, :, layer].tolist():
-                    now = set(chosen) & set(remote)
-                    if phase is recorded.decode:
-                        uses, hits, steps = uses + len(now), hits + len(now & held), steps + 1
-                    score = {expert: value * 0.5 ** (1 / 16) + (expert in now) for expert, value in score.items()}
-                    held = set(sorted(held | now, key=lambda expert: (-score[expert], expert))[:room])
-    return uses / steps, hits / uses
+            bank = BankModel(recorded.num_experts, room, own=set(range(recorded.num_experts)) - set(remote))
+            for chosen in recorded.prefill[sequence, :, layer].tolist():
+                bank.look_up(chosen, copies=True)
+            before = bank.counts.copy()
+            for chosen in recorded.decode[sequence, :, layer].tolist():
+                bank.look_up(chosen, copies=True)
+            uses, hits = uses + bank.counts[0] - before[0], hits + bank.counts[1] - before[1]
+    return uses / recorded.decode[..., 0].size, hits / uses
 
 
 def test_own_experts_take_no_room_and_cross_no_link() -> None:

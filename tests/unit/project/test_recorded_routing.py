@@ -17,13 +17,14 @@ import plots
 import routing
 
 from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.planning import caches
 from vmm_dwdp.planning.routing import read_trace
 
 ROOT = Path(__file__).parents[3]
 KEPT = json.loads((ROOT / "benchmarks/results/routing.json").read_text())
 PAGE = (ROOT / "docs/routing.md").read_text()
 MIXED = ("mixed-0.01", "mixed-0.001")
-ONLINE = ("least recently used", "decayed frequency, half-life 16", "foresight")
+SHOWN = ("least recently used", "decayed frequency, half-life 16", "the bank's", "foresight")
 
 
 def kept(table: str, **which: object) -> dict[str, float]:
@@ -45,11 +46,27 @@ def lines_of_hits() -> Iterator[list[str]]:
         yield [policy, *percent(shares)]
 
 
+def lines_of_copied() -> Iterator[list[str]]:
+    for policy in routing.POLICIES:
+        shares = [
+            kept("hits", trace=trace, room=room, policy=policy)["copied"]
+            for trace in (*MIXED, "demo")
+            for room in (1 / 8, 1 / 4, 1 / 2)
+        ]
+        yield [policy, *percent(shares)]
+
+
+def lines_of_against() -> Iterator[list[str]]:
+    for policy in routing.POLICIES:
+        rows = [row for row in KEPT["against"] if (row["trace"], row["policy"]) == (MIXED[0], policy)]
+        yield [policy, *percent([row[share] for row in rows for share in ("hits", "copied")])]
+
+
 def lines_of_together() -> Iterator[list[str]]:
     for sequences in (1, 2, 4, 8, 16, 32):
         line = [str(sequences)]
         for trace in MIXED:
-            rows = [kept("together", trace=trace, sequences=sequences, policy=policy) for policy in ONLINE]
+            rows = [kept("together", trace=trace, sequences=sequences, policy=policy) for policy in SHOWN]
             line += [*percent([rows[0]["experts used"]], 0), *percent([row["hits"] for row in rows])]
         yield line
 
@@ -79,13 +96,40 @@ def lines_of_owners() -> Iterator[list[str]]:
 
 @pytest.mark.parametrize(
     "lines",
-    [lines_of_hits, lines_of_together, lines_of_topic, lines_of_reuse, lines_of_owners],
+    [
+        lines_of_hits,
+        lines_of_copied,
+        lines_of_against,
+        lines_of_together,
+        lines_of_topic,
+        lines_of_reuse,
+        lines_of_owners,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_the_page_has_the_figures_that_are_kept(lines: Callable[[], Iterator[list[str]]]) -> None:
     stated = [line for line in lines() if f"\n| {' | '.join(line)} |\n" not in PAGE]
 
     assert stated == []
+
+
+def test_the_bank_hits_nearly_what_the_best_policy_does_that_does_not_know_the_future() -> None:
+    """And whatever is chosen, it copies an eighth at most."""
+    for table, across in (("hits", "room"), ("together", "sequences")):
+        for of_bank in (row for row in KEPT[table] if row["policy"] == "the bank's"):
+            others = [row for row in KEPT[table] if (row["trace"], row[across]) == (of_bank["trace"], of_bank[across])]
+            online = [row for row in others if row["policy"] in routing.POLICIES and row["policy"] != "foresight"]
+            assert of_bank["hits"] >= 0.97 * max(row["hits"] for row in online)
+    assert max(row["copied"] for row in KEPT["against"] if row["policy"] == "the bank's") == 1 / 8
+
+
+def test_without_a_limit_half_of_what_comes_in_pairs_would_be_copied_and_nothing_hit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(caches, "USES_A_COPY", 1)
+    rows = list(routing.against(routing.recorded(routing.TRACES / "mixed-0.01.npz")))
+    (row,) = [row for row in rows if (row["routing"], row["policy"]) == ("half of them, in pairs", "the bank's")]
+    assert (row["hits"], row["copied"]) == (0, 0.5)
 
 
 def test_the_page_has_what_the_picture_shows_of_others() -> None:
