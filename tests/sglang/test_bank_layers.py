@@ -1,11 +1,13 @@
 """Real `FusedMoE` layers that look up what they read in a bank: the bits of ordinary layers, in passes of few tokens.
 
-On a GPU these are SGLang's Triton kernels; elsewhere its plain PyTorch path, for bf16.
+On a GPU these are the kernels of SGLang's runners; elsewhere its plain PyTorch path, for bf16, and for Marlin what
+stands for its kernels.
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,54 +15,75 @@ from unittest import mock
 
 import engine_process
 import experts
+import marlin
 import numpy as np
 import pytest
+import test_forward
 import test_loading
 import torch
 from ports import free_port
 
 from vmm_dwdp.testing import run_group
 
-KINDS = ("bf16", "fp8 block") if torch.cuda.is_available() else ("bf16",)
+MARLIN = {kind: runner for kind, runner in test_loading.KINDS.items() if runner in ("marlin", "auto")}
+ON_A_GPU = {
+    **{"bf16": "triton", "fp8 block": "triton", "bf16 for triton_kernel": "triton_kernel", "mxfp4": "triton_kernel"},
+    **{"mxfp4 for marlin": "marlin", **MARLIN},
+}
+ON_THE_CPU = ("bf16", "wna16", "awq", "gptq in order of activation")
+KINDS = {kind: runner for kind, runner in ON_A_GPU.items() if torch.cuda.is_available() or kind in ON_THE_CPU}
 NUM_EXPERTS, TOP_K = 16, 4
 NUM_TOKENS = (1, 2, 1, 3, 1, 1, 2, 1, 40, 1, 2, 1, 300, 1)
-ROOM = 4 * (2 << 20)  # of a layer, for five to seven experts
+ROWS, PAGE = 5, 2 << 20  # of a layer's bank at least; at most ten, where experts are small
 
 Passes = list[np.ndarray]
 
 
 def outputs(rank: int, *, port: int, folder: Path) -> dict[str, tuple[Passes, Passes]]:
     """By kind of weights, of layers that are ordinary, and of the same with a bank."""
+    marlin.before_plugins()
     engine_process.start(rank, 1, port)
     config = folder / "dwdp.yaml"
-    room = experts.NUM_LAYERS * ROOM
-    config.write_text(f"group_size: 1\nhost_experts: 14\nmode: in_place\nchecksums: true\nexpert_bank: {room}\n")
     found = {}
     for kind in KINDS:
         os.environ.pop("VMM_DWDP_CONFIG", None)
-        ordinary = passes(kind, rank)
+        model = loaded(kind, rank)
+        ordinary = passes(model, kind)
+        config.write_text(
+            f"group_size: 1\nhost_experts: 14\nmode: in_place\nchecksums: true\nexpert_bank: {room_for_rows(model)}\n"
+        )
         os.environ["VMM_DWDP_CONFIG"] = str(config)
-        found[kind] = ordinary, passes(kind, rank)
+        found[kind] = ordinary, passes(loaded(kind, rank), kind)
     return found
 
 
-def passes(kind: str, rank: int) -> Passes:
-    from sglang.srt.layers.moe.topk import StandardTopKOutput
+def room_for_rows(model: Any) -> int:
+    """Bytes of the pages of such banks, by what an ordinary model has of an expert."""
+    tensors = [each for layer in model.layers for each in experts.tensors(layer, test_loading.tensors_of(layer))]
+    return sum(-(-ROWS * each[0].nbytes // PAGE) * PAGE for each in tensors)
 
-    engine_process.use_runner("triton", rank, 1)
-    model: Any = experts.model(kind, NUM_EXPERTS, TOP_K)
-    experts.load(model)
+
+def loaded(kind: str, rank: int) -> Any:
+    engine_process.use_runner(KINDS[kind], rank, 1)
+    with nullcontext() if torch.cuda.is_available() else experts.without_a_gpu():
+        model: Any = experts.model(kind, NUM_EXPERTS, TOP_K)
+        experts.load(model)
+    return model
+
+
+def passes(model: Any, kind: str) -> Passes:
     manager = engine_process.init_dwdp(model)
     generator = torch.Generator(device="cpu").manual_seed(1)
     found = []
-    for num_tokens in NUM_TOKENS:
+    for num_tokens in NUM_TOKENS if kind not in MARLIN or torch.cuda.is_available() else NUM_TOKENS[:9]:
         hidden = torch.randn(num_tokens, experts.HIDDEN, generator=generator, device="cpu")
-        hidden = hidden.to(engine_process.DEVICE, torch.bfloat16)
+        dtype = torch.float16 if kind.startswith("gptq") else torch.bfloat16  # that of its scales
+        hidden = hidden.to(engine_process.DEVICE, dtype)
         for layer in model.layers:
             logits = torch.randn(num_tokens, NUM_EXPERTS, generator=generator, device="cpu")
-            weights, chosen = logits.to(engine_process.DEVICE).softmax(dim=-1).topk(TOP_K)
-            routed = StandardTopKOutput(weights.float(), chosen.to(torch.int32), logits)
-            hidden = hidden + layer.forward_impl(hidden.clone(), routed)
+            routed = test_forward.route(KINDS[kind], logits.to(engine_process.DEVICE))
+            with marlin.kernels():
+                hidden = hidden + layer.forward_impl(hidden.clone(), routed)
         found.append(hidden.float().cpu().numpy())
     if manager is not None:
         runtime = manager.runtime
@@ -80,7 +103,8 @@ def test_layers_with_a_bank_have_the_bits_of_ordinary_ones(tmp_path: Path) -> No
         assert all(map(np.array_equal, with_a_bank, ordinary)), kind
 
 
-SERVED = [kind for kind, runner in test_loading.KINDS.items() if runner == "triton" and "fp8 tensor" not in kind]
+TOLD_ROWS = ("triton", "triton_kernel", "marlin", "auto")
+SERVED = {kind: by for kind, by in test_loading.KINDS.items() if by in TOLD_ROWS and "fp8 tensor" not in kind}
 
 
 def load_with_a_bank(rank: int, *, port: int, folder: Path) -> dict[str, str]:
@@ -93,8 +117,8 @@ def load_with_a_bank(rank: int, *, port: int, folder: Path) -> dict[str, str]:
     config = folder / "dwdp.yaml"
     config.write_text("group_size: 1\nhost_experts: 6\nmode: in_place\nchecksums: true\nexpert_bank: 12 MB\n")
     found = {}
-    for kind in SERVED:
-        engine_process.use_runner("triton", rank, 1)
+    for kind, runner in SERVED.items():
+        engine_process.use_runner(runner, rank, 1)
         models: list[Any] = []
         for environment in ({}, {"VMM_DWDP_CONFIG": str(config)}):
             os.environ.pop("VMM_DWDP_CONFIG", None)
@@ -103,18 +127,24 @@ def load_with_a_bank(rank: int, *, port: int, folder: Path) -> dict[str, str]:
                 models.append(experts.model(kind))
                 experts.load(models[-1])
         runtime = engine_process.init_dwdp(models[1]).runtime
-        found[kind] = ", ".join(sorted(different(*models, runtime)))
+        found[kind] = ", ".join(sorted(different(*models, runtime, as_experts=kind in MARLIN)))
         runtime.check_integrity(verify=True)
         engine_process.shut_down()
     return found
+
+
+def first(tensor: torch.Tensor, row: int) -> int:
+    """Where a kernel reads it, whatever length the tensor says it has."""
+    return int(tensor.storage_offset() + row * tensor.stride(0))
 
 
 def same_bytes(read: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.equal(*(each.contiguous().flatten().view(torch.uint8) for each in (read, expected)))
 
 
-def different(whole: Any, model: Any, runtime: Any) -> set[str]:
-    """Tensors in which rows that were looked up have other bytes than their experts in a whole model."""
+def different(whole: Any, model: Any, runtime: Any, *, as_experts: bool) -> set[str]:
+    """Tensors in which rows that were looked up have other bytes than their experts in a whole model, or which are not
+    as long as rows are many: ``as_experts``, as experts are."""
     wrong = set()
     for layer, ordinary in zip(model.layers, whole.layers, strict=True):
         names = test_loading.tensors_of(ordinary)
@@ -123,9 +153,12 @@ def different(whole: Any, model: Any, runtime: Any) -> set[str]:
                 rows = runtime.look_up(layer.layer_id, torch.tensor([chosen], dtype=torch.int32)).rows.flatten().long()
                 found, expected = (experts.tensors(each, names) for each in (layer, ordinary))
                 for name, tensor, one in zip(names, found, expected, strict=True):
-                    if not same_bytes(tensor[rows], one[list(chosen)]) or len(tensor) <= len(one):
-                        wrong.add(name)
-                del found, tensor
+                    read = [tensor.as_strided(one.shape[1:], one.stride()[1:], first(tensor, row)) for row in rows]
+                    if not same_bytes(torch.stack(read), one[list(chosen)]):
+                        wrong.add(f"{name} has other bytes")
+                    if one.numel() and (len(tensor) == len(one)) != as_experts:
+                        wrong.add(f"{name} is {len(tensor)} long")
+                del found, tensor, read
     return wrong
 
 
