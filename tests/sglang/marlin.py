@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -28,17 +29,29 @@ def before_plugins() -> None:
 
 @contextmanager
 def kernels() -> Iterator[None]:
-    """Let SGLang's `fused_marlin_moe` run here."""
+    """Let SGLang's `fused_marlin_moe` run here, and on a GPU give the same bits whenever it does.
+
+    From Hopper on it lets multiprocessors add up their parts of a sum by atomics, in whatever order; without, one waits
+    for the other.
+    """
     from sglang.srt.layers.moe.fused_moe_triton import fused_marlin_moe
     from sglang.srt.layers.quantization import marlin_utils
 
     with ExitStack() as patches:
-        if not torch.cuda.is_available():
+        if torch.cuda.is_available():
+            product = fused_marlin_moe.moe_wna16_marlin_gemm
+            in_order = partial(_without_atomics, product)
+            patches.enter_context(patch.object(fused_marlin_moe, "moe_wna16_marlin_gemm", in_order))
+        else:
             for name in ("moe_wna16_marlin_gemm", "silu_and_mul", "moe_sum_reduce", "get_scalar_type"):
                 patches.enter_context(patch.object(fused_marlin_moe, name, globals()[f"_{name}"], create=True))
             patches.enter_context(patch.object(marlin_utils, "marlin_make_workspace", lambda *_, **__: torch.zeros(1)))
             patches.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)))
         yield
+
+
+def _without_atomics(product: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    return product(*args, **(kwargs | {"use_atomic_add": False}))
 
 
 def _align(topk_ids: Tensor, block_size: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,8 @@ stands for its kernels.
 from __future__ import annotations
 
 import os
+import traceback
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -25,36 +27,59 @@ from ports import free_port
 
 from vmm_dwdp.testing import run_group
 
+pytestmark = pytest.mark.timeout(900)  # on a GPU kernels are compiled first
 MARLIN = {kind: runner for kind, runner in test_loading.KINDS.items() if runner in ("marlin", "auto")}
 ON_A_GPU = {
-    **{"bf16": "triton", "fp8 block": "triton", "bf16 for triton_kernel": "triton_kernel", "mxfp4": "triton_kernel"},
-    **{"mxfp4 for marlin": "marlin", **MARLIN},
+    "bf16": "triton",
+    "fp8 block": "triton",
+    "bf16 for triton_kernel": "triton_kernel",
+    "mxfp4": "triton_kernel",
+    "mxfp4 for marlin": "marlin",
+    "nvfp4 for marlin": "marlin",
+    **MARLIN,
 }
 ON_THE_CPU = ("bf16", "wna16", "awq", "gptq in order of activation")
-KINDS = {kind: runner for kind, runner in ON_A_GPU.items() if torch.cuda.is_available() or kind in ON_THE_CPU}
+HERE = list(ON_A_GPU) if torch.cuda.is_available() else ON_THE_CPU
 NUM_EXPERTS, TOP_K = 16, 4
 NUM_TOKENS = (1, 2, 1, 3, 1, 1, 2, 1, 40, 1, 2, 1, 300, 1)
+REPLAYED, REPLAYS = (1, 3, 40), 20  # the tokens of each graph, and for how many other routings
 ROWS, PAGE = 5, 2 << 20  # of a layer's bank at least; at most ten, where experts are small
 
+Inputs = list[tuple[torch.Tensor, torch.Tensor]]  # hidden states, and each layer's logits
 Passes = list[np.ndarray]
+Found = dict[str, tuple[Passes, Passes] | str]  # ordinary layers' and with a bank; or a sentence where kernels failed
 
 
-def outputs(rank: int, *, port: int, folder: Path) -> dict[str, tuple[Passes, Passes]]:
-    """By kind of weights, of layers that are ordinary, and of the same with a bank."""
+def outputs(rank: int, *, port: int, folder: Path) -> Found:
+    """By kind of weights."""
     marlin.before_plugins()
     engine_process.start(rank, 1, port)
-    config = folder / "dwdp.yaml"
-    found = {}
-    for kind in KINDS:
-        os.environ.pop("VMM_DWDP_CONFIG", None)
+    return {kind: outputs_or_why_not(kind, rank, folder / "dwdp.yaml") for kind in HERE}
+
+
+def outputs_or_why_not(kind: str, rank: int, config: Path) -> tuple[Passes, Passes] | str:
+    """So that kernels that cannot be had here fail the test of their kind alone."""
+    from vmm_dwdp.integrations.sglang import hooks
+
+    os.environ.pop("VMM_DWDP_CONFIG", None)
+    whose = "without this library, too"
+    try:
         model = loaded(kind, rank)
-        ordinary = passes(model, kind)
+        ordinary = eager(model, kind) + [forward(model, kind, *each) for given in replayed(kind) for each in given]
+        whose = "with a bank"
         config.write_text(
             f"group_size: 1\nhost_experts: 14\nmode: in_place\nchecksums: true\nexpert_bank: {room_for_rows(model)}\n"
         )
         os.environ["VMM_DWDP_CONFIG"] = str(config)
-        found[kind] = ordinary, passes(loaded(kind, rank), kind)
-    return found
+        return as_numpy(ordinary), as_numpy(with_a_bank(loaded(kind, rank), kind))
+    except Exception as error:
+        traceback.print_exc()
+        return f"{whose}: {type(error).__name__}: {error}"
+    finally:
+        if engine_process.manager() is not None:
+            engine_process.shut_down()
+        elif (ours := hooks.manager()) is not None:  # it failed before SGLang had it
+            ours.cleanup()
 
 
 def room_for_rows(model: Any) -> int:
@@ -64,43 +89,97 @@ def room_for_rows(model: Any) -> int:
 
 
 def loaded(kind: str, rank: int) -> Any:
-    engine_process.use_runner(KINDS[kind], rank, 1)
+    engine_process.use_runner(ON_A_GPU[kind], rank, 1)
     with nullcontext() if torch.cuda.is_available() else experts.without_a_gpu():
         model: Any = experts.model(kind, NUM_EXPERTS, TOP_K)
         experts.load(model)
     return model
 
 
-def passes(model: Any, kind: str) -> Passes:
-    manager = engine_process.init_dwdp(model)
-    generator = torch.Generator(device="cpu").manual_seed(1)
-    found = []
-    for num_tokens in NUM_TOKENS if kind not in MARLIN or torch.cuda.is_available() else NUM_TOKENS[:9]:
-        hidden = torch.randn(num_tokens, experts.HIDDEN, generator=generator, device="cpu")
-        dtype = torch.float16 if kind.startswith("gptq") else torch.bfloat16  # that of its scales
-        hidden = hidden.to(engine_process.DEVICE, dtype)
-        for layer in model.layers:
-            logits = torch.randn(num_tokens, NUM_EXPERTS, generator=generator, device="cpu")
-            routed = test_forward.route(KINDS[kind], logits.to(engine_process.DEVICE))
-            with marlin.kernels():
-                hidden = hidden + layer.forward_impl(hidden.clone(), routed)
-        found.append(hidden.float().cpu().numpy())
-    if manager is not None:
-        runtime = manager.runtime
-        for number, counts in runtime.bank_counts().items():
-            assert 0 < counts.hits < counts.uses
-            assert counts.copied > runtime.stats().bank.rows[number]
-        runtime.check_integrity(verify=True)
-        engine_process.shut_down()
+def with_a_bank(model: Any, kind: str) -> list[torch.Tensor]:
+    """The same passes as of an ordinary model: eager ones, and then those whose graphs are replayed."""
+    runtime = engine_process.init_dwdp(model).runtime
+    found = eager(model, kind) + [each for given in replayed(kind) for each in replays(model, kind, given)]
+    for number, counts in runtime.bank_counts().items():
+        assert 0 < counts.hits < counts.uses
+        assert counts.copied > runtime.stats().bank.rows[number]
+    runtime.check_integrity(verify=True)
     return found
 
 
-def test_layers_with_a_bank_have_the_bits_of_ordinary_ones(tmp_path: Path) -> None:
-    [found] = run_group(partial(outputs, port=free_port(), folder=tmp_path), 1, engine_process.DEVICE)
-    assert found.keys() == set(KINDS)
-    for kind, (ordinary, with_a_bank) in found.items():
-        assert all(output.std() > 0.1 for output in ordinary)
-        assert all(map(np.array_equal, with_a_bank, ordinary)), kind
+def replayed(kind: str) -> list[Inputs]:
+    """What graphs are replayed for, if there can be any."""
+    return [inputs(kind, [count] * REPLAYS, count) for count in REPLAYED] if torch.cuda.is_available() else []
+
+
+def inputs(kind: str, num_tokens: Sequence[int], seed: int) -> Inputs:
+    dtype = torch.float16 if kind.startswith("gptq") else torch.bfloat16  # that of its scales
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(engine_process.DEVICE)
+
+    return [
+        (random(count, experts.HIDDEN).to(dtype), random(experts.NUM_LAYERS, count, NUM_EXPERTS))
+        for count in num_tokens
+    ]
+
+
+def eager(model: Any, kind: str) -> list[torch.Tensor]:
+    short = kind in MARLIN and not torch.cuda.is_available()  # what stands for its kernels is slow
+    return [forward(model, kind, *each) for each in inputs(kind, NUM_TOKENS[:9] if short else NUM_TOKENS, 0)]
+
+
+def replays(model: Any, kind: str, given: Inputs) -> list[torch.Tensor]:
+    hidden, logits = (each.clone() for each in given[0])
+    forward(model, kind, hidden, logits)  # kernels are compiled
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = forward(model, kind, hidden, logits)
+    found = []
+    for each in given:
+        hidden.copy_(each[0])
+        logits.copy_(each[1])
+        graph.replay()
+        found.append(output.clone())
+    return found
+
+
+def forward(model: Any, kind: str, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    for layer, of_layer in zip(model.layers, logits, strict=True):
+        routed = test_forward.route(ON_A_GPU[kind], of_layer)
+        scale = hidden.float().square().mean(dim=1, keepdim=True).rsqrt()
+        with marlin.kernels():
+            hidden = hidden + layer.forward_impl((hidden * scale).to(hidden.dtype), routed)
+    return hidden
+
+
+def as_numpy(tensors: list[torch.Tensor]) -> Passes:
+    return [each.float().cpu().numpy() for each in tensors]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    run = partial(outputs, port=free_port(), folder=tmp_path_factory.mktemp("config"))
+    [each] = run_group(run, 1, engine_process.DEVICE)
+    return each
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[pytest.mark.gpu] if torch.cuda.is_available() or kind not in HERE else [])
+        for kind in ON_A_GPU
+    ],
+)
+def test_layers_with_a_bank_have_the_bits_of_ordinary_ones(kind: str, found: Found) -> None:
+    """In eager passes, and on a GPU in replays of graphs for changing routing."""
+    assert not isinstance(found[kind], str), found[kind]
+    ordinary, with_a_bank = found[kind]
+    assert all(output.std() > 0.1 for output in ordinary)
+    assert len(ordinary) >= 9 + torch.cuda.is_available() * len(REPLAYED) * REPLAYS
+    wrong = [place for place, both in enumerate(zip(ordinary, with_a_bank, strict=True)) if not np.array_equal(*both)]
+    assert wrong == []
 
 
 TOLD_ROWS = ("triton", "triton_kernel", "marlin", "auto")
