@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -19,30 +18,23 @@ def before_plugins() -> None:
         return
     from sglang.kernels.ops.moe import moe_align_single_token as of_one_token
     from sglang.srt.layers.moe import fused_moe_triton
+    from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
     from sglang.srt.utils import custom_op
 
     with patch.object(custom_op, "register_custom_op", lambda **_: lambda function: function):
         importlib.import_module("sglang.srt.layers.moe.fused_moe_triton.fused_marlin_moe")
-    fused_moe_triton.moe_align_block_size = _align
+    fused_moe.moe_align_block_size = fused_moe_triton.moe_align_block_size = _align
     of_one_token.moe_align_single_token = _align
 
 
 @contextmanager
 def kernels() -> Iterator[None]:
-    """Let SGLang's `fused_marlin_moe` run here, and on a GPU give the same bits whenever it does.
-
-    From Hopper on it lets multiprocessors add up their parts of a sum by atomics, in whatever order; without, one waits
-    for the other.
-    """
+    """Let SGLang's `fused_marlin_moe` run here."""
     from sglang.srt.layers.moe.fused_moe_triton import fused_marlin_moe
     from sglang.srt.layers.quantization import marlin_utils
 
     with ExitStack() as patches:
-        if torch.cuda.is_available():
-            product = fused_marlin_moe.moe_wna16_marlin_gemm
-            in_order = partial(_without_atomics, product)
-            patches.enter_context(patch.object(fused_marlin_moe, "moe_wna16_marlin_gemm", in_order))
-        else:
+        if not torch.cuda.is_available():
             for name in ("moe_wna16_marlin_gemm", "silu_and_mul", "moe_sum_reduce", "get_scalar_type"):
                 patches.enter_context(patch.object(fused_marlin_moe, name, globals()[f"_{name}"], create=True))
             patches.enter_context(patch.object(marlin_utils, "marlin_make_workspace", lambda *_, **__: torch.zeros(1)))
@@ -50,11 +42,7 @@ def kernels() -> Iterator[None]:
         yield
 
 
-def _without_atomics(product: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    return product(*args, **(kwargs | {"use_atomic_add": False}))
-
-
-def _align(topk_ids: Tensor, block_size: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _align(topk_ids: Tensor, block_size: int, num_experts: int = 0, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
     ids = topk_ids.flatten()
     tokens, experts = [], []
     for expert in ids.unique().tolist():

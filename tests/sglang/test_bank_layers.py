@@ -54,6 +54,8 @@ def outputs(rank: int, *, port: int, folder: Path, kinds: Sequence[str]) -> Foun
     """By kind of weights."""
     marlin.before_plugins()
     engine_process.start(rank, 1, port)
+    if engine_process.DEVICE == "cuda":
+        test_forward.add_in_one_order()
     return {kind: outputs_or_why_not(kind, rank, folder / "dwdp.yaml") for kind in kinds}
 
 

@@ -29,7 +29,7 @@ _MODEL_CONFIG = (
 )
 CHECK_FINAL_ARGUMENTS = "sglang.srt.server_args.ServerArgs.check_server_args"  # what the engine calls last of all
 CONSTRUCT_MODEL = "sglang.srt.model_loader.loader._initialize_model"  # what every loader calls before it loads
-# What sorts tokens by expert, in blocks: for SGLang's Triton kernels and Marlin; and for Marlin where there is one token.
+# What sorts tokens by expert, in blocks, for SGLang's Triton kernels and Marlin; and one token's experts for Marlin.
 ALIGN_BLOCKS = "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe.moe_align_block_size"
 ALIGN_ONE_TOKEN = "sglang.kernels.ops.moe.moe_align_single_token.moe_align_single_token"
 CHOOSE_TILES = "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe.try_get_optimal_moe_config"
