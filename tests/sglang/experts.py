@@ -66,7 +66,7 @@ def quantisation(kind: str) -> Any:
         from sglang.srt.layers.quantization.mxfp4 import Mxfp4Config
 
         return Mxfp4Config(is_checkpoint_mxfp4_serialized=True)
-    if kind == "nvfp4":
+    if kind.startswith("nvfp4"):
         from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp4Config
 
         return ModelOptFp4Config(is_checkpoint_nvfp4_serialized=True, group_size=16, exclude_modules=[])

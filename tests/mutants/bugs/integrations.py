@@ -15,18 +15,19 @@ _LAYERS = ("tests/unit/integrations/test_sglang_sizes.py",)
 _BANK = ("tests/unit/integrations/test_transformers_bank.py",)
 _STATIC = ("tests/unit/integrations/test_transformers_static_cache.py",)
 _ROWS = ("tests/unit/integrations/test_sglang_bank.py",)
+_TOLD = ("tests/unit/integrations/test_sglang_rows.py",)
 
 BUGS: Final = (
     Bug(
         "a bank of SGLang's lacks the tensors that are smaller than a page",
         "vmm_dwdp/integrations/sglang/expert_layer.py",
-        "(self.reads_rows or expert_nbytes * self._share >= self._page)",
+        "(self.telling is not None or expert_nbytes * self._share >= self._page)",
         "expert_nbytes * self._share >= self._page",
         _ROWS,
     ),
     Bug(
         "SGLang's kernels read a bank's tensor by expert",
-        "vmm_dwdp/integrations/sglang/manager.py",
+        "vmm_dwdp/integrations/sglang/rows.py",
         "routed._replace(topk_ids=rows)",
         "routed",
         _ROWS,
@@ -51,6 +52,90 @@ BUGS: Final = (
         "shape if shape[0] <= num_experts else (num_experts, *shape[1:])",
         "shape",
         _ROWS,
+    ),
+    Bug(
+        "Marlin sorts tokens by rows of a bank",
+        "vmm_dwdp/integrations/sglang/rows.py",
+        '"marlin": Telling(by_blocks, as_experts=True)',
+        '"marlin": Telling(by_ids)',
+        _TOLD,
+    ),
+    Bug(
+        "Marlin's blocks are as large as for rows of a bank",
+        "vmm_dwdp/integrations/sglang/rows.py",
+        "Telling(by_blocks, as_experts=True)",
+        "Telling(by_blocks)",
+        _TOLD,
+    ),
+    Bug(
+        "a block of Marlin's is told the row of another",
+        "vmm_dwdp/integrations/sglang/rows.py",
+        "tokens[::block_size].clamp",
+        "tokens[: len(experts)].clamp",
+        _TOLD,
+    ),
+    Bug(
+        "what stands after Marlin's last block is looked up",
+        "vmm_dwdp/integrations/sglang/rows.py",
+        "tokens[::block_size].clamp(0, len(awaited.rows) - 1)",
+        "tokens[::block_size]",
+        _TOLD,
+    ),
+    Bug(
+        "it is not noticed that Marlin's blocks were told no rows",
+        "vmm_dwdp/integrations/sglang/rows.py",
+        "    if awaited.rows is not None and len(awaited.rows):\n        raise",
+        "    if awaited.rows is not None and not len(awaited.rows):\n        raise",
+        _TOLD,
+    ),
+    Bug(
+        "rows that Marlin's blocks were not told await the next pass",
+        "vmm_dwdp/integrations/sglang/rows.py",
+        "        _awaited.reset(before)\n",
+        "        pass\n",
+        _TOLD,
+    ),
+    Bug(
+        "triton_kernels count slices by rows of a bank",
+        "vmm_dwdp/integrations/sglang/rows.py",
+        ".scatter_(0, rows, sizes)[:num_experts]",
+        ".scatter_(0, rows, sizes)",
+        _TOLD,
+    ),
+    Bug(
+        "slices of triton_kernels begin where those of other experts do",
+        "vmm_dwdp/integrations/sglang/rows.py",
+        ".scatter_(0, rows, slices.slice_offs[:num_experts])",
+        ".scatter_(0, rows, slices.slice_offs[1:])",
+        _TOLD,
+    ),
+    Bug(
+        "triton_kernels of SGLang 0.5.23 read past the number of blocks",
+        "vmm_dwdp/integrations/sglang/rows.py",
+        "torch.cat([offsets, offsets[:, -1:].expand(-1, before)], dim=1)",
+        "torch.cat([offsets, 0 * offsets[:, -1:].expand(-1, before)], dim=1)",
+        _TOLD,
+    ),
+    Bug(
+        "a slice of triton_kernels is called as an expert",
+        "vmm_dwdp/integrations/sglang/rows.py",
+        "schedule & ~_SLICE | rows.to(schedule.dtype)[schedule & _SLICE]",
+        "schedule",
+        _TOLD,
+    ),
+    Bug(
+        "a bank is looked up for experts that are not named",
+        "vmm_dwdp/integrations/sglang/manager.py",
+        "of.telling is None or not self._names_experts(dispatch_output.topk_output)",
+        "of.telling is None",
+        _TOLD,
+    ),
+    Bug(
+        "it is said in every pass that experts are not named",
+        "vmm_dwdp/integrations/sglang/manager.py",
+        "            self._bypassed = True\n",
+        "",
+        _TOLD,
     ),
     Bug(
         "SGLang keeps memory for a bank that no kernel reads",

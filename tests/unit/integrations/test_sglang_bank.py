@@ -27,12 +27,13 @@ CONFIG = DWDPConfig(
 )
 
 
-def module(number: int, runner: str = "triton") -> Any:
+def module(number: int, runner: str = "triton", kind: str = "channel") -> Any:
+    """A layer of weights in bf16 for triton_kernels, in MXFP4 for Marlin, and else in FP8 with a scale per ``kind``."""
     made = fused_moe(EXPERTS, EXPERTS, w13_weight=weight(EXPERTS), w2_weight=weight(EXPERTS))
-    method = type("CompressedTensorsW8A8Fp8MoE", (), {"weight_quant": SimpleNamespace(strategy="channel")})
+    fp8 = type("CompressedTensorsW8A8Fp8MoE", (), {"weight_quant": SimpleNamespace(strategy=kind)})
     vars(made).update(vars(moe_layer("UnquantizedFusedMoEMethod", runner)))
-    if runner == "triton":
-        made.scheme = method()
+    if runner != "triton_kernel":
+        made.scheme = fp8() if runner == "triton" else type("Mxfp4MoEMethod", (), {})()
         for name in ("w13_weight_scale", "w2_weight_scale"):
             made.register_parameter(name, torch.nn.Parameter(torch.zeros(EXPERTS), requires_grad=False))
     made.layer_id, made.top_k, made.num_fused_shared_experts = number, TOP_K, 0
@@ -132,11 +133,11 @@ def test_a_bank_with_fewer_rows_than_a_token_has_experts_is_refused_before_the_f
 def test_where_no_kernel_is_told_rows_there_is_no_bank_and_it_is_said(
     opened: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    modules = [module(number, "triton_kernel") for number in range(LAYERS)]
+    modules = [module(number, kind="tensor") for number in range(LAYERS)]
     manager = opened(CONFIG, modules)
     with caplog.at_level(logging.WARNING, "vmm_dwdp"):
         whole = loaded(manager, modules, monkeypatch)
-    sentence = "experts are read in place without a bank: bf16 with the MoE runner triton_kernel is told no rows"
+    sentence = "experts are read in place without a bank: fp8 tensor with the MoE runner triton is told no rows"
     assert [record.getMessage() for record in caplog.records] == [sentence]
     assert manager.runtime.stats().bank is None
     routed = Routed(hidden_states=torch.zeros(2, 4), topk_output=Routed(topk_ids=torch.tensor([[3, 6]])))

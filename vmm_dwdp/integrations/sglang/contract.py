@@ -29,7 +29,9 @@ _MODEL_CONFIG = (
 )
 CHECK_FINAL_ARGUMENTS = "sglang.srt.server_args.ServerArgs.check_server_args"  # what the engine calls last of all
 CONSTRUCT_MODEL = "sglang.srt.model_loader.loader._initialize_model"  # what every loader calls before it loads
+# What sorts tokens by expert, in blocks, for SGLang's Triton kernels and Marlin; and one token's experts for Marlin.
 ALIGN_BLOCKS = "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe.moe_align_block_size"
+ALIGN_ONE_TOKEN = "sglang.kernels.ops.moe.moe_align_single_token.moe_align_single_token"
 CHOOSE_TILES = "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe.try_get_optimal_moe_config"
 # The constructors of linear layers that may be cut over ranks, and the sum over all of them in a pass.
 LINEARS = tuple(
@@ -83,6 +85,7 @@ _EXPECTED = (
     _Expected(CONSTRUCT_MODEL),
     _Expected(CHOOSE_TILES, ("w1_shape", "w2_shape")),
     _Expected(ALIGN_BLOCKS, ("topk_ids", "block_size", "num_experts")),
+    _Expected(ALIGN_ONE_TOKEN, ("topk_ids", "block_size")),
     *(_Expected(path, ("prefix",)) for path in LINEARS),
     _Expected(LINEARS[-1], (), ("input_size_per_partition",)),
     _Expected(SUM_OVER_RANKS),

@@ -9,6 +9,7 @@ import torch
 from vmm_dwdp.errors import ConfigError
 from vmm_dwdp.integrations.sglang.expert_tensor import ExpertBlocks, find, replace
 from vmm_dwdp.integrations.sglang.expert_view import ExpertView
+from vmm_dwdp.integrations.sglang.rows import Telling
 from vmm_dwdp.integrations.sglang.schemes import NotServedError, Scheme, runner_of, scheme_of
 from vmm_dwdp.integrations.sglang.settings import DISABLE
 from vmm_dwdp.layout.placement import ExpertPlacement
@@ -43,15 +44,16 @@ class ExpertLayer:
     Args:
         module: a `FusedMoE` just constructed, with an equal share of the experts in its parameters.
         page_nbytes: bytes per page of the device's memory.
-        reads_rows: its kernels are told rows of a bank: then every tensor of an expert is spread, small ones too.
+        telling: how its kernels are told rows of a bank, if they are: then every tensor of an expert is spread, small
+            ones too.
 
     Raises:
         NotServedError: the layer's quantisation method, MoE runner or tensors are not supported; it is as constructed.
     """
 
-    def __init__(self, module: Any, page_nbytes: int, *, reads_rows: bool = False) -> None:
+    def __init__(self, module: Any, page_nbytes: int, *, telling: Telling | None = None) -> None:
         self.module = module
-        self.reads_rows = reads_rows
+        self.telling = telling
         self.number = int(module.layer_id)
         self.num_experts = int(module.num_experts)
         self.finished = False
@@ -95,7 +97,7 @@ class ExpertLayer:
             raise ConfigError(f"the experts of layer {self.number} are smaller than a page of {self._page} bytes")
 
     def _is_large(self, expert_nbytes: int) -> bool:
-        return expert_nbytes > 0 and (self.reads_rows or expert_nbytes * self._share >= self._page)
+        return expert_nbytes > 0 and (self.telling is not None or expert_nbytes * self._share >= self._page)
 
     def weights(self) -> dict[str, WeightSpec]:
         """What of the layer is spread, by its bytes; where post-processing is still to make it, what it is made of."""
@@ -275,7 +277,8 @@ class ExpertLayer:
         for name in self._replicated:
             replace(self.module, name, self._find(name).to(self._runtime.device))
         self.module.bind_full_expert_weights({})
-        self._view = ExpertView(self.module, self._spread, self._runtime.device)
+        as_experts = self.telling is not None and self.telling.as_experts
+        self._view = ExpertView(self.module, self._spread, self._runtime.device, as_experts=as_experts)
         return self._view
 
     def restore(self) -> None:

@@ -21,7 +21,9 @@ _Exchange = list[tuple[dict[str, Any], dict[str, Any]]]  # dictionaries of the l
 class ExpertView:
     """The places of one layer's spread tensors: `SpreadTensor`s, but between `show` and `hide` the assembled tensors.
 
-    With rows of a bank before the experts, the layer's number of experts is that of rows meanwhile.
+    With rows of a bank before the experts, tensors have as many rows, and the layer's number of experts is that of
+    rows meanwhile; but where kernels count experts by them, both are as without a bank, and the rows after those are in
+    the same memory.
 
     Takes effect when it is made, until `remove`. What is exchanged is known before: to show and to hide is to update a
     dictionary of the layer, or a few.
@@ -30,12 +32,16 @@ class ExpertView:
         module: a loaded `FusedMoE`.
         blocks: its spread tensors.
         device: where the assembled tensors are.
+        as_experts: whether kernels count experts by the tensors' length; see [Note: The order of sums].
     """
 
-    def __init__(self, module: Any, blocks: Mapping[str, ExpertBlocks], device: torch.device) -> None:
+    def __init__(
+        self, module: Any, blocks: Mapping[str, ExpertBlocks], device: torch.device, *, as_experts: bool = False
+    ) -> None:
         self._blocks: Final = blocks
         self._module: Final = vars(module)
         self._num_experts: Final = module.num_experts
+        self._as_experts: Final = as_experts
         self._first: Final = next(iter(blocks))
         self._places: Final = {name: places(module, name) for name in blocks}
         self._found: Final = {name: holder[key] for name, [(holder, key), *_] in self._places.items()}
@@ -79,8 +85,8 @@ class ExpertView:
         for name, block in self._blocks.items():
             assembled = weights[name]
             assert isinstance(assembled, torch.Tensor)
-            rows = len(assembled)
-            made[name] = torch.Tensor._make_subclass(type(self._found[name]), block.from_bytes(assembled))
+            rows = self._num_experts if self._as_experts else len(assembled)
+            made[name] = torch.Tensor._make_subclass(type(self._found[name]), block.from_bytes(assembled)[:rows])
             vars(made[name]).update(vars(self._found[name]))
         return self._exchange(made, rows)
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.integrations.sglang import arguments, contract, graphs, remedies, settings, shared_experts
+from vmm_dwdp.integrations.sglang import arguments, contract, graphs, remedies, rows, settings, shared_experts
 from vmm_dwdp.integrations.sglang.expert_layer import NO_UPDATES
 from vmm_dwdp.integrations.sglang.manager import ExpertManager
 from vmm_dwdp.integrations.sglang.schemes import NotServedError, scheme_of
@@ -53,6 +54,7 @@ def _register_all() -> None:
         contract.CONSTRUCT_MODEL: construct_model,
         contract.CHOOSE_TILES: choose_tiles,
         contract.ALIGN_BLOCKS: align_blocks,
+        contract.ALIGN_ONE_TOKEN: rows.tell_blocks,
         contract.SUM_OVER_RANKS: shared_experts.sum_over_ranks,
         contract.IS_LOCAL: graphs.is_local,
         contract.fused_moe("weight_loader"): load_weight,
@@ -223,7 +225,7 @@ def align_blocks(original: _Original, *args: Any, **kwargs: Any) -> Any:
     """Around what sorts tokens by expert for SGLang's grouped products, which go through experts in that order."""
     found = manager()
     order = None if found is None else found.block_order
-    return original(*args, **kwargs) if order is None else order.align(original, *args, **kwargs)
+    return rows.tell_blocks(original if order is None else partial(order.align, original), *args, **kwargs)
 
 
 def load_weight(original: _Original, module: Any, *args: Any, **kwargs: Any) -> None:

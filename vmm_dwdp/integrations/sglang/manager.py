@@ -19,7 +19,8 @@ from vmm_dwdp.integrations.sglang.block_order import BlockOrder
 from vmm_dwdp.integrations.sglang.expert_layer import ExpertLayer
 from vmm_dwdp.integrations.sglang.expert_view import ViewedRuntime
 from vmm_dwdp.integrations.sglang.progress import Progress
-from vmm_dwdp.integrations.sglang.schemes import caution, runner_of, without_rows
+from vmm_dwdp.integrations.sglang.rows import names_experts
+from vmm_dwdp.integrations.sglang.schemes import caution, runner_of, telling_of, without_rows
 from vmm_dwdp.integrations.sglang.settings import Stated
 from vmm_dwdp.layout.placement import ExpertPlacement
 
@@ -63,6 +64,7 @@ class ExpertManager:
         self._runtime: ViewedRuntime | None = None
         self._layers: dict[int, ExpertLayer] = {}
         self._running = False
+        self._bypassed = False  # whether experts were to be read that were not named
         self._progress: Progress | None = None
         self.block_order: BlockOrder | None = None  # of a rank that reads in place, from several owners
         self.closed = False
@@ -97,8 +99,8 @@ class ExpertManager:
                     f"DWDP needs as many experts in every MoE layer: layer {layer.number} has "
                     f"{layer.module.num_experts}, layer {number} has {module.num_experts}"
                 )
-        looks_up = self._stated.config.expert_bank > 0 and without_rows(module) is None
-        layer = ExpertLayer(module, self._driver.granularity(), reads_rows=looks_up)
+        telling = telling_of(module) if self._stated.config.expert_bank else None
+        layer = ExpertLayer(module, self._driver.granularity(), telling=telling)
         cautioned = caution(module) if not self._layers and self._rank == 0 else None
         if cautioned is not None:
             _log.info(cautioned)
@@ -147,7 +149,7 @@ class ExpertManager:
 
     def _leave_out_a_bank_that_nobody_reads(self) -> None:
         """Which would take memory for nothing."""
-        if self._stated.config.expert_bank and not any(layer.reads_rows for layer in self._layers.values()):
+        if self._stated.config.expert_bank and not any(layer.telling for layer in self._layers.values()):
             if self._rank == 0:
                 _log.warning(without_rows(next(iter(self._layers.values())).module))
             self._stated = replace(self._stated, config=replace(self._stated.config, expert_bank=0))
@@ -186,11 +188,22 @@ class ExpertManager:
         if not self._running:
             return apply(layer=layer, dispatch_output=dispatch_output)
         with self.runtime.layer(of.number, tokens=len(dispatch_output.hidden_states), top_k=of.module.top_k):
-            if of.reads_rows:
-                routed = dispatch_output.topk_output
-                rows = self.runtime.look_up(of.number, routed.topk_ids.contiguous()).rows
-                dispatch_output = dispatch_output._replace(topk_output=routed._replace(topk_ids=rows))
-            return apply(layer=layer, dispatch_output=dispatch_output)
+            if of.telling is None or not self._names_experts(dispatch_output.topk_output):
+                return apply(layer=layer, dispatch_output=dispatch_output)
+            with of.telling.told(dispatch_output, partial(self.runtime.look_up, of.number)) as told:
+                return apply(layer=layer, dispatch_output=told)
+
+    def _names_experts(self, topk_output: Any) -> bool:
+        """Whether experts can be looked up in the bank. If not, they are read in place, which is said once."""
+        if names_experts(topk_output):
+            return True
+        if not self._bypassed:
+            self._bypassed = True
+            _log.warning(
+                "experts are read in place without a bank: SGLang's %s does not say which ones tokens chose",
+                type(topk_output).__name__,
+            )
+        return False
 
     def of_experts(self, shape: Sequence[int]) -> Sequence[int]:
         """Of weights that a kernel of these layers reads, without rows of a bank: what its tiles are chosen by."""
@@ -218,7 +231,7 @@ class ExpertManager:
             for layer in self._layers.values():
                 runtime.views[layer.number] = layer.bind()
                 with runtime.layer(layer.number, mode=mode):  # what it shows is made now, not in the first pass
-                    if layer.reads_rows:
+                    if layer.telling is not None:
                         nobody = torch.full((1, layer.module.top_k or 1), -1, dtype=torch.int32, device=runtime.device)
                         runtime.look_up(layer.number, nobody)
             self.block_order = self._block_order()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vmm_dwdp.errors import ConfigError
+from vmm_dwdp.integrations.sglang.rows import TELLINGS, Telling
 
 
 class NotServedError(ConfigError):
@@ -186,7 +187,6 @@ _SCHEMES: dict[tuple[str, str], Scheme] = {
     ("awq", "marlin"): _AWQ_MARLIN,
     ("gptq", "marlin"): _GPTQ_MARLIN,
 }
-_READ_BY_ROW = frozenset({"bf16", "fp8 block", "fp8 channel", "compressed fp8 block", "wna16"})  # by SGLang's Triton
 _RAN_ON_A_GPU = frozenset({("bf16", "triton"), ("fp8 block", "triton")})  # a forward pass, bit-identical
 
 
@@ -256,12 +256,16 @@ def scheme_of(layer: Any) -> Scheme:
     raise NotServedError(why, runner, _runners_of(kind))
 
 
-def without_rows(layer: Any) -> str | None:
-    """A sentence about a `FusedMoE` layer that is in the table, if a bank does not serve it: its kernels cannot be told
-    rows in the place of experts, or post-processing makes smaller scales than were loaded."""
+def telling_of(layer: Any) -> Telling | None:
+    """How the kernels of a `FusedMoE` layer that is in the table are told rows of a bank; ``None`` if a bank does not
+    serve it: they cannot be, or post-processing makes smaller scales than were loaded."""
     _, kind, runner = _row_of(layer)
-    if runner == "triton" and kind in _READ_BY_ROW:
-        return None
+    return None if kind == "fp8 tensor" else TELLINGS.get(runner)
+
+
+def without_rows(layer: Any) -> str:
+    """A sentence about a `FusedMoE` layer that is in the table, and that a bank does not serve."""
+    _, kind, runner = _row_of(layer)
     return f"experts are read in place without a bank: {kind} with the MoE runner {runner} is told no rows"
 
 
