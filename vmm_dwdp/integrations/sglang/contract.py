@@ -29,6 +29,7 @@ _MODEL_CONFIG = (
 )
 CHECK_FINAL_ARGUMENTS = "sglang.srt.server_args.ServerArgs.check_server_args"  # what the engine calls last of all
 CONSTRUCT_MODEL = "sglang.srt.model_loader.loader._initialize_model"  # what every loader calls before it loads
+INIT_DWDP = "sglang.srt.model_executor.model_runner.ModelRunner.maybe_init_dwdp"
 CHOOSE_TILES = "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe.try_get_optimal_moe_config"
 # The constructors of linear layers that may be cut over ranks, and the sum over all of them in a pass.
 LINEARS = tuple(
@@ -38,6 +39,7 @@ LINEARS = tuple(
 # Whether a rank's decode graphs are chosen by its own batch alone.
 IS_LOCAL = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner._forward_is_dp_local"
 _WHOLE: tuple[dict[str, Any], ...] = ({"parallel_group": "replicated"}, {"tp_rank": 0, "tp_size": 1})  # 0.5.23, 0.5.17
+_PARALLEL = "sglang.srt.runtime_context.get_parallel"  # whose dwdp_size every process of an engine has
 SUM_OVER_RANKS = "sglang.srt.distributed.communication_op.tensor_model_parallel_all_reduce"
 CHECK_WEIGHTS = "sglang.srt.utils.weight_checker.WeightChecker.handle"
 SAVE = (f"{_WEIGHT_EXPORTER}.save_sharded_model", f"{_WEIGHT_EXPORTER}.save_remote_model")
@@ -86,11 +88,9 @@ _EXPECTED = (
     _Expected(SUM_OVER_RANKS),
     _Expected(IS_LOCAL, ("model_runner",)),
     _Expected(f"{_FUSED_MOE}.weight_loader_fused", ("param",), ()),
-    _Expected(
-        "sglang.srt.model_executor.model_runner.ModelRunner.maybe_init_dwdp",
-        (),
-        ("DwdpManager", "set_global_dwdp_manager", "setup"),
-    ),
+    _Expected(INIT_DWDP, (), ("DwdpManager", "set_global_dwdp_manager", "setup")),
+    _Expected("sglang.srt.plugins.hook_registry.HookRegistry._apply_target", ("target", "hooks")),
+    _Expected(_PARALLEL),
     _Expected(CHECK_FINAL_ARGUMENTS),
     _Expected(CHECK_WEIGHTS, ("action",)),
     *(_Expected(path) for path in (*SAVE, *SEND)),
@@ -137,6 +137,11 @@ def difference() -> str | None:
 def check_arguments() -> str | None:
     """The path of the function that checks the engine's arguments, if there is one."""
     return next((path for path in _CHECK_ARGUMENTS if _exists(path)), None)
+
+
+def tells_ranks() -> bool:
+    """Whether a rank is told where its model is constructed, and by which arguments of its engine."""
+    return _exists(CONSTRUCT_MODEL) and _exists(_PARALLEL)
 
 
 def model_config(server_args: Any) -> Any:

@@ -1,0 +1,49 @@
+"""In what is hooked of SGLang's engines, and when."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mutants.seeded import Bug
+
+_HOOKS: Final = "vmm_dwdp/integrations/sglang/hooks.py"
+_STANDING = ("tests/unit/integrations/test_sglang_hooks.py",)
+
+BUGS: Final = (
+    Bug(
+        "an engine without arguments of ours is hooked",
+        _HOOKS,
+        "    if not settings.wanted(dwdp_size):\n        return\n    _require_known()\n",
+        "    _require_known()\n",
+        _STANDING,
+    ),
+    Bug(
+        "an engine's first process hooks more than it has to",
+        _HOOKS,
+        "    if not settings.wanted(dwdp_size):\n        return original(server_args)\n",
+        "    _hook({contract.CHECK_FINAL_ARGUMENTS: check_final_arguments})\n"
+        "    if not settings.wanted(dwdp_size):\n        return original(server_args)\n",
+        _STANDING,
+    ),
+    Bug(
+        "sums over ranks are hooked where experts are in host memory",
+        _HOOKS,
+        "    if dwdp_size > 1:  # each rank has tokens of its own\n",
+        "    if dwdp_size:\n",
+        _STANDING,
+    ),
+    Bug(
+        "a second model is hooked once more",
+        _HOOKS,
+        "            if path not in _standing:\n",
+        "            if path:\n",
+        _STANDING,
+    ),
+    Bug(
+        "a rank goes on with an SGLang that is not known",
+        _HOOKS,
+        "    _require_known()\n    hooks: ",
+        "    hooks: ",
+        _STANDING,
+    ),
+)
