@@ -1,4 +1,4 @@
-"""In what is hooked of SGLang's engines, and when."""
+"""In what is hooked of SGLang's engines, and when; in what their ranks write for `/metrics`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Final
 from mutants.seeded import Bug
 
 _HOOKS: Final = "vmm_dwdp/integrations/sglang/hooks.py"
+_METRICS: Final = "vmm_dwdp/integrations/sglang/metrics.py"
+_WRITTEN = ("tests/unit/integrations/test_sglang_metrics.py",)
 _STANDING = ("tests/unit/integrations/test_sglang_hooks.py",)
 
 BUGS: Final = (
@@ -45,5 +47,40 @@ BUGS: Final = (
         "    _require_known()\n    hooks: ",
         "    hooks: ",
         _STANDING,
+    ),
+    Bug(
+        "an engine's counters count again what was counted",
+        _METRICS,
+        "child.inc(sample.value - self._counted.get(series, 0))",
+        "child.inc(sample.value)",
+        _WRITTEN,
+    ),
+    Bug(
+        "an engine's ranks write figures in every pass",
+        _METRICS,
+        "        if now - self._written_at < EVERY_S:\n            return\n",
+        "",
+        _WRITTEN,
+    ),
+    Bug(
+        "an engine's second model cannot write figures",
+        _METRICS,
+        "return Counter(metric.name, metric.documentation, labels, registry=None)",
+        "return Counter(metric.name, metric.documentation, labels)",
+        _WRITTEN,
+    ),
+    Bug(
+        "figures of an engine are told by process",
+        _METRICS,
+        'registry=None, multiprocess_mode="mostrecent"',
+        "registry=None",
+        _WRITTEN,
+    ),
+    Bug(
+        "an engine writes figures that nobody asked for",
+        "vmm_dwdp/integrations/sglang/arguments.py",
+        "return bool(view(server_args).enable_metrics)",
+        "return True",
+        _WRITTEN,
     ),
 )

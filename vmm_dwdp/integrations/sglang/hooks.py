@@ -312,7 +312,9 @@ def _current_manager() -> ExpertManager:
         # The ranks between which SGLang divides experts: with tensor parallelism alone, each has a part of every one.
         rank, group = get_parallel().moe_ep_rank, get_parallel().moe_ep_group.cpu_group
         fraction = arguments.static_fraction(server_args)
-        found = _manager = ExpertManager(stated, rank, group, _device(), revision, fraction)
+        # SGLang's own place of the rank: without --dwdp-size each may be the only one that divides whole experts.
+        metrics_of = get_parallel().tp_rank if arguments.shows_metrics(server_args) else None
+        found = _manager = ExpertManager(stated, rank, group, _device(), revision, fraction, metrics_of)
     return found
 
 
