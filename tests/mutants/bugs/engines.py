@@ -1,4 +1,4 @@
-"""In what is hooked of SGLang's engines, and when; in what their ranks write for `/metrics`."""
+"""In what is hooked of SGLang's engines, and when; in their decode graphs; in what ranks write for `/metrics`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from mutants.seeded import Bug
 _HOOKS: Final = "vmm_dwdp/integrations/sglang/hooks.py"
 _METRICS: Final = "vmm_dwdp/integrations/sglang/metrics.py"
 _WRITTEN = ("tests/unit/integrations/test_sglang_metrics.py",)
+_GRAPHS: Final = "vmm_dwdp/integrations/sglang/graphs.py"
+_CAPTURED = ("tests/unit/integrations/test_sglang_graphs.py",)
 _STANDING = ("tests/unit/integrations/test_sglang_hooks.py",)
 
 BUGS: Final = (
@@ -82,5 +84,54 @@ BUGS: Final = (
         "return bool(view(server_args).enable_metrics)",
         "return True",
         _WRITTEN,
+    ),
+    Bug(
+        "decode graphs choose by the longest batch of all ranks",
+        _GRAPHS,
+        "int(get_parallel().dwdp_size) > 1 or original(model_runner)",
+        "original(model_runner)",
+        _CAPTURED,
+    ),
+    Bug(
+        "decode graphs without DWDP go by one rank's batch",
+        _GRAPHS,
+        "int(get_parallel().dwdp_size) > 1 or original(model_runner)",
+        "int(get_parallel().dwdp_size) >= 1 or original(model_runner)",
+        _CAPTURED,
+    ),
+    Bug(
+        "decode graphs capture passes that are staged",
+        _GRAPHS,
+        "config.group_size > 1 and config.reads_in_place and not",
+        "config.group_size > 1 and not",
+        _CAPTURED,
+    ),
+    Bug(
+        "decode graphs are on although the arguments switch them off",
+        _GRAPHS,
+        " and not resolved.disable_cuda_graph",
+        "",
+        _CAPTURED,
+    ),
+    Bug(
+        "decode graphs of SGLang's own DWDP are captured",
+        _GRAPHS,
+        "cuda_graph_config.decode.backend",
+        "cuda_graph_config.prefill.backend",
+        _CAPTURED,
+    ),
+    Bug(
+        "decode graphs are switched off by SGLang after ours were decided",
+        _HOOKS,
+        "    if decode_graphs:\n        arguments.change",
+        "    if not decode_graphs:\n        arguments.change",
+        _CAPTURED,
+    ),
+    Bug(
+        "decode graphs bring prefill graphs, which are captured in pieces",
+        _HOOKS,
+        "    if dwdp_size <= 1 or decode_graphs:\n",
+        "    if dwdp_size <= 1:\n",
+        _CAPTURED,
     ),
 )
