@@ -15,7 +15,7 @@ _COMPONENTS = "sglang.srt.model_executor.model_runner_components"
 _WEIGHT_UPDATER = f"{_COMPONENTS}.weight_updater.WeightUpdater"
 _WEIGHT_EXPORTER = f"{_COMPONENTS}.weight_exporter.WeightExporter"
 
-TESTED = ("0.5.17", "0.5.23")  # the versions with which this integration's tests run
+TESTED = ("0.5.17", "0.5.20", "0.5.22", "0.5.23")  # the versions with which this integration's tests run
 
 # Where the arguments are checked, in the process that starts the engine: 0.5.23, 0.5.17.
 _CHECK_ARGUMENTS = (

@@ -147,7 +147,7 @@ def check_final_arguments(original: _Original, server_args: Any) -> None:
     if not settings.wanted(dwdp_size):
         return
     if contract.version() not in contract.TESTED:
-        _log.warning("vmm-dwdp was tested with SGLang %s, not %s", " and ".join(contract.TESTED), contract.version())
+        _log.warning("vmm-dwdp was tested with SGLang %s, not %s", ", ".join(contract.TESTED), contract.version())
     arguments.check(server_args, dwdp_size)
     arguments.check_graphs(server_args)
     runner = arguments.runner_for_gpt_oss(server_args) if dwdp_size > 1 else None
