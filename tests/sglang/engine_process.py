@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from vmm_dwdp.integrations.sglang import hooks, settings
+
 MODEL = Path(__file__).parent / "qwen3_moe"  # a small Qwen3-MoE: its config, no weights
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -58,7 +60,7 @@ def use_runner(backend: str, rank: int, size: int) -> None:
 
 
 def publish(stated: Any, rank: int) -> None:
-    """Let these be the engine's arguments, for layers that are constructed from now on."""
+    """Let these be the engine's arguments, for layers that are constructed from now on, also by a test itself."""
     from sglang.srt import runtime_context
     from sglang.srt.layers.moe import initialize_moe_config
 
@@ -68,6 +70,8 @@ def publish(stated: Any, rank: int) -> None:
         placement = {}
     runtime_context.publish(stated, role="test", **placement)
     initialize_moe_config(*([stated] if inspect.signature(initialize_moe_config).parameters else []))
+    if not settings.disabled():
+        hooks.hook_model()
 
 
 def init_dwdp(model: torch.nn.Module) -> Any:

@@ -211,11 +211,11 @@ def load_with_a_bank(rank: int, *, port: int, folder: Path) -> dict[str, str]:
     config.write_text("group_size: 1\nhost_experts: 6\nmode: in_place\nchecksums: true\nexpert_bank: 12 MB\n")
     found = {}
     for kind, runner in SERVED.items():
-        engine_process.use_runner(runner, rank, 1)
         models: list[Any] = []
         for environment in ({}, {"VMM_DWDP_CONFIG": str(config)}):
             os.environ.pop("VMM_DWDP_CONFIG", None)
             os.environ.update(environment)
+            engine_process.use_runner(runner, rank, 1)
             with experts.without_a_gpu():
                 models.append(experts.model(kind))
                 experts.load(models[-1])
@@ -261,12 +261,15 @@ def test_every_tensor_of_every_kind_of_weights_is_in_the_bank(tmp_path: Path) ->
     assert found == dict.fromkeys(SERVED, "")
 
 
-def test_a_kernel_has_the_tiles_that_it_has_without_a_bank() -> None:
-    run_group(partial(require_same_tiles, port=free_port()), 1)
+def test_a_kernel_has_the_tiles_that_it_has_without_a_bank(tmp_path: Path) -> None:
+    config = tmp_path / "dwdp.yaml"
+    config.write_text("group_size: 1\nhost_experts: 14\n")
+    run_group(partial(require_same_tiles, port=free_port(), config=str(config)), 1)
 
 
-def require_same_tiles(rank: int, *, port: int) -> None:
+def require_same_tiles(rank: int, *, port: int, config: str) -> None:
     """By SGLang's own rule, which compares the number of tokens with that of experts."""
+    os.environ["VMM_DWDP_CONFIG"] = config
     engine_process.start(rank, 1, port)
     from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe, fused_moe_triton_config
 

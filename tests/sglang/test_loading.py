@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vmm_dwdp.errors import ConfigError
-from vmm_dwdp.integrations.sglang import contract
 from vmm_dwdp.testing import run_group
 
 KINDS = {  # with which MoE runner
@@ -217,8 +216,8 @@ def test_paged_experts_have_the_same_tensors(
     kind: str, without_dwdp: tuple[dict[str, Digests], dict[str, set[str]]]
 ) -> None:
     """SGLang states apart from us what a runner reads of each expert."""
-    if contract.version() == "0.5.17":
-        pytest.skip("SGLang 0.5.17 has no paged experts")
+    if importlib.util.find_spec("sglang.srt.layers.moe.paged_experts") is None:
+        pytest.skip("this SGLang has no paged experts")
     digests, paged = without_dwdp
     assert set(digests[kind][0]) == paged[kind]
 

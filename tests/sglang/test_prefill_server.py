@@ -27,7 +27,7 @@ BY_TCP = {"SGLANG_HOST_IP": "127.0.0.1"}  # where the servers offer their KV cac
 @pytest.fixture
 def mooncake() -> None:
     if contract.version() != "0.5.17":
-        pytest.skip("SGLang 0.5.23 registers a decode server's host memory with CUDA, also on the CPU")
+        pytest.skip("by SGLang 0.5.17 alone: 0.5.23 registers a decode server's host memory with CUDA, also on the CPU")
     try:
         importlib.import_module("mooncake.engine")
     except ImportError as error:

@@ -59,6 +59,7 @@ def test_whole_ones_and_what_stands_beside_no_experts_are_not() -> None:
 def test_so_it_is_where_sglangs_own_dwdp_takes_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose shared experts would be fused if the plugin had not switched that off."""
     monkeypatch.setattr(hooks, "_left_to_sglang", True)
+    monkeypatch.setattr(hooks, "hook_model", lambda: None)
     with pytest.raises(ConfigError, match="its output would be wrong"):
         hooks.construct_model(lambda: model(shared=2))
     whole = model()

@@ -121,6 +121,11 @@ def static_fraction(server_args: Any) -> float:
     return float(view(server_args).mem_fraction_static or 1)
 
 
+def shows_metrics(server_args: Any) -> bool:
+    """Whether the engine's server answers with metrics."""
+    return bool(view(server_args).enable_metrics)
+
+
 def change(server_args: Any, name: str, value: object) -> None:
     """Change an argument before the engine publishes them: later versions record a change instead of making it."""
     try:

@@ -15,7 +15,7 @@ _COMPONENTS = "sglang.srt.model_executor.model_runner_components"
 _WEIGHT_UPDATER = f"{_COMPONENTS}.weight_updater.WeightUpdater"
 _WEIGHT_EXPORTER = f"{_COMPONENTS}.weight_exporter.WeightExporter"
 
-TESTED = ("0.5.17", "0.5.23")  # the versions with which this integration's tests run
+TESTED = ("0.5.17", "0.5.20", "0.5.22", "0.5.23")  # the versions with which this integration's tests run
 
 # Where the arguments are checked, in the process that starts the engine: 0.5.23, 0.5.17.
 _CHECK_ARGUMENTS = (
@@ -32,6 +32,7 @@ CONSTRUCT_MODEL = "sglang.srt.model_loader.loader._initialize_model"  # what eve
 # What sorts tokens by expert, in blocks, for SGLang's Triton kernels and Marlin; and one token's experts for Marlin.
 ALIGN_BLOCKS = "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe.moe_align_block_size"
 ALIGN_ONE_TOKEN = "sglang.kernels.ops.moe.moe_align_single_token.moe_align_single_token"
+INIT_DWDP = "sglang.srt.model_executor.model_runner.ModelRunner.maybe_init_dwdp"
 CHOOSE_TILES = "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe.try_get_optimal_moe_config"
 # The constructors of linear layers that may be cut over ranks, and the sum over all of them in a pass.
 LINEARS = tuple(
@@ -41,6 +42,7 @@ LINEARS = tuple(
 # Whether a rank's decode graphs are chosen by its own batch alone.
 IS_LOCAL = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner._forward_is_dp_local"
 _WHOLE: tuple[dict[str, Any], ...] = ({"parallel_group": "replicated"}, {"tp_rank": 0, "tp_size": 1})  # 0.5.23, 0.5.17
+_PARALLEL = "sglang.srt.runtime_context.get_parallel"  # whose dwdp_size every process of an engine has
 SUM_OVER_RANKS = "sglang.srt.distributed.communication_op.tensor_model_parallel_all_reduce"
 CHECK_WEIGHTS = "sglang.srt.utils.weight_checker.WeightChecker.handle"
 SAVE = (f"{_WEIGHT_EXPORTER}.save_sharded_model", f"{_WEIGHT_EXPORTER}.save_remote_model")
@@ -91,11 +93,9 @@ _EXPECTED = (
     _Expected(SUM_OVER_RANKS),
     _Expected(IS_LOCAL, ("model_runner",)),
     _Expected(f"{_FUSED_MOE}.weight_loader_fused", ("param",), ()),
-    _Expected(
-        "sglang.srt.model_executor.model_runner.ModelRunner.maybe_init_dwdp",
-        (),
-        ("DwdpManager", "set_global_dwdp_manager", "setup"),
-    ),
+    _Expected(INIT_DWDP, (), ("DwdpManager", "set_global_dwdp_manager", "setup")),
+    _Expected("sglang.srt.plugins.hook_registry.HookRegistry._apply_target", ("target", "hooks")),
+    _Expected(_PARALLEL),
     _Expected(CHECK_FINAL_ARGUMENTS),
     _Expected(CHECK_WEIGHTS, ("action",)),
     *(_Expected(path) for path in (*SAVE, *SEND)),
@@ -142,6 +142,11 @@ def difference() -> str | None:
 def check_arguments() -> str | None:
     """The path of the function that checks the engine's arguments, if there is one."""
     return next((path for path in _CHECK_ARGUMENTS if _exists(path)), None)
+
+
+def tells_ranks() -> bool:
+    """Whether a rank is told where its model is constructed, and by which arguments of its engine."""
+    return _exists(CONSTRUCT_MODEL) and _exists(_PARALLEL)
 
 
 def model_config(server_args: Any) -> Any:

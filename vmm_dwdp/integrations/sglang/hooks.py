@@ -7,6 +7,7 @@ registers: refusals are raised inside hooked functions, where the caller sees th
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -27,69 +28,86 @@ _NO_EXPORTS = (
     "the weights of a running model cannot be saved, sent or checked while DWDP spreads its experts; do it without DWDP"
 )
 
+_standing: set[str] = set()  # what is hooked besides what `register` hooks
+_standing_lock = threading.Lock()
 _manager: ExpertManager | None = None
 _left_to_sglang = False  # whether SGLang's own DWDP is to take the model that is being constructed
 
 
 def register() -> None:
-    """The plugin: SGLang calls it once in every process."""
-    if settings.disabled():
-        return
-    difference = contract.difference()
-    if difference is None:
-        _register_all()
-    else:
-        _register_refusal(difference)
+    """The plugin: SGLang calls it once in every process.
 
-
-def _register_all() -> None:
+    Until an engine turns out to have arguments of ours, only what finds that out is hooked: where arguments are
+    checked, and on a rank where its model is constructed.
+    """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    first_check = contract.check_arguments()
-    assert first_check is not None
+    if settings.disabled():
+        return
+    check = contract.check_arguments()
+    if check is not None:
+        HookRegistry.register(check, check_arguments, HookType.AROUND)
+    elif settings.wanted(dwdp_size=1):
+        # No Exception: SGLang would swallow it and start with the experts on the GPU.
+        raise SystemExit(_not_known(contract.difference()))
+    if contract.tells_ranks():
+        HookRegistry.register(contract.CONSTRUCT_MODEL, construct_model, HookType.AROUND)
+
+
+def _not_known(difference: str | None) -> str:
+    return (
+        f"vmm-dwdp does not know this SGLang ({contract.version()}): {difference}. Use a version that it was tested "
+        f"with, or set {settings.DISABLE}=1 for SGLang's own DWDP"
+    )
+
+
+def _require_known() -> None:
+    difference = contract.difference()
+    if difference is not None:
+        raise ConfigError(_not_known(difference))
+
+
+def hook_model() -> None:
+    """If experts are to be spread, let the hooks of such a model stand in this process from now on.
+
+    A second call changes nothing.
+
+    Raises:
+        ConfigError: this SGLang is not known.
+    """
+    dwdp_size = _active_dwdp_size()
+    if not settings.wanted(dwdp_size):
+        return
+    _require_known()
     hooks: dict[str, _Original] = {
-        first_check: check_arguments,
-        contract.CHECK_FINAL_ARGUMENTS: check_final_arguments,
         contract.fused_moe("__init__"): construct_layer,
-        contract.CONSTRUCT_MODEL: construct_model,
         contract.CHOOSE_TILES: choose_tiles,
         contract.ALIGN_BLOCKS: align_blocks,
         contract.ALIGN_ONE_TOKEN: rows.tell_blocks,
-        contract.SUM_OVER_RANKS: shared_experts.sum_over_ranks,
-        contract.IS_LOCAL: graphs.is_local,
         contract.fused_moe("weight_loader"): load_weight,
         contract.fused_moe("weight_loader_fused"): load_weights_at_once,
-        "sglang.srt.model_executor.model_runner.ModelRunner.maybe_init_dwdp": init_dwdp,
+        contract.INIT_DWDP: init_dwdp,
     }
-    hooks |= dict.fromkeys(contract.LINEARS, shared_experts.construct_linear)
     hooks |= dict.fromkeys(contract.updates(), update_weights)
     hooks |= dict.fromkeys(contract.SEND, send_weights)
     hooks |= dict.fromkeys((*contract.SAVE, contract.CHECK_WEIGHTS), read_weights)
     hooks |= dict.fromkeys(contract.begin_session(), begin_session)
     hooks |= dict.fromkeys(contract.session(), prepare_session)
-    for path, hook in hooks.items():
-        HookRegistry.register(path, hook, HookType.AROUND)
+    if dwdp_size > 1:  # each rank has tokens of its own
+        hooks |= dict.fromkeys(contract.LINEARS, shared_experts.construct_linear)
+        hooks |= {contract.SUM_OVER_RANKS: shared_experts.sum_over_ranks, contract.IS_LOCAL: graphs.is_local}
+    _hook(hooks)
 
 
-def _register_refusal(difference: str) -> None:
-    """Make starting an engine with DWDP fail, by whatever of SGLang can still be hooked."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+def _hook(hooks: dict[str, _Original]) -> None:
+    """SGLang's registry applies what is registered while plugins are loaded; this is later, and raises what it logs."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
-    sentence = (
-        f"vmm-dwdp does not know this SGLang ({contract.version()}): {difference}. Use a version that it was tested "
-        f"with, or set {settings.DISABLE}=1 for SGLang's own DWDP"
-    )
-
-    def refuse(original: _Original, *args: Any, **kwargs: Any) -> Any:
-        if settings.wanted(_dwdp_size(args[0])):
-            raise ConfigError(sentence)
-        return original(*args, **kwargs)
-
-    path = contract.check_arguments()
-    if path is not None:
-        HookRegistry.register(path, refuse, HookType.AROUND)
-    elif settings.wanted(dwdp_size=1):
-        raise SystemExit(sentence)  # no Exception: SGLang would swallow it and start with the experts on the GPU
+    with _standing_lock:
+        for path, hook in hooks.items():
+            if path not in _standing:
+                HookRegistry._apply_target(path, [(HookType.AROUND, hook, HookSource("vmm_dwdp", "vmm-dwdp"))])
+                _standing.add(path)
 
 
 def manager() -> ExpertManager | None:
@@ -109,6 +127,8 @@ def check_arguments(original: _Original, server_args: Any) -> Any:
     dwdp_size = _dwdp_size(server_args)
     if not settings.wanted(dwdp_size):
         return original(server_args)
+    _require_known()
+    _hook({contract.CHECK_FINAL_ARGUMENTS: check_final_arguments})
     config = settings.stated(dwdp_size).config
     arguments.check(server_args, dwdp_size)
     # A fused one would be one of those that are spread.
@@ -130,7 +150,7 @@ def check_final_arguments(original: _Original, server_args: Any) -> None:
     if not settings.wanted(dwdp_size):
         return
     if contract.version() not in contract.TESTED:
-        _log.warning("vmm-dwdp was tested with SGLang %s, not %s", " and ".join(contract.TESTED), contract.version())
+        _log.warning("vmm-dwdp was tested with SGLang %s, not %s", ", ".join(contract.TESTED), contract.version())
     arguments.check(server_args, dwdp_size)
     arguments.check_graphs(server_args)
     runner = arguments.runner_for_gpt_oss(server_args) if dwdp_size > 1 else None
@@ -204,6 +224,7 @@ def init_dwdp(original: _Original, model_runner: Any) -> None:
 
 def construct_model(original: _Original, *args: Any, **kwargs: Any) -> torch.nn.Module:
     """Around what constructs a model for whatever loads it then."""
+    hook_model()
     model: torch.nn.Module = original(*args, **kwargs)
     found = manager()
     if found is not None:
@@ -301,7 +322,9 @@ def _current_manager() -> ExpertManager:
         # The ranks between which SGLang divides experts: with tensor parallelism alone, each has a part of every one.
         rank, group = get_parallel().moe_ep_rank, get_parallel().moe_ep_group.cpu_group
         fraction = arguments.static_fraction(server_args)
-        found = _manager = ExpertManager(stated, rank, group, _device(), revision, fraction)
+        # SGLang's own place of the rank: without --dwdp-size each may be the only one that divides whole experts.
+        metrics_of = get_parallel().tp_rank if arguments.shows_metrics(server_args) else None
+        found = _manager = ExpertManager(stated, rank, group, _device(), revision, fraction, metrics_of)
     return found
 
 
@@ -317,4 +340,4 @@ def _dwdp_size(server_args: Any) -> int:
 def _active_dwdp_size() -> int:
     from sglang.srt.runtime_context import get_parallel
 
-    return int(get_parallel().dwdp_size)
+    return int(getattr(get_parallel(), "dwdp_size", 1))  # an SGLang without DWDP has none

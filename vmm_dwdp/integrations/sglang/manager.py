@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,9 @@ from vmm_dwdp.integrations.sglang.rows import names_experts
 from vmm_dwdp.integrations.sglang.schemes import caution, runner_of, telling_of, without_rows
 from vmm_dwdp.integrations.sglang.settings import Stated
 from vmm_dwdp.layout.placement import ExpertPlacement
+
+if TYPE_CHECKING:
+    from vmm_dwdp.integrations.sglang.metrics import Metrics
 
 _log = logging.getLogger("vmm_dwdp")
 
@@ -43,6 +46,7 @@ class ExpertManager:
         device: where the model is.
         revision: of its checkpoint, on which all ranks must agree; ``None`` if it is not known.
         static_fraction: of a GPU's memory that SGLang gives to weights and the KV cache.
+        metrics_of: the rank as SGLang's metrics are to name it; ``None`` if it shows none.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class ExpertManager:
         device: torch.device,
         revision: str | None,
         static_fraction: float,
+        metrics_of: int | None = None,
     ) -> None:
         self._stated = stated
         self._rank = rank
@@ -60,6 +65,8 @@ class ExpertManager:
         self._device = device
         self._revision = revision
         self._static_fraction = static_fraction
+        self._metrics_of = metrics_of
+        self._metrics: Metrics | None = None
         self._driver = open_driver(device)
         self._runtime: ViewedRuntime | None = None
         self._layers: dict[int, ExpertLayer] = {}
@@ -236,6 +243,10 @@ class ExpertManager:
                         runtime.look_up(layer.number, nobody)
             self.block_order = self._block_order()
             self._progress = Progress(runtime.stats)
+            if self._metrics_of is not None:
+                from vmm_dwdp.integrations.sglang.metrics import Metrics  # not before: see there
+
+                self._metrics = Metrics(self._metrics_of, runtime.stats)
             self._running = True
         except BaseException:
             self.cleanup()
@@ -266,6 +277,8 @@ class ExpertManager:
         said = None if self._progress is None else self._progress.line()
         if said is not None:
             _log.info("DWDP, rank %d: %s", self._rank, said)
+        if self._metrics is not None:
+            self._metrics.write()
 
     def wait_prefetch(self, layer_idx: int) -> None:
         """Nothing: SGLang's forward pass calls it before tokens are dispatched, and weights are read in `apply`."""
