@@ -33,8 +33,8 @@ from vmm_dwdp.planning.roofline import Batch, dense_layer_operations, total
 from vmm_dwdp.planning.routing import RoutingTrace
 from vmm_dwdp.planning.work import average_operations
 
-# Both from benchmarks/results/bank-h200.json, passes of Qwen3-30B-A3B's experts in a CUDA graph, the link PCIe.
-OF_BOUND: Final = 0.93  # the least that passes with a bank reached of their bound, with hits and without
+# Both from benchmarks/results/bank-h100.json, passes of Qwen3-30B-A3B's experts in a CUDA graph, the link PCIe.
+OF_BOUND: Final = 0.93  # the median of what passes with a bank reached of their bound, with hits and without
 KERNELS: Final = 50e-6  # seconds of such a layer with its experts on the GPU beyond its roofline
 
 # Whole steps of one sequence, everything on the GPU, beyond the roofline and that, in benchmarks/results/whole_model-*:

@@ -187,7 +187,19 @@ _SCHEMES: dict[tuple[str, str], Scheme] = {
     ("awq", "marlin"): _AWQ_MARLIN,
     ("gptq", "marlin"): _GPTQ_MARLIN,
 }
-_RAN_ON_A_GPU = frozenset({("bf16", "triton"), ("fp8 block", "triton")})  # a forward pass, bit-identical
+_RAN_ON_A_GPU = frozenset(  # a forward pass, bit-identical
+    {
+        *(("bf16", "triton"), ("bf16", "triton_kernel")),
+        *(
+            ("fp8 block", "triton"),
+            ("fp8 tensor", "triton"),
+            ("fp8 channel", "triton"),
+            ("compressed fp8 block", "triton"),
+        ),
+        *(("mxfp4", "triton_kernel"), ("mxfp4", "marlin")),
+        *(("wna16", "marlin"), ("wna16", "triton")),
+    }
+)
 
 
 def _fp8_kind(method: Any) -> str | None:
