@@ -312,7 +312,10 @@ def look_up_make(target: str, arguments: list[str]) -> None:
     """That there is the target; and where it passes arguments on, that what it runs takes them."""
     rule = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert rule is not None
-    if arguments:
+    script = re.search(r"^\t@?(tests/\S+) \$\(ARGS\)$", rule[1], re.MULTILINE)
+    if script is not None:
+        assert [word for word in arguments if f"== {word} " not in (ROOT / script[1]).read_text()] == []
+    elif arguments:
         command = re.search(r"^\t@?\$\(VENV\)/bin/(.*) \$\(ARGS\)$", rule[1], re.MULTILINE)
         assert command is not None
         look_up(shlex.split(" ".join([command[1], *arguments])))
