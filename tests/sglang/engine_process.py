@@ -95,3 +95,13 @@ def shut_down() -> None:
 
     manager().cleanup()
     set_global_dwdp_manager(None)
+
+
+def end_of_model() -> None:
+    """Shut down, also where a model failed before SGLang had its manager."""
+    from vmm_dwdp.integrations.sglang import hooks
+
+    if manager() is not None:
+        shut_down()
+    elif (ours := hooks.manager()) is not None:
+        ours.cleanup()

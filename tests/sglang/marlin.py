@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from support.sorted_blocks import align
 from torch import Tensor
 
 
@@ -23,8 +24,8 @@ def before_plugins() -> None:
 
     with patch.object(custom_op, "register_custom_op", lambda **_: lambda function: function):
         importlib.import_module("sglang.srt.layers.moe.fused_moe_triton.fused_marlin_moe")
-    fused_moe.moe_align_block_size = fused_moe_triton.moe_align_block_size = _align
-    of_one_token.moe_align_single_token = _align
+    fused_moe.moe_align_block_size = fused_moe_triton.moe_align_block_size = align
+    of_one_token.moe_align_single_token = align
 
 
 @contextmanager
@@ -40,19 +41,6 @@ def kernels() -> Iterator[None]:
             patches.enter_context(patch.object(marlin_utils, "marlin_make_workspace", lambda *_, **__: torch.zeros(1)))
             patches.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)))
         yield
-
-
-def _align(topk_ids: Tensor, block_size: int, num_experts: int = 0, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    ids = topk_ids.flatten()
-    tokens, experts = [], []
-    for expert in ids.unique().tolist():
-        of_expert = (ids == expert).nonzero().flatten().tolist()
-        of_expert += [len(ids)] * (-len(of_expert) % block_size)
-        tokens += of_expert
-        experts += [expert] * (len(of_expert) // block_size)
-    made = [*tokens, *([1 << 30] * block_size)], [*experts, 1 << 30], [len(tokens), 0]
-    first, second, third = (torch.tensor(each, dtype=torch.int32) for each in made)
-    return first, second, third
 
 
 def _moe_wna16_marlin_gemm(

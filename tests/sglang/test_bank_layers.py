@@ -61,7 +61,6 @@ def outputs(rank: int, *, port: int, folder: Path, kinds: Sequence[str]) -> Foun
 
 def outputs_or_why_not(kind: str, rank: int, config: Path) -> tuple[Passes, Passes] | str:
     """So that kernels that cannot be had here fail the test of their kind alone."""
-    from vmm_dwdp.integrations.sglang import hooks
 
     os.environ.pop("VMM_DWDP_CONFIG", None)
     whose = "without this library, too"
@@ -78,10 +77,7 @@ def outputs_or_why_not(kind: str, rank: int, config: Path) -> tuple[Passes, Pass
         traceback.print_exc()
         return f"{whose}: {type(error).__name__}: {error}"
     finally:
-        if engine_process.manager() is not None:
-            engine_process.shut_down()
-        elif (ours := hooks.manager()) is not None:  # it failed before SGLang had it
-            ours.cleanup()
+        engine_process.end_of_model()
 
 
 def room_for_rows(model: Any) -> int:

@@ -62,7 +62,6 @@ def forward(rank: int, *, size: int, port: int, configs: list[str | None], kinds
 
 def outputs_or_why_not(kind: str, rank: int, size: int) -> list[np.ndarray] | str:
     """So that kernels that cannot be had here fail the test of their kind alone."""
-    from vmm_dwdp.integrations.sglang import hooks
 
     try:
         return outputs(kind, rank, size)
@@ -70,10 +69,7 @@ def outputs_or_why_not(kind: str, rank: int, size: int) -> list[np.ndarray] | st
         traceback.print_exc()
         return f"{type(error).__name__}: {error}"
     finally:
-        if engine_process.manager() is not None:
-            engine_process.shut_down()
-        elif (ours := hooks.manager()) is not None:  # it failed before SGLang had it
-            ours.cleanup()
+        engine_process.end_of_model()
 
 
 def outputs(kind: str, rank: int, size: int) -> list[np.ndarray]:

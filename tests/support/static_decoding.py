@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 from unittest import mock
 
@@ -12,6 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
+
+from support.groups import PAGE
+from vmm_dwdp import DWDPConfig, DWDPRuntime
+from vmm_dwdp.allocator.host_driver import HostDriver
+from vmm_dwdp.integrations.transformers import attach
 
 LENGTH = 48  # of the cache
 PROMPT = 12
@@ -90,3 +97,12 @@ class Tape(TorchDispatchMode):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
         return self.output
+
+
+@contextmanager
+def spread(model: PreTrainedModel, place: Path, config: DWDPConfig) -> Iterator[DWDPRuntime]:
+    """``model`` over a runtime of one rank without a GPU, which leaves nothing open."""
+    runtime = DWDPRuntime(config, 0, "cpu", place, driver=HostDriver(PAGE))
+    attach(model, runtime, timeout=30)
+    yield runtime
+    assert runtime.close().open() == []

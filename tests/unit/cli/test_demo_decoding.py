@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,18 +9,15 @@ import torch
 from support.banked_models import with_rows
 from support.groups import PAGE
 from support.moe_models import NUM_EXPERTS, tiny_model
-from support.static_decoding import Tape
+from support.static_decoding import Tape, spread
 from transformers import PreTrainedModel
 
 from vmm_dwdp import DWDPConfig, StateError
-from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.cli import demo_group
 from vmm_dwdp.cli.demo_decoding import KERNELS, Step
 from vmm_dwdp.cli.demo_group import Job
 from vmm_dwdp.cli.demo_models import Continuation, Generated, Text
-from vmm_dwdp.integrations.transformers import attach
 from vmm_dwdp.integrations.transformers.experts import align_experts
-from vmm_dwdp.runtime import DWDPRuntime
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
 
@@ -52,14 +47,6 @@ def taped(step: Step) -> Step:
 
 def broken(step: Step) -> Step:
     raise RuntimeError("no such operation\nin a capture")
-
-
-@contextmanager
-def spread(model: PreTrainedModel, place: Path, config: DWDPConfig) -> Iterator[DWDPRuntime]:
-    runtime = DWDPRuntime(config, 0, "cpu", place, driver=HostDriver(PAGE))
-    attach(model, runtime, timeout=30)
-    yield runtime
-    assert runtime.close().open() == []
 
 
 @pytest.mark.parametrize("sampled", [True, False], ids=["sampled", "greedy"])

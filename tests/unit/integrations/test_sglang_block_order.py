@@ -9,32 +9,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.sorted_blocks import NOTHING, align
 
 from vmm_dwdp import DWDPConfig, ExpertPlacement
 from vmm_dwdp.integrations.sglang import hooks
 from vmm_dwdp.integrations.sglang.block_order import BlockOrder
 
 CPU = torch.device("cpu")
-NOTHING = 12345  # what nobody wrote, after the blocks
-
-
-def align(topk_ids: torch.Tensor, block_size: int, num_experts: int, spare: int = 2) -> Any:
-    """What SGLang's function says: the places of tokens sorted by expert, filled up to whole blocks; each block's
-    expert; and how many places that are. -1 is sorted first, as a number of its own."""
-    flat = topk_ids.flatten().tolist()
-    places, blocks = [], []
-    for expert in range(-1, num_experts):
-        own = [place for place, chosen in enumerate(flat) if chosen == expert]
-        own += [len(flat)] * (-len(own) % block_size)
-        places += own
-        blocks += [expert] * (len(own) // block_size)
-    padded = torch.tensor([len(places)], dtype=torch.int32)
-    return (*(torch.tensor(each + [NOTHING] * spare, dtype=torch.int32) for each in (places, blocks)), padded)
 
 
 def in_blocks(aligned: Any, block_size: int) -> list[tuple[int, tuple[int, ...]]]:
     places, blocks, padded = (each.tolist() for each in aligned)
-    assert blocks[padded[0] // block_size :] == [NOTHING] * 2
+    assert blocks[padded[0] // block_size :] == list(NOTHING)
     return [
         (blocks[first // block_size], tuple(places[first : first + block_size]))
         for first in range(0, padded[0], block_size)

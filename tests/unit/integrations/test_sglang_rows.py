@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.sorted_blocks import align
 from test_sglang_bank import CONFIG, EXPERTS, LAYERS, ROWS, Routed, dispatched, loaded, module, opened  # noqa: F401
 from torch import Tensor
 
@@ -33,25 +34,10 @@ def require_experts(layer: Any, experts: dict[str, Tensor], told: Tensor, chosen
 
 
 # -- Marlin ------------------------------------------------------------------------------------------------------------
-def align(topk_ids: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What SGLang's kernel does: tokens sorted by expert, in whole blocks; after the last there may be anything."""
-    ids = topk_ids.flatten()
-    tokens, experts = [], []
-    for expert in ids.unique().tolist():
-        of_expert = (ids == expert).nonzero().flatten().tolist()
-        of_expert += [len(ids)] * (-len(of_expert) % block_size)
-        tokens += of_expert
-        experts += [expert] * (len(of_expert) // block_size)
-    count = len(tokens)
-    made = [*tokens, *([-77, 1 << 30] * block_size)], [*experts, -99, 1 << 30], [count]
-    first, second, third = (torch.tensor(each, dtype=torch.int32) for each in made)
-    return first, second, third
-
-
 def by_marlin(layer: Any, dispatch_output: Any) -> Any:
     """The row of every choice, and the choices in the order of blocks."""
     ids = dispatch_output.topk_output.topk_ids
-    tokens, experts, [count] = rows.tell_blocks(align, ids, BLOCKS[0])
+    tokens, experts, [count, _] = rows.tell_blocks(align, ids, BLOCKS[0])
     told, order = torch.full((ids.numel(),), -1), []
     for place, row in enumerate(experts[: count // BLOCKS[0]].tolist()):
         block = [each for each in tokens[place * BLOCKS[0] :][: BLOCKS[0]].tolist() if each < ids.numel()]

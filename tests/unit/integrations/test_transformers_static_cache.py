@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -13,12 +11,12 @@ import torch
 from support.banked_models import with_rows
 from support.groups import PAGE
 from support.moe_models import NUM_EXPERTS, tiny_model
-from support.static_decoding import STEPS, Decoding, Tape, require_same_logits
+from support.static_decoding import STEPS, Decoding, Tape, require_same_logits, spread
 from transformers import PreTrainedModel
 
-from vmm_dwdp import DriverError, DWDPConfig, DWDPRuntime, StateError
+from vmm_dwdp import DriverError, DWDPConfig, StateError
 from vmm_dwdp.allocator.host_driver import HostDriver
-from vmm_dwdp.integrations.transformers import attach, turns
+from vmm_dwdp.integrations.transformers import turns
 from vmm_dwdp.integrations.transformers.experts import align_experts
 
 IN_PLACE = DWDPConfig(group_size=1, host_experts=NUM_EXPERTS - 1, mode="in_place", prefetch_depth=0)
@@ -34,14 +32,6 @@ def models(family: str) -> tuple[PreTrainedModel, PreTrainedModel]:
         align_experts(each)
         each.set_experts_implementation("grouped_mm")
     return whole, model
-
-
-@contextmanager
-def spread(model: PreTrainedModel, place: Path, config: DWDPConfig) -> Iterator[DWDPRuntime]:
-    runtime = DWDPRuntime(config, 0, "cpu", place, driver=HostDriver(PAGE))
-    attach(model, runtime, timeout=30)
-    yield runtime
-    assert runtime.close().open() == []
 
 
 @pytest.mark.parametrize("rows", [0, 3], ids=["in place", "bank"])
