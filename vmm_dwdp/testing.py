@@ -49,7 +49,8 @@ def run_group(function: Callable[[int], T], group_size: int, device: str | torch
     Ctrl-C interrupts this call, which ends the ranks; they themselves do not see it.
 
     Raises:
-        RankFailed: a rank raised or died. The others are ended; no process is left behind.
+        RankFailed: ranks raised or died: the first, and those whose end was seen with it. The others are ended; no
+            process is left behind.
         ConfigError: ``device`` is a GPU, and there is none.
     """
     if torch.device(device).type == "cuda" and not torch.cuda.device_count():
@@ -71,18 +72,23 @@ def run_group(function: Callable[[int], T], group_size: int, device: str | torch
             sender.close()  # so that the receiver sees the end of a rank that dies
             results[receiver] = rank
         while results:
+            failed: dict[str, str] = {}  # by what they have to say, which may be the same
+            cause: _RaisedAt | None = None
             for ready in wait(list(results)):
                 assert isinstance(ready, Connection)
                 rank = results.pop(ready)
                 try:
-                    failure, value = ready.recv()
+                    failure, returned[rank] = ready.recv()
                 except EOFError:
                     processes[rank].join()
-                    raise RankFailed(f"rank {rank} died with exit code {processes[rank].exitcode}") from None
+                    failed[str(rank)] = f"rank {rank} died with exit code {processes[rank].exitcode}"
+                    continue
                 if failure is not None:
-                    cause = None if failure.raised_at is None else _RaisedAt(f"in rank {rank}\n{failure.raised_at}")
-                    raise RankFailed(f"rank {rank} failed: {failure.sentence}") from cause
-                returned[rank] = value
+                    failed.setdefault(failure.sentence, f"rank {rank} failed: {failure.sentence}")
+                    if failure.raised_at is not None and cause is None:
+                        cause = _RaisedAt(f"in rank {rank}\n{failure.raised_at}")
+            if failed:  # of those that are seen at the same time, one may have failed because of another
+                raise RankFailed("\n".join(failed.values())) from cause
     except BaseException:
         for process in processes:
             process.kill()

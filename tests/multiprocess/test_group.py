@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from multiprocessing import connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from support.banks import look_up_and_check, models_of, some_experts
 from support.groups import PAGE, Model, add_layers, check_pass, fill_shards, join, random_model
 
 import vmm_dwdp
-from vmm_dwdp import DWDPConfig, DWDPRuntime
+from vmm_dwdp import ConfigError, DWDPConfig, DWDPRuntime, testing
 from vmm_dwdp.allocator.host_driver import HostDriver
 from vmm_dwdp.testing import RankFailed, run_group
 
@@ -221,6 +223,28 @@ def test_what_a_rank_says_is_the_last_line_of_the_program_and_is_there_once(tmp_
     assert ended.stderr.count("the weather is bad\n") == 1
     assert ", in refuse" in ended.stderr, "where the rank raised it"
     assert "invalid literal" in ended.stderr, "and why"
+
+
+def _fail_as_another_has(rank: int) -> None:
+    if rank == 2:
+        os._exit(7)
+    raise ConfigError("the others are gone" if rank else "the weather is bad")
+
+
+def test_run_group_tells_of_all_whose_end_is_seen_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait_for_all(ends: list[Any]) -> list[Any]:
+        for end in ends:
+            connection.wait([end])
+        return ends
+
+    monkeypatch.setattr(testing, "wait", wait_for_all)
+    with pytest.raises(RankFailed) as failed:
+        run_group(_fail_as_another_has, 4)
+    assert str(failed.value).splitlines() == [
+        "rank 0 failed: the weather is bad",
+        "rank 1 failed: the others are gone",
+        "rank 2 died with exit code 7",
+    ]
 
 
 def test_run_group_tells_of_a_rank_that_died() -> None:
