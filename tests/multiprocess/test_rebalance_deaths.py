@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from support.groups import PAGE, add_layers, beside, in_threads, published, random_model
+from support.groups import PAGE, add_layers, beside, in_threads, published, random_model, until_rank_1_has_died
 from support.moved import ask_for_tables, check_experts, check_held, rebalance, route, write_all
 
 from vmm_dwdp import ConfigError, DWDPConfig, DWDPRuntime, ExchangeError, StateError
@@ -125,6 +125,7 @@ def test_a_rank_that_dies_takes_no_expert_with_it(tmp_path: Path, word: str, num
         reads = [read(runtime) for runtime in ranks]
         for sentence, reading in zip(told, reads, strict=True):
             assert reading == (sentence == "done" or sentence.startswith("nothing was written")), sentence
+        until_rank_1_has_died()
         back = DWDPRuntime(CONFIG, 1, "cpu", tmp_path, driver=HostDriver(PAGE))
         add_layers(back, OLD)
         back.rejoin()

@@ -25,6 +25,7 @@ from support.groups import (
     join,
     published,
     random_model,
+    until_rank_1_has_died,
 )
 
 from vmm_dwdp import ConfigError, DriverError, DWDPConfig, DWDPRuntime, ExchangeError, StateError
@@ -458,6 +459,7 @@ def test_a_rank_that_dies_takes_no_byte_with_it(tmp_path: Path, death: str) -> N
         for runtime in ranks:
             with suppress(StateError):  # asleep
                 check_pass(runtime, OLD, mode="staged")
+        until_rank_1_has_died()
         back = DWDPRuntime(CONFIG, 1, "cpu", tmp_path, driver=HostDriver(PAGE))
         add_layers(back, OLD)
         back.rejoin()
@@ -478,6 +480,7 @@ def test_a_rank_that_comes_back_to_a_group_that_gave_its_weights_up(tmp_path: Pa
         together(ranks, give_up)
         with pytest.raises(ExchangeError, match="rank 1"):
             wake(ranks[0])
+        until_rank_1_has_died()
         back = DWDPRuntime(CONFIG, 1, "cpu", tmp_path, driver=HostDriver(PAGE))
         add_layers(back, OLD)
         back.rejoin()

@@ -8,7 +8,6 @@ import os
 import sys
 import types
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,7 @@ import engine_process
 import experts
 from ports import free_port
 
-from vmm_dwdp.integrations.sglang import hooks
+from vmm_dwdp.integrations.sglang import contract, hooks
 from vmm_dwdp.testing import run_group
 
 MODULES = (  # of the process that starts an engine and of a rank, with what they import
@@ -32,7 +31,7 @@ MODULES = (  # of the process that starts an engine and of a rank, with what the
 KINDS = (types.FunctionType, type, staticmethod, classmethod, property)
 CHECK = (
     "sglang.srt.server_args.ServerArgs._handle_dwdp"
-    if version("sglang") == "0.5.17"
+    if contract.version() == "0.5.17"
     else "sglang.srt.arg_groups.parallel_hook.handle_dwdp"
 )
 CONSTRUCT = {

@@ -114,6 +114,11 @@ def published(config: DWDPConfig, rendezvous: Where, model: Model) -> Iterator[l
     assert [runtime.ledger.open() for runtime in runtimes] == [[]] * config.group_size
 
 
+def until_rank_1_has_died() -> None:
+    """Of `beside`: ranks that gave it up may have waited no longer for one that was slow."""
+    os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)  # whose end `beside` is to see, too
+
+
 @contextmanager
 def beside(
     config: DWDPConfig, rendezvous: Where, model: Model, script: Callable[[DWDPRuntime], object]
