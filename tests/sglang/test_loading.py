@@ -175,7 +175,12 @@ def loaded_whole(without_dwdp: tuple[dict[str, Digests], dict[str, set[str]]]) -
 Ranks = list[dict[str, dict[str, Any]]]  # what each saw, by kind of weights
 
 
-@pytest.fixture(scope="module", params=GROUPS)
+LONG = ("4",)  # what four processes have besides is in the group that overlaps
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in GROUPS]
+)
 def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Ranks]:
     size, stated = GROUPS[request.param]
     path = tmp_path_factory.mktemp("config") / "dwdp.yaml"
