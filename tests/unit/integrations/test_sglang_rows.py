@@ -33,6 +33,17 @@ def require_experts(layer: Any, experts: dict[str, Tensor], told: Tensor, chosen
         assert torch.equal(by_address(layer._parameters[name])[told], whole[chosen]), name
 
 
+def banked(runner: str, apply: Any, opened: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], Any]:  # noqa: F811
+    """Loaded layers with a bank, whose kernels are ``apply`` and which have the whole of their experts; their manager."""
+    modules = [module(number, runner) for number in range(LAYERS)]
+    for each in modules:
+        each.quant_method.apply = apply
+    manager = opened(CONFIG, modules)
+    for each, experts in zip(modules, loaded(manager, modules, monkeypatch), strict=True):
+        each.whole = experts
+    return modules, manager
+
+
 # -- Marlin ------------------------------------------------------------------------------------------------------------
 def by_marlin(layer: Any, dispatch_output: Any) -> Any:
     """The row of every choice, and the choices in the order of blocks."""
@@ -52,12 +63,7 @@ def test_blocks_of_marlin_are_told_rows_and_stay_in_the_order_of_experts(
     opened: Any,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    modules = [module(number, "marlin") for number in range(LAYERS)]
-    for each in modules:
-        each.quant_method.apply = by_marlin
-    manager = opened(CONFIG, modules)
-    for each, experts in zip(modules, loaded(manager, modules, monkeypatch), strict=True):
-        each.whole = experts
+    modules, manager = banked("marlin", by_marlin, opened, monkeypatch)
     for chosen in CHOSEN * 2:
         for each in modules:
             told, order = each.quant_method.apply(layer=each, dispatch_output=dispatched(*chosen))
@@ -166,12 +172,7 @@ def test_slices_of_triton_kernels_are_called_as_rows_and_stay_in_the_order_of_ex
     opened: Any,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    modules = [module(number, "triton_kernel") for number in range(LAYERS)]
-    for each in modules:
-        each.quant_method.apply = by_triton_kernels
-    manager = opened(CONFIG, modules)
-    for each, experts in zip(modules, loaded(manager, modules, monkeypatch), strict=True):
-        each.whole = experts
+    modules, manager = banked("triton_kernel", by_triton_kernels, opened, monkeypatch)
     for chosen in CHOSEN * 2:
         for each in modules:
             each.ids = torch.tensor(chosen)
