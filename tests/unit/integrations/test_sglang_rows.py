@@ -33,8 +33,13 @@ def require_experts(layer: Any, experts: dict[str, Tensor], told: Tensor, chosen
         assert torch.equal(by_address(layer._parameters[name])[told], whole[chosen]), name
 
 
-def banked(runner: str, apply: Any, opened: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], Any]:
-    """Loaded layers with a bank, whose kernels are ``apply`` and that have the whole of their experts; their manager."""
+def banked(
+    runner: str,
+    apply: Any,
+    opened: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[list[Any], Any]:
+    """Loaded layers with a bank whose kernels are ``apply``, each with the whole of its experts; and their manager."""
     modules = [module(number, runner) for number in range(LAYERS)]
     for each in modules:
         each.quant_method.apply = apply
