@@ -55,7 +55,7 @@ from vmm_dwdp.planning.gpus import GpuSpec, load_gpu
 from vmm_dwdp.testing import RankFailed, run_group
 
 SLOW: Final = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
-MOST_ERROR: Final = 0.3  # of a token; one wrong expert of its four in one layer makes 0.5 and more
+MOST_ERROR: Final = 0.06  # relative; to round sums once more makes 0.04 in six layers, wrong experts 0.5 and more
 
 
 class Case(NamedTuple):
@@ -213,9 +213,7 @@ def _rank(
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of the token for which it is most, relative: partial sums are rounded once more, and layers add up."""
-    of_token = (found.double() - expected.double()).norm(dim=1) / expected.double().norm(dim=1)
-    return float(of_token.max())
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def sent_bytes(stack: Stack, nodes: int, node: int, routed: Routed) -> int:
@@ -386,7 +384,8 @@ def _networks(rows: list[Row]) -> list[str]:
 
 def require_right(rows: list[Row]) -> None:
     for row in rows:
-        if not row.get("identical", True) or max(row["over nodes error"], row["expert parallel error"]) > MOST_ERROR:
+        errors = row["over nodes error"], row["expert parallel error"]
+        if not (row.get("identical", True) and all(each <= MOST_ERROR for each in errors)):  # which no NaN is
             raise SystemExit(f"a result differs from the pass with all experts in the rank's own memory: {row}")
 
 

@@ -31,7 +31,7 @@ def test_over_nodes_the_bytes_fall_and_the_results_stay(monkeypatch: pytest.Monk
     assert [(row["spread"], row["rank"]) for row in rows] == [(s, r) for s in ("equal", "unequal") for r in range(4)]
     for row in rows:
         assert row["identical"] is True
-        assert row["over nodes error"] < 2e-2, "two sums in bfloat16 instead of one"
+        assert row["over nodes error"] < 1e-2, "two sums in bfloat16 instead of one"
         assert row["expert parallel error"] < 1e-6
         assert 0 < row["sent bytes"] <= row["tokens"] * 64 * 2, "each token at most once, and 64 values of it"
     (of_layer,) = tables["bytes"]
@@ -44,7 +44,8 @@ def test_over_nodes_the_bytes_fall_and_the_results_stay(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"over nodes error": 0.4}, "a result differs"),
+        ({"over nodes error": 0.1}, "a result differs"),
+        ({"over nodes error": float("nan")}, "a result differs"),
         ({"identical": False}, "a result differs"),
         ({"over nodes ms": 1e-3}, "cannot be: one large copy made 400.0 GB/s"),
         ({"expert parallel ms": 1e-3}, "cannot be: the GPU's peak is 989 TFLOP/s"),
