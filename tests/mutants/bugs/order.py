@@ -40,6 +40,27 @@ BUGS: Final = (
         _BLOCKS,
     ),
     Bug(
+        "what is copied ahead is sorted by owners, too",
+        "vmm_dwdp/integrations/sglang/manager.py",
+        "self._order if in_place else None",
+        "self._order",
+        _BLOCKS,
+    ),
+    Bug(
+        "nobody sorts by owners",
+        "vmm_dwdp/integrations/sglang/manager.py",
+        "            self._order = self._block_order()\n",
+        "            self._block_order()\n",
+        _BLOCKS,
+    ),
+    Bug(
+        "Marlin's blocks are sorted by owners",
+        "vmm_dwdp/integrations/sglang/manager.py",
+        " or runners != BlockOrder.RUNNERS",
+        "",
+        _BLOCKS,
+    ),
+    Bug(
         "all ranks begin with the same owner",
         "vmm_dwdp/layout/placement.py",
         "owners = nearest_first(runs, reader, self.config.group_size)\n        turns",

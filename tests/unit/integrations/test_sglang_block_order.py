@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.sorted_blocks import NOTHING, align
+from test_sglang_bank import EXPERTS, LAYERS, dispatched, loaded, module, opened  # noqa: F401
 
 from vmm_dwdp import DWDPConfig, ExpertPlacement
 from vmm_dwdp.integrations.sglang import hooks
@@ -84,3 +86,45 @@ def test_what_is_held_twice_is_read_where_it_is_own(reader: int) -> None:
     owners = [owner_of(placement, reader, expert) for expert in placement.in_turn(reader)]
     assert Counter(owners)[reader] == 5
     assert owners[0] == reader
+
+
+def sorted_in(manager: Any, module: Any, chosen: torch.Tensor) -> list[int]:
+    """The experts of blocks that SGLang's products come to while they run a layer."""
+    seen: list[int] = []
+
+    def run(layer: Any, dispatch_output: Any) -> None:
+        with mock.patch.object(hooks, "manager", return_value=manager):
+            seen.extend(expert for expert, _ in in_blocks(hooks.align_blocks(align, chosen, 1, EXPERTS), 1))
+
+    manager._apply(manager._layers[module.layer_id], run, module, dispatched(*map(tuple, chosen.tolist())))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("runner", "mode", "tokens", "turns"),
+    [
+        ("triton", "in_place", 8, True),
+        ("triton", "auto", 1, True),
+        ("triton", "auto", 8, False),
+        ("triton", "staged", 8, False),
+        ("marlin", "in_place", 8, False),
+    ],
+)
+def test_a_layer_that_is_read_in_place_by_triton_has_them_in_turn(
+    runner: str,
+    mode: Any,
+    tokens: int,
+    turns: bool,
+    opened: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = DWDPConfig(group_size=1, host_experts=4, mode=mode, prefetch_depth=0 if mode == "in_place" else 1)
+    modules = [module(number, runner) for number in range(LAYERS)]
+    manager = opened(config, modules)
+    loaded(manager, modules, monkeypatch)
+    placement = ExpertPlacement(EXPERTS, config)
+    for each in modules:
+        every = torch.arange(EXPERTS, dtype=torch.int32)
+        order = list(placement.in_turn(0)) if turns else every.tolist()
+        assert sorted_in(manager, each, every.view(tokens, -1)) == order
+    assert placement.in_turn(0) == (0, 4, 1, 5, 2, 6, 3, 7)

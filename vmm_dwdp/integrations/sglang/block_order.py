@@ -6,6 +6,8 @@ expert's tile. Experts of one owner have numbers that follow each other: all ran
 same owner at the same time, share its link, and leave the others' idle. So the products go through the experts in an
 order in which owners take turns (`ExpertPlacement.in_turn`), and every rank reads from all owners at once.
 
+Copies ahead of use have no such order, and passes over them keep SGLang's.
+
 The order is made where SGLang sorts tokens by expert, `moe_align_block_size`: it is given the experts' places in that
 order for their numbers, and what it says of each block is put back into numbers. Blocks have the same tokens as before
 and are multiplied by the same experts, only in another order. A program of SGLang's Triton kernels multiplies one block

@@ -46,6 +46,7 @@ class ExpertView:
         self._places: Final = {name: places(module, name) for name in blocks}
         self._found: Final = {name: holder[key] for name, [(holder, key), *_] in self._places.items()}
         self._assembled: dict[int, _Exchange] = {}  # by the address of the first tensor: each mode has its own
+        self.address = 0  # of that which is shown, or was last
         nothing: dict[str, torch.Tensor] = {}
         for name, block in blocks.items():
             shape, stride = block.assembled(module.num_experts)
@@ -61,9 +62,10 @@ class ExpertView:
         """Let the layer's kernels read ``weights``, of which there is one for each mode, and one with a bank."""
         first = weights[self._first]
         assert isinstance(first, torch.Tensor)
-        exchange = self._assembled.get(first.data_ptr())
+        self.address = first.data_ptr()
+        exchange = self._assembled.get(self.address)
         if exchange is None:
-            exchange = self._assembled[first.data_ptr()] = self._made_of(weights)
+            exchange = self._assembled[self.address] = self._made_of(weights)
         for holder, tensors in exchange:
             holder.update(tensors)
 

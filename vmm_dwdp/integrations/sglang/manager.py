@@ -73,7 +73,9 @@ class ExpertManager:
         self._running = False
         self._bypassed = False  # whether experts were to be read that were not named
         self._progress: Progress | None = None
-        self.block_order: BlockOrder | None = None  # of a rank that reads in place, from several owners
+        self._order: BlockOrder | None = None  # of a rank that reads in place, from several owners
+        self._in_place: dict[int, int] = {}  # the address of each layer's first weight, where it is read so
+        self.block_order: BlockOrder | None = None  # for the layer that is read now
         self.closed = False
 
     @property
@@ -195,6 +197,9 @@ class ExpertManager:
         if not self._running:
             return apply(layer=layer, dispatch_output=dispatch_output)
         with self.runtime.layer(of.number, tokens=len(dispatch_output.hidden_states), top_k=of.module.top_k):
+            if self._order is not None:
+                in_place = self.runtime.views[of.number].address == self._in_place[of.number]
+                self.block_order = self._order if in_place else None
             if of.telling is None or not self._names_experts(dispatch_output.topk_output):
                 return apply(layer=layer, dispatch_output=dispatch_output)
             with of.telling.told(dispatch_output, partial(self.runtime.look_up, of.number)) as told:
@@ -238,10 +243,11 @@ class ExpertManager:
             for layer in self._layers.values():
                 runtime.views[layer.number] = layer.bind()
                 with runtime.layer(layer.number, mode=mode):  # what it shows is made now, not in the first pass
+                    self._in_place[layer.number] = runtime.views[layer.number].address
                     if layer.telling is not None:
                         nobody = torch.full((1, layer.module.top_k or 1), -1, dtype=torch.int32, device=runtime.device)
                         runtime.look_up(layer.number, nobody)
-            self.block_order = self._block_order()
+            self._order = self._block_order()
             self._progress = Progress(runtime.stats)
             if self._metrics_of is not None:
                 from vmm_dwdp.integrations.sglang.metrics import Metrics  # not before: see there
