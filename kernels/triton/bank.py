@@ -18,7 +18,8 @@ from torch import Tensor
 from vmm_dwdp.kernels.bank_table import DECAY, ONE, PINNED, USES_A_COPY, BankTable
 
 IDS: Final = 512  # that the planner looks at in one step, however many there are: one form of it for all
-COMPARED: Final = 32  # experts with which it compares all in one step
+LEAST_COMPARED: Final = 32  # experts with which it compares all in one step, of as many as a planner is for
+PAIRS: Final = 1 << 14  # that it compares in one step, where that are not too few
 BLOCK_BYTES: Final = 16 << 10  # that a program copies in one step
 WORDS: Final = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
@@ -33,22 +34,24 @@ def _ids(chosen, first, num_ids, num_experts, IDS: tl.constexpr):
 
 @triton.jit
 def _rank(keys, rows, key, num_experts, E: tl.constexpr, COMPARED: tl.constexpr):
-    """How many of the keys are larger than each: of those that are in the bank, and of others."""
-    there, others = tl.zeros((E,), tl.int32), tl.zeros((E,), tl.int32)
+    """How many of the keys are larger than each: of those that are in the bank, and of others.
+
+    Both are counted in one number. The sums are over the first dimension: a thread adds up most of them by itself.
+    """
+    larger = tl.zeros((E,), tl.int32)
     for first in range(0, num_experts, COMPARED):
         compared = first + tl.arange(0, COMPARED)
-        other = tl.load(keys + compared, compared < num_experts, 0)
-        held = tl.load(rows + compared, compared < num_experts, -1) >= 0
-        larger = (other[None, :] > key[:, None]) & (compared < num_experts)[None, :]
-        there += tl.sum((larger & held[None, :]).to(tl.int32), 1)
-        others += tl.sum((larger & ~held[None, :]).to(tl.int32), 1)
-    return there, others
+        other = tl.load(keys + compared, compared < num_experts, -(1 << 62))
+        count = tl.where(tl.load(rows + compared, compared < num_experts, -1) >= 0, 1, 1 << 16)
+        larger += tl.sum(tl.where(other[:, None] > key[None, :], count[:, None], 0), 0)
+    return larger & 0xFFFF, larger >> 16
 
 
 @triton.jit
 def _exchange(
     rows,
     credit,
+    saved,
     scratch,
     moves,
     key,
@@ -61,10 +64,10 @@ def _exchange(
     COMPARED: tl.constexpr,
 ):
     """Who leaves, who comes, and into which row: the rows of all, and how many come, which are written to ``moves``.
-    ``scratch`` holds the keys."""
+    ``scratch`` holds the keys; ``saved`` is what ``credit`` was."""
     held = row >= 0
     num_held = tl.sum(held.to(tl.int32), 0)
-    saved = tl.load(credit) + tl.sum(read.to(tl.int32), 0)
+    saved += tl.sum(read.to(tl.int32), 0)
     saved = tl.minimum(saved, USES_A_COPY * num_rows)
     most = num_rows - num_held + (saved // USES_A_COPY).to(tl.int32)
     there, others = _rank(scratch, rows, key, num_experts, E, COMPARED)
@@ -116,14 +119,17 @@ def _plan(
 ):
     experts = tl.arange(0, E)
     real = experts < num_experts
+    # What does not depend on the ids is on its way before they are waited for.
+    row = tl.load(rows + experts, real, -1)
+    score = tl.load(scores + experts, real, 0).to(tl.int64)
+    saved = tl.load(credit)
+    past_uses, past_hits, past_copies = tl.load(counts), tl.load(counts + 1), tl.load(counts + 2)
     uses = tl.zeros((E,), tl.int32)
     for first in range(0, num_ids, IDS):
         here, ids, valid = _ids(chosen, first, num_ids, num_experts, IDS)
         uses += tl.histogram(tl.where(valid, ids, 0).to(tl.int32), E, mask=valid)
     used = uses > 0
     read = used & real & ((experts < own_start) | (experts >= own_stop))
-    row = tl.load(rows + experts, real, -1)
-    score = tl.load(scores + experts, real, 0).to(tl.int64)
     score = ((score * DECAY) >> 16) + tl.where(used, ONE, 0)
     held = row >= 0
     past = score - tl.where(used & ~held, ONE, 0)
@@ -135,16 +141,15 @@ def _plan(
     num_coming = 0
     if COPIES:
         row, num_coming = _exchange(
-            rows, credit, scratch, moves, key, row, read, num_experts, num_rows, USES_A_COPY, E, COMPARED
+            rows, credit, saved, scratch, moves, key, row, read, num_experts, num_rows, USES_A_COPY, E, COMPARED
         )
     tl.store(planned + experts, row, real)
-    tl.store(counts, tl.load(counts) + num_used)
-    tl.store(counts + 1, tl.load(counts + 1) + num_hits)
-    tl.store(counts + 2, tl.load(counts + 2) + num_coming)
-    tl.debug_barrier()
+    tl.store(counts, past_uses + num_used)
+    tl.store(counts + 1, past_hits + num_hits)
+    tl.store(counts + 2, past_copies + num_coming)
     for first in range(0, num_ids, IDS):
         here, ids, valid = _ids(chosen, first, num_ids, num_experts, IDS)
-        found = tl.load(planned + ids, valid, -1).to(ids.dtype)
+        found = tl.gather(row, tl.where(valid, ids, 0).to(tl.int32), 0).to(ids.dtype)
         found = tl.where(found >= 0, found, num_rows + ids)
         tl.store(places + here, tl.where(valid, found, -1), here < num_ids)
 
@@ -189,7 +194,7 @@ def _move(
 def plan(table: BankTable, chosen: Tensor, *, copies: bool) -> Tensor:
     """Launch the planner on the current stream; returns the places of ``chosen``."""
     places = torch.empty_like(chosen)
-    experts = max(COMPARED, triton.next_power_of_2(table.num_experts))
+    experts = max(LEAST_COMPARED, triton.next_power_of_2(table.num_experts))
     _plan[(1,)](
         chosen,
         places,
@@ -212,7 +217,7 @@ def plan(table: BankTable, chosen: Tensor, *, copies: bool) -> Tensor:
         USES_A_COPY=USES_A_COPY,
         E=experts,
         IDS=IDS,
-        COMPARED=COMPARED,
+        COMPARED=max(LEAST_COMPARED, min(experts, PAIRS // experts)),
         num_warps=4 if experts <= 128 else 8,
     )
     return places

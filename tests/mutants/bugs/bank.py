@@ -75,6 +75,13 @@ BUGS: Final = (
         _PLANNER,
     ),
     Bug(
+        "in Triton, newcomers are counted as if they were in the bank",
+        "kernels/triton/bank.py",
+        ", -1) >= 0, 1, 1 << 16)\n",
+        ", -1) >= 0, 1, 1)\n",
+        _PLANNER,
+    ),
+    Bug(
         "in Triton, all newcomers drive out",
         "kernels/triton/bank.py",
         "    rank = there + tl.minimum(others, most)\n",
