@@ -2,7 +2,8 @@
 
 On a GPU these are SGLang's own kernels for each kind of weights that Hopper can run, and the ranks share the GPU;
 elsewhere its plain PyTorch path, for bf16. Marlin adds parts of a sum in the order in which they come, on Hopper: so no
-two passes are the same, and it is told to add them in one order here.
+two passes are the same, and it is told to add them in one order here. With AWQ's zero points a pass strays now and then
+even so, with this library and without: there the bits count that most of several passes have.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import traceback
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ ON_A_GPU = {
 pytestmark = pytest.mark.timeout(900)  # on a GPU kernels are compiled first
 KINDS = ON_A_GPU if torch.cuda.is_available() else {"bf16": ON_A_GPU["bf16"]}
 NUM_TOKENS = (1, 33, 200)
+PASSES = {"awq": 9}  # with the same tokens, where one is not enough: up to 4 in 10 strayed on an H200
 NUM_EXPERTS, TOP_K = 16, 4
 SCALE = 2 if torch.cuda.is_available() else 1  # a share of every kind is to have more than a page of a GPU's
 CONFIGS = (
@@ -79,25 +82,37 @@ def outputs(kind: str, rank: int, size: int) -> list[np.ndarray]:
     dtype = torch.float16 if kind.startswith("gptq") else torch.bfloat16  # of its scales
     manager = engine_process.init_dwdp(model)
     generator = torch.Generator(device="cpu").manual_seed(1)
+    passes = PASSES.get(kind, 1)
     found = []
     for num_tokens in NUM_TOKENS * 2:
         hidden = torch.randn(num_tokens, experts.HIDDEN * SCALE, generator=generator, device="cpu")
         logits = torch.randn(num_tokens, NUM_EXPERTS, generator=generator, device="cpu")
         hidden, logits = hidden.to(engine_process.DEVICE, dtype), logits.to(engine_process.DEVICE)
         routed = route(KINDS[kind], logits)
-        if manager is not None:
-            manager.prefetch_first_layers()
-        for layer in model.layers:
-            hidden = torch.nn.functional.rms_norm(hidden + layer.forward_impl(hidden.clone(), routed), hidden.shape[1:])
-        assert hidden.isfinite().all()
-        found.append(hidden.float().cpu().numpy())
+        found.append(usual([one_pass(model, manager, hidden, routed) for _ in range(passes)]))
     if manager is not None:
         mode, counts = manager.runtime.config.mode, manager.runtime.stats().layers.values()
         if mode == "staged":
-            assert all(layer.hits == len(found) + 1 for layer in counts)
+            assert all(layer.hits == len(found) * passes + 1 for layer in counts)
         if mode == "auto":  # one token is read in place, and one layer was when it was bound; more are staged
-            assert all((layer.hits + layer.misses, layer.in_place) == (4, 1 + 2) for layer in counts)
+            wanted = 4 * passes, 1 + 2 * passes
+            assert all((layer.hits + layer.misses, layer.in_place) == wanted for layer in counts)
     return found
+
+
+def one_pass(model: Any, manager: Any, hidden: torch.Tensor, routed: Any) -> np.ndarray:
+    if manager is not None:
+        manager.prefetch_first_layers()
+    for layer in model.layers:
+        hidden = torch.nn.functional.rms_norm(hidden + layer.forward_impl(hidden.clone(), routed), hidden.shape[1:])
+    assert hidden.isfinite().all()
+    return hidden.float().cpu().numpy()
+
+
+def usual(passes: list[np.ndarray]) -> np.ndarray:
+    """What most of them are, to the bit."""
+    [(bits, _)] = Counter(output.tobytes() for output in passes).most_common(1)
+    return np.frombuffer(bits, passes[0].dtype).reshape(passes[0].shape)
 
 
 def add_in_one_order() -> None:
