@@ -44,6 +44,11 @@ class Stack:
     intermediate: int
     attention_flops_per_token: int
 
+    def divides(self, ranks: int) -> bool:
+        """Whether each of so many ranks has as many experts, and as many of every expert's columns, of 16 bytes or a
+        multiple, as the GEMM wants rows."""
+        return self.num_experts % ranks == 0 and self.intermediate * DTYPE.itemsize % (16 * ranks) == 0
+
     @property
     def layer_nbytes(self) -> int:
         return self.num_experts * 3 * self.hidden * self.intermediate * DTYPE.itemsize
@@ -54,7 +59,7 @@ STACKS = {
     # Real: 256 experts of 7168 x 2048 in FP8 (11.3 GB a layer); in bfloat16 half the experts have the same bytes.
     "deepseek-r1": Stack("deepseek-r1, FP8's bytes", 4, 128, 8, 7168, 2048, 8 * 7168**2 + 4 * 4096 * 7168),
     "gpt-oss-120b": Stack("gpt-oss-120b", 6, 128, 4, 2880, 2880, 8 * 2880**2 + 4 * 4096 * 2880),
-    "tiny": Stack("tiny", 3, 16, 2, 64, 32, 1 << 16),
+    "tiny": Stack("tiny", 3, 16, 2, 64, 64, 1 << 16),
 }
 
 

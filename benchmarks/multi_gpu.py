@@ -254,6 +254,9 @@ def main() -> None:
     preset = given.preset or (preset_of(torch.cuda.get_device_name()) if present else None)
     if given.nodes > 1 and (count % given.nodes or count < 2 * given.nodes or given.only not in (None, ["predicted"])):
         options.error(f"--nodes {given.nodes} needs as many GPUs on each, two at least, not {count} in all")
+    uneven = [stack.name for stack in chosen if not stack.divides(count)]
+    if "stack" in wanted and given.nodes == 1 and uneven:
+        options.error(f"{', '.join(uneven)}: expert and tensor parallelism cannot give {count} ranks equal parts")
     tables: dict[str, list[Row]] = {}
     link = None
     if given.nodes > 1:

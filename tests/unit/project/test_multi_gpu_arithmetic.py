@@ -236,3 +236,20 @@ def test_the_link_table_of_prefetch_refuses_it_too(
         driver: Driver = rig.driver
         driver.synchronize()
         rig.close()
+
+
+def test_ranks_that_cannot_have_equal_parts_are_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["multi_gpu.py", "--device", "cpu", "--tiny", "--gpus", "3", "--only", "stack"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        multi_gpu.main()
+    assert "tiny: expert and tensor parallelism cannot give 3 ranks equal parts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_ranks_of_a_machine_have_equal_parts_of_every_stack(ranks: int) -> None:
+    for stack in STACKS.values():
+        assert stack.divides(ranks)
+        assert stack.intermediate // ranks * 2 % 16 == 0, "rows of the last product, in bytes"
