@@ -191,6 +191,7 @@ def test_what_passes_reach_of_their_bound_is_the_least_that_was_measured() -> No
     assert min(reached) == pytest.approx(OF_BOUND, abs=0.005)
 
 
+@pytest.mark.parametrize("gpu", ["h100", "h200"])
 @pytest.mark.parametrize(
     ("name", "model", "stored"),
     [
@@ -199,11 +200,11 @@ def test_what_passes_reach_of_their_bound_is_the_least_that_was_measured() -> No
         ("gpt-oss", "gpt-oss-120b", WeightFormat.MXFP4),
     ],
 )
-def test_what_is_expected_of_whole_models_was_measured(name: str, model: str, stored: WeightFormat) -> None:
+def test_what_is_expected_of_whole_models_was_measured(name: str, model: str, stored: WeightFormat, gpu: str) -> None:
     """Whose bytes missed, and what a copy reached, are those of the run: the hits of one sequence are its own."""
-    _, rows = json.loads((BENCHMARKS / f"results/whole_model-{name}-h100.json").read_text()).values()
+    _, rows = json.loads((BENCHMARKS / f"results/whole_model-{name}-{gpu}.json").read_text()).values()
     for row in rows[:2]:
-        decoding = Decoding(load_model(model).stored_as(stored), load_gpu("h100"), IN_HOST_MEMORY, sequences=1)
+        decoding = Decoding(load_model(model).stored_as(stored), load_gpu(gpu), IN_HOST_MEMORY, sequences=1)
         missed = row["GB"] / row["link"]
         expected = (missed + decoding.gpu_seconds + decoding.kernels_seconds) / OF_BOUND
 

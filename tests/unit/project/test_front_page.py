@@ -16,7 +16,7 @@ WHOLE, TWELVE = "end_to_end-h100.json", "end_to_end-12-layers-h100.json"
 ENGINE, DECODE, MXFP4 = (
     "sglang_multi_gpu-4-h200.json",
     "sglang_multi_gpu-decode-2-h200.json",
-    "whole_model-mxfp4-h100.json",
+    "whole_model-mxfp4-h200.json",
 )
 BOTH = "Qwen3-30B-A3B, mxfp4: 48 layers, the bytes of 48; mixed-0.01; a bank of 0.25"
 PARALLEL = "no slower than expert parallel from"
