@@ -238,7 +238,7 @@ def _vllm() -> list[Offloader]:
 
     def view(memory: Tensor) -> Tensor:
         pinned.append(memory)
-        return tensor_at(memory.data_ptr(), memory.shape, memory.dtype, torch.device("cuda"))
+        return tensor_at(memory.data_ptr(), memory.shape, memory.dtype, torch.device("cuda", torch.cuda.current_device()))
 
     uva.get_accelerator_view_from_cpu_tensor = view
 
