@@ -238,7 +238,8 @@ def _vllm() -> list[Offloader]:
 
     def view(memory: Tensor) -> Tensor:
         pinned.append(memory)
-        return tensor_at(memory.data_ptr(), memory.shape, memory.dtype, torch.device("cuda", torch.cuda.current_device()))
+        there = torch.device("cuda", torch.cuda.current_device())
+        return tensor_at(memory.data_ptr(), memory.shape, memory.dtype, there)
 
     uva.get_accelerator_view_from_cpu_tensor = view
 

@@ -37,8 +37,8 @@ from vmm_dwdp.planning.work import average_operations
 OF_BOUND: Final = 0.90  # the least that passes with a bank reached of their bound by the run's fastest copy
 KERNELS: Final = 48e-6  # seconds of such a layer with its experts on the GPU beyond its roofline
 
-# Whole steps of one sequence, everything on the GPU, beyond the roofline and that, in benchmarks/results/whole_model-*-h100.json:
-# 49 (fp8) and 62 us (mxfp4) a layer with Qwen3-30B-A3B's shapes, 117 with gpt-oss-120b's.
+# Whole steps of one sequence, everything on the GPU, beyond the roofline and that: 49 (fp8) and 62 us (mxfp4) a layer
+# with Qwen3-30B-A3B's shapes, 117 with gpt-oss-120b's, in benchmarks/results/whole_model-*-h100.json.
 REST: Final = 50e-6
 
 Limit = Literal["the link to host memory", "the links to other GPUs", "the GPU"]
