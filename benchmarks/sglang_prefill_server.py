@@ -151,6 +151,8 @@ def _started(pair: Pair, limit: float) -> float | str:
     try:
         return max(server.wait_until_ready(limit) for server in (pair.prefill, pair.decode))
     except Failed as failed:
+        for server in pair[:2]:
+            server.kill()  # what is left of them would take part in the others' figures
         return str(failed)
 
 

@@ -133,6 +133,7 @@ def measure(
             starts[kind] = server.wait_until_ready(given.limit)
         except Failed as failed:
             starts[kind] = failed
+            server.kill()  # what is left of it would take part in the others' figures
     for kind, server in servers.items():
         ranks = ranks_of(kind, given)
         row: dict[str, Any] = {"server": kind, "GPUs": ranks, "start s": None} | dict.fromkeys(FIGURES)
