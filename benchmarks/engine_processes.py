@@ -16,10 +16,13 @@ from collections.abc import Callable, Generator, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
-Serve = Callable[[Callable[[], None]], Generator[dict[str, Any]]]
-"""Gives rows. When it is ready to, it calls what it is given, and waits in it for its turn. Closed, it ends."""
+from cuts import uncut
+
+Serve = Callable[[Callable[[], Any]], Generator[dict[str, Any]]]
+"""Gives rows. When it is ready to, it calls what it is given, which waits for its turn and gives what it is asked.
+Closed, it ends."""
 
 DONE = "done"
 SECONDS_TO_END = 30.0
@@ -27,6 +30,40 @@ SECONDS_TO_END = 30.0
 
 class Failed(Exception):
     """In one sentence."""
+
+
+class Killed(Protocol):
+    """What ends at once, with all that it started."""
+
+    def kill(self) -> None:
+        """May be called again."""
+
+
+K = TypeVar("K", bound=Killed)
+
+
+class NoneLeft:
+    """Starts processes, and kills all of them at the end of a ``with``.
+
+    A benchmark that is cut (cuts.py) while one is started or killed leaves none either. For the main thread.
+    """
+
+    def __init__(self) -> None:
+        self._begun = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def start(self, make: Callable[[], K]) -> K:
+        """What ``make`` has started."""
+        with uncut():
+            made = make()
+            self._begun.callback(made.kill)
+        return made
+
+    def __exit__(self, *_: object) -> None:
+        with uncut():
+            self._begun.close()
 
 
 class EngineProcess:
@@ -61,6 +98,15 @@ class EngineProcess:
         while (row := self._receive(end, "done", seconds)) != DONE:
             yield row
 
+    def turn(self, asked: Any, seconds: float) -> Any:
+        """The one row of a turn of a `Serve` that waits for another turn then. Raises as `rows`."""
+        end = time.monotonic() + seconds
+        with contextlib.suppress(OSError):
+            self._pipe.send(asked)
+        row = self._receive(end, "done", seconds)
+        self._receive(end, "done", seconds)  # it is ready again
+        return row
+
     def end(self) -> None:
         """Its process ends by itself, or is killed after a while, and with it those that it started."""
         self._pipe.close()
@@ -85,10 +131,11 @@ class EngineProcess:
 
 
 def reason(log: Path) -> str:
-    """The first exception in ``log`` that has a sentence, of which those that follow come; else the first exception, or
-    the last line."""
+    """The first exception in ``log`` that has a sentence, or port in use, of which those that follow come; else the
+    first exception, or the last line."""
+    telling = re.compile(r"[\w.]*(Error|Exception|Failed)(: |$)|.*: address already in use$")
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Failed)(: |$)", line)]
+    named = [line for line in lines if telling.match(line)]
     with_sentence = [line for line in named if ": " in line]
     return (with_sentence[:1] or named[:1] or lines[-1:] or ["it died and said nothing"])[0]
 
@@ -99,9 +146,9 @@ def _run(pipe: Connection, serve: Serve, log: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
 
-    def wait_for_turn() -> None:
+    def wait_for_turn() -> Any:
         pipe.send(time.monotonic())  # all processes have this clock
-        pipe.recv()
+        return pipe.recv()
 
     try:
         with contextlib.closing(serve(wait_for_turn)) as rows:
@@ -110,6 +157,8 @@ def _run(pipe: Connection, serve: Serve, log: Path) -> None:
             pipe.send(DONE)
             with contextlib.suppress(EOFError):
                 pipe.recv()  # until the benchmark is done with it
+    except SystemExit:  # it has said why
+        raise
     except BaseException:  # the log is where it is looked for
         traceback.print_exc()
     finally:

@@ -1,16 +1,11 @@
-"""What a benchmark has found so far, for those that are cut before their end: `timeout` sends SIGTERM."""
+"""What a benchmark has found so far, for those that are cut before their end (cuts.py)."""
 
 from __future__ import annotations
 
-import signal
 import time
-from typing import Any, NoReturn
+from typing import Any
 
 from common import Row, seen
-
-
-class Cut(SystemExit):
-    """SIGTERM has come."""
 
 
 class Findings:
@@ -46,13 +41,3 @@ class Findings:
         left_out: list[Row] = [{"who": who, "why": why} for who, why in self.left_out.items()]
         tables: dict[str, list[Row]] = {title: [*self.rows], "left out": left_out}
         return {name: rows for name, rows in tables.items() if rows}
-
-
-def raise_when_cut() -> None:
-    """Let SIGTERM raise `Cut` in the main thread, once: what is done then is not cut again."""
-
-    def cut(*_: object) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Cut("cut by SIGTERM: not all was measured")
-
-    signal.signal(signal.SIGTERM, cut)

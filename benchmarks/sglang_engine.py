@@ -18,22 +18,23 @@ same tokens  as the first variant that, like this one, decodes in graphs or does
              otherwise, so sums are rounded otherwise
 digest       of all tokens, to compare with another run
 GPU GiB      in use on the whole GPU, by all engines
+
+SIGTERM or SIGINT ends the engines, and the rows that there are are printed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
-import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Generator, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ import sglang_gpt_oss
 import sglang_plugins
 import torch
 from common import Row, parser, report, seen
+from cuts import raise_when_cut
+from engine_processes import EngineProcess, Failed, NoneLeft
 
 Tokens = list[list[int]]
 CONFIGS = {
@@ -61,15 +64,24 @@ IDLE_SECONDS = 0.5  # longer than a decode step
 
 def main() -> None:
     arguments = _arguments()
+    raise_when_cut()
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="qwen3-moe-") as directory:
         folder = Path(directory)
+        arguments.logs = arguments.logs or folder
+        arguments.logs.mkdir(parents=True, exist_ok=True)
         _write_model(folder, arguments)
-        with _engines(folder, arguments) as engines:
-            rows = _measure_all(engines)
+        try:
+            with NoneLeft() as begun:
+                engines = _engines(folder, arguments, begun)
+                _measure_all(engines, arguments.limit, rows)
+                for engine in engines.values():
+                    engine.end()
+        finally:  # also of a run that is cut
             if rows:
                 report(arguments, {"variants": rows})
     if len(rows) < len(arguments.variants):
-        sys.exit("some engines failed; what they said is above")
+        sys.exit("some engines failed; why is above")
 
 
 def _arguments() -> argparse.Namespace:
@@ -87,6 +99,8 @@ def _arguments() -> argparse.Namespace:
     result.add_argument("--new-tokens", type=int, default=16)
     names = [kind + graph for kind in KINDS for graph in ("", "-graph")]
     result.add_argument("--variants", nargs="+", choices=names, default=["gpu", "host", "half", "offload"])
+    result.add_argument("--limit", type=float, default=900, help="seconds to start, and for each engine's answers")
+    result.add_argument("--logs", type=Path, help="where what the engines say is kept")
     arguments = result.parse_args()
     if arguments.weights == "mxfp4" and arguments.load_format == "dummy":
         result.error("the made-up weights are of floating point; --load-format dummy is not for --weights mxfp4")
@@ -106,54 +120,45 @@ def _write_model(folder: Path, arguments: argparse.Namespace) -> None:
         sglang_checkpoint.write_config(folder, sglang_checkpoint.Shape(*sizes), weights=arguments.weights)
 
 
-@contextmanager
-def _engines(folder: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Connection]]:
-    """The engines of all variants, which start side by side; what follows talks to them through these pipes."""
-    context = multiprocessing.get_context("spawn")
-    pipes: dict[str, Connection] = {}
-    processes = []
-    for variant in arguments.variants:
-        pipes[variant], theirs = context.Pipe()
-        process = context.Process(target=_engine, args=(theirs, folder, variant, arguments), name=variant)
-        process.start()
-        theirs.close()  # so that the end of an engine that dies is seen
-        processes.append(process)
-    yield pipes
-    for pipe in pipes.values():
-        pipe.close()  # at which the engine is shut down
-    for process in processes:
-        process.join()
+def _engines(folder: Path, arguments: argparse.Namespace, begun: NoneLeft) -> dict[str, EngineProcess]:
+    """The engines of all variants, which start side by side."""
+    serve = partial(_engine, folder=folder, arguments=arguments)
+    return {
+        variant: begun.start(partial(EngineProcess, partial(serve, variant=variant), arguments.logs / f"{variant}.log"))
+        for variant in arguments.variants
+    }
 
 
-def _measure_all(engines: Mapping[str, Connection]) -> list[Row]:
-    """A row for every variant whose engine did not fail."""
-    rows: list[Row] = []
+def _measure_all(engines: Mapping[str, EngineProcess], limit: float, rows: list[Row]) -> None:
+    """Add to ``rows`` one for every variant whose engine did not fail."""
     first: dict[bool, Tokens] = {}  # tokens, by whether decode runs in graphs
-    ready = {variant: _answer(pipe, variant) for variant, pipe in engines.items()}
-    for variant, started in ready.items():
-        if started is None:
-            continue
-        engines[variant].send("measure")
-        answer = _answer(engines[variant], variant)
-        if answer is None:
-            continue
-        figures, tokens = answer
-        same = tokens == first.setdefault(variant.endswith("-graph"), tokens)
-        digest = hashlib.sha256(str(tokens).encode()).hexdigest()[:12]
-        rows.append(seen({"variant": variant, "start s": started, **figures, "same tokens": same, "digest": digest}))
-    return rows
+    ready: list[str] = []
+    for variant, engine in engines.items():
+        with _told(variant):
+            engine.wait_until_ready(limit)
+            ready.append(variant)
+    for variant in ready:
+        with _told(variant):
+            [found] = engines[variant].rows(limit)
+            tokens = found.pop("tokens")
+            same = tokens == first.setdefault(variant.endswith("-graph"), tokens)
+            digest = hashlib.sha256(str(tokens).encode()).hexdigest()[:12]
+            rows.append(seen({"variant": variant, **found, "same tokens": same, "digest": digest}))
 
 
-def _answer(pipe: Connection, variant: str) -> Any:
+@contextlib.contextmanager
+def _told(variant: str) -> Iterator[None]:
+    """What an engine fails of is printed, and does not keep the others."""
     try:
-        return pipe.recv()
-    except EOFError:
-        print(f"the engine of {variant} died", file=sys.stderr, flush=True)
-        return None
+        yield
+    except Failed as failed:
+        print(f"the engine of {variant} failed: {failed}", file=sys.stderr, flush=True)
 
 
-def _engine(pipe: Connection, folder: Path, variant: str, arguments: argparse.Namespace) -> None:
-    """The process of one engine: sends the seconds that it took to start, and on request its figures and tokens."""
+def _engine(
+    wait_for_turn: Callable[[], object], *, folder: Path, variant: str, arguments: argparse.Namespace
+) -> Generator[dict[str, Any]]:
+    """The process of one engine, for `EngineProcess`: the seconds that it took to start, its figures and tokens."""
     kind, _, graph = variant.partition("-")
     _set_environment(folder, variant, kind, arguments)
     if arguments.load_format == "dummy":
@@ -188,12 +193,10 @@ def _engine(pipe: Connection, folder: Path, variant: str, arguments: argparse.Na
         random_seed=0,
     )
     try:
-        pipe.send(round(time.perf_counter() - started, 1))
-        pipe.recv()
-        pipe.send(_measure(engine, arguments))
-        pipe.recv()
-    except EOFError:
-        pass  # the benchmark is done
+        took = round(time.perf_counter() - started, 1)
+        wait_for_turn()
+        figures, tokens = _measure(engine, arguments)
+        yield {"start s": took, **figures, "tokens": tokens}
     finally:
         engine.shutdown()
 

@@ -26,29 +26,31 @@ engines     seconds to start, beside the others; GiB a GPU, the most that is giv
 
 Where a figure is of more work than the GPUs' peaks allow, its variant ends with a sentence and has no more rows.
 
+SIGTERM or SIGINT ends the engines, and the rows that there are are printed.
+
 On the CPU (``--device cpu --tiny``) it proves the script, and its times say nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
 import importlib.metadata
 import importlib.util
 import json
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import sglang_checkpoint
 import torch
 from common import Row, parser, report, seen
-from engine_processes import EngineProcess, Failed
+from cuts import raise_when_cut
+from engine_processes import EngineProcess, Failed, NoneLeft
+from free_ports import ports
 from sglang_checkpoint import TINY, Shape
 from sglang_mixes import MIXES, chosen_remote_seconds, least_decode_seconds, least_prefill_seconds, lengths
 from sglang_variants import GRAPHS, Task, Variant, serve
@@ -169,20 +171,17 @@ def drift(prefill: Iterable[Row]) -> list[Row]:
     ]
 
 
-@contextlib.contextmanager
-def engines(variants: list[Variant], task: Task, folder: Path, logs: Path) -> Iterator[dict[Variant, EngineProcess]]:
-    """A process for each, which start side by side; none is left afterwards."""
+def engines(
+    variants: list[Variant], task: Task, folder: Path, logs: Path, begun: NoneLeft
+) -> dict[Variant, EngineProcess]:
+    """A process for each, which start side by side."""
     processes: dict[Variant, EngineProcess] = {}
-    try:
-        for number, variant in enumerate(variants):
-            own = folder / variant.name
-            own.mkdir()
-            run = functools.partial(serve, variant=variant, number=number, task=task, folder=own)
-            processes[variant] = EngineProcess(run, logs / f"{variant.name.replace(' ', '-')}.log")
-        yield processes
-    finally:
-        for process in processes.values():
-            process.kill()
+    for variant, port in zip(variants, ports(), strict=False):
+        own = folder / variant.name
+        own.mkdir()
+        run = partial(serve, variant=variant, port=port, task=task, folder=own)
+        processes[variant] = begun.start(partial(EngineProcess, run, logs / f"{variant.name.replace(' ', '-')}.log"))
+    return processes
 
 
 def measure(processes: Mapping[Variant, EngineProcess], limit: float, tables: Tables) -> bool:
@@ -267,7 +266,7 @@ def _arguments() -> tuple[argparse.Namespace, list[Variant]]:
 
 def main() -> None:
     given, variants = _arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # so that no engine stays
+    raise_when_cut()
     fp8 = given.weights == "fp8" and not given.tiny
     shape = TINY if given.tiny else QWEN3_235B._replace(layers=given.layers)
     unit = TINY_UNIT if given.tiny else 1024
@@ -302,9 +301,11 @@ def main() -> None:
             given.graphs,
         )
         tables = Tables(task, gpu, fp8)
-        with engines(variants, task, folder, logs) as processes:
-            complete = measure(processes, given.limit, tables)
-    report(given, tables.all(seen(about)))
+        try:
+            with NoneLeft() as begun:
+                complete = measure(engines(variants, task, folder, logs, begun), given.limit, tables)
+        finally:  # also of a run that is cut
+            report(given, tables.all(seen(about)))
     if not complete:
         sys.exit("some engines failed; why is above")
 

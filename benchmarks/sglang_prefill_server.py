@@ -14,13 +14,14 @@ seconds      until all prompts are answered, asked at once, each with a length o
              first: until the server that prefills has answered, with one token of each
 over one     ``one``'s seconds over these
 
+SIGTERM or SIGINT ends the servers, and the rows that there are are printed.
+
 On the CPU (``--device cpu --tiny``) it proves the script, and its times say nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import itertools
 import statistics
@@ -29,17 +30,19 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import sglang_checkpoint
 import torch
 from common import Row, parser, report, seen
-from engine_processes import Failed
+from cuts import raise_when_cut
+from engine_processes import Failed, NoneLeft
+from free_ports import ports
 from sglang_checkpoint import Shape
 from sglang_mixes import least_prefill_seconds
 from sglang_servers import Server, Tokens, environment_of, options_of, parsed
-from sglang_variants import FIRST_PORT, PORTS
 
 from vmm_dwdp.planning.calibrate import preset_of
 from vmm_dwdp.planning.gpus import GpuSpec, load_gpu
@@ -69,40 +72,35 @@ class Pair(NamedTuple):
             return found, seconds, seconds
         met = {"bootstrap_host": "127.0.0.1", "bootstrap_port": self.door}
         met["bootstrap_room"] = [next(rooms) for _ in prompts]
-        with ThreadPoolExecutor() as threads:
+        threads = ThreadPoolExecutor()
+        try:
             (_, first), (found, seconds) = threads.map(lambda server: one(server, **met), (self.prefill, self.decode))
+        finally:
+            threads.shutdown(wait=False)  # a run that is cut does not wait for answers
         return found, first, seconds
 
 
-@contextlib.contextmanager
-def pairs(given: argparse.Namespace, shape: Shape, folder: Path) -> Iterator[dict[str, Pair]]:
-    """Of each kind; they are starting, and none is left afterwards."""
+def pairs(given: argparse.Namespace, shape: Shape, folder: Path, begun: NoneLeft) -> dict[str, Pair]:
+    """Of each kind; they are starting."""
     model = folder / "model"
     model.mkdir()
     sglang_checkpoint.write(model, shape, given.device)
-    ports = itertools.count(FIRST_PORT, PORTS)
+    places = ports()
     config = folder / "dwdp.yaml"
     config.write_text(f"group_size: 1\nhost_experts: {shape.experts}\n")
     last = max(0, given.gpus - 1)
-    begun: list[Server] = []
 
     def start(name: str, more: str, gpu: int, ranks: int = 1, **environment: str) -> Server:
         common = f"--model-path {model} {options_of(given.device, given.attention_backend)} --base-gpu-id {gpu}"
         common += f" --disable-radix-cache --max-total-tokens {given.room} --chunked-prefill-size {given.chunk * ranks}"
-        begun.append(
-            Server(
-                f"{common} --skip-tokenizer-init {more}".split(),
-                environment_of(given.device, ranks) | environment,
-                next(ports),
-                given.logs / f"{name}.log",
-            )
-        )
-        return begun[-1]
+        options = f"{common} --skip-tokenizer-init {more}".split()
+        around = environment_of(given.device, ranks) | environment
+        return begun.start(partial(Server, options, around, next(places), given.logs / f"{name}.log"))
 
     def pair(kind: str) -> Pair:
         if kind == "one":
             return Pair(*[start("one", "", last)] * 2, 0)
-        door = next(ports)
+        door = next(places)
         common = f"--disaggregation-transfer-backend {given.transfer_backend} --disaggregation-mode"
         prefill = f"{common} prefill --disaggregation-bootstrap-port {door}"
         if kind == "dwdp":
@@ -111,20 +109,17 @@ def pairs(given: argparse.Namespace, shape: Shape, folder: Path) -> Iterator[dic
             first = start("host-prefill", prefill, 0, VMM_DWDP_CONFIG=str(config))
         return Pair(first, start(f"{kind}-decode", f"{common} decode", last), door)
 
-    try:
-        yield {kind: pair(kind) for kind in given.servers}
-    finally:
-        for server in begun:
-            server.kill()
+    return {kind: pair(kind) for kind in given.servers}
 
 
-def measure(given: argparse.Namespace, shape: Shape, gpu: GpuSpec | None, found: dict[str, Pair]) -> list[Row]:
-    """A row for each kind, with the sentence of one that failed."""
+def measure(
+    given: argparse.Namespace, shape: Shape, gpu: GpuSpec | None, found: dict[str, Pair], rows: list[Row]
+) -> None:
+    """Add to ``rows`` one for each kind, with the sentence of one that failed."""
     lengths = [given.prompt_tokens * (4 + number % 4) // 4 for number in range(given.prompts)]
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(shape.vocabulary, (length,), generator=generator).tolist() for length in lengths]
     rooms = itertools.count(1)
-    rows: list[Row] = []
     ordinary: tuple[Tokens, float] | None = None
     starts = {kind: _started(pair, given.limit) for kind, pair in found.items()}
     for kind, pair in found.items():
@@ -149,7 +144,6 @@ def measure(given: argparse.Namespace, shape: Shape, gpu: GpuSpec | None, found:
         except (Failed, OSError) as failed:
             row["failure"] = str(failed)
         rows.append(seen(row))
-    return rows
 
 
 def _started(pair: Pair, limit: float) -> float | str:
@@ -157,6 +151,8 @@ def _started(pair: Pair, limit: float) -> float | str:
     try:
         return max(server.wait_until_ready(limit) for server in (pair.prefill, pair.decode))
     except Failed as failed:
+        for server in pair[:2]:
+            server.kill()  # what is left of them would take part in the others' figures
         return str(failed)
 
 
@@ -185,14 +181,19 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = _arguments()
+    raise_when_cut()
+    rows: list[Row] = []
     shape = sglang_checkpoint.TINY if given.tiny else Shape(given.layers, 2048, 128, 768, heads=32)
     gpu = load_gpu(preset_of(torch.cuda.get_device_name())) if given.device.type == "cuda" else None
     with tempfile.TemporaryDirectory(prefix="sglang-prefill-") as directory:
         given.logs = given.logs or Path(directory)
         given.logs.mkdir(parents=True, exist_ok=True)
-        with pairs(given, shape, Path(directory)) as found:
-            rows = measure(given, shape, gpu, found)
-    report(given, {"servers": rows})
+        try:
+            with NoneLeft() as begun:
+                measure(given, shape, gpu, pairs(given, shape, Path(directory), begun), rows)
+        finally:  # also of a run that is cut
+            if rows:
+                report(given, {"servers": rows})
     if any(row["failure"] for row in rows):
         sys.exit("some servers failed; why is above")
 

@@ -1,4 +1,8 @@
-"""SGLang's servers as processes that start side by side, and what they answer over HTTP."""
+"""SGLang's servers as processes that start side by side, and what they answer over HTTP.
+
+What answers on a port may be another's server, an earlier run's for example: SGLang says that it is ready where it
+could not bind its port and another answered its first request.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,12 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
+import psutil
 import torch
 from engine_processes import Failed, reason
 
 READY = "ready to roll"  # SGLang's server, after its own first request
+SECONDS_TO_READ = 1.0  # the last words of one that has ended
 
 Tokens = list[list[int]]
 
@@ -64,6 +70,7 @@ class Server:
     Args:
         options: of ``sglang.launch_server``.
         environment: all of it.
+        port: of ``free_ports.ports``.
         log: a file, for what the server says.
         module: another that is run, which is ready when it says so in a line with ``ready``.
     """
@@ -79,7 +86,7 @@ class Server:
         ready: str = READY,
     ) -> None:
         self.address = f"http://127.0.0.1:{port}"
-        self._log, self._ready_line = log, ready
+        self._port, self._log, self._ready_line = port, log, ready
         self._begun, self._is_ready = threading.Event(), False
         self._begin = time.monotonic()
         self._process = subprocess.Popen(
@@ -94,19 +101,38 @@ class Server:
         self._reader.start()
 
     def wait_until_ready(self, seconds: float) -> float:
-        """The seconds that it took to start. Raises `Failed` if it died, or was not ready so many after its start."""
+        """The seconds that it took to start.
+
+        Raises:
+            Failed: it died, or was not ready so many seconds after its start, or does not listen on its port.
+        """
         begun = self._begun.wait(max(0.0, self._begin + seconds - time.monotonic()))
         if not begun:
             raise Failed(f"not ready after {seconds:.0f} s")
         if not self._is_ready:
             raise Failed(reason(self._log))
+        self.require_alive()
+        if not self._listens():
+            raise Failed(f"it does not listen on port {self._port}: {reason(self._log)}")
         return self._ready_after
 
+    def require_alive(self) -> None:
+        """Raise `Failed` if it has ended after it was ready: what answers at its address is not it."""
+        if self._process.poll() is not None:
+            self._reader.join(SECONDS_TO_READ)
+            raise Failed(f"it ended although it had been ready: {reason(self._log)}")
+
     def ask(self, path: str, sent: Any, seconds: float) -> Any:
-        """What it answers to JSON. Raises `OSError` if it does not within so many seconds."""
+        """What it answers to JSON. Raises `OSError` if it does not within so many seconds, `Failed` if it has ended."""
         given = Request(self.address + path, json.dumps(sent).encode(), {"Content-Type": "application/json"})
-        with urlopen(given, timeout=seconds) as response:
-            return json.load(response)
+        try:
+            with urlopen(given, timeout=seconds) as response:
+                answer = json.load(response)
+        except OSError:
+            self.require_alive()  # else that is why
+            raise
+        self.require_alive()
+        return answer
 
     def tokens(self, prompts: Tokens, new_tokens: int, seconds: float, **more: Any) -> Tokens:
         """What follows the prompts, greedily; ``more`` of the request's fields."""
@@ -123,7 +149,16 @@ class Server:
         with contextlib.suppress(ProcessLookupError):  # all of them have ended
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
-        self._reader.join()
+        self._reader.join(SECONDS_TO_READ)
+
+    def _listens(self) -> bool:
+        """Whether it, or one that it started, listens on its port."""
+        for each in psutil.net_connections("tcp"):
+            if each.status == psutil.CONN_LISTEN and each.laddr.port == self._port and each.pid is not None:
+                with contextlib.suppress(ProcessLookupError):  # that one has just ended
+                    if os.getpgid(each.pid) == self.pid:
+                        return True
+        return False
 
     def _read(self) -> None:
         assert self._process.stdout is not None

@@ -3,9 +3,9 @@
     python benchmarks/sglang_serving.py --json
 
 Writes a checkpoint of four layers of Qwen3-30B-A3B's shapes with random weights and a tokenizer of as many words,
-starts the servers side by side, and lets the client ask one after the other the same random prompts, once for the
-kernels that are compiled and then as often as ``--repeats``. Radix caches are off; decode runs in CUDA graphs, except
-with DWDP.
+starts the servers side by side, and lets the client, one process for all (sglang_client.py), ask one after the other
+the same random prompts, once for the kernels that are compiled and then as often as ``--repeats``. Radix caches are
+off; decode runs in CUDA graphs, except with DWDP.
 
 Servers: ``one`` an ordinary server on one GPU; ``host``, ``in_place`` and ``auto`` with all experts in host memory, in
 that mode; on all GPUs ``dwdp`` with ``--dwdp-size`` and ``ep`` with expert parallelism and attention data parallel.
@@ -14,32 +14,33 @@ Figures are the client's, the median of the repeats: tokens/s of prompts and of 
 until a request's first token, and TPOT, from each to the next, medians over the requests. over one: prompt tokens/s of
 each GPU over those of ``one``.
 
+SIGTERM or SIGINT ends servers and client, and the rows that there are are printed.
+
 On the CPU (``--device cpu --tiny``) it proves the script, and its times say nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import sglang_checkpoint
 import torch
 from common import Row, parser, report, seen
-from engine_processes import Failed
+from cuts import raise_when_cut
+from engine_processes import Failed, NoneLeft
+from free_ports import ports
 from sglang_checkpoint import Shape
+from sglang_client import Client
 from sglang_mixes import least_prefill_seconds
 from sglang_servers import Server, environment_of, options_of, parsed
-from sglang_variants import FIRST_PORT, PORTS
 
 from vmm_dwdp.planning.calibrate import preset_of
 from vmm_dwdp.planning.gpus import GpuSpec, load_gpu
@@ -72,51 +73,43 @@ def write_tokenizer(folder: Path, words: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
 
 
-@contextlib.contextmanager
-def servers(given: argparse.Namespace, model: Path, folder: Path) -> Iterator[dict[str, tuple[Server, int]]]:
-    """Of each kind, with its GPUs; they are starting, and none is left afterwards."""
-    ports = itertools.count(FIRST_PORT, PORTS)
-    begun: dict[str, tuple[Server, int]] = {}
-    try:
-        for kind in given.servers:
-            ranks = given.gpus if kind in SPREAD else 1
-            environment = environment_of(given.device, ranks)
-            if kind in MODES:
-                config = folder / f"{kind}.yaml"
-                config.write_text(f"group_size: 1\nhost_experts: {given.shape.experts}\nmode: {MODES[kind]}\n")
-                environment["VMM_DWDP_CONFIG"] = str(config)
-            options = options_of(given.device, given.attention_backend, graphs=kind not in SPREAD)
-            options += f" --model-path {model} --disable-radix-cache --max-total-tokens {given.room}"
-            options += f" --max-running-requests {2 * given.concurrency * ranks}"
-            options += f" --chunked-prefill-size {given.chunk * ranks} {SPREAD.get(kind, '').format(ranks)}"
-            begun[kind] = Server(options.split(), environment, next(ports), given.logs / f"{kind}.log"), ranks
-        yield begun
-    finally:
-        for server, _ in begun.values():
-            server.kill()
+def ranks_of(kind: str, given: argparse.Namespace) -> int:
+    """Its GPUs."""
+    return given.gpus if kind in SPREAD else 1
 
 
-def asked(server: Server, model: Path, given: argparse.Namespace, ranks: int, file: Path) -> dict[str, Any]:
+def started(kind: str, given: argparse.Namespace, model: Path, folder: Path, port: int) -> Server:
+    """The server of this kind, which is starting."""
+    ranks = ranks_of(kind, given)
+    environment = environment_of(given.device, ranks)
+    if kind in MODES:
+        config = folder / f"{kind}.yaml"
+        config.write_text(f"group_size: 1\nhost_experts: {given.shape.experts}\nmode: {MODES[kind]}\n")
+        environment["VMM_DWDP_CONFIG"] = str(config)
+    options = options_of(given.device, given.attention_backend, graphs=kind not in SPREAD)
+    options += f" --model-path {model} --disable-radix-cache --max-total-tokens {given.room}"
+    options += f" --max-running-requests {2 * given.concurrency * ranks}"
+    options += f" --chunked-prefill-size {given.chunk * ranks} {SPREAD.get(kind, '').format(ranks)}"
+    return Server(options.split(), environment, port, given.logs / f"{kind}.log")
+
+
+def asked(server: Server, client: Client, model: Path, given: argparse.Namespace, ranks: int) -> dict[str, Any]:
     """What the client found.
 
     Raises:
-        Failed: it failed, or has counted other work than it was to ask for.
+        Failed: it or the server failed, or it has counted other work than it was to ask for.
     """
     count = given.prompts * ranks
-    options = f"--backend sglang --base-url {server.address} --model {model} --tokenizer {model} --output-file {file}"
-    options += (
-        f" --dataset-name random-ids --tokenize-prompt --num-prompts {count} --random-range-ratio 1 --disable-tqdm"
-    )
+    options = f"--backend sglang --base-url {server.address} --model {model} --tokenizer {model} --disable-tqdm"
+    options += f" --dataset-name random-ids --tokenize-prompt --num-prompts {count} --random-range-ratio 1"
     options += f" --random-input-len {given.prompt_tokens} --random-output-len {given.new_tokens} --warmup-requests 1"
     options += f" --max-concurrency {given.concurrency * ranks} --seed 1"
-    command = [sys.executable, "-W", "ignore", "-m", "sglang.bench_serving", *options.split()]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=given.limit, check=False)
-    except subprocess.TimeoutExpired:
-        raise Failed(f"the client was not done after {given.limit:.0f} s") from None
-    if done.returncode:
-        raise Failed(f"the client failed: {done.stderr.strip().splitlines()[-1:]}")
-    found: dict[str, Any] = json.loads(file.read_text().splitlines()[-1])
+        found = client.figures(options, given.limit)
+    except Failed:
+        server.require_alive()  # else that is why
+        raise
+    server.require_alive()
     work = found["completed"], found["total_input_tokens"], found["total_output_tokens"]
     wanted = count, count * given.prompt_tokens, count * given.new_tokens
     if work != wanted:
@@ -125,26 +118,32 @@ def asked(server: Server, model: Path, given: argparse.Namespace, ranks: int, fi
 
 
 def measure(
-    given: argparse.Namespace, model: Path, folder: Path, gpu: GpuSpec | None, found: dict[str, tuple[Server, int]]
-) -> list[Row]:
-    """A row for each kind, with the sentence of one that failed."""
-    rows: list[Row] = []
+    given: argparse.Namespace,
+    model: Path,
+    gpu: GpuSpec | None,
+    servers: dict[str, Server],
+    client: Client,
+    rows: list[Row],
+) -> None:
+    """Add to ``rows`` one for each kind, with the sentence of one that failed."""
     ordinary: float | None = None
     starts: dict[str, float | Failed] = {}
-    for kind, (server, _) in found.items():  # all have started before one is asked
+    for kind, server in servers.items():  # all have started before one is asked
         try:
             starts[kind] = server.wait_until_ready(given.limit)
         except Failed as failed:
             starts[kind] = failed
-    for kind, (server, ranks) in found.items():
+            server.kill()  # what is left of it would take part in the others' figures
+    for kind, server in servers.items():
+        ranks = ranks_of(kind, given)
         row: dict[str, Any] = {"server": kind, "GPUs": ranks, "start s": None} | dict.fromkeys(FIGURES)
         row |= {"over one": None, "failure": None}
         try:
-            started = starts[kind]
-            if isinstance(started, Failed):
-                raise started
-            row["start s"] = started
-            runs = [asked(server, model, given, ranks, folder / f"{kind}.jsonl") for _ in range(1 + given.repeats)][1:]
+            start = starts[kind]
+            if isinstance(start, Failed):
+                raise start
+            row["start s"] = start
+            runs = [asked(server, client, model, given, ranks) for _ in range(1 + given.repeats)][1:]
             for column, name in FIGURES.items():
                 row[column] = statistics.median(run[name] for run in runs)
             rate = row["prompt tokens/s"] / ranks
@@ -154,7 +153,6 @@ def measure(
         except Failed as failed:
             row["failure"] = str(failed)
         rows.append(seen(row))
-    return rows
 
 
 def _require_possible(given: argparse.Namespace, rate: float, gpu: GpuSpec | None) -> None:
@@ -191,8 +189,10 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = _arguments()
+    raise_when_cut()
     gpu = load_gpu(preset_of(torch.cuda.get_device_name())) if given.device.type == "cuda" else None
     os.environ["HF_HUB_OFFLINE"] = "1"  # the client would ask the hub for the tokenizer
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="sglang-serving-") as directory:
         folder = Path(directory)
         given.logs = given.logs or folder
@@ -201,9 +201,16 @@ def main() -> None:
         model.mkdir()
         sglang_checkpoint.write(model, given.shape, given.device)
         write_tokenizer(model, given.shape.vocabulary)
-        with servers(given, model, folder) as found:
-            rows = measure(given, model, folder, gpu, found)
-    report(given, {"servers": rows})
+        try:
+            with NoneLeft() as begun:
+                every = zip(given.servers, ports(), strict=False)
+                start = partial(started, given=given, model=model, folder=folder)
+                servers = {kind: begun.start(partial(start, kind, port=port)) for kind, port in every}
+                client = begun.start(partial(Client, folder, given.logs, given.limit))  # ready when servers are
+                measure(given, model, gpu, servers, client, rows)
+        finally:  # also of a run that is cut
+            if rows:
+                report(given, {"servers": rows})
     if any(row["failure"] for row in rows):
         sys.exit("some servers failed; why is above")
 

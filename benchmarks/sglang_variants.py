@@ -19,7 +19,6 @@ from sglang_mixes import MIXES, Lengths, Prompts, lengths, prompts, tokens_at_on
 
 STEPS = 16  # of decode
 IDLE_SECONDS = 0.2  # longer than a decode step: SGLang's scheduler has begun one more than the last answer needed
-FIRST_PORT, PORTS = 20000, 1000  # of an engine, below those that the kernel gives to connections
 SEQUENCES = (1, 4, 16)  # a rank, of decode
 GRAPHS: dict[str, dict[str, Any]] = {
     "default": {"cuda_graph_max_bs_prefill": 8192},  # as without a larger chunk; else to capture them takes a minute
@@ -97,8 +96,8 @@ def set_environment(variant: Variant, task: Task, folder: Path) -> None:
         os.environ["SGLANG_NCCL_SO_PATH"] = "none"  # a CUDA build of torch brings it, and SGLang uses it on the CPU too
 
 
-def start(variant: Variant, number: int, task: Task, folder: Path) -> Any:
-    """SGLang's engine; ``number`` tells it from the others that run. ``folder`` is its own, for what it reads."""
+def start(variant: Variant, port: int, task: Task, folder: Path) -> Any:
+    """SGLang's engine; ``port`` is of ``free_ports.ports``. ``folder`` is its own, for what it reads."""
     set_environment(variant, task, folder)
     sglang_plugins.add(folder, "sglang_chunks")
     from sglang.srt.entrypoints.engine import Engine
@@ -129,17 +128,17 @@ def start(variant: Variant, number: int, task: Task, folder: Path) -> Any:
         chunked_prefill_size=chunk * (task.ranks if divides else 1),
         log_level="info",
         random_seed=0,
-        port=FIRST_PORT + PORTS * number,
+        port=port,
         **parallelism(variant.kind, task.ranks),
         **device,
     )
 
 
 def serve(
-    wait_for_turn: Callable[[], None], *, variant: Variant, number: int, task: Task, folder: Path
+    wait_for_turn: Callable[[], None], *, variant: Variant, port: int, task: Task, folder: Path
 ) -> Generator[dict[str, Any]]:
     """The process of one engine, for `EngineProcess`."""
-    engine = start(variant, number, task, folder)
+    engine = start(variant, port, task, folder)
     try:
         wait_for_turn()
         yield from measured(engine, variant, task)

@@ -10,8 +10,8 @@ second counts. Every output is compared with the one of the GPU: ours must have 
 CPU the same runs on the host driver, which says nothing about a link.
 
 Each row goes to stderr when it is measured, with the seconds of the run so far, and so do those in which each of theirs
-was set up. SIGTERM, as of `timeout`, ends the run with the rows that there are, and says which are not; `--rivals` runs
-those alone.
+was set up. SIGTERM, as of `timeout`, or SIGINT ends the run with the rows that there are, and says which are not;
+`--rivals` runs those alone.
 
 tokens          of a pass
 who             whose classes, or how ours reads
@@ -49,8 +49,9 @@ from typing import Any, NamedTuple
 import torch
 from bank import Passes, forget, tokens_of
 from common import LINK_TOLERANCE, Row, parser, report, seen
+from cuts import Cut, raise_when_cut
 from decode import COPIED, SHAPES, Gemm, Shape, copied, our_gemm, published, synchronize, torch_gemm
-from findings import Cut, Findings, raise_when_cut
+from findings import Findings
 from offloaders import KINDS, DecoderLayer, Moved, Offloaded, Offloader, available
 from pass_costs import allocated, free_host_bytes, timed
 from torch import Tensor

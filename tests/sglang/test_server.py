@@ -14,11 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 from answers import PROMPTS, TWO_RANKS, Tokens
-from ports import free_port
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 from engine_processes import Failed
+from free_ports import DERIVED, ports
 from sglang_servers import Server
 
 pytestmark = pytest.mark.timeout(900)  # servers start slowly beside other tests
@@ -38,9 +38,9 @@ def servers(*wanted: tuple[str, dict[str, str], Path]) -> Iterator[list[Server]]
     """Those of such options, in such environments, that say what they do to such files; they start side by side."""
     begun = []
     try:
-        for options, given, log in wanted:
+        for (options, given, log), port in zip(wanted, ports(), strict=False):
             options = f"{options} {ON_THE_CPU} {WITHOUT_A_TOKENIZER}"
-            begun.append(Server(shlex.split(options), given, free_port(), log))
+            begun.append(Server(shlex.split(options), given, port, log))
         for each, (_, _, log) in zip(begun, wanted, strict=True):
             try:
                 each.wait_until_ready(LONGEST)
@@ -67,6 +67,14 @@ def answered(options: str, given: dict[str, str], log: Path) -> tuple[Tokens, in
     """What a server answers, and how many of its processes have our memory."""
     with servers((options, environment(given), log)) as [started]:
         return started.tokens(PROMPTS, 8, LONGEST), with_our_memory(started)
+
+
+def test_the_ports_that_sglang_derives_are_kept_free() -> None:
+    from sglang.srt import server_args
+
+    rendezvous = server_args.ZMQ_TCP_PORT_DELTA
+    wanted = {0, server_args.DP_ATTENTION_HANDSHAKE_PORT_DELTA, *range(rendezvous, rendezvous + 7)}
+    assert wanted == set(DERIVED), "the rendezvous of ranks, and six sockets after it"
 
 
 def test_the_page_has_these_commands() -> None:

@@ -21,6 +21,7 @@ from mutants.bugs import (
     rebalancing,
     runtime,
     schedule,
+    servers,
     settling,
     sleep,
 )
@@ -42,6 +43,7 @@ BUGS: Final = (
     *rebalancing.BUGS,
     *runtime.BUGS,
     *schedule.BUGS,
+    *servers.BUGS,
     *settling.BUGS,
     *sleep.BUGS,
 )

@@ -10,7 +10,6 @@ _FIGURES = ("tests/unit/project/test_sglang_multi_gpu.py",)
 _DECODE = ("tests/unit/project/test_decode_over_links.py",)
 _DECODE_RUN = ("tests/multiprocess/test_multi_gpu_benchmark.py", "-k", "decoding")
 _OFFLOADERS = ("tests/unit/project/test_versus_offloaders.py",)
-_SERVERS = ("tests/unit/project/test_sglang_servers.py",)
 _CHECKPOINTS = ("tests/unit/project/test_sglang_checkpoints.py",)
 
 BUGS: Final = (
@@ -86,31 +85,10 @@ BUGS: Final = (
     ),
     Bug(
         "what is told when a run is cut is cut again",
-        "benchmarks/findings.py",
-        "        signal.signal(signal.SIGTERM, signal.SIG_IGN)\n",
-        "",
-        _OFFLOADERS,
-    ),
-    Bug(
-        "what an engine started lives on",
-        "benchmarks/engine_processes.py",
-        "            os.killpg(self._group, signal.SIGKILL)\n",
+        "benchmarks/cuts.py",
+        "            signal.signal(each, signal.SIG_IGN)\n",
         "            pass\n",
-        ("tests/unit/project/test_engine_processes.py",),
-    ),
-    Bug(
-        "an engine that hangs is waited for",
-        "benchmarks/engine_processes.py",
-        "self._pipe.poll(max(0.0, end - time.monotonic()))",
-        "self._pipe.poll(None)",
-        ("tests/unit/project/test_engine_processes.py",),
-    ),
-    Bug(
-        "engines do not wait for their turn",
-        "benchmarks/engine_processes.py",
-        "        pipe.send(time.monotonic())  # all processes have this clock\n        pipe.recv()\n",
-        "        pipe.send(time.monotonic())  # all processes have this clock\n",
-        ("tests/unit/project/test_engine_processes.py",),
+        _OFFLOADERS,
     ),
     Bug(
         "a figure above the peaks is printed",
@@ -160,48 +138,6 @@ BUGS: Final = (
         '{"routed_dp_rank": rank} if variant.has_queues else {}',
         "{}",
         _FIGURES,
-    ),
-    Bug(
-        "what a server started lives on",
-        "benchmarks/sglang_servers.py",
-        "            os.killpg(self.pid, signal.SIGKILL)\n",
-        "            self._process.kill()\n",
-        _SERVERS,
-    ),
-    Bug(
-        "a server that died is taken for ready",
-        "benchmarks/sglang_servers.py",
-        "        if not self._is_ready:\n            raise",
-        "        if False:\n            raise",
-        _SERVERS,
-    ),
-    Bug(
-        "a client that counted less work has figures",
-        "benchmarks/sglang_serving.py",
-        "    if work != wanted:\n",
-        "    if work > wanted:\n",
-        _SERVERS,
-    ),
-    Bug(
-        "the first run that the client ever wrote counts",
-        "benchmarks/sglang_serving.py",
-        "file.read_text().splitlines()[-1]",
-        "file.read_text().splitlines()[0]",
-        _SERVERS,
-    ),
-    Bug(
-        "a pair of servers gives what the prefill server says",
-        "benchmarks/sglang_prefill_server.py",
-        "(_, first), (found, seconds) = threads.map",
-        "(found, first), (_, seconds) = threads.map",
-        _SERVERS,
-    ),
-    Bug(
-        "requests of a pair of servers meet where others met",
-        "benchmarks/sglang_prefill_server.py",
-        "[next(rooms) for _ in prompts]",
-        "list(range(len(prompts)))",
-        _SERVERS,
     ),
     Bug(
         "zero points of AWQ are 7",

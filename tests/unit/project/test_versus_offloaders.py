@@ -19,8 +19,9 @@ sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 
 import offloaders
 import versus_offloaders
+from cuts import SIGNALS, Cut, raise_when_cut
 from decode import SHAPES
-from findings import Cut, Findings, raise_when_cut
+from findings import Findings
 
 from vmm_dwdp.planning.routing import read_trace
 
@@ -141,11 +142,11 @@ def sigterm() -> None:
 
 @pytest.fixture
 def cutting() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
+    before = {each: signal.getsignal(each) for each in SIGNALS}
     raise_when_cut()
     yield
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN, "what is told then is not cut again"
-    signal.signal(signal.SIGTERM, before)
+    after = {signal.signal(each, handler) for each, handler in before.items()}
+    assert after == {signal.SIG_IGN}, "what is told then is not cut again"
 
 
 @pytest.mark.usefixtures("cutting")
