@@ -166,6 +166,8 @@ def checkpoint_tensor(layer: Any, name: str, parameter: torch.Tensor, expert: in
     values = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * 0.1
     if "scale" in name:
         values = values.abs() + 0.01
+        if parameter.dtype == torch.float16:  # of GPTQ, whose products are, too, and may not be more than 65,504
+            values /= 4
     return values.to(parameter.dtype).to(parameter.device)
 
 

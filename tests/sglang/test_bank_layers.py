@@ -73,9 +73,8 @@ def outputs_or_why_not(kind: str, rank: int, config: Path) -> tuple[Passes, Pass
         )
         os.environ["VMM_DWDP_CONFIG"] = str(config)
         return as_numpy(ordinary), as_numpy(with_a_bank(loaded(kind, rank), kind))
-    except Exception as error:
-        traceback.print_exc()
-        return f"{whose}: {type(error).__name__}: {error}"
+    except Exception:
+        return f"{whose}: {traceback.format_exc()}"
     finally:
         engine_process.end_of_model()
 
