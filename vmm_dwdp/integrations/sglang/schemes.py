@@ -197,7 +197,7 @@ _RAN_ON_A_GPU = frozenset(  # a forward pass, bit-identical
             ("compressed fp8 block", "triton"),
         ),
         *(("mxfp4", "triton_kernel"), ("mxfp4", "marlin")),
-        *(("wna16", "marlin"), ("wna16", "triton")),
+        *(("wna16", "marlin"), ("wna16", "triton"), ("awq", "marlin")),
     }
 )
 
