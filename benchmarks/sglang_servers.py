@@ -152,11 +152,12 @@ class Server:
         self._reader.join(SECONDS_TO_READ)
 
     def _listens(self) -> bool:
-        """Whether it, or one that it started, listens on its port."""
+        """Whether it, or one that it started, listens on its port; or somebody whom the system does not name: the port
+        was free before."""
         for each in psutil.net_connections("tcp"):
-            if each.status == psutil.CONN_LISTEN and each.laddr.port == self._port and each.pid is not None:
+            if each.status == psutil.CONN_LISTEN and each.laddr.port == self._port:
                 with contextlib.suppress(ProcessLookupError):  # that one has just ended
-                    if os.getpgid(each.pid) == self.pid:
+                    if each.pid is None or os.getpgid(each.pid) == self.pid:
                         return True
         return False
 

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
@@ -103,6 +104,15 @@ def test_one_that_could_not_bind_is_not_ready_although_it_says_so(tmp_path: Path
         pytest.raises(Failed, match=r"does not listen on port \d+: .*address already in use$"),
     ):
         started.wait_until_ready(60)
+
+
+def test_where_nobody_is_named_who_listens_the_port_is_taken_for_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    everybody = psutil.net_connections
+    monkeypatch.setattr(psutil, "net_connections", lambda kind: [each._replace(pid=None) for each in everybody(kind)])
+    with server(SERVES, tmp_path) as started:
+        assert started.wait_until_ready(60) > 0
 
 
 def end(started: Server) -> None:
