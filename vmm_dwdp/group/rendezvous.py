@@ -5,6 +5,9 @@ Whoever has read the token keeps its file locked, shared with all others, until 
 that gets the lock for itself alone: it removes the token, and what ranks that died have left there. The kernel unlocks
 for a process that dies. A forked child gives up its copy of the descriptor at once, so that it does not stand for its
 parent; one that executes another program has none.
+
+A directory that was made for a process group goes with the last of those who came. A rank that is late, when all others
+were refused, say, and have left, makes it anew.
 """
 
 from __future__ import annotations
@@ -56,18 +59,6 @@ class Rendezvous:
         self._presence: _Presence | None = None
         self._socket: tuple[Path, os.stat_result] | None = None
         try:
-            if not os.path.lexists(self.directory):
-                self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = self.directory.lstat()
-            if not stat.S_ISDIR(found.st_mode):
-                raise ExchangeError(f"the rendezvous {directory} is not a directory: name one, or one to be made")
-            if found.st_uid != os.getuid():
-                raise ExchangeError(f"the rendezvous {directory} belongs to user {found.st_uid}, not to this one")
-            if found.st_mode & 0o077:
-                mode = stat.filemode(found.st_mode)
-                raise ExchangeError(f"the rendezvous {directory} is open to other users ({mode}): chmod 700")
-            if not os.access(self.directory, os.W_OK | os.X_OK):
-                raise ExchangeError(f"the rendezvous {directory} is read-only: ranks make files in it")
             self.token = self._read_token(self._enter(time.monotonic() + _TAKES_SECONDS))
         except BaseException as error:
             with contextlib.suppress(ExchangeError):
@@ -105,11 +96,30 @@ class Rendezvous:
         finally:
             opened.close()
 
+    def _make(self) -> None:
+        """The directory, if it is missing. Raises `ExchangeError` if what is there cannot be used."""
+        if not os.path.lexists(self.directory):
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = self.directory.lstat()
+        if not stat.S_ISDIR(found.st_mode):
+            raise ExchangeError(f"the rendezvous {self.directory} is not a directory: name one, or one to be made")
+        if found.st_uid != os.getuid():
+            raise ExchangeError(f"the rendezvous {self.directory} belongs to user {found.st_uid}, not to this one")
+        if found.st_mode & 0o077:
+            mode = stat.filemode(found.st_mode)
+            raise ExchangeError(f"the rendezvous {self.directory} is open to other users ({mode}): chmod 700")
+        if not os.access(self.directory, os.W_OK | os.X_OK):
+            raise ExchangeError(f"the rendezvous {self.directory} is read-only: ranks make files in it")
+
     def _enter(self, deadline: float) -> _Presence:
-        """Be present at the token that is in the directory; or at one of this rank's own, if there is none yet."""
+        """Be present at the token that is in the directory; or at one of this rank's own, if there is none yet. The
+        directory is made if it is missing."""
         while True:
-            with uninterrupted():  # what is taken is `leave`'s to give back
-                presence = self._presence = self._offer() or self._open()
+            presence = None
+            with contextlib.suppress(FileNotFoundError):  # all others have come and left meanwhile: it was removed
+                self._make()
+                with uninterrupted():  # what is taken is `leave`'s to give back
+                    presence = self._presence = self._offer() or self._open()
             if presence is not None:
                 if presence.share() and presence.is_at(self._token_path):
                     return presence

@@ -290,6 +290,13 @@ BUGS: Final = (
         _DOOR,
     ),
     Bug(
+        "a rank that is late finds no directory",
+        "vmm_dwdp/group/rendezvous.py",
+        "with contextlib.suppress(FileNotFoundError):  # all",
+        "with contextlib.suppress(FileExistsError):  # all",
+        _RENDEZVOUS,
+    ),
+    Bug(
         "the first to leave takes the token along",
         "vmm_dwdp/group/rendezvous.py",
         "if presence.alone() and presence.is_at(self._token_path):",

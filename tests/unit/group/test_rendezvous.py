@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from support.doors import UnixPlace, exchange, serving, soon
 
 from vmm_dwdp import ExchangeError
 from vmm_dwdp.allocator.handles import Ledger
+from vmm_dwdp.group import rendezvous
 from vmm_dwdp.group.rendezvous import TOKEN_NBYTES, Rendezvous
 
 pytestmark = pytest.mark.usefixtures("open_descriptors")
@@ -104,6 +107,31 @@ def test_a_token_is_there_as_long_as_anybody_has_read_it(directory: Path) -> Non
     second.leave()
     again.leave()
     assert list(directory.iterdir()) == []
+
+
+@pytest.mark.parametrize("before", ["mkstemp", "lstat"])
+def test_a_rank_that_enters_when_all_others_have_left_makes_their_directory_anew(
+    before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which goes with the last of those who were told of it, and one may be late: the others were refused meanwhile."""
+    group, directory = dist.ProcessGroup(0, 1), tmp_path / "told"
+    directory.mkdir(mode=0o700)
+    monkeypatch.setattr(rendezvous, "agree_on_directory", lambda group: directory)
+    whose, others = {"mkstemp": tempfile, "lstat": Path}[before], []
+    original = getattr(whose, before)
+
+    def late(*given: object, **more: object) -> object:
+        if not others and (before == "mkstemp" or given == (directory,)):
+            others.append(True)
+            Rendezvous(group).leave()
+            assert not directory.exists()
+        return original(*given, **more)
+
+    monkeypatch.setattr(whose, before, late)
+    entered = Rendezvous(group)
+    assert others
+    assert Rendezvous(group).token == entered.token
+    entered.leave()
 
 
 def test_the_last_to_leave_removes_what_the_dead_have_left(directory: Path) -> None:
