@@ -45,8 +45,8 @@ class Stack:
     attention_flops_per_token: int
 
     def divides(self, ranks: int) -> bool:
-        """Whether each of so many ranks has as many experts, and as many of every expert's columns, of 16 bytes or a
-        multiple, as the GEMM wants rows."""
+        """Whether so many ranks have equally many experts, or equal parts of every expert, whose rows have a multiple
+        of 16 bytes then, as the GEMM wants them."""
         return self.num_experts % ranks == 0 and self.intermediate * DTYPE.itemsize % (16 * ranks) == 0
 
     @property

@@ -55,7 +55,8 @@ from vmm_dwdp.planning.gpus import GpuSpec, load_gpu
 from vmm_dwdp.testing import RankFailed, run_group
 
 SLOW: Final = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
-MOST_ERROR: Final = 0.06  # relative; to round sums once more makes 0.04 in six layers, wrong experts 0.5 and more
+MOST_ERROR: Final = 0.06  # relative, of all tokens together; to round sums once more makes 0.04 in six layers
+MOST_OF_A_TOKEN: Final = 0.3  # relative; one wrong expert of its four in one layer makes 0.5 and more
 
 
 class Case(NamedTuple):
@@ -191,29 +192,28 @@ def _rank(
         rail = TorchRail(rails[rank % group_size])
         whole = reference(stack, device, [every[rank] for every in routings])
         if case.prefetches:
-            with dwdp(
-                stack, DWDPConfig(group_size=count), rank, device, Path(folder, "one"), driver=place.driver(rank)
-            ) as (
-                _,
-                run,
-            ):
+            config, driver = DWDPConfig(group_size=count), place.driver(rank)
+            with dwdp(stack, config, rank, device, Path(folder, "one"), driver=driver) as (_, run):
                 found = measure("dwdp staged ms", run("staged"), lambda path: Together(path, rank, count))
                 for row, ours, expected in zip(rows, found, whole, strict=True):
                     row["identical"] = torch.equal(ours, expected)
         with hybrid(stack, nodes, rank, group_size, rail, place, Path(folder)) as bind:
             found = measure("over nodes ms", bind, lambda path: OnRail(path, rank, count, group_size))
             for row, ours, expected in zip(rows, found, whole, strict=True):
-                row["over nodes error"] = error(ours, expected)
+                row |= errors("over nodes", ours, expected)
         found = measure("expert parallel ms", expert_parallel(stack, rank, count, device), lambda _: None)
         for row, ours, expected in zip(rows, found, whole, strict=True):
-            row["expert parallel error"] = error(ours, expected)
+            row |= errors("expert parallel", ours, expected)
     for row, every in zip(rows, routings, strict=True):
         row["sent bytes"] = sent_bytes(stack, nodes, rank // group_size, every[rank])
     return rows
 
 
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+def errors(way: str, found: torch.Tensor, expected: torch.Tensor) -> Row:
+    """Relative, ``[T, hidden]``: of all tokens together, and of the one for which it is most."""
+    wrong, right = found.double() - expected.double(), expected.double()
+    of_token = (wrong.norm(dim=1) / right.norm(dim=1)).max()
+    return {f"{way} error": float(wrong.norm() / right.norm()), f"{way} error, a token": float(of_token)}
 
 
 def sent_bytes(stack: Stack, nodes: int, node: int, routed: Routed) -> int:
@@ -384,8 +384,11 @@ def _networks(rows: list[Row]) -> list[str]:
 
 def require_right(rows: list[Row]) -> None:
     for row in rows:
-        errors = row["over nodes error"], row["expert parallel error"]
-        if not (row.get("identical", True) and all(each <= MOST_ERROR for each in errors)):  # which no NaN is
+        right = [
+            row[f"{way} error"] <= MOST_ERROR and row[f"{way} error, a token"] <= MOST_OF_A_TOKEN  # which no NaN is
+            for way in ("over nodes", "expert parallel")
+        ]
+        if not (row.get("identical", True) and all(right)):
             raise SystemExit(f"a result differs from the pass with all experts in the rank's own memory: {row}")
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from vmm_dwdp.kernels.bank_table import DECAY, ONE, PINNED, USES_A_COPY, BankTable
 
 IDS: Final = 512  # that the planner looks at in one step, however many there are: one form of it for all
-LEAST_COMPARED: Final = 32  # experts with which it compares all in one step, of as many as a planner is for
-PAIRS: Final = 1 << 14  # that it compares in one step, where that are not too few
+PAIRS: Final = 1 << 14  # of experts that it compares in one step
+LEAST_COMPARED: Final = 32  # experts with which it compares all in one step, where that are more pairs
 BLOCK_BYTES: Final = 16 << 10  # that a program copies in one step
 WORDS: Final = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 

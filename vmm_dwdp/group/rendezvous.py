@@ -116,10 +116,14 @@ class Rendezvous:
         directory is made if it is missing."""
         while True:
             presence = None
-            with contextlib.suppress(FileNotFoundError):  # all others have come and left meanwhile: it was removed
+            try:
                 self._make()
                 with uninterrupted():  # what is taken is `leave`'s to give back
                     presence = self._presence = self._offer() or self._open()
+            except FileNotFoundError:
+                if not self._temporary or time.monotonic() > deadline:
+                    raise
+                # all others have come and left meanwhile, and the last has removed it
             if presence is not None:
                 if presence.share() and presence.is_at(self._token_path):
                     return presence

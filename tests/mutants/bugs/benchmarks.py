@@ -14,6 +14,13 @@ _CHECKPOINTS = ("tests/unit/project/test_sglang_checkpoints.py",)
 
 BUGS: Final = (
     Bug(
+        "one wrong token over nodes is not seen",
+        "benchmarks/nodes.py",
+        ' and row[f"{way} error, a token"] <= MOST_OF_A_TOKEN',
+        "",
+        ("tests/multiprocess/test_nodes_benchmark.py",),
+    ),
+    Bug(
         "an offloader's wrong weights are timed",
         "benchmarks/versus_offloaders.py",
         "(each in self.ours or not close(y, expected))",

@@ -292,8 +292,8 @@ BUGS: Final = (
     Bug(
         "a rank that is late finds no directory",
         "vmm_dwdp/group/rendezvous.py",
-        "with contextlib.suppress(FileNotFoundError):  # all",
-        "with contextlib.suppress(FileExistsError):  # all",
+        "if not self._temporary or time.monotonic() > deadline:",
+        "if self._temporary or time.monotonic() > deadline:",
         _RENDEZVOUS,
     ),
     Bug(

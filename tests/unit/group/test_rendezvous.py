@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import tempfile
@@ -132,6 +133,18 @@ def test_a_rank_that_enters_when_all_others_have_left_makes_their_directory_anew
     assert others
     assert Rendezvous(group).token == entered.token
     entered.leave()
+
+
+def test_a_directory_that_was_named_and_cannot_be_made_is_refused_at_once(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object, **more: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(tempfile, "mkstemp", gone)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it is tried again"))
+    with pytest.raises(ExchangeError, match="cannot be used: No such file or directory"):
+        Rendezvous(directory)
 
 
 def test_the_last_to_leave_removes_what_the_dead_have_left(directory: Path) -> None:

@@ -187,7 +187,7 @@ _SCHEMES: dict[tuple[str, str], Scheme] = {
     ("awq", "marlin"): _AWQ_MARLIN,
     ("gptq", "marlin"): _GPTQ_MARLIN,
 }
-_RAN_ON_A_GPU = frozenset(  # a forward pass, bit-identical
+_RAN_ON_A_GPU = frozenset(  # a forward pass, bit-identical; of AWQ most of nine, as SGLang's own stray
     {
         *(("bf16", "triton"), ("bf16", "triton_kernel")),
         *(
