@@ -5,7 +5,7 @@
 Writes a checkpoint of four layers of Qwen3-30B-A3B's shapes with random weights and a tokenizer of as many words,
 starts the servers side by side, and lets the client, one process for all (sglang_client.py), ask one after the other
 the same random prompts, once for the kernels that are compiled and then as often as ``--repeats``. Radix caches are
-off; decode runs in CUDA graphs, except with DWDP.
+off; decode runs in CUDA graphs.
 
 Servers: ``one`` an ordinary server on one GPU; ``host``, ``in_place`` and ``auto`` with all experts in host memory, in
 that mode; on all GPUs ``dwdp`` with ``--dwdp-size`` and ``ep`` with expert parallelism and attention data parallel.
@@ -86,7 +86,7 @@ def started(kind: str, given: argparse.Namespace, model: Path, folder: Path, por
         config = folder / f"{kind}.yaml"
         config.write_text(f"group_size: 1\nhost_experts: {given.shape.experts}\nmode: {MODES[kind]}\n")
         environment["VMM_DWDP_CONFIG"] = str(config)
-    options = options_of(given.device, given.attention_backend, graphs=kind not in SPREAD)
+    options = options_of(given.device, given.attention_backend, graphs=True)
     options += f" --model-path {model} --disable-radix-cache --max-total-tokens {given.room}"
     options += f" --max-running-requests {2 * given.concurrency * ranks}"
     options += f" --chunked-prefill-size {given.chunk * ranks} {SPREAD.get(kind, '').format(ranks)}"
@@ -169,7 +169,7 @@ def _arguments() -> argparse.Namespace:
         "--servers", nargs="+", choices=KINDS, default=["one", *MODES], help="in the order of the turns"
     )
     result.add_argument("--layers", type=int, default=4)
-    result.add_argument("--prompts", type=int, default=16, help="of each GPU")
+    result.add_argument("--prompts", type=int, default=32, help="of each GPU")
     result.add_argument("--concurrency", type=int, default=8, help="requests of each GPU at a time")
     result.add_argument("--prompt-tokens", type=int, default=8192)
     result.add_argument("--new-tokens", type=int, default=16)

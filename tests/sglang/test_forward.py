@@ -29,6 +29,7 @@ from vmm_dwdp.testing import run_group
 ON_A_GPU = {
     **{kind: runner for kind, runner in test_loading.KINDS.items() if kind != "nvfp4"},
     "mxfp4 for marlin": "marlin",
+    "nvfp4 for marlin": "marlin",
 }
 pytestmark = pytest.mark.timeout(900)  # on a GPU kernels are compiled first
 KINDS = ON_A_GPU if torch.cuda.is_available() else {"bf16": ON_A_GPU["bf16"]}
