@@ -192,12 +192,13 @@ _RAN_ON_A_GPU = frozenset(  # a forward pass, bit-identical; of AWQ most of nine
         *(("bf16", "triton"), ("bf16", "triton_kernel")),
         *(
             ("fp8 block", "triton"),
+            ("fp8 block", "deep_gemm"),
             ("fp8 tensor", "triton"),
             ("fp8 channel", "triton"),
             ("compressed fp8 block", "triton"),
         ),
         *(("mxfp4", "triton_kernel"), ("mxfp4", "marlin")),
-        *(("wna16", "marlin"), ("wna16", "triton"), ("awq", "marlin")),
+        *(("wna16", "marlin"), ("wna16", "triton"), ("awq", "marlin"), ("gptq", "marlin")),
     }
 )
 
