@@ -44,7 +44,7 @@ class Shape(NamedTuple):
         return {"gate": wide, "up": wide, "down": wide[::-1]}
 
 
-TINY = Shape(2, 256, 8, 1024, heads=4, kv_heads=2, head_dim=64, experts_per_token=2, vocabulary=512)
+TINY = Shape(2, 256, 8, 1024, heads=8, kv_heads=8, head_dim=32, experts_per_token=2, vocabulary=512)
 
 
 def write(folder: Path, shape: Shape, device: torch.device, *, weights: str = "bf16") -> None:

@@ -19,7 +19,8 @@ same tokens  as the first variant that, like this one, decodes in graphs or does
 digest       of all tokens, to compare with another run
 GPU GiB      in use on the whole GPU, by all engines
 
-SIGTERM or SIGINT ends the engines, and the rows that there are are printed.
+An engine whose GPUs seem to multiply or to read weights faster than they can has no row. SIGTERM or SIGINT ends the
+engines, and the rows that there are are printed.
 """
 
 from __future__ import annotations
@@ -45,6 +46,11 @@ import torch
 from common import Row, parser, report, seen
 from cuts import raise_when_cut
 from engine_processes import EngineProcess, Failed, NoneLeft
+from sglang_checkpoint import Shape
+from sglang_mixes import least_decode_seconds, least_product_seconds
+
+from vmm_dwdp.planning.calibrate import preset_of
+from vmm_dwdp.planning.gpus import GpuSpec, load_gpu
 
 Tokens = list[list[int]]
 CONFIGS = {
@@ -58,6 +64,8 @@ CONFIGS = {
 KINDS = ["gpu", "offload", *CONFIGS]
 RUNNERS = {"bf16": "triton", "fp8": "triton", "awq": "auto", "wna16": "auto", "mxfp4": "triton_kernel"}
 """The MoE runner of each kind of weights: of integers SGLang takes marlin, in its schemes."""
+BITS = {"bf16": 16, "fp8": 8, "awq": 4, "wna16": 4, "mxfp4": 4}
+"""Of an expert's numbers, without their scales."""
 PREFILLS, PREFILL_SECONDS = 3, 2.0  # at most
 IDLE_SECONDS = 0.5  # longer than a decode step
 
@@ -65,6 +73,7 @@ IDLE_SECONDS = 0.5  # longer than a decode step
 def main() -> None:
     arguments = _arguments()
     raise_when_cut()
+    gpu = load_gpu(preset_of(torch.cuda.get_device_name())) if arguments.device.type == "cuda" else None
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="qwen3-moe-") as directory:
         folder = Path(directory)
@@ -74,7 +83,7 @@ def main() -> None:
         try:
             with NoneLeft() as begun:
                 engines = _engines(folder, arguments, begun)
-                _measure_all(engines, arguments.limit, rows)
+                _measure_all(engines, arguments, gpu, rows)
                 for engine in engines.values():
                     engine.end()
         finally:  # also of a run that is cut
@@ -110,14 +119,19 @@ def _arguments() -> argparse.Namespace:
 
 
 def _write_model(folder: Path, arguments: argparse.Namespace) -> None:
-    sizes = (arguments.layers, arguments.hidden, arguments.experts, arguments.intermediate)
     if arguments.weights == "mxfp4":
-        shape = sglang_gpt_oss.GPT_OSS_120B._replace(**dict(zip(sglang_checkpoint.Shape._fields, sizes, strict=False)))
-        sglang_gpt_oss.write(folder, shape, arguments.device)
+        sglang_gpt_oss.write(folder, _shape(arguments), arguments.device)
     elif arguments.load_format == "safetensors":
-        sglang_checkpoint.write(folder, sglang_checkpoint.Shape(*sizes), arguments.device, weights=arguments.weights)
+        sglang_checkpoint.write(folder, _shape(arguments), arguments.device, weights=arguments.weights)
     else:
-        sglang_checkpoint.write_config(folder, sglang_checkpoint.Shape(*sizes), weights=arguments.weights)
+        sglang_checkpoint.write_config(folder, _shape(arguments), weights=arguments.weights)
+
+
+def _shape(arguments: argparse.Namespace) -> Shape:
+    sizes = Shape(arguments.layers, arguments.hidden, arguments.experts, arguments.intermediate)
+    if arguments.weights != "mxfp4":
+        return sizes
+    return sglang_gpt_oss.GPT_OSS_120B._replace(**dict(zip(Shape._fields[:4], sizes, strict=False)))
 
 
 def _engines(folder: Path, arguments: argparse.Namespace, begun: NoneLeft) -> dict[str, EngineProcess]:
@@ -129,21 +143,38 @@ def _engines(folder: Path, arguments: argparse.Namespace, begun: NoneLeft) -> di
     }
 
 
-def _measure_all(engines: Mapping[str, EngineProcess], limit: float, rows: list[Row]) -> None:
+def _measure_all(
+    engines: Mapping[str, EngineProcess], arguments: argparse.Namespace, gpu: GpuSpec | None, rows: list[Row]
+) -> None:
     """Add to ``rows`` one for every variant whose engine did not fail."""
     first: dict[bool, Tokens] = {}  # tokens, by whether decode runs in graphs
     ready: list[str] = []
     for variant, engine in engines.items():
         with _told(variant):
-            engine.wait_until_ready(limit)
+            engine.wait_until_ready(arguments.limit)
             ready.append(variant)
     for variant in ready:
         with _told(variant):
-            [found] = engines[variant].rows(limit)
+            [found] = engines[variant].rows(arguments.limit)
+            if gpu is not None:
+                _require_possible(found, arguments, gpu)
             tokens = found.pop("tokens")
             same = tokens == first.setdefault(variant.endswith("-graph"), tokens)
             digest = hashlib.sha256(str(tokens).encode()).hexdigest()[:12]
             rows.append(seen({"variant": variant, **found, "same tokens": same, "digest": digest}))
+
+
+def _require_possible(found: Mapping[str, Any], arguments: argparse.Namespace, gpu: GpuSpec) -> None:
+    """Raise `Failed` where GPUs seem to be faster than their peaks."""
+    shape, fp8 = _shape(arguments), arguments.weights == "fp8"
+    for length in arguments.prompt_tokens:
+        tokens = arguments.prompts * length
+        most = arguments.tp * tokens / least_product_seconds(shape, tokens, gpu, fp8=fp8)
+        if found[f"prefill of {length}: tokens/s"] > most:
+            raise Failed(f"{found} cannot be: at the peak of {gpu.name} they are {most:.0f} tokens/s")
+    least = least_decode_seconds(shape, arguments.tp, gpu, bits=BITS[arguments.weights]) * 1e3
+    if found.get("decode ms/step", least) < least:
+        raise Failed(f"{found} cannot be: at the rate of the memory of {gpu.name} a step takes {least:.3g} ms")
 
 
 @contextlib.contextmanager

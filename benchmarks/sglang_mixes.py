@@ -54,21 +54,28 @@ def least_prefill_seconds(shape: Shape, wanted: Lengths, gpu: GpuSpec, *, fp8: b
     to; of the head, one token a prompt. Weights in FP8 are multiplied at the peak of FP8, attention in bf16.
     """
     every = [count for of_rank in wanted for count in of_rank]
-    expert = sum(rows * columns for rows, columns in shape.expert.values())
-    attention = sum(rows * columns for rows, columns in shape.attention.values())
-    products = 2 * shape.layers * sum(every) * (attention + shape.experts_per_token * expert)
     scores = 4 * shape.layers * shape.heads * shape.head_dim * sum(count * (count + 1) // 2 for count in every)
     rest = 2 * shape.hidden * (shape.layers * shape.experts * sum(every) + shape.vocabulary * len(every))
-    seconds = products / gpu.peak_flops["fp8" if fp8 else "bf16"] + (scores + rest) / gpu.peak_flops["bf16"]
+    seconds = least_product_seconds(shape, sum(every), gpu, fp8=fp8) + (scores + rest) / gpu.peak_flops["bf16"]
     return seconds / len(wanted)
 
 
-def least_decode_seconds(shape: Shape, ranks: int, gpu: GpuSpec, *, fp8: bool) -> float:
-    """A step: the weights that one token meets in every layer, read at the rate of all ranks' GPU memory together."""
+def least_product_seconds(shape: Shape, tokens: int, gpu: GpuSpec, *, fp8: bool) -> float:
+    """What they meet of attention's and experts' weights, at one GPU's arithmetic peak."""
+    return 2 * tokens * _numbers_of_a_token(shape) / gpu.peak_flops["fp8" if fp8 else "bf16"]
+
+
+def least_decode_seconds(shape: Shape, ranks: int, gpu: GpuSpec, *, bits: int) -> float:
+    """A step: the weights that one token meets in every layer, in so many ``bits`` each, read at the rate of all ranks'
+    GPU memory together."""
+    return _numbers_of_a_token(shape) * bits / 8 / gpu.memory_bandwidth / ranks
+
+
+def _numbers_of_a_token(shape: Shape) -> int:
+    """The weights of attention and of the chosen experts, of all layers."""
     expert = sum(rows * columns for rows, columns in shape.expert.values())
     attention = sum(rows * columns for rows, columns in shape.attention.values())
-    numbers = shape.layers * (attention + shape.experts_per_token * expert)
-    return numbers * (1 if fp8 else 2) / gpu.memory_bandwidth / ranks
+    return shape.layers * (attention + shape.experts_per_token * expert)
 
 
 def chosen_remote_seconds(shape: Shape, ranks: int, sequences: int, gpu: GpuSpec, *, fp8: bool) -> float:

@@ -95,7 +95,7 @@ class Tables:
         if "mix" in row:
             wanted = lengths(row["mix"], task.ranks, row["chunk"], task.unit)
             return least_prefill_seconds(task.shape, wanted, gpu, fp8=self._fp8), row["seconds"]
-        return least_decode_seconds(task.shape, task.ranks, gpu, fp8=self._fp8), row["ms a step"] / 1e3
+        return least_decode_seconds(task.shape, task.ranks, gpu, bits=8 if self._fp8 else 16), row["ms a step"] / 1e3
 
     def _remote_ms(self, sequences: int) -> float | None:
         if self._gpu is None:

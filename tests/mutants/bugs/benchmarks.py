@@ -126,6 +126,20 @@ BUGS: Final = (
         _FIGURES,
     ),
     Bug(
+        "an engine's step may take no time at all",
+        "benchmarks/sglang_engine.py",
+        'if found.get("decode ms/step", least) < least:',
+        'if 0 < found.get("decode ms/step", least) < least:',
+        ("tests/unit/project/test_sglang_engine_benchmark.py",),
+    ),
+    Bug(
+        "weights of four bits are read in one",
+        "benchmarks/sglang_mixes.py",
+        "* bits / 8 /",
+        "* bits / 32 /",
+        ("tests/unit/project/test_sglang_engine_benchmark.py",),
+    ),
+    Bug(
         "the best rank is compared with one GPU",
         "benchmarks/sglang_multi_gpu.py",
         "min(_of_each(ours, one))",

@@ -88,7 +88,7 @@ def test_figures_that_the_gpus_cannot_have_are_refused(capsys: pytest.CaptureFix
     tables = sglang_multi_gpu.Tables(task(), H100, fp8=True)
     wanted = sglang_mixes.lengths("4 of 8K", 2, 8192)
     least = sglang_mixes.least_prefill_seconds(SMALL, wanted, H100, fp8=True)
-    step = sglang_mixes.least_decode_seconds(SMALL, 2, H100, fp8=True) * 1e3
+    step = sglang_mixes.least_decode_seconds(SMALL, 2, H100, bits=8) * 1e3
     prefill = {"chunk": 8192, "mix": "4 of 8K"}
     tables.add("dwdp", row(**prefill, seconds=1.01 * least))
     tables.add("dwdp", row(**{"sequences a rank": 1, "ms a step": 1.01 * step}))
