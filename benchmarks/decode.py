@@ -17,7 +17,7 @@ graph        ms, the same, replayed from a CUDA graph, of up to 256 tokens
 auto         ms, each pass in the mode that the runtime chooses, after the passes that it takes to find out
 auto chose   that mode
 link         GB/s of a copy from host memory
-of link      bytes of the experts used in place, a second, divided by that
+of link      bytes of the experts used in place, a second, divided by that; faster than any copy of the run is refused
 speed-up     staged / the faster of in place and graph
 of ideal     that, divided by the number of experts / experts used
 auto behind  auto / the faster of staged and in place, less 1: the median over turns
@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import Row, parser, report, seen
+from common import Row, parser, report, require_shares_within_link, seen
 from torch import Tensor
 
 from vmm_dwdp import HOST, DWDPConfig, DWDPRuntime, WeightSpec
@@ -395,6 +395,8 @@ def main() -> None:
             rows += rows_of(shape, arguments.device, arguments.cached, kind, batches, arguments.passes, kernels)
         about = f"{name}: {shape.layers} layers of {shape.experts} experts, {shape.dtype}, {shape.depth} slots"
         tables[about] = rows
+    if arguments.device.type == "cuda":
+        require_shares_within_link([row for rows in tables.values() for row in rows], ["of link"])
     report(arguments, tables)
 
 

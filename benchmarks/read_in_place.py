@@ -2,7 +2,8 @@
 
 One weight of a MoE layer, all of its experts in host memory. Each row is a grouped GEMM for a batch of tokens, which
 choose their experts without repetition, all alike: four routings, one right after another, the median of three times,
-all columns in turns. Quantised weights are read with their scales. On the CPU the same runs on the host driver, which
+all columns in turns. Quantised weights are read with their scales. No figure is printed if one is more than the fastest
+copy of the run. On the CPU the same runs on the host driver, which
 says nothing about a link.
 
 link        GB/s of a copy of the weight to the GPU, by the copy engine
@@ -23,7 +24,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import Row, parser, report, seen
+from common import Row, parser, report, require_shares_within_link, seen
 from decode import KERNELS, Gemm, Routing, Shape, elapsed, our_gemm
 from expert_formats import FORMATS, fill, product, specs
 from torch import Tensor
@@ -129,6 +130,9 @@ def main() -> None:
                 continue
             rows = measure(kind, *sizes, arguments.batch or list(BATCHES), arguments.device)
             tables[name if kind == "bf16" else f"{name}, {kind}"] = rows
+    every = [row for rows in tables.values() for row in rows]
+    if arguments.device.type == "cuda":
+        require_shares_within_link(every, [name for name in every[0] if name not in ("batch", "active", "link")])
     report(arguments, tables)
 
 

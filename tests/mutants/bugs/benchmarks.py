@@ -126,6 +126,20 @@ BUGS: Final = (
         _FIGURES,
     ),
     Bug(
+        "the slowest copy of a run is its link",
+        "benchmarks/common.py",
+        'max(row["link"] for row in rows)',
+        'min(row["link"] for row in rows)',
+        ("tests/unit/project/test_multi_gpu_arithmetic.py",),
+    ),
+    Bug(
+        "a share of the link is taken for its rate",
+        "benchmarks/common.py",
+        'row[figure] * row["link"]',
+        "row[figure]",
+        ("tests/unit/project/test_multi_gpu_arithmetic.py",),
+    ),
+    Bug(
         "an engine's step may take no time at all",
         "benchmarks/sglang_engine.py",
         'if found.get("decode ms/step", least) < least:',

@@ -187,6 +187,15 @@ def test_a_figure_above_the_link_ends_the_command() -> None:
         common.require_within_link([{"GB/s": float("nan")}], 390.0, ["GB/s"])
 
 
+def test_a_share_of_a_link_is_held_against_the_fastest_copy_of_the_run() -> None:
+    """A copy that was slow for once makes what follows it more than the whole of its link."""
+    rows = [{"link": 44.0, "of link": 1.12}, {"link": 54.0, "of link": 0.9}, {"link": 50.0}]
+
+    common.require_shares_within_link(rows, ["of link"])
+    with pytest.raises(SystemExit, match=r"of link of .* cannot be: one large copy made 54.0 GB/s"):
+        common.require_shares_within_link([*rows, {"link": 54.0, "of link": 1.12}], ["of link"])
+
+
 @pytest.mark.parametrize(("rate", "refused"), [(389.0, False), (753.0, True)])
 def test_multi_gpu_prints_no_figure_above_the_link(
     rate: float, refused: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
