@@ -197,7 +197,7 @@ _RAN_ON_A_GPU = frozenset(  # a forward pass, bit-identical; of AWQ most of nine
             ("fp8 channel", "triton"),
             ("compressed fp8 block", "triton"),
         ),
-        *(("mxfp4", "triton_kernel"), ("mxfp4", "marlin")),
+        *(("mxfp4", "triton_kernel"), ("mxfp4", "marlin"), ("nvfp4", "marlin")),
         *(("wna16", "marlin"), ("wna16", "triton"), ("awq", "marlin"), ("gptq", "marlin")),
     }
 )
