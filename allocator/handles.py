@@ -135,10 +135,11 @@ class Failures:
 
 
 class ResourceStack(Owned):
-    """Resources that are closed in the reverse of the order in which they were pushed."""
+    """Resources that are closed in the reverse of the order in which they were pushed. Threads take turns."""
 
     def __init__(self) -> None:
         self._resources: list[Owned] = []
+        self._lock = threading.RLock()  # what is closed may close others of the same stack
 
     def push(self, owned: T) -> T:
         """Take ``owned`` over, and return it."""
@@ -147,7 +148,7 @@ class ResourceStack(Owned):
 
     def close_one(self, owned: Owned) -> None:
         """Close one of them before its turn; it stays if that fails. A second call does nothing."""
-        with uninterrupted():
+        with uninterrupted(), self._lock:
             owned.close()
             if owned in self._resources:
                 self._resources.remove(owned)
@@ -158,7 +159,7 @@ class ResourceStack(Owned):
         Raises the first failure, with the others as notes on it.
         """
         failures = Failures()
-        with uninterrupted():
+        with uninterrupted(), self._lock:
             for index in reversed(range(len(self._resources))):
                 with failures.noted():
                     self._resources[index].close()

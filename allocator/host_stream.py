@@ -67,16 +67,27 @@ class HostStream:
     def __init__(self, name: str) -> None:
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._error: DriverError | None = None
+        self._giving = threading.Lock()  # so that nothing is given after the last
+        self._is_closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, work: Callable[[], object]) -> None:
         """Run ``work`` after all that was given so far. What it raises ends this stream's work."""
-        self._queue.put(functools.partial(self._attempt, work))
+        if not self._give(functools.partial(self._attempt, work)):
+            raise DriverError("submit", "CUDA_ERROR_INVALID_HANDLE", "give work to a stream that was destroyed")
 
     def record(self, record: Record) -> None:
         """Complete ``record`` after all that was given so far."""
-        self._queue.put(lambda: record.complete(self._error))
+        if not self._give(lambda: record.complete(self._error)):
+            record.complete(self._error)  # another thread has closed it: there is nothing before
+
+    def _give(self, step: Callable[[], None]) -> bool:
+        """Whether it will be run."""
+        with self._giving:
+            if not self._is_closed:
+                self._queue.put(step)
+            return not self._is_closed
 
     def synchronize(self) -> None:
         """Wait for all that was given so far; raises what ended this stream's work."""
@@ -86,7 +97,9 @@ class HostStream:
 
     def close(self) -> None:
         """Work off the rest and end the thread."""
-        self._queue.put(None)
+        with self._giving:
+            self._is_closed = True
+            self._queue.put(None)
         self._thread.join()
 
     def _run(self) -> None:

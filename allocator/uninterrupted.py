@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -12,13 +13,14 @@ from typing import Any, Final
 _Handler = Callable[[int, FrameType | None], Any]
 
 _NUMBERS: Final = tuple(map(int, signal.valid_signals()))
-_arrived: Final[list[tuple[int, FrameType | None]]] = []
+_arrived: Final[list[int]] = []
 _deferring = False
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Python's handlers of signals, Ctrl-C's among them, run after the body instead of in its middle.
+    """Python's handlers of signals, Ctrl-C's among them, run after the body instead of in its middle, and are told the
+    frame that they run in: one of the body would keep alive what it refers to, such as tensors over our memory.
 
     For bodies that do not wait for others. Only the main thread runs handlers, so in others this does nothing.
     """
@@ -43,7 +45,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def _defer(number: int, frame: FrameType | None) -> None:
-    _arrived.append((number, frame))
+    _arrived.append(number)
 
 
 def _restore(handlers: Mapping[int, _Handler], rest: list[int]) -> None:
@@ -57,12 +59,12 @@ def _restore(handlers: Mapping[int, _Handler], rest: list[int]) -> None:
         raise
 
 
-def _call(handlers: Mapping[int, _Handler], arrived: list[tuple[int, FrameType | None]]) -> None:
+def _call(handlers: Mapping[int, _Handler], arrived: list[int]) -> None:
     """All of them, although one may raise."""
     while arrived:
-        number, frame = arrived.pop(0)
+        number = arrived.pop(0)
         try:
-            handlers[number](number, frame)
+            handlers[number](number, inspect.currentframe())
         except BaseException:
             _call(handlers, arrived)
             raise

@@ -337,7 +337,7 @@ class Rank:
         self._lifecycle.close()
         self._end()
         failures = Failures()
-        for need_no_device in self._membership.leave, self._schedule.stop:
+        for need_no_device in self._membership.leave, self._schedule.stop, self._assembly.stop:
             with failures.noted():
                 need_no_device()
         with failures.noted(), self._driver.current():

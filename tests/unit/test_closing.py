@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from pathlib import Path
 
@@ -106,6 +107,36 @@ def test_a_part_that_cannot_be_freed_does_not_keep_memory(
     counts = runtime.ledger.counts()
     assert [counts[kind] for kind in ("handles", "mappings", "reservations")] == [0, 0, 0]
     monkeypatch.undo()
+    assert runtime.close().open() == []
+
+
+class Signalled(HostDriver):
+    """Once it is armed, a signal arrives while it is waited for."""
+
+    armed = False
+
+    def synchronize(self, stream: int | None = None) -> None:
+        if self.armed:
+            self.armed = False
+            signal.raise_signal(signal.SIGUSR1)
+        super().synchronize(stream)
+
+
+@pytest.mark.timeout(60)
+def test_a_signal_handler_closes_while_its_thread_writes(tmp_path: Path) -> None:
+    """As a server's does, on SIGTERM: it waits for the write, in the thread that it has stopped in the middle of it."""
+    driver = Signalled(PAGE)
+    runtime = join(DWDPConfig(group_size=1), 0, tmp_path / "group", MODEL, driver)
+    closed: list[dict[str, int]] = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: closed.append(runtime.close().counts()))
+    try:
+        with pytest.raises(StateError, match="closed"), runtime.updating(timeout=20) as update:  # noqa: PT012  # which write is the matter
+            driver.armed = True
+            for number in range(2):
+                update.write(number, "w", MODEL[number]["w"])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert closed == [dict.fromkeys(closed[0], 0)]
     assert runtime.close().open() == []
 
 

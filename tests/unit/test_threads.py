@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
-from support.groups import join, random_model, same_bytes
+from support.groups import PAGE, join, random_model, same_bytes
 
-from vmm_dwdp import DWDPConfig, StateError
+from vmm_dwdp import DriverError, DWDPConfig, DWDPRuntime, StateError
 from vmm_dwdp.observe.metrics import StatsCollector
 
 MODEL = random_model({number: {"w": ((6, 1100), torch.float32)} for number in range(5)})
@@ -114,3 +115,74 @@ def test_stats_and_metrics_at_any_moment(tmp_path: Path) -> None:
     assert not wrong, f"{len(wrong)}: {wrong[0]!r}"
     stats = runtime.stats()
     assert stats.hits + stats.misses == 300 * len(MODEL)
+
+
+def _passes(runtime: DWDPRuntime) -> None:
+    for number in [3, 0, 4, 1, 2]:
+        runtime.acquire(number, tokens=5)
+        runtime.release(number)
+
+
+def _refresh(runtime: DWDPRuntime) -> None:
+    for number in MODEL:
+        runtime.acquire(number, mode="in_place", chosen=torch.tensor([[number], [5]]))
+        runtime.release(number)
+    runtime.refresh_cache()
+
+
+def _sleep(runtime: DWDPRuntime) -> None:
+    runtime.sleep()
+    runtime.wake()
+
+
+def _verify(runtime: DWDPRuntime) -> None:
+    runtime.acquire(0)
+    runtime.release(0)
+    runtime.check_integrity(verify=True)
+
+
+HOST = DWDPConfig(group_size=1, host_experts=4)
+CALLS: dict[str, tuple[DWDPConfig, Callable[[DWDPRuntime], None]]] = {
+    "passes": (HOST, _passes),
+    "passes in slices": (replace(HOST, slice_bytes=64), _passes),
+    "passes in place": (replace(HOST, mode="in_place"), _passes),
+    "refresh_cache": (replace(HOST, mode="auto", resident_cache=8 * PAGE), _refresh),
+    "sleep and wake": (HOST, _sleep),
+    "check_integrity": (replace(HOST, checksums=True), _verify),
+    "update": (
+        DWDPConfig(group_size=1),
+        lambda runtime: runtime.update({(number, "w", 0): MODEL[number]["w"] for number in MODEL}, timeout=20),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CALLS)
+def test_close_in_the_middle_of_another_threads_calls(what: str, tmp_path: Path) -> None:
+    """Which end with an exception of this library: nothing is read from memory that is gone."""
+    config, call = CALLS[what]
+    told: list[BaseException] = []
+
+    def go_on(runtime: DWDPRuntime, begun: threading.Event) -> None:
+        try:
+            while True:
+                call(runtime)
+                begun.set()
+        except BaseException as error:
+            told.append(error)
+            begun.set()
+
+    for attempt in range(20):
+        runtime = join(config, 0, tmp_path / f"rendezvous {attempt}", MODEL)
+        begun = threading.Event()
+        other = threading.Thread(target=go_on, args=(runtime, begun))
+        other.start()
+        assert begun.wait(20)
+        for _ in range(attempt * 100):  # elsewhere each time
+            pass
+        runtime.close()
+        other.join(20)
+        assert not other.is_alive()
+        assert runtime.close().open() == []
+    others = [error for error in told if not isinstance(error, StateError | DriverError)]
+    assert not others, f"{len(others)}: {others[0]!r}"
+    assert any("the runtime is closed" in str(error) for error in told)

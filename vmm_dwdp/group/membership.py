@@ -89,7 +89,6 @@ class Membership:
         self._checksums: dict[Owner, list[int]] = {}  # of every shard, in the order of layers and weights
         self._resources = ResourceStack()
         self._edge_stream: Stream | None = None
-        self._update: Update | None = None  # the latest
         self._descriptors: DescriptorReservation | None = None
         self.shards = Shards(driver, assembly, self.held_owners, layers)
 
@@ -131,7 +130,7 @@ class Membership:
         self._check_limits()
         for owner in self.held_owners:
             for layer, weight in self._weights():
-                with uninterrupted():
+                with self._assembly.touching():
                     self._assembly.shard(layer, weight, owner)
             self._assembly.offer(owner)
         self._driver.synchronize()  # what the caller copied into the shards is there before anybody reads it
@@ -148,7 +147,7 @@ class Membership:
             self._take_lines(exchange, LINES_CREATOR, deadline)
             for owner in self._other_owners():
                 self._take(exchange, owner, HOST_CREATOR if owner == HOST else owner, deadline)
-            with uninterrupted():
+            with self._assembly.touching():
                 self._assembly.build()
             self._fill_edges()
             exchange.step(1, "publish: this rank has all it needs", deadline)
@@ -183,7 +182,7 @@ class Membership:
             places: tuple[Place, ...] = ("host", "device", "nowhere") if asleep and owner != HOST else ("device",)
             self._take(exchange, owner, holder, deadline, places)
         if not asleep:
-            with uninterrupted():
+            with self._assembly.touching():
                 self._assembly.build()
         self._exchange = exchange
         if exchange.doubt is not None:  # nobody knows how far the dead rank came
@@ -205,18 +204,16 @@ class Membership:
             with self._exchange.attempt("move" if moved else "update", *stated):
                 if self.config.movable_experts:
                     tables.change(moved or latest_order(self._exchange, tables.order, self._layers, deadline))
-                update = self._update = Update(self._driver, self.shards, self._rank, self._numbered, unfinished)
+                update = Update(self._assembly, self.shards, self._rank, self._numbered, unfinished)
                 try:
                     yield update
                 finally:
                     update.end()
                 update.require_whole()
                 deadline = time.monotonic() + timeout
-                with update.touching():
-                    self._sum_held_shards()
+                self._sum_held_shards()
                 self._exchange.step(1, "update: this rank has written", deadline)
-                with update.touching():
-                    self._fill_edges()
+                self._fill_edges()
                 for owner in self._other_owners():
                     self._learn_checksums(self._exchange, owner, HOST_CREATOR if owner == HOST else owner, deadline)
                 self._exchange.step(LAST_STEP, "update: the edges of this rank are filled", deadline)
@@ -237,7 +234,7 @@ class Membership:
             raise ConfigError("check_integrity(verify=True) needs checksums: true in the config")
         for owner, published in self._checksums.items():
             for (layer, weight), expected in zip(self._weights(), published, strict=True):
-                if checksum(self._assembly.shard(layer, weight, owner)) != expected:
+                if self._sum(layer, weight, owner) != expected:
                     whose = f"layer {layer.number}, {weight}: the bytes of {in_words(owner)}"
                     raise StateError(f"{whose} are not those that were published")
 
@@ -248,8 +245,6 @@ class Membership:
 
     def leave(self) -> None:
         """Stop answering others, which needs no device. A second call goes on where one stopped."""
-        if self._update is not None:
-            self._update.close()
         if self._exchange is None:
             self._door.leave()
         else:
@@ -370,7 +365,7 @@ class Membership:
             at, shares = exchange.collect(owner, holder, counts, deadline)
         take = self._assembly.adopt if owner in self.held_owners else self._assembly.attach
         try:
-            with uninterrupted():
+            with self._assembly.touching():
                 take(owner, at, shares)
         except DriverError as error:  # where the GPUs cannot reach each other, only this tells which ones
             attempt = f"use the memory of {in_words(owner)} on {self._driver.device}: {error.attempt}"
@@ -385,14 +380,18 @@ class Membership:
             if self._edge_stream is None:
                 with uninterrupted():
                     self._edge_stream = self._resources.push(Stream(self._driver, self._ledger, "edges"))
-            self._driver.copy(self._driver.prepare(copies), self._edge_stream.stream)
-            self._driver.synchronize(self._edge_stream.stream)
+            with self._assembly.touching():
+                self._driver.copy(self._driver.prepare(copies), self._edge_stream.stream)
+                self._driver.synchronize(self._edge_stream.stream)
 
     def _sum_held_shards(self) -> None:
         if self.config.checksums:
             for owner in self.held_owners:
-                shards = (self._assembly.shard(layer, weight, owner) for layer, weight in self._weights())
-                self._checksums[owner] = [checksum(shard) for shard in shards]
+                self._checksums[owner] = [self._sum(layer, weight, owner) for layer, weight in self._weights()]
+
+    def _sum(self, layer: Layer, weight: str, owner: Owner) -> int:
+        with self._assembly.touching():
+            return checksum(self._assembly.shard(layer, weight, owner))
 
     def _learn_checksums(self, exchange: Exchange, owner: Owner, holder: int, deadline: float) -> None:
         if self.config.checksums:

@@ -20,7 +20,6 @@ from vmm_dwdp.errors import ExchangeError
 from vmm_dwdp.group.agreement import LAST_STEP
 from vmm_dwdp.group.exchange import Exchange, Numbers
 from vmm_dwdp.group.sleep import SleepingMembership
-from vmm_dwdp.group.update import Update
 from vmm_dwdp.layout.balance import Counts, balanced
 from vmm_dwdp.layout.expert_order import ExpertOrder
 from vmm_dwdp.layout.placement import Owner, nearest_first
@@ -72,15 +71,13 @@ class MovingMembership(SleepingMembership):
         assert self._exchange is not None
         self._routed = [count for layer in self._layers for count in routed[layer.number]]
         deadline = time.monotonic() + timeout
-        reading = self._update = Update(self._driver, self.shards, self._rank, self._numbered, ())
-        reading.end()  # nothing is written; `close` waits for what touches memory all the same
         try:
             with self._exchange.attempt("rebalance", "rebalance: its tokens are counted", deadline, str(most)):
                 told = self._told_by_all(self._exchange, deadline)
                 most = min(most, *(int(offer) for offer in self._exchange.offers() if offer.isdecimal()))
                 before = self._assembly.tables.order
                 after = balanced(self._layers, before, told, most)
-                with reading.touching():
+                with self._assembly.touching():
                     arriving = list(self._read(before, after))
                     self._driver.synchronize()
                 self._exchange.step(1, "rebalance: this rank has read what comes to it", deadline)

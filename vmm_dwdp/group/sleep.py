@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vmm_dwdp.allocator.handles import undo_after
-from vmm_dwdp.allocator.uninterrupted import uninterrupted
 from vmm_dwdp.errors import ExchangeError
 from vmm_dwdp.group.agreement import LAST_STEP, Purpose
 from vmm_dwdp.group.exchange import Exchange
@@ -61,7 +60,7 @@ class SleepingMembership(Membership):
                 exchange.step(1, "wake: this rank has its memory to hand over", deadline)
                 for owner in self._other_ranks():
                     self._take(exchange, owner, owner, deadline)
-                with uninterrupted():
+                with assembly.touching():
                     assembly.build()
                 exchange.step(LAST_STEP, "wake: this rank has the others' memory", deadline)
             self._state.wake_up()

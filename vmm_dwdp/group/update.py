@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 
@@ -116,18 +114,16 @@ class Update:
     """What `DWDPRuntime.updating` gives: new experts, one tensor after another. Of use while its block runs."""
 
     def __init__(
-        self, driver: Driver, shards: Shards, rank: int, layers: Layers, unfinished: Collection[ShardKey]
+        self, assembly: Assembly, shards: Shards, rank: int, layers: Layers, unfinished: Collection[ShardKey]
     ) -> None:
         """``unfinished``: what has to be written whole."""
-        self._driver = driver
+        self._assembly = assembly
         self._shards = shards
         self._rank = rank
         self._layers = layers
         self._unfinished = unfinished
         self._written: dict[ShardKey, set[int]] = {}  # which experts
-        self._lock = threading.Lock()  # of whoever touches the memory
         self._is_over = False
-        self._is_closed = False
 
     def write(
         self,
@@ -160,29 +156,15 @@ class Update:
                 value = value[None]
         self._shards.require_fits(found, weight, owner, value, experts)
         experts = found.placement.experts(owner) if experts is None else experts
-        with self.touching():
+        with self._assembly.touching():
             if self._is_over:
                 raise StateError("the update is over: write in the block of runtime.updating()")
             self._shards.write(found, weight, owner, value, experts)
             self._written.setdefault((layer, weight, owner), set()).update(experts)
 
-    @contextmanager
-    def touching(self) -> Iterator[None]:
-        """One thread at a time reads or writes shards, with the device current; `close` waits for it. Raises
-        `StateError` after it."""
-        with self._lock, self._driver.current():
-            if self._is_closed:
-                raise StateError("the runtime is closed")
-            yield
-
     def end(self) -> None:
         """The body is over."""
         self._is_over = True
-
-    def close(self) -> None:
-        """There is no memory to write to any more."""
-        with self._lock:
-            self._is_closed = True
 
     def require_whole(self) -> None:
         """Raise `ConfigError` if something may be half written still."""

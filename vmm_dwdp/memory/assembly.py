@@ -12,7 +12,7 @@ import abc
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final, Literal
 
 import torch
@@ -75,9 +75,20 @@ class Assembly(abc.ABC):
         self._layers = layers
         self._ranges: list[TensorMemory[Any]] = []
         self._resources = ResourceStack()
+        self._touches = threading.RLock()  # of who touches this memory, and guards what follows
+        self._stopped = False
         self._handing_over = threading.Lock()  # guards what follows, which threads read that answer others
         self._received: dict[tuple[Owner, Place], list[Share]] = {}
         self._there: set[tuple[Owner, Place]] = set()  # whose memory is here whole
+
+    @contextmanager
+    def touching(self) -> Iterator[None]:
+        """A thread that is in no pass reads or writes this memory, one at a time, with the device current. `stop` waits
+        for it, and the handler of a signal, which may close, comes after it. Raises `StateError` after `stop`."""
+        with uninterrupted(), self._touches, self._driver.current():
+            if self._stopped:
+                raise StateError("the runtime is closed")
+            yield
 
     @property
     @abc.abstractmethod
@@ -240,11 +251,13 @@ class Assembly(abc.ABC):
         for (weight, owner, run), copy in zip(segments, self.copies(layer, segments), strict=True):
             for offset in range(0, copy.nbytes, _COMPARED_NBYTES):
                 shape = (min(_COMPARED_NBYTES, copy.nbytes - offset),)
-                held, owned = (
-                    tensor_at(address + offset, shape, torch.uint8, self._driver.device)
-                    for address in (copy.dst, copy.src)
-                )
-                if not torch.equal(held, owned):
+                with self.touching():
+                    held, owned = (
+                        tensor_at(address + offset, shape, torch.uint8, self._driver.device)
+                        for address in (copy.dst, copy.src)
+                    )
+                    same = torch.equal(held, owned)
+                if not same:
                     whose = f"layer {layer.number}, {weight}: what this rank has of {in_words(owner)}"
                     raise StateError(f"{whose}, from byte {run.start + offset} on, are other bytes than its owner's")
 
@@ -263,16 +276,22 @@ class Assembly(abc.ABC):
 
     def require_kept(self) -> None:
         """Raise `StateError` unless cache and bank have their owners' bytes. Waits for the device."""
-        if self.cache is not None:
-            self.cache.verify()
-        if self.bank is not None:
-            self.bank.verify()
+        with self.touching():
+            if self.cache is not None:
+                self.cache.verify()
+            if self.bank is not None:
+                self.bank.verify()
 
     @abc.abstractmethod
     def _destination(self, layer: Layer, weight: str, byte: int) -> Address: ...
 
     @abc.abstractmethod
     def _source(self, layer: Layer, weight: str, owner: Owner, byte: int) -> Address: ...
+
+    def stop(self) -> None:
+        """Let nobody touch this memory any more. Needs no device."""
+        with self._touches:
+            self._stopped = True
 
     def close(self) -> None:
         """Free everything in which no caller's tensor lies, and warn of the rest. The device is idle.

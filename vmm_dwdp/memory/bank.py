@@ -158,7 +158,9 @@ class Bank:
                 f"the bank of layer {number} has {table.num_rows} rows, and a token uses {top_k} experts: an "
                 f"expert_bank of {bank_nbytes(list(self._layers.values()), top_k)} bytes has as many"
             )
-        weights = self._weights[number]
+        weights = self._weights.get(number)
+        if weights is None:
+            raise StateError("the runtime is closed")  # by another thread, or below a signal's handler
         rows = look_up(table, chosen, list(weights.values()), copies=tokens <= MOST_COPIED)
         return weights, rows
 

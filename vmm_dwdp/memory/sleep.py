@@ -64,7 +64,7 @@ class SleepingAssembly(VirtualAssembly):
         self.forget_saved()
         try:
             for layer, weight, nbytes in self._shards_of(self.rank):
-                with uninterrupted():
+                with self.touching():
                     if (layer.number, weight, self.rank) not in self._saved:
                         self._saved[layer.number, weight, self.rank] = self._create_saved(layer, weight, nbytes)
                     self._copy_saved(layer, weight, to_device=False)
@@ -155,11 +155,11 @@ class SleepingAssembly(VirtualAssembly):
             return
         self.give_back()  # what a call that failed has left
         for layer, weight in self._weights_of_layers():
-            with uninterrupted():
+            with self.touching():
                 self._take(layer, weight, self.rank)
                 if (layer.number, weight, self.rank) in self._saved:
                     self._copy_saved(layer, weight, to_device=True)
-        with uninterrupted():
+        with self.touching():
             self._take_slots_and_cache()
             self.offer(self.rank)
 

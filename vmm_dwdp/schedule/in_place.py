@@ -70,6 +70,7 @@ class InPlace:
     ) -> None:
         self._driver = driver
         self._layers = layers
+        self._touching = assembly.touching
         self._cache = assembly.cache
         self._tables = assembly.tables
         self._movable = config.movable_experts
@@ -167,7 +168,8 @@ class InPlace:
             self._routing.take("cache")
             by_row = self._tables.order.by_row
             layers = [each.layer for each in self._layers]
-            self._cache.refresh({layer.number: by_row(layer, counts[layer.number]) for layer in layers})
+            with self._touching():
+                self._cache.refresh({layer.number: by_row(layer, counts[layer.number]) for layer in layers})
 
     def routed(self) -> dict[int, list[int]]:
         """By layer, how many tokens were routed to each expert since `rebalanced`. Waits for the device."""

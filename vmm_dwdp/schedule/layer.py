@@ -274,6 +274,14 @@ class StagedLayer(LayerState):
                 tracer.mark("copies end", self.number, number, lane.stream)
 
 
+class NoWeights(dict[Mode, Weights]):
+    """Of a layer once the runtime is closed: a call that is in its middle then, in another thread or below a signal's
+    handler, is told."""
+
+    def __missing__(self, mode: Mode) -> Weights:
+        raise StateError("the runtime is closed")
+
+
 @dataclass(slots=True)
 class ScheduledLayer:
     """One layer, in every mode that the config provides for.

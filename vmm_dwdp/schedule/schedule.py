@@ -26,7 +26,7 @@ from vmm_dwdp.schedule.fetches import Fetches
 from vmm_dwdp.schedule.given_stream import StreamLike, given_stream
 from vmm_dwdp.schedule.in_place import InPlace, LookedUp, require_choice
 from vmm_dwdp.schedule.issue import copy_path, open_issuer
-from vmm_dwdp.schedule.layer import ScheduledLayer, StagedLayer
+from vmm_dwdp.schedule.layer import NoWeights, ScheduledLayer, StagedLayer
 from vmm_dwdp.schedule.mode_choice import ModeChooser
 from vmm_dwdp.schedule.staging import Staging
 from vmm_dwdp.schedule.stated import Stated
@@ -303,7 +303,7 @@ class Schedule:
     def _refill(self) -> None:
         if self._stopped:
             return
-        with self._driver.current():
+        with self._assembly.touching():
             if self._staging is not None:
                 self._staging.reset(self._driver.current_stream())
             self._assembly.refill_kept()
@@ -383,7 +383,7 @@ class Schedule:
         """Copy nothing more; what was issued may still run. Needs no device."""
         self._stopped = True
         for layer in self._layers.values():
-            layer.weights = {}
+            layer.weights = NoWeights()
             if layer.staged is not None:
                 layer.staged.weights = None
         if self._staging is not None:

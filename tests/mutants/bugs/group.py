@@ -29,17 +29,15 @@ BUGS: Final = (
     Bug(
         "the edges keep old bytes in an update",
         "vmm_dwdp/group/membership.py",
-        """                with update.touching():
-                    self._fill_edges()
-                for owner in""",
+        "                self._fill_edges()\n                for owner in",
         "                for owner in",
         _UPDATE,
     ),
     Bug(
         "a checksum that differs is passed over",
         "vmm_dwdp/group/membership.py",
-        "if checksum(self._assembly.shard(layer, weight, owner)) != expected:",
-        "if not checksum(self._assembly.shard(layer, weight, owner)):",
+        "if self._sum(layer, weight, owner) != expected:",
+        "if not self._sum(layer, weight, owner):",
         _UPDATE,
     ),
     Bug(
@@ -270,8 +268,8 @@ BUGS: Final = (
     ),
     Bug(
         "what was closed in the middle of an update is written to",
-        "vmm_dwdp/group/update.py",
-        "            self._is_closed = True\n",
+        "vmm_dwdp/memory/assembly.py",
+        "            self._stopped = True\n",
         "            pass\n",
         _UPDATING,
     ),

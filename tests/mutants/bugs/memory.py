@@ -108,8 +108,8 @@ BUGS: Final = (
     Bug(
         "integrity compares a slot with nothing",
         "vmm_dwdp/memory/assembly.py",
-        "if not torch.equal(held, owned):",
-        "if held.shape != owned.shape:",
+        "same = torch.equal(held, owned)",
+        "same = held.shape == owned.shape",
         _CLOSING,
     ),
 )
