@@ -7,7 +7,6 @@ the middle of ends, with an exception of this library at most.
 from __future__ import annotations
 
 import random
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -101,36 +100,3 @@ def test_close_in_a_handler(call: str, raises: bool) -> None:
             assert subject.runtime is not None
             assert subject.runtime.close().open() == [], closing.where
             subject.close()
-
-
-def test_a_handler_is_not_told_the_frame_that_it_was_kept_from(tmp_path: object) -> None:
-    """What that frame refers to would be in use still: tensors over memory that the handler closes."""
-    from vmm_dwdp.allocator.uninterrupted import uninterrupted
-
-    class Held:
-        pass
-
-    alive: list[int] = []
-    told: list[list[str]] = []
-
-    def body() -> None:
-        held = Held()
-        alive.append(id(held))
-        signal.raise_signal(signal.SIGUSR1)
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        names = []
-        while frame is not None:
-            names.append(frame.f_code.co_name)
-            frame = frame.f_back
-        told.append(names)
-
-    before = signal.signal(signal.SIGUSR1, handle)
-    try:
-        with uninterrupted():
-            body()
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-    [names] = told
-    assert "body" not in names
-    assert "test_a_handler_is_not_told_the_frame_that_it_was_kept_from" in names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import traceback
 from collections.abc import Iterator
 from types import FrameType
 
@@ -45,6 +46,27 @@ def test_a_handler_runs_after_the_body() -> None:
     assert steps == ["inside", "deeper", "still inside"] * 2
     with pytest.raises(Interrupted):
         signal.raise_signal(signal.SIGUSR1)
+
+
+def test_a_handler_is_told_the_frame_that_it_runs_in() -> None:
+    """What the one that it was kept from refers to would be in use still: tensors over memory that a handler frees."""
+    told: list[list[str]] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        told.append([each.f_code.co_name for each, _ in traceback.walk_stack(frame)])
+
+    def body() -> None:
+        signal.raise_signal(signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        with uninterrupted():
+            body()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    [names] = told
+    assert "body" not in names
+    assert "test_a_handler_is_told_the_frame_that_it_runs_in" in names
 
 
 @pytest.mark.usefixtures("raising")
