@@ -310,7 +310,7 @@ class Rank:
             StateError: something disagrees; the sentence says what.
             ConfigError: ``verify`` without ``checksums``.
         """
-        with self._undisturbed():
+        with self._lifecycle.calls, self._undisturbed():
             self._assembly.check_integrity()
             if verify:
                 self._membership.verify()

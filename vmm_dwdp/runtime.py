@@ -172,24 +172,25 @@ class DWDPRuntime(Together):
         """
         lifecycle = self._lifecycle
         this = this_thread()
-        if lifecycle.runner == this and self._current_device() == self._index:
-            was_in_pass, lifecycle.in_pass = lifecycle.in_pass, True  # see [Note: One thread at a time]
-            if lifecycle.runner == this:
-                try:
+        with lifecycle.calls:
+            if lifecycle.runner == this and self._current_device() == self._index:
+                was_in_pass, lifecycle.in_pass = lifecycle.in_pass, True  # see [Note: One thread at a time]
+                if lifecycle.runner == this:
+                    try:
+                        return self._schedule.acquire(layer, mode, tokens, top_k, chosen, stream)
+                    except BaseException:
+                        lifecycle.in_pass = was_in_pass
+                        raise
+            lifecycle.require_idle()
+            self._membership.require_updated()
+            begins = lifecycle.claim(goes_on=True)
+            try:
+                with nullcontext() if self._driver.is_current() else self._driver.current():
                     return self._schedule.acquire(layer, mode, tokens, top_k, chosen, stream)
-                except BaseException:
-                    lifecycle.in_pass = was_in_pass
-                    raise
-        lifecycle.require_idle()
-        self._membership.require_updated()
-        begins = lifecycle.claim(goes_on=True)
-        try:
-            with nullcontext() if self._driver.is_current() else self._driver.current():
-                return self._schedule.acquire(layer, mode, tokens, top_k, chosen, stream)
-        except BaseException:
-            if begins:
-                lifecycle.end_pass()
-            raise
+            except BaseException:
+                if begins:
+                    lifecycle.end_pass()
+                raise
 
     @between_regions
     def look_up(self, layer: int, chosen: torch.Tensor, *, stream: StreamLike | None = None) -> LookedUp:
@@ -208,7 +209,7 @@ class DWDPRuntime(Together):
             ConfigError: ``chosen`` cannot be, or a token chooses more experts than the bank has rows.
             StateError: the layer is not acquired, or was looked up since.
         """
-        with self._undisturbed():
+        with self._lifecycle.calls, self._undisturbed():
             return self._schedule.look_up(layer, chosen, stream)
 
     @between_regions
@@ -223,13 +224,14 @@ class DWDPRuntime(Together):
             DriverError: a call failed; `reset` makes the slots ready again.
         """
         lifecycle = self._lifecycle
-        if lifecycle.runner == this_thread() and self._current_device() == self._index:
-            self._schedule.release(layer, stream)
-        else:
-            with self._undisturbed():
+        with lifecycle.calls:
+            if lifecycle.runner == this_thread() and self._current_device() == self._index:
                 self._schedule.release(layer, stream)
-        if layer == self._last_layer:
-            lifecycle.in_pass = False
+            else:
+                with self._undisturbed():
+                    self._schedule.release(layer, stream)
+            if layer == self._last_layer:
+                lifecycle.in_pass = False
 
     def layer(
         self,
@@ -283,7 +285,7 @@ class DWDPRuntime(Together):
             StateError: not published, or another thread is in the middle of a pass.
             DriverError: a call failed.
         """
-        with self._undisturbed():
+        with self._lifecycle.calls, self._undisturbed():
             number, at = self._layers.numbered[layer].number, given_stream(stream, self._driver)
             begins = self._exchanges.begin(number, at)
         try:
@@ -291,7 +293,7 @@ class DWDPRuntime(Together):
         except BaseException:
             self._exchanges.abandon(begins)
             raise
-        with self._undisturbed():
+        with self._lifecycle.calls, self._undisturbed():
             self._exchanges.end(number, begins, at)
 
     def reset(self, *, stream: StreamLike | None = None) -> None:
@@ -299,7 +301,7 @@ class DWDPRuntime(Together):
 
         Raises `StateError` if the current stream is captured, and `DriverError` if a call failed; it may be repeated.
         """
-        with self._undisturbed():
+        with self._lifecycle.calls, self._undisturbed():
             try:
                 self._schedule.reset(stream)
             finally:
@@ -365,7 +367,7 @@ class DWDPRuntime(Together):
             StateError: not published, nothing is staged, or a trace is being recorded already.
         """
         trace = Trace(self.rank, time.time())
-        with self._undisturbed():
+        with self._lifecycle.calls, self._undisturbed():
             tracer = self._schedule.start_trace()
         error: BaseException | None = None
         try:
@@ -375,13 +377,11 @@ class DWDPRuntime(Together):
             error = raised
             raise
         finally:
-            tracer.recording, self._exchanges.tracer = (
-                False,
-                None,
-            )  # so that another trace may begin, whatever comes now
+            # Whatever comes now, another trace may begin.
+            tracer.recording, self._exchanges.tracer = False, None
             undo_after(error, lambda: self._finish_trace(trace))
 
     def _finish_trace(self, trace: Trace) -> None:
-        if self._lifecycle.is_running:  # a trace that outlives the runtime stays empty
-            with self._driver.current():
+        with self._lifecycle.calls, self._driver.current():
+            if self._lifecycle.is_running:  # a trace that outlives the runtime stays empty
                 trace.spans += self._schedule.finish_trace()

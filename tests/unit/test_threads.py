@@ -13,7 +13,7 @@ import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from support.groups import PAGE, join, random_model, same_bytes
 
-from vmm_dwdp import DriverError, DWDPConfig, DWDPRuntime, StateError
+from vmm_dwdp import DWDPConfig, DWDPRuntime, StateError
 from vmm_dwdp.observe.metrics import StatsCollector
 
 MODEL = random_model({number: {"w": ((6, 1100), torch.float32)} for number in range(5)})
@@ -158,7 +158,7 @@ CALLS: dict[str, tuple[DWDPConfig, Callable[[DWDPRuntime], None]]] = {
 
 @pytest.mark.parametrize("what", CALLS)
 def test_close_in_the_middle_of_another_threads_calls(what: str, tmp_path: Path) -> None:
-    """Which end with an exception of this library: nothing is read from memory that is gone."""
+    """Which end with a sentence that says so: nothing is read from memory that is gone."""
     config, call = CALLS[what]
     told: list[BaseException] = []
 
@@ -183,6 +183,5 @@ def test_close_in_the_middle_of_another_threads_calls(what: str, tmp_path: Path)
         other.join(20)
         assert not other.is_alive()
         assert runtime.close().open() == []
-    others = [error for error in told if not isinstance(error, StateError | DriverError)]
+    others = [error for error in told if not isinstance(error, StateError) or "closed" not in str(error)]
     assert not others, f"{len(others)}: {others[0]!r}"
-    assert any("the runtime is closed" in str(error) for error in told)

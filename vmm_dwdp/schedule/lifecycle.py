@@ -31,11 +31,13 @@ class Lifecycle(Turn):
             latest; 0: nobody may without asking, by `claim`. No thread inherits a number, as it may an identifier.
         in_pass: whether the runner is in the middle of a pass.
         latest_runner: the number of the thread that was `runner` the last time.
+        calls: held by a call of a pass while it lasts; what C does of one nothing comes into the middle of.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.latest_runner = 0
+        self.calls = threading.RLock()  # a signal's handler may close in the middle of one
         self._state: _State = "set-up"
         self._thread: threading.Thread | None = None  # of `runner`
         self._claims = threading.Lock()  # guards where `runner` is claimed
@@ -189,9 +191,12 @@ class Lifecycle(Turn):
             self._state = "running"
 
     def close(self) -> None:
-        """No call is allowed any more. A pass that another thread is in the middle of is refused its next call."""
+        """No call is allowed any more. A pass that another thread is in the middle of is refused its next call; this
+        waits for one that is under way."""
         self._state = "closed"
         self.ask_again()
+        with self.calls:
+            pass
 
     def fork(self) -> None:
         """This process is a child of the one that opened the runtime."""

@@ -277,7 +277,7 @@ class Schedule:
 
         Raises `StateError` if a layer is acquired, or a stream is being captured.
         """
-        with self._driver.current():
+        with self._assembly.touching():
             self._forget()
         try:
             yield
