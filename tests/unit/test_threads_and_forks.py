@@ -195,6 +195,50 @@ def test_a_forked_child_is_refused_and_the_parent_goes_on(tmp_path: Path) -> Non
     assert os.waitpid(child, 0)[1] == 0
 
 
+class Slow(HostDriver):
+    """Another thread waits in the middle of a call, once it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(PAGE)
+        self.waits, self.goes_on = threading.Event(), threading.Event()
+        self.goes_on.set()
+
+    def record(self, event: int, stream: int, *, external: bool = False) -> None:
+        if not self.goes_on.is_set():
+            self.waits.set()
+            self.goes_on.wait()
+        super().record(event, stream, external=external)
+
+
+@pytest.mark.timeout(60)
+def test_a_child_that_is_forked_in_the_middle_of_another_threads_call(tmp_path: Path) -> None:
+    driver = Slow()
+    runtime = join(ALONE, 0, tmp_path / "group", MODEL, driver)
+
+    def acquire_and_release() -> None:
+        with runtime.layer(0):
+            pass
+
+    driver.goes_on.clear()
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(acquire_and_release)
+        assert driver.waits.wait(20)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)
+            try:
+                runtime.acquire(0)
+            except StateError:
+                runtime.close()
+                os._exit(0)
+            os._exit(1)
+        status = os.waitpid(child, 0)[1]
+        driver.goes_on.set()
+        call.result()
+    assert status == 0, "the child ended by a signal: it has waited for what nobody there lets go of"
+    assert runtime.close().open() == []
+
+
 def test_a_child_does_not_stand_for_its_parent_that_has_died(tmp_path: Path) -> None:
     config = DWDPConfig(group_size=2)
     told, tell = os.pipe()

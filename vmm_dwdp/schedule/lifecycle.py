@@ -201,4 +201,5 @@ class Lifecycle(Turn):
     def fork(self) -> None:
         """This process is a child of the one that opened the runtime."""
         self._state = "forked"
+        self.calls = threading.RLock()  # nobody here will let go of the parent's
         self.ask_again()

@@ -52,4 +52,11 @@ BUGS: Final = (
         "weights = self._weights[number]\n",
         _HANDLER,
     ),
+    Bug(
+        "a forked child waits for a call of its parent's thread",
+        "vmm_dwdp/schedule/lifecycle.py",
+        "        self.calls = threading.RLock()  # nobody here will let go of the parent's\n",
+        "",
+        ("tests/unit/test_threads_and_forks.py",),
+    ),
 )
