@@ -288,7 +288,7 @@ class Rank:
         _log.info("rank %d: %d layers ready, %d MiB resident, %d MiB staged", self.rank, ready, *memory)
 
     def _start(self) -> None:
-        with uninterrupted():
+        with self._assembly.touching():
             self._schedule.start(self._membership.lines)
             self._begin()
 

@@ -325,10 +325,8 @@ def test_close_from_another_thread_waits_for_what_is_read(tmp_path: Path, monkey
 
         def shard(*given: Any) -> torch.Tensor:
             if not closed:
-                reading = one._membership._update
-                assert reading is not None
-                close = reading.close
-                monkeypatch.setattr(reading, "close", lambda: (leaving.set(), close()))
+                stop = one._assembly.stop
+                monkeypatch.setattr(one._assembly, "stop", lambda: (leaving.set(), stop()))
                 closed.append(pool.submit(one.close))
                 leaving.wait()
             assert not closed[0].done()

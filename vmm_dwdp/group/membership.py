@@ -376,13 +376,13 @@ class Membership:
     def _fill_edges(self) -> None:
         """Copy the neighbours' bytes that share a page with this rank's own; they stay there until an update."""
         copies = [copy for layer in self._layers for copy in self._assembly.copies(layer, layer.plan.edges)]
-        if copies:
+        if not copies:
+            return
+        with self._assembly.touching():
             if self._edge_stream is None:
-                with uninterrupted():
-                    self._edge_stream = self._resources.push(Stream(self._driver, self._ledger, "edges"))
-            with self._assembly.touching():
-                self._driver.copy(self._driver.prepare(copies), self._edge_stream.stream)
-                self._driver.synchronize(self._edge_stream.stream)
+                self._edge_stream = self._resources.push(Stream(self._driver, self._ledger, "edges"))
+            self._driver.copy(self._driver.prepare(copies), self._edge_stream.stream)
+            self._driver.synchronize(self._edge_stream.stream)
 
     def _sum_held_shards(self) -> None:
         if self.config.checksums:

@@ -20,7 +20,7 @@ from vmm_dwdp.allocator.driver import Choosing, Driver, IssuingThread, Lane, Tic
 from vmm_dwdp.allocator.handles import Ledger
 from vmm_dwdp.allocator.numa import keep_near
 from vmm_dwdp.allocator.uninterrupted import uninterrupted
-from vmm_dwdp.errors import DriverError
+from vmm_dwdp.errors import DriverError, StateError
 from vmm_dwdp.layout.copies import LayerPlan
 from vmm_dwdp.memory.lines import SharedLines
 from vmm_dwdp.observe.stats import CopyPath, IssuedBy
@@ -222,6 +222,8 @@ class ThreadIssuer:
 
     def submit(self, job: _Awaited) -> Ticket:
         job.submit(self._jobs, whole=self.choosing.whole)
+        if self._token is None:  # closed, below a signal's handler perhaps: nobody will run it
+            raise StateError("the runtime is closed")
         return job
 
     def flush(self) -> None:
@@ -260,7 +262,12 @@ class NativeIssuer:
         return self._thread.job(lanes)
 
     def submit(self, job: Ticket) -> Ticket:
-        self._thread.submit(job)
+        try:
+            self._thread.submit(job)
+        except RuntimeError as error:
+            if self._token is None:
+                raise StateError("the runtime is closed") from error
+            raise
         return job
 
     def flush(self) -> None:

@@ -177,7 +177,8 @@ class Lifecycle(Turn):
 
     def publish(self) -> None:
         """Set-up is complete."""
-        self._state = "running"
+        if self._state == "set-up":  # a signal's handler may have closed it
+            self._state = "running"
 
     def fall_asleep(self) -> None:
         """Passes are refused until `wake_up`."""

@@ -85,14 +85,14 @@ BUGS: Final = (
     Bug(
         "a pass does not end with its last layer",
         "vmm_dwdp/runtime.py",
-        "        if layer == self._last_layer:\n            lifecycle.in_pass = False\n",
+        "            if layer == self._last_layer:\n                lifecycle.in_pass = False\n",
         "",
         _TURN,
     ),
     Bug(
         "an acquire that was refused begins a pass",
         "vmm_dwdp/runtime.py",
-        "            if begins:\n                lifecycle.end_pass()\n",
+        "                if begins:\n                    lifecycle.end_pass()\n",
         "",
         _TURN,
     ),
