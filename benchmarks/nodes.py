@@ -56,7 +56,7 @@ from vmm_dwdp.testing import RankFailed, run_group
 
 SLOW: Final = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
 MOST_ERROR: Final = 0.06  # relative, of all tokens together; to round sums once more makes 0.04 in six layers
-MOST_OF_A_TOKEN: Final = 0.4  # one of 4,096 tokens had 0.30, and one wrong expert of four in one layer makes 0.5
+MOST_OF_A_TOKEN: Final = 0.3  # relative; one wrong expert of its four in one layer makes 0.5 and more
 
 
 class Case(NamedTuple):

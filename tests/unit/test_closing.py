@@ -11,8 +11,10 @@ import torch
 from support.groups import PAGE, check_pass, in_threads, join, random_model
 
 from vmm_dwdp import DriverError, DWDPConfig, DWDPRuntime, StateError
-from vmm_dwdp.allocator.handles import Event
+from vmm_dwdp.allocator.handles import Event, Ledger
 from vmm_dwdp.allocator.host_driver import HostDriver
+from vmm_dwdp.schedule.issue import ThreadIssuer
+from vmm_dwdp.schedule.lifecycle import Lifecycle
 
 MODEL = random_model({number: {"w": ((8, 3000), torch.float32)} for number in range(3)})
 
@@ -138,6 +140,26 @@ def test_a_signal_handler_closes_while_its_thread_writes(tmp_path: Path) -> None
         signal.signal(signal.SIGUSR1, before)
     assert closed == [dict.fromkeys(closed[0], 0)]
     assert runtime.close().open() == []
+
+
+def test_a_job_that_nobody_will_run_is_refused() -> None:
+    """Where a handler of a signal has closed in the middle of the call that gives it: to wait for it has no end."""
+    issuer = ThreadIssuer(HostDriver(PAGE), Ledger())
+    job = issuer.job(lambda: None, ())
+    issuer.submit(job).result()
+    issuer.close()
+    for give in (lambda: issuer.submit(job), issuer.flush):
+        with pytest.raises(StateError, match="the runtime is closed"):
+            give()
+
+
+def test_what_was_closed_before_it_was_published_stays_closed() -> None:
+    lifecycle = Lifecycle()
+    lifecycle.close()
+    lifecycle.publish()
+    assert lifecycle.is_closed
+    with pytest.raises(StateError, match="closed"):
+        lifecycle.require_running()
 
 
 def test_close_finds_what_lost_its_owner(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import traceback
+import weakref
 from collections.abc import Iterator
 from types import FrameType
 
@@ -51,11 +52,15 @@ def test_a_handler_runs_after_the_body() -> None:
 def test_a_handler_is_told_the_frame_that_it_runs_in() -> None:
     """What the one that it was kept from refers to would be in use still: tensors over memory that a handler frees."""
     told: list[list[str]] = []
+    held: list[weakref.ref[Interrupted]] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
+        assert held[0]() is None
         told.append([each.f_code.co_name for each, _ in traceback.walk_stack(frame)])
 
     def body() -> None:
+        of_the_body = Interrupted()
+        held.append(weakref.ref(of_the_body))
         signal.raise_signal(signal.SIGUSR1)
 
     before = signal.signal(signal.SIGUSR1, handle)
